@@ -1,0 +1,3 @@
+"""Post-train open-weight language models on Megatron-Core."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,62 @@
+"""`megatron-posttrain COMMAND`: finds the command's module, runs it, turns errors into exit statuses."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from megatron_posttrain import __version__
+from megatron_posttrain.errors import UserError, nearest
+
+# Command -> (module, one line of help). A module has `add_arguments(parser)` and `run(args) -> int`;
+# it is imported only when its command is asked for, so `--help` and `plan` start without torch.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "sft": ("megatron_posttrain.cli.train", "supervised fine-tuning"),
+    "grpo": ("megatron_posttrain.cli.train", "GRPO with vLLM in every trainer rank"),
+    "score": ("megatron_posttrain.cli.score", "log-probabilities of the tokens of conversations"),
+    "evaluate": ("megatron_posttrain.cli.evaluate", "generate with vLLM, grade with a reward"),
+    "plan": ("megatron_posttrain.cli.plan", "memory, step time and best layouts of a model on a cluster"),
+    "doctor": ("megatron_posttrain.cli.doctor", "check a config, the machine and the versions"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    listing = "\n".join(f"  {name:14}{text}" for name, (_, text) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="megatron-posttrain",
+        description="Post-train open-weight language models on Megatron-Core.",
+        epilog=f"commands:\n{listing}\n\nmegatron-posttrain COMMAND --help tells the options of one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-posttrain {__version__}")
+    parser.add_argument("command", metavar="COMMAND", help="what to do; see below")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 failed, 2 bad input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    if not arguments or arguments[0].startswith("-"):
+        parser.parse_args(arguments or ["--help"])
+    name = arguments[0]
+    if name not in COMMANDS:
+        print(f"error: no command '{name}'{nearest(name, COMMANDS)} (one of {', '.join(COMMANDS)})", file=sys.stderr)
+        return 2
+    module_name, text = COMMANDS[name]
+    module = importlib.import_module(module_name)
+    command = argparse.ArgumentParser(
+        prog=f"megatron-posttrain {name}",
+        description=text[0].upper() + text[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(command=name)
+    module.add_arguments(command)
+    args = command.parse_args(arguments[1:])
+    try:
+        return module.run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

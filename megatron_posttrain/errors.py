@@ -1,0 +1,16 @@
+"""Errors that a user can mend: one message, no traceback, exit status 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input. The message says where (key, file, line), what was found and what is allowed."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` when a valid name is close to `name`, else the empty string."""
+    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
