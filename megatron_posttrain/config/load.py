@@ -1,0 +1,126 @@
+"""YAML files, parents and `key.sub=value` overrides to a validated config; mistakes name the key and its file."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from megatron_posttrain.config.schema import Config
+from megatron_posttrain.errors import UserError, nearest
+
+ConfigType = TypeVar("ConfigType", bound=Config)
+
+
+def load_config(schema: type[ConfigType], file: str | Path | None, overrides: Sequence[str] = ()) -> ConfigType:
+    """Reads `file` (its `defaults:` parents first), applies overrides, validates against `schema`.
+
+    Raises UserError for a missing file, bad YAML, an unknown key (with the nearest valid one) or a bad value.
+    """
+    tree = _read(Path(file), ()) if file is not None else OmegaConf.create({})
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise UserError(f"override '{override}': expected key.sub=value")
+        try:
+            OmegaConf.update(tree, key, yaml.safe_load(value) if value else None, merge=False, force_add=True)
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise UserError(f"override '{override}': {str(error).splitlines()[0]}") from None
+    try:
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{file}: {str(error).splitlines()[0]}") from None
+    where = f"{file}: " if file is not None else ""
+    try:
+        return schema.model_validate(plain)
+    except ValidationError as error:
+        raise UserError("\n".join(where + _explain(schema, e) for e in error.errors())) from None
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The resolved config as YAML, enough to run it again."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def describe(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """One line a key: `key = default   description`; what `--help` shows."""
+    for name, info in schema.model_fields.items():
+        nested = _section(info.annotation)
+        if nested is not None and info.default is not None:
+            yield from describe(nested, f"{prefix}{name}.")
+            continue
+        required = info.is_required()
+        default = "(required)" if required else _short(info.get_default(call_default_factory=True))
+        allowed = _allowed(info.annotation)
+        text = "; ".join(part for part in (allowed, info.description or "") if part)
+        yield f"  {prefix + name + ' = ' + default:46} {text}".rstrip()
+
+
+def _read(file: Path, seen: tuple[Path, ...]) -> DictConfig:
+    if not file.is_file():
+        raise UserError(f"config file {file} does not exist")
+    if file.resolve() in seen:
+        raise UserError(f"{file}: `defaults` go in a circle")
+    try:
+        loaded = OmegaConf.load(file)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{file}: expected a mapping of keys, found {type(OmegaConf.to_container(loaded)).__name__}")
+    parents = loaded.pop("defaults", None) or []
+    tree = OmegaConf.create({})
+    for parent in parents:
+        tree = OmegaConf.merge(tree, _read(file.parent / parent, (*seen, file.resolve())))
+    merged = OmegaConf.merge(tree, loaded)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *typing.get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _allowed(annotation: Any) -> str:
+    values: list[str] = []
+    for candidate in (annotation, *typing.get_args(annotation)):
+        if typing.get_origin(candidate) is typing.Literal:
+            values += [str(v) for v in typing.get_args(candidate)]
+    return " | ".join(values)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], BaseModel):
+        value = [v.model_dump(exclude_defaults=True) | {"name": getattr(v, "name", "")} for v in value]
+    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, list | dict) else str(value)
+
+
+def _explain(schema: type[BaseModel], error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        names = _names_at(schema, location[:-1])
+        parent = ".".join(location[:-1])
+        return (
+            f"unknown key '{key}'{nearest(location[-1], names)} "
+            f"(allowed{f' under {parent}' if parent else ''}: {', '.join(names)})"
+        )
+    if error["type"] == "missing":
+        return f"key '{key}' is missing"
+    return f"key '{key}': {error['msg'][:1].lower() + error['msg'][1:]}, found {error['input']!r}"
+
+
+def _names_at(schema: type[BaseModel], location: Sequence[str]) -> list[str]:
+    current: type[BaseModel] = schema
+    for part in location:
+        if part in current.model_fields:
+            current = _section(current.model_fields[part].annotation) or current
+    return list(current.model_fields)

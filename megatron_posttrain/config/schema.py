@@ -1,0 +1,165 @@
+"""The configuration: a typed tree. Field descriptions are the documentation; `--help` prints them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class MoeConfig(Section):
+    load_balancing: Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"] = Field(
+        "aux_loss", description="balance over a micro-batch, a sequence, the global batch, or not at all"
+    )
+    aux_loss_coefficient: NonNegativeFloat | None = Field(
+        None, description="weight of the balancing loss; null: what the checkpoint's config says"
+    )
+
+
+class ModelConfig(Section):
+    path: str = Field(description="Hugging Face directory or hub id in the local cache")
+    tokenizer: str | None = Field(None, description="another tokenizer directory; null: the model's")
+    random_init: bool = Field(False, description="start from random weights, read only the config")
+    implementation: Literal["auto", "torch", "transformer_engine"] = Field(
+        "auto", description="layer modules; auto: Transformer Engine on CUDA when installed, else torch"
+    )
+    recompute: Literal["none", "selective", "full"] = Field("none", description="activation recomputation")
+    moe: MoeConfig = Field(default_factory=MoeConfig, description="mixture of experts")
+
+
+class ParallelConfig(Section):
+    tensor: PositiveInt = Field(1, description="tensor parallel ranks")
+    pipeline: PositiveInt = Field(1, description="pipeline stages")
+    virtual_pipeline: PositiveInt | None = Field(None, description="model chunks a stage (interleaved)")
+    context: PositiveInt = Field(1, description="context parallel ranks")
+    expert: PositiveInt = Field(1, description="expert parallel ranks")
+    expert_tensor: PositiveInt = Field(1, description="tensor parallel ranks inside an expert")
+    sequence: bool = Field(True, description="sequence parallelism; takes effect where tensor > 1")
+
+
+class PrecisionConfig(Section):
+    dtype: Literal["fp32", "bf16"] = Field("bf16", description="of weights and activations; main weights are fp32")
+    fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = Field(
+        None, description="FP8 recipe; needs Transformer Engine"
+    )
+
+
+class DataConfig(Section):
+    train: str | list[str] = Field(description="JSONL file(s), or any `datasets` source")
+    validation: str | list[str] | None = Field(None, description="as `train`; null: no validation")
+    sequence_length: PositiveInt = Field(2048, description="tokens of a packed row; RL: of a micro-batch row")
+    packing: bool = Field(True, description="several conversations a row, without attention across them")
+    overlong: Literal["drop", "truncate"] = Field(
+        "drop", description="what to do with a conversation longer than sequence_length; counted and reported"
+    )
+
+
+class OptimizerConfig(Section):
+    lr: PositiveFloat = Field(1e-5, description="peak learning rate")
+    min_lr: NonNegativeFloat = Field(0.0, description="learning rate at the end of the schedule")
+    warmup_steps: NonNegativeInt = Field(0, description="steps of linear warm-up")
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: NonNegativeFloat = 0.1
+    clip_grad: NonNegativeFloat = Field(1.0, description="global gradient norm; 0: no clipping")
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    epsilon: PositiveFloat = 1e-8
+
+
+class TrainingConfig(Section):
+    steps: PositiveInt | None = Field(None, description="optimizer steps (RL: rollout steps); null: from epochs")
+    epochs: PositiveFloat | None = Field(None, description="passes over the data; null: from steps")
+    global_batch_size: PositiveInt = Field(32, description="rows an optimizer step; RL: samples")
+    micro_batch_size: PositiveInt = Field(1, description="rows a forward pass of one data parallel rank")
+    seed: NonNegativeInt = 0
+
+
+class LoraConfig(Section):
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    dropout: Fraction = 0.0
+    targets: list[str] = Field(default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"])
+
+
+class CheckpointConfig(Section):
+    every: PositiveInt | None = Field(None, description="steps between checkpoints; null: only on a stop signal")
+    keep: PositiveInt = Field(2, description="newest checkpoints kept")
+    resume: Literal["auto", "never"] = Field("auto", description="auto: from the newest whole checkpoint of `output`")
+
+
+class LoggingConfig(Section):
+    every: PositiveInt = Field(1, description="steps between progress lines")
+    tensorboard: bool = True
+
+
+class RolloutConfig(Section):
+    prompts_per_step: PositiveInt = 32
+    samples_per_prompt: PositiveInt = 8
+    max_tokens: PositiveInt = Field(1024, description="of a response")
+    temperature: PositiveFloat = 1.0
+    tensor: PositiveInt = Field(1, description="tensor parallel ranks of a vLLM engine")
+    kv_cache_gib: PositiveFloat | None = Field(None, description="cache of one engine rank, GiB; null: 0.25 on CPU, sized by vLLM on CUDA")
+    gpu_memory_fraction: Fraction = Field(0.5, description="of a GPU, for vLLM weights and cache")
+    proof_tolerance: PositiveFloat | None = Field(
+        None, description="largest canary log-prob difference after a refit; null: 1e-3 in fp32, 0.25 (mean) in bf16"
+    )
+
+
+class RewardConfig(Section):
+    name: str
+    weight: float = 1.0
+    file: str | None = Field(None, description="Python file that defines it with @reward(name)")
+
+
+class SftAlgorithm(Section):
+    pass
+
+
+class GrpoAlgorithm(Section):
+    clip_low: PositiveFloat = Field(0.2, description="ratio is clipped at 1 - clip_low")
+    clip_high: PositiveFloat = Field(0.2, description="ratio is clipped at 1 + clip_high")
+    dual_clip: PositiveFloat | None = Field(None, description="lower bound c * A for negative advantages")
+    ratio_level: Literal["token", "sequence"] = Field("token", description="sequence: GSPO")
+    aggregation: Literal["token", "sequence", "constant"] = "token"
+    normalize_std: bool = Field(True, description="divide advantages by the group's standard deviation")
+    leave_one_out: bool = Field(False, description="baseline from the group's other samples")
+    importance_cap: PositiveFloat | None = Field(None, description="truncated importance sampling cap; null: off")
+    kl_coefficient: NonNegativeFloat = Field(0.0, description="weight of the KL to the starting model")
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+
+
+class Config(Section):
+    model: ModelConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
+    data: DataConfig
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    lora: LoraConfig | None = None
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    output: str = Field(description="directory that the run writes")
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.output)
+
+
+class SftConfig(Config):
+    algorithm: SftAlgorithm = Field(default_factory=SftAlgorithm)
+
+
+class GrpoConfig(Config):
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    rewards: list[RewardConfig] = Field(default_factory=lambda: [RewardConfig(name="math")])
+    algorithm: GrpoAlgorithm = Field(default_factory=GrpoAlgorithm)
+
+
+CONFIGS: dict[str, type[Config]] = {"sft": SftConfig, "grpo": GrpoConfig, "score": SftConfig}

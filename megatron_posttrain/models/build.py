@@ -1,0 +1,203 @@
+"""An Architecture to megatron-core's config and this rank's model chunks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from megatron_posttrain.config.schema import ModelConfig, PrecisionConfig
+from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.models.rope import concentration, inverse_frequencies
+from megatron_posttrain.models.spec import block_spec
+from megatron_posttrain.parallel.layout import Layout
+from megatron_posttrain.platform import platform
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def use_transformer_engine(model: ModelConfig) -> bool:
+    return model.implementation != "torch" and platform().has_transformer_engine()
+
+
+def padded_vocabulary(arch: Architecture, tensor: int) -> int:
+    """Rows of the embedding: the vocabulary, rounded up to a multiple of the tensor parallel size."""
+    return math.ceil(arch.vocab_size / tensor) * tensor
+
+
+def transformer_config(
+    arch: Architecture, layout: Layout, model: ModelConfig, precision: PrecisionConfig
+) -> Any:
+    """megatron-core's TransformerConfig (MLATransformerConfig where `arch.mla`)."""
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+    options = _sizes(arch) | _parallelism(layout, precision) | _fusions(use_transformer_engine(model))
+    if arch.moe is not None:
+        options |= _experts(arch, model, use_transformer_engine(model))
+    if model.recompute == "full":
+        options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif model.recompute == "selective":
+        options |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    if precision.fp8 is not None:
+        options |= {"fp8": "hybrid", "fp8_recipe": precision.fp8}
+    if arch.mla is not None:
+        return MLATransformerConfig(**options | _latent_attention(arch))
+    config = TransformerConfig(**options)
+    factor = concentration(arch.rope)
+    if factor != 1.0:
+        # Read by attention through these names: 0.1 * mscale * ln(scale) + 1.
+        config.yarn_rotary_scaling_factor = arch.rope.factor
+        config.yarn_mscale = (factor - 1.0) / (0.1 * math.log(arch.rope.factor))
+        config.yarn_mscale_all_dim = 0.0
+    return config
+
+
+def build_model(
+    arch: Architecture, layout: Layout, model: ModelConfig, precision: PrecisionConfig
+) -> tuple[list[torch.nn.Module], Any]:
+    """This rank's chunks (one, or `virtual_pipeline`) with uninitialised or random weights, and their config."""
+    from megatron.core import parallel_state as ps
+    from megatron.core.models.gpt import GPTModel
+
+    with platform().megatron():
+        config = transformer_config(arch, layout, model, precision)
+        config.perform_initialization = model.random_init
+        chunks = []
+        for index in range(layout.chunks):
+            stage = index if layout.virtual_pipeline else None
+            chunk = GPTModel(
+                config,
+                block_spec(config, arch, use_transformer_engine(model), stage),
+                vocab_size=padded_vocabulary(arch, layout.tensor),
+                max_sequence_length=arch.max_position,
+                pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+                post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+                share_embeddings_and_output_weights=arch.tied_embeddings,
+                position_embedding_type="rope",
+                rotary_base=arch.rope.base,
+                vp_stage=stage,
+            )
+            if arch.mla is None:
+                frequencies = inverse_frequencies(arch.rope, arch.head_dim)
+                chunk.rotary_pos_emb.inv_freq = frequencies.to(platform().device)
+            chunks.append(chunk.to(platform().device))
+    return chunks, config
+
+
+def _sizes(arch: Architecture) -> dict[str, Any]:
+    from megatron.core.activations import quick_gelu
+
+    options: dict[str, Any] = {
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "num_attention_heads": arch.num_heads,
+        "num_query_groups": arch.num_query_groups,
+        "kv_channels": arch.head_dim,
+        # A model whose every layer has experts still needs a dense width.
+        "ffn_hidden_size": arch.ffn_size or (arch.moe.expert_ffn_size if arch.moe else 0),
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": arch.norm_epsilon,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": arch.attention_output_bias or arch.mlp_bias,
+        "add_qkv_bias": arch.qkv_bias,
+        "qk_layernorm": arch.qk_norm or arch.mla is not None,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "attention_softmax_in_fp32": True,
+    }
+    if arch.attention_sinks:
+        options["softmax_type"] = "learnable"
+    if arch.sliding_window is not None:
+        options["window_size"] = (arch.sliding_window - 1, 0)
+        options["window_attn_skip_freq"] = [int(n in arch.sliding_layers) for n in range(arch.num_layers)]
+    if arch.activation == "gpt_oss_glu":
+        options |= {
+            "activation_func": quick_gelu,
+            "glu_linear_offset": 1.0,
+            "activation_func_clamp_value": 7.0,
+        }
+    return options
+
+
+def _parallelism(layout: Layout, precision: PrecisionConfig) -> dict[str, Any]:
+    dtype = DTYPES[precision.dtype]
+    return {
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": layout.virtual_pipeline,
+        "context_parallel_size": layout.context,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.expert_tensor,
+        "sequence_parallel": layout.sequence_parallel,
+        "pipeline_dtype": dtype,
+        "params_dtype": dtype,
+        "bf16": precision.dtype == "bf16",
+        # Micro-batches are packed rows of different lengths.
+        "variable_seq_lengths": layout.pipeline > 1,
+        "use_cpu_initialization": False,
+    }
+
+
+def _fusions(transformer_engine: bool) -> dict[str, Any]:
+    return {
+        "bias_activation_fusion": transformer_engine,
+        "apply_rope_fusion": transformer_engine,
+        "bias_dropout_fusion": transformer_engine,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "gradient_accumulation_fusion": False,  # needs apex
+    }
+
+
+def _experts(arch: Architecture, model: ModelConfig, transformer_engine: bool) -> dict[str, Any]:
+    moe = arch.moe
+    assert moe is not None
+    balancing = model.moe.load_balancing
+    coefficient = model.moe.aux_loss_coefficient
+    coefficient = moe.aux_loss_coefficient if coefficient is None else coefficient
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_router_topk": moe.top_k,
+        "moe_ffn_hidden_size": moe.expert_ffn_size,
+        "moe_layer_freq": [int(arch.is_moe_layer(n)) for n in range(arch.num_layers)],
+        "moe_shared_expert_intermediate_size": moe.shared_ffn_size or None,
+        "moe_shared_expert_gate": moe.shared_gate,
+        "moe_router_score_function": moe.score_function,
+        # Softmax over the chosen logits equals softmax over all of them, renormalised over the chosen.
+        "moe_router_pre_softmax": moe.score_function == "softmax" and not moe.normalize_top_k,
+        "moe_router_num_groups": moe.num_groups,
+        "moe_router_group_topk": moe.top_k_groups,
+        "moe_router_topk_scaling_factor": moe.scaling_factor if moe.scaling_factor != 1.0 else None,
+        "moe_router_enable_expert_bias": moe.correction_bias,
+        "moe_router_bias_update_rate": 0.0,  # post-training keeps the checkpoint's biases
+        "moe_router_load_balancing_type": balancing if coefficient else "none",
+        "moe_aux_loss_coeff": coefficient if balancing != "none" else 0.0,
+        "moe_router_dtype": "fp32",  # in bf16 experts flip between trainer and engine
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": transformer_engine,
+        "moe_permute_fusion": transformer_engine,
+    }
+
+
+def _latent_attention(arch: Architecture) -> dict[str, Any]:
+    mla, rope = arch.mla, arch.rope
+    assert mla is not None
+    scaled = rope if rope.scaling == "yarn" else replace(rope, factor=1.0, mscale=1.0, mscale_all_dim=0.0)
+    return {
+        "q_lora_rank": mla.q_rank,
+        "kv_lora_rank": mla.kv_rank,
+        "qk_head_dim": mla.qk_nope_dim,
+        "qk_pos_emb_head_dim": mla.qk_rope_dim,
+        "v_head_dim": mla.v_dim,
+        "rope_type": "yarn" if rope.scaling == "yarn" else "rope",
+        "rotary_base": rope.base,
+        "rotary_scaling_factor": scaled.factor,
+        "original_max_position_embeddings": rope.original_max_position or arch.max_position,
+        "beta_fast": rope.beta_fast,
+        "beta_slow": rope.beta_slow,
+        "mscale": scaled.mscale,
+        "mscale_all_dim": scaled.mscale_all_dim,
+    }

@@ -1,0 +1,52 @@
+"""Context parallelism's view of a packed micro-batch: which tokens are this rank's, and back again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def local_index(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
+    """[t / size] positions of this rank's tokens: chunks `rank` and `2 * size - 1 - rank` of every sequence.
+
+    Each sequence's length must be a multiple of 2 * size. Two chunks balance causal attention's work.
+    """
+    bounds = cu_seqlens.tolist()
+    parts = []
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        chunk = (end - start) // (2 * size)
+        for number in (rank, 2 * size - 1 - rank):
+            parts.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
+    return torch.cat(parts)
+
+
+def gather_tokens(local: Tensor, cu_seqlens: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[t / size] of every rank -> [t] in natural order, differentiable.
+
+    Every rank goes on to compute the same loss of all t values, so the gradient of a rank's own part is
+    already whole: backward takes it and sums nothing.
+    """
+    if group.size() == 1:
+        return local
+    index = torch.cat([local_index(cu_seqlens, r, group.size()) for r in range(group.size())])
+    return _Gather.apply(local, torch.argsort(index).to(local.device), group)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.size, ctx.rank = group.size(), group.rank()
+        ctx.save_for_backward(order)
+        out = local.new_empty(group.size() * local.shape[0])
+        dist.all_gather_into_tensor(out, local.contiguous(), group=group)
+        return out[order]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        gathered = torch.empty_like(grad)
+        gathered[order] = grad
+        return gathered.chunk(ctx.size)[ctx.rank], None, None

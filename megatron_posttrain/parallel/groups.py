@@ -1,0 +1,111 @@
+"""torch.distributed and megatron-core's process groups, made here and nowhere else."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megatron_posttrain.parallel.layout import Layout
+from megatron_posttrain.platform import platform
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # first steps compile kernels; a hang still ends
+
+
+def start_distributed() -> None:
+    """Joins torchrun's job, or makes a world of one process. Idempotent."""
+    if dist.is_initialized():
+        return
+    device = platform()
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    device.initialize(int(os.environ.get("LOCAL_RANK", "0")))
+    # MASTER_PORT names the rendezvous of this job; 0 as a timeout would wait for ever.
+    dist.init_process_group(device.backend, timeout=COLLECTIVE_TIMEOUT)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Where this rank stands in the layout."""
+
+    tensor: int
+    pipeline: int
+    context: int
+    data: int
+    expert: int
+    expert_tensor: int
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The process groups of this rank; a group of one rank is a group all the same."""
+
+    layout: Layout
+    at: Coordinates
+    tensor: ProcessGroup
+    pipeline: ProcessGroup
+    context: ProcessGroup
+    data: ProcessGroup  # without context
+    data_context: ProcessGroup
+    expert: ProcessGroup
+    expert_tensor: ProcessGroup
+
+    @property
+    def last_stage(self) -> bool:
+        return self.at.pipeline == self.layout.pipeline - 1
+
+
+def make_groups(layout: Layout, seed: int) -> Groups:
+    """Initialises megatron-core's parallel state and its random number tracker."""
+    from megatron.core import parallel_state as ps
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    with platform().megatron():
+        ps.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+            context_parallel_size=layout.context,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=layout.expert_tensor,
+        )
+        torch.manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed)
+    at = Coordinates(
+        tensor=ps.get_tensor_model_parallel_rank(),
+        pipeline=ps.get_pipeline_model_parallel_rank(),
+        context=ps.get_context_parallel_rank(),
+        data=ps.get_data_parallel_rank(),
+        expert=ps.get_expert_model_parallel_rank(),
+        expert_tensor=ps.get_expert_tensor_parallel_rank(),
+    )
+    return Groups(
+        layout=layout,
+        at=at,
+        tensor=ps.get_tensor_model_parallel_group(),
+        pipeline=ps.get_pipeline_model_parallel_group(),
+        context=ps.get_context_parallel_group(),
+        data=ps.get_data_parallel_group(),
+        data_context=ps.get_data_parallel_group(with_context_parallel=True),
+        expert=ps.get_expert_model_parallel_group(),
+        expert_tensor=ps.get_expert_tensor_parallel_group(),
+    )
+
+
+def broadcast_object(value: object, source: int = 0) -> object:
+    """Rank `source`'s value in every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]

@@ -1,0 +1,24 @@
+"""Everything that differs between CUDA and CPU. `platform()` is the one of this process."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from megatron_posttrain.platform.base import Platform
+
+
+@functools.cache
+def platform() -> Platform:
+    """CUDA where a GPU is visible, else CPU."""
+    if torch.cuda.is_available():
+        from megatron_posttrain.platform.cuda import CudaPlatform
+
+        return CudaPlatform()
+    from megatron_posttrain.platform.cpu import CpuPlatform
+
+    return CpuPlatform()
+
+
+__all__ = ["Platform", "platform"]

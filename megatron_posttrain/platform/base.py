@@ -1,0 +1,30 @@
+"""What the rest of the package may ask of a device."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Protocol
+
+import torch
+
+
+class Platform(Protocol):
+    name: str  # "cpu" | "cuda"
+    backend: str  # of torch.distributed
+    device: torch.device
+
+    def initialize(self, local_rank: int) -> None:
+        """Binds the process to its device and sets its threads; before torch.distributed starts."""
+
+    def megatron(self) -> contextlib.AbstractContextManager[None]:
+        """Scope in which stock megatron-core works on this device. Re-entrant, fully undone at its end."""
+
+    def synchronize(self) -> None:
+        """Waits for the device, for timing."""
+
+    def peak_memory_bytes(self) -> int:
+        """Most memory held since `reset_peak_memory`: device memory on CUDA, resident memory on CPU."""
+
+    def reset_peak_memory(self) -> None: ...
+
+    def has_transformer_engine(self) -> bool: ...

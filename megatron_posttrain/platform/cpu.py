@@ -1,0 +1,165 @@
+"""Stock megatron-core 0.16.1 on CPU with gloo.
+
+megatron-core asks torch.cuda for its device, streams and random states, writes `device="cuda"`, and compares
+tensor types with CUDA's. Inside `CpuPlatform.megatron()` such requests are answered with the CPU's own; outside
+it torch is untouched, so that vLLM in the same process sees plain torch. No Megatron code is copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+_ABSENT = object()
+
+
+class CpuPlatform:
+    name = "cpu"
+    backend = "gloo"
+    device = CPU
+
+    def __init__(self) -> None:
+        self._depth = 0
+        # megatron-core's jit_fuser is torch.compile, which starts a C++ compiler on CPU.
+        torch._dynamo.config.disable = True
+
+    def initialize(self, local_rank: int) -> None:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+
+    @contextlib.contextmanager
+    def megatron(self) -> Iterator[None]:
+        if self._depth:
+            yield
+            return
+        self._depth += 1
+        undo: list[tuple[Any, str, Any]] = []
+        try:
+            for owner, name, value in _replacements():
+                undo.append((owner, name, vars(owner).get(name, _ABSENT)))
+                setattr(owner, name, value)
+            with _CudaMeansCpu():
+                yield
+        finally:
+            for owner, name, value in reversed(undo):
+                if value is _ABSENT:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, value)
+            self._depth -= 1
+
+    def synchronize(self) -> None:
+        pass
+
+    def peak_memory_bytes(self) -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def reset_peak_memory(self) -> None:
+        pass  # Linux keeps one high-water mark a process
+
+    def has_transformer_engine(self) -> bool:
+        return False
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, torch.device) and device.type == "cuda"
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Redirects requests for CUDA memory; about one microsecond a torch call."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # distrib_optimizer 361/420/582, clip_grads 167, optimizer 671/690 sort by CUDA type names.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if kwargs:
+            if _is_cuda(kwargs.get("device")):
+                kwargs = kwargs | {"device": CPU}
+            if kwargs.get("pin_memory"):
+                kwargs = kwargs | {"pin_memory": False}
+        if func is torch.Tensor.to and any(_is_cuda(a) for a in args[1:]):
+            args = tuple(CPU if _is_cuda(a) else a for a in args)
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    """A stream or event of a device on which everything has already happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, *args: Any) -> None: ...
+
+    def wait_event(self, *args: Any) -> None: ...
+
+    def wait(self, *args: Any) -> None: ...
+
+    def record(self, *args: Any) -> None: ...
+
+    def record_event(self, *args: Any) -> _Stream:
+        return self
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: _Stream) -> float:
+        return 0.0
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _zero(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+def _splits_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    # moe_utils 1093 converts only CUDA tensors; the all-to-all needs host numbers here as well.
+    return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
+
+
+def _replacements() -> Iterator[tuple[ModuleType | type, str, Any]]:
+    import megatron.core.tensor_parallel.random as megatron_random
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    cuda = torch.cuda
+    yield cuda, "current_device", lambda: CPU
+    yield cuda, "device_count", lambda: 1
+    yield cuda, "Stream", _Stream
+    yield cuda, "Event", _Stream
+    yield cuda, "current_stream", _Stream
+    yield cuda, "default_stream", _Stream
+    yield cuda, "stream", lambda stream: contextlib.nullcontext()
+    for name in ("synchronize", "empty_cache", "set_device", "_lazy_init"):
+        yield cuda, name, _nothing
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
+        yield cuda, name, _zero
+    # The CUDA random state tracker then tracks the CPU generator.
+    yield cuda, "get_rng_state", lambda *a, **k: torch.get_rng_state()
+    yield cuda, "set_rng_state", lambda state, *a, **k: torch.set_rng_state(state)
+    yield cuda, "manual_seed", torch.manual_seed
+    yield cuda, "initial_seed", torch.initial_seed
+    yield cuda, "default_generators", (torch.default_generator,)
+    yield megatron_random, "_get_cuda_rng_state", lambda *a, **k: torch.get_rng_state()
+    yield megatron_random, "_set_cuda_rng_state", lambda state, *a, **k: torch.set_rng_state(state)
+    yield token_dispatcher, "maybe_move_tensor_to_cpu", _splits_to_host
+    yield moe_utils, "maybe_move_tensor_to_cpu", _splits_to_host
+    if not hasattr(moe_utils, "te_general_gemm"):
+        # moe_utils 1192/1225 test a name that only exists with Transformer Engine.
+        yield moe_utils, "te_general_gemm", None

@@ -1,0 +1,213 @@
+"""The training engine: this rank's share of the model, and a step over micro-batches under any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_posttrain.checkpoint.hf import HfReader
+from megatron_posttrain.config.schema import Config
+from megatron_posttrain.data.batch import PackedBatch
+from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.models.build import build_model
+from megatron_posttrain.models.sharded import load_hf
+from megatron_posttrain.parallel.context import gather_tokens, local_index
+from megatron_posttrain.parallel.groups import Groups
+from megatron_posttrain.platform import platform
+from megatron_posttrain.training.optimizer import make_optimizer, wrap_for_data_parallel
+from megatron_posttrain.training.token_logprobs import token_logprobs
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """What the model says of a micro-batch's labels, in natural order whatever the layout."""
+
+    logprobs: Tensor  # [t] fp32, differentiable
+    entropy: Tensor  # [t] fp32, nats
+
+
+Metrics = dict[str, float | Tensor]
+# (output, batch) -> (this micro-batch's share of the step's loss, sums to add up over the global batch)
+LossFunction = Callable[[TokenOutput, PackedBatch], tuple[Tensor, Metrics]]
+
+
+@dataclass
+class StepResult:
+    loss: float
+    grad_norm: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Engine:
+    """Model, optimizer and the forward-backward schedule of one rank.
+
+    Args:
+        train: also make gradient buffers and the optimizer.
+        temperature: log-probs are of softmax(logits / temperature), as the rollout engine samples.
+    """
+
+    def __init__(
+        self, config: Config, arch: Architecture, groups: Groups, *, train: bool = True, temperature: float = 1.0
+    ) -> None:
+        self.config, self.arch, self.groups = config, arch, groups
+        self.temperature = temperature
+        self.modules, self.model_config = build_model(arch, groups.layout, config.model, config.precision)
+        if not config.model.random_init:
+            load_hf(self.modules, arch, HfReader(config.model.path), groups)
+        self.chunks: Sequence[Any] = self.modules
+        self.optimizer: Any = None
+        if train:
+            with platform().megatron():
+                self.chunks = wrap_for_data_parallel(self.modules, self.model_config, config)
+                self.optimizer = make_optimizer(self.chunks, self.model_config, config)
+
+    # ---- a training step -------------------------------------------------------------------------------
+
+    def train_step(self, micro_batches: Sequence[PackedBatch], loss_function: LossFunction, lr: float) -> StepResult:
+        """Forward, backward and optimizer step. Every data parallel rank gives as many micro-batches.
+
+        The losses of all micro-batches of all ranks are summed: `loss_function` divides by the global
+        count, so the result does not depend on the layout.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_mult", 1.0)
+        with platform().megatron():
+            for chunk in self.chunks:
+                chunk.train()
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            outputs = self._schedule(micro_batches, loss_function, forward_only=False)
+            updated, grad_norm, _ = self.optimizer.step()
+        totals = self._total(outputs)
+        if not updated:
+            raise RuntimeError("the optimizer skipped a step: gradients are not finite")
+        return StepResult(totals.pop("loss"), float(grad_norm), totals)
+
+    # ---- log-probabilities -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def logprobs(self, micro_batches: Sequence[PackedBatch]) -> list[TokenOutput]:
+        """Log-probs and entropies [t] of every micro-batch's labels, on every rank of the model's copy."""
+        kept: list[TokenOutput] = []
+
+        def keep(output: TokenOutput, batch: PackedBatch) -> tuple[Tensor, Metrics]:
+            kept.append(output)
+            return output.logprobs.sum(), {}
+
+        with platform().megatron():
+            for chunk in self.chunks:
+                chunk.eval()
+            self._schedule(micro_batches, keep, forward_only=True)
+        return self._from_last_stage(kept, micro_batches)
+
+    def _from_last_stage(self, kept: list[TokenOutput], batches: Sequence[PackedBatch]) -> list[TokenOutput]:
+        group = self.groups.pipeline
+        if group.size() == 1:
+            return kept
+        sizes = [len(b.tokens) for b in batches]
+        if self.groups.last_stage:
+            flat = torch.stack([torch.cat([o.logprobs for o in kept]), torch.cat([o.entropy for o in kept])])
+        else:
+            flat = torch.empty(2, sum(sizes), device=platform().device)
+        dist.broadcast(flat, src=dist.get_global_rank(group, group.size() - 1), group=group)
+        pairs = zip(flat[0].split(sizes), flat[1].split(sizes), strict=True)
+        return [TokenOutput(logprobs, entropy) for logprobs, entropy in pairs]
+
+    # ---- megatron-core's schedules ---------------------------------------------------------------------
+
+    def _schedule(
+        self, batches: Sequence[PackedBatch], loss_function: LossFunction, *, forward_only: bool
+    ) -> list[dict[str, Tensor]]:
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        layout = self.groups.layout
+        rows = max(len(b.tokens) for b in batches)
+        iterators: list[Iterator[PackedBatch]] = [iter(batches) for _ in self.chunks]
+        return get_forward_backward_func()(
+            forward_step_func=partial(self._forward, loss_function, len(batches)),
+            data_iterator=iterators if layout.virtual_pipeline else iterators[0],
+            model=list(self.chunks) if layout.virtual_pipeline else self.chunks[0],
+            num_microbatches=len(batches),
+            seq_length=rows,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _forward(
+        self, loss_function: LossFunction, count: int, batches: Iterator[PackedBatch], model: Any
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Metrics]]]:
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        layout, at = self.groups.layout, self.groups.at
+        batch = next(batches)
+        device = platform().device
+        mine = slice(None)
+        if layout.context > 1:
+            mine = local_index(batch.cu_seqlens, at.context, layout.context)
+        tokens, positions, labels = (x[mine].to(device) for x in (batch.tokens, batch.position_ids, batch.labels))
+        cu_seqlens = batch.cu_seqlens.to(device)
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=batch.max_seqlen,
+            max_seqlen_kv=batch.max_seqlen,
+        )
+        output = model(
+            tokens[None],
+            positions[None],
+            None,
+            packed_seq_params=packed,
+            padding_mask=self._padding_mask(batch, mine, model),
+        )
+        return output, partial(self._loss, loss_function, count, batch, labels)
+
+    def _padding_mask(self, batch: PackedBatch, mine: Any, model: Any) -> Tensor | None:
+        """[1, t] True at padding, which the routers' balancing loss must not count; None without any."""
+        if self.arch.moe is None or not batch.has_padding:
+            return None
+        mask = batch.padding[mine].to(platform().device)
+        layout = self.groups.layout
+        first = getattr(model, "module", model).pre_process
+        if layout.sequence_parallel and not first:
+            # The first stage's model splits the mask over tensor ranks itself, later stages expect it split.
+            mask = mask.chunk(layout.tensor)[self.groups.at.tensor]
+        return mask[None]
+
+    def _loss(
+        self, loss_function: LossFunction, count: int, batch: PackedBatch, labels: Tensor, logits: Tensor
+    ) -> tuple[Tensor, Metrics]:
+        logprobs, entropy = token_logprobs(
+            logits[0], labels, self.arch.vocab_size, self.groups.tensor, self.temperature
+        )
+        context = self.groups.context
+        output = TokenOutput(
+            gather_tokens(logprobs, batch.cu_seqlens, context), gather_tokens(entropy, batch.cu_seqlens, context)
+        )
+        loss, metrics = loss_function(output, batch.to(platform().device))
+        sums = {"loss": loss.detach().clone()} | metrics
+        # Undone later: the schedule multiplies by context ranks and divides by micro-batches, and the
+        # gradient is averaged over data x context ranks. What is left is the sum over all of them.
+        return loss * (count * self.groups.layout.data), sums
+
+    def _total(self, outputs: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Sums over micro-batches and data parallel ranks, known to every rank."""
+        group = self.groups.pipeline
+        names = [sorted(outputs[0])] if outputs else [[]]
+        if group.size() > 1:
+            dist.broadcast_object_list(names, src=dist.get_global_rank(group, group.size() - 1), group=group)
+        flat = torch.zeros(len(names[0]), dtype=torch.float64)
+        for micro_batch in outputs:
+            flat += torch.tensor([float(micro_batch[n]) for n in names[0]], dtype=torch.float64)
+        flat = flat.to(platform().device)
+        if self.groups.last_stage:
+            dist.all_reduce(flat, group=self.groups.data)
+        if group.size() > 1:
+            dist.broadcast(flat, src=dist.get_global_rank(group, group.size() - 1), group=group)
+        return dict(zip(names[0], flat.tolist(), strict=True))

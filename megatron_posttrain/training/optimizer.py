@@ -1,0 +1,64 @@
+"""Data parallel wrapping and megatron-core's distributed AdamW, with what 0.16.1 lacks on torch's own AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron_posttrain.config.schema import Config
+from megatron_posttrain.platform import platform
+
+
+def wrap_for_data_parallel(modules: Sequence[torch.nn.Module], model_config: Any, config: Config) -> list[Any]:
+    """Each chunk in megatron-core's DistributedDataParallel; gradients are kept and summed in fp32."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    overlap = platform().name == "cuda"
+    options = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+        use_distributed_optimizer=True,
+        # Buckets let communication start early; without overlap one bucket is one message.
+        bucket_size=None if not overlap else 40_000_000,
+    )
+    return [
+        # Only the first chunk's buckets of an interleaved pipeline are worth overlapping.
+        DistributedDataParallel(model_config, options, module, disable_bucketing=index > 0)
+        for index, module in enumerate(modules)
+    ]
+
+
+def make_optimizer(chunks: Sequence[Any], model_config: Any, config: Config) -> Any:
+    """AdamW with fp32 main weights, sharded over data parallel ranks; sets the schedule's hooks."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    o = config.optimizer
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=o.lr,
+            min_lr=o.min_lr,
+            weight_decay=o.weight_decay,
+            adam_beta1=o.beta1,
+            adam_beta2=o.beta2,
+            adam_eps=o.epsilon,
+            clip_grad=o.clip_grad or float("inf"),  # 0 would also leave the norm out of the metrics
+            bf16=config.precision.dtype == "bf16",
+            params_dtype=model_config.params_dtype,
+            use_distributed_optimizer=True,
+            overlap_param_gather=platform().name == "cuda",
+        ),
+        list(chunks),
+    )
+    for group in optimizer.param_groups:
+        group["weight_decay"] = o.weight_decay * group.get("wd_mult", 1.0)
+    model_config.finalize_model_grads_func = finalize_model_grads
+    model_config.grad_scale_func = optimizer.scale_loss
+    if platform().name == "cuda":
+        no_sync = [chunk.no_sync for chunk in chunks]
+        model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return optimizer
