@@ -49,6 +49,7 @@ class MixtureOfExperts:
     shared_ffn_size: int = 0  # all shared experts together; 0: none
     shared_gate: bool = False  # sigmoid gate on the shared expert's output (Qwen2-MoE)
     first_dense_layers: int = 0  # leading layers with a dense MLP
+    dense_layers: tuple[int, ...] = ()  # further layers with a dense MLP, numbered from 0
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     normalize_top_k: bool = True  # divide the chosen probabilities by their sum
     softmax_after_top_k: bool = False  # softmax over the chosen logits only (Mixtral-like, gpt-oss)
@@ -70,7 +71,7 @@ class Architecture:
     num_heads: int
     num_query_groups: int
     head_dim: int
-    ffn_size: int  # dense MLP; 0 where every layer is a mixture of experts
+    ffn_size: int  # dense MLP; without effect where every layer is a mixture of experts
     vocab_size: int
     max_position: int
     norm_epsilon: float = 1e-6
@@ -90,7 +91,8 @@ class Architecture:
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer number `layer` (from 0) has experts."""
-        return self.moe is not None and layer >= self.moe.first_dense_layers
+        moe = self.moe
+        return moe is not None and layer >= moe.first_dense_layers and layer not in moe.dense_layers
 
     @property
     def query_size(self) -> int:

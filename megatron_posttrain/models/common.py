@@ -1,0 +1,243 @@
+"""What the families share: reading a config, and the tables of Llama-like blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_posttrain.errors import UserError, nearest
+from megatron_posttrain.models.architecture import Architecture, HfConfig, Rope
+from megatron_posttrain.models.weights import QKV, GatedMLP, Mapping, Replicated, Row, Vocabulary
+
+LAYER = "decoder.layers.*."
+HF_LAYER = "model.layers.*."
+
+
+def need(config: HfConfig, *keys: str) -> Any:
+    """The value of the first of `keys` (one field, by its old and new names) that the config has."""
+    for key in keys:
+        if config.get(key) is not None:
+            return config[key]
+    raise UserError(f"config.json lacks '{keys[0]}'{nearest(keys[0], config)}")
+
+
+def require(config: HfConfig, key: str, allowed: Sequence[Any], default: Any) -> None:
+    """Refuses a config whose `key` asks for something that no model of ours does."""
+    if (found := config.get(key, default)) not in allowed:
+        choices = " or ".join(repr(choice) for choice in allowed)
+        raise UserError(f"config.json: {key} is {found!r}; supported: {choices}")
+
+
+def rope(config: HfConfig, default_base: float = 10_000.0) -> Rope:
+    """Either style: `rope_theta` and `rope_scaling`, or `rope_parameters` of transformers 5."""
+    values = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = values.get("rope_type", values.get("type", "default"))
+    base = float(values.get("rope_theta") or config.get("rope_theta") or default_base)
+    if kind not in ("default", "yarn", "llama3", "linear"):
+        raise UserError(f"config.json: rope type {kind!r}; supported: default, linear, llama3, yarn")
+    if values.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise UserError("config.json: partial_rotary_factor other than 1.0 is not supported")
+    if kind == "default":
+        return Rope(base=base)
+    original = values.get("original_max_position_embeddings") or need(config, "max_position_embeddings")
+    factor = values.get("factor") or need(config, "max_position_embeddings") / original
+    if kind == "linear":
+        return Rope(base=base, scaling="linear", factor=float(factor))
+    if kind == "llama3":
+        return Rope(
+            base=base,
+            scaling="llama3",
+            factor=float(factor),
+            original_max_position=original,
+            low_freq_factor=float(values.get("low_freq_factor", 1.0)),
+            high_freq_factor=float(values.get("high_freq_factor", 4.0)),
+        )
+    both = bool(values.get("mscale") and values.get("mscale_all_dim"))  # else transformers ignores them
+    return Rope(
+        base=base,
+        scaling="yarn",
+        factor=float(factor),
+        original_max_position=original,
+        beta_fast=float(values.get("beta_fast") or 32.0),
+        beta_slow=float(values.get("beta_slow") or 1.0),
+        mscale=float(values["mscale"]) if both else 1.0,
+        mscale_all_dim=float(values["mscale_all_dim"]) if both else 0.0,
+        attention_factor=values.get("attention_factor"),
+        truncate=bool(values.get("truncate", True)),
+    )
+
+
+def rope_parameters(rope: Rope) -> dict[str, Any]:
+    """The `rope_parameters` of a config, of transformers 5."""
+    values: dict[str, Any] = {"rope_type": rope.scaling or "default", "rope_theta": rope.base}
+    if rope.scaling is None:
+        return values
+    values["factor"] = rope.factor
+    if rope.scaling == "linear":
+        return values
+    values["original_max_position_embeddings"] = rope.original_max_position
+    if rope.scaling == "llama3":
+        return values | {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    values |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
+    if rope.mscale_all_dim:
+        values |= {"mscale": rope.mscale, "mscale_all_dim": rope.mscale_all_dim}
+    if rope.attention_factor is not None:
+        values["attention_factor"] = rope.attention_factor
+    return values
+
+
+def base_architecture(config: HfConfig, family: str, **fields: Any) -> Architecture:
+    """The fields that all families read alike; `fields` are those that the family reads itself."""
+    require(config, "hidden_act", ("silu", "swish"), "silu")
+    heads = need(config, "num_attention_heads")
+    hidden = need(config, "hidden_size")
+    values: dict[str, Any] = {
+        "family": family,
+        "num_layers": need(config, "num_hidden_layers"),
+        "hidden_size": hidden,
+        "num_heads": heads,
+        "num_query_groups": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or hidden // heads,
+        "ffn_size": need(config, "intermediate_size"),
+        "vocab_size": need(config, "vocab_size"),
+        "max_position": need(config, "max_position_embeddings"),
+        "norm_epsilon": float(config.get("rms_norm_eps", 1e-6)),
+        "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
+    }
+    if "rope" not in fields:
+        values["rope"] = rope(config)
+    return Architecture(**(values | fields))
+
+
+def base_config(arch: Architecture, source: HfConfig | None, **fields: Any) -> HfConfig:
+    """The config of `arch`: `source` with the fields that describe the architecture written anew."""
+    config: HfConfig = dict(source or {})
+    config |= {
+        "num_hidden_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "num_attention_heads": arch.num_heads,
+        "num_key_value_heads": arch.num_query_groups,
+        "head_dim": arch.head_dim,
+        "intermediate_size": arch.ffn_size,
+        "vocab_size": arch.vocab_size,
+        "max_position_embeddings": arch.max_position,
+        "rms_norm_eps": arch.norm_epsilon,
+        "tie_word_embeddings": arch.tied_embeddings,
+        "hidden_act": "silu",
+    }
+    for old_style in ("rope_theta", "rope_scaling"):
+        config.pop(old_style, None)
+    return config | {"rope_parameters": rope_parameters(arch.rope)} | fields
+
+
+def sliding_layers(config: HfConfig, enabled: bool, first: int) -> dict[str, Any]:
+    """Fields of the architecture for Qwen's and Mistral's sliding window (tokens)."""
+    window = config.get("sliding_window")
+    if not enabled or not window:
+        return {}
+    count = need(config, "num_hidden_layers")
+    types = config.get("layer_types")
+    layers = (
+        tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
+        if types
+        else tuple(range(first, count))
+    )
+    return {"sliding_window": window, "sliding_layers": layers} if layers else {}
+
+
+def embeddings(arch: Architecture) -> list[Mapping]:
+    """Word embeddings, final norm and, when it is a tensor of its own, the output layer."""
+    shape = (arch.vocab_size, arch.hidden_size)
+    return [
+        Vocabulary("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), (shape,)),
+    ]
+
+
+def output(arch: Architecture) -> list[Mapping]:
+    norm = Replicated("decoder.final_layernorm.weight", ("model.norm.weight",), ((arch.hidden_size,),))
+    if arch.tied_embeddings:
+        return [norm]
+    head = Vocabulary("output_layer.weight", ("lm_head.weight",), ((arch.vocab_size, arch.hidden_size),))
+    return [norm, head]
+
+
+def layer_norms(arch: Architecture, layer: str = LAYER) -> list[Mapping]:
+    shape = ((arch.hidden_size,),)
+    return [
+        Replicated(f"{layer}input_layernorm.weight", (f"{HF_LAYER}input_layernorm.weight",), shape),
+        Replicated(
+            f"{layer}pre_mlp_layernorm.weight", (f"{HF_LAYER}post_attention_layernorm.weight",), shape
+        ),
+    ]
+
+
+def attention(arch: Architecture, layer: str = LAYER) -> list[Mapping]:
+    """Grouped-query attention, with biases and query-key norms where the architecture has them."""
+    ours, theirs = f"{layer}self_attention.", f"{HF_LAYER}self_attn."
+    widths = (arch.query_size, arch.key_value_size, arch.key_value_size)
+    projections = tuple(f"{theirs}{letter}_proj." for letter in "qkv")
+
+    def qkv(kind: str, rest: tuple[int, ...]) -> Mapping:
+        names = tuple(name + kind for name in projections)
+        shapes = tuple((width, *rest) for width in widths)
+        return QKV(f"{ours}linear_qkv.{kind}", names, shapes, groups=arch.num_query_groups)
+
+    table = [qkv("weight", (arch.hidden_size,))]
+    if arch.qkv_bias:
+        table.append(qkv("bias", ()))
+    shape = (arch.hidden_size, arch.query_size)
+    table.append(Row(f"{ours}linear_proj.weight", (f"{theirs}o_proj.weight",), (shape,)))
+    if arch.attention_output_bias:
+        table.append(Replicated(f"{ours}linear_proj.bias", (f"{theirs}o_proj.bias",), ((arch.hidden_size,),)))
+    if arch.qk_norm:
+        table += [
+            Replicated(f"{ours}{x}_layernorm.weight", (f"{theirs}{x}_norm.weight",), ((arch.head_dim,),))
+            for x in "qk"
+        ]
+    return table
+
+
+def gated_mlp(
+    ours: str,
+    theirs: str,
+    hidden: int,
+    ffn: int,
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    bias: bool = False,
+) -> list[Mapping]:
+    """A gated MLP whose modules are called `ours` + linear_fc1 and `theirs` + `names` (gate, up, down)."""
+    gate, up, down = (f"{theirs}{name}." for name in names)
+    table: list[Mapping] = [
+        GatedMLP(f"{ours}linear_fc1.weight", (f"{gate}weight", f"{up}weight"), ((ffn, hidden),) * 2),
+        Row(f"{ours}linear_fc2.weight", (f"{down}weight",), ((hidden, ffn),)),
+    ]
+    if bias:
+        table += [
+            GatedMLP(f"{ours}linear_fc1.bias", (f"{gate}bias", f"{up}bias"), ((ffn,),) * 2),
+            Replicated(f"{ours}linear_fc2.bias", (f"{down}bias",), ((hidden,),)),
+        ]
+    return table
+
+
+def dense_mlp(arch: Architecture, layer: str = LAYER) -> list[Mapping]:
+    return gated_mlp(f"{layer}mlp.", f"{HF_LAYER}mlp.", arch.hidden_size, arch.ffn_size, bias=arch.mlp_bias)
+
+
+def router(arch: Architecture, name: str = "mlp.gate.", layer: str = LAYER) -> Mapping:
+    assert arch.moe is not None
+    shape = (arch.moe.num_experts, arch.hidden_size)
+    return Replicated(f"{layer}mlp.router.weight", (f"{HF_LAYER}{name}weight",), (shape,))
+
+
+def experts(
+    arch: Architecture, layer: str = LAYER, theirs: str = "mlp.experts.*.", **options: Any
+) -> list[Mapping]:
+    """The experts of a layer; for `on(..., experts=arch.moe.num_experts)`."""
+    assert arch.moe is not None
+    ours = f"{layer}mlp.experts.local_experts.*."
+    return gated_mlp(ours, HF_LAYER + theirs, arch.hidden_size, arch.moe.expert_ffn_size, **options)
+
+
+def layers(arch: Architecture, moe: bool) -> list[int]:
+    """Numbers of the layers with experts, or of those with a dense MLP."""
+    return [layer for layer in range(arch.num_layers) if arch.is_moe_layer(layer) == moe]

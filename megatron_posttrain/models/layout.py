@@ -1,0 +1,125 @@
+"""How a Hugging Face directory arranges the tensors of the weight table.
+
+The tables name one tensor per expert and projection. Newer `transformers` can also write one 3-D tensor
+for all experts of a layer; a family lists those as `Fusion`s. A `Layout` turns the names of the table
+into places inside the tensors on disk, the same way for reading and for writing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_posttrain.models.weights import Read, Shape, TensorPlan, numbered
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """One tensor on disk that holds `parts` of the table, for every expert where they have experts.
+
+    Of parts [out, in] it is [experts, parts * out, in], the parts one after the other; `interleaved`: row
+    by row in turns; `transposed`: [experts, in, parts * out].
+    """
+
+    hf: str
+    parts: tuple[str, ...]
+    interleaved: bool = False
+    transposed: bool = False
+
+    def shape(self, part: Shape, experts: int | None) -> Shape:
+        whole = (part[0] * len(self.parts), *part[1:])
+        whole = whole[::-1] if self.transposed else whole
+        return whole if experts is None else (experts, *whole)
+
+
+class Place(NamedTuple):
+    """Where a tensor of the table lies inside the tensor `name` on disk."""
+
+    name: str
+    fusion: Fusion | None = None
+    part: int = 0
+    expert: int | None = None
+
+    def view(self, tensor: Any) -> Any:
+        """The table's tensor as a view of `tensor`, the one on disk."""
+        if self.fusion is None:
+            return tensor
+        if self.expert is not None:
+            tensor = tensor[self.expert]
+        if self.fusion.transposed:
+            tensor = tensor.transpose(0, -1)
+        count = len(self.fusion.parts)
+        if self.fusion.interleaved:
+            return tensor[self.part :: count]
+        rows = tensor.shape[0] // count
+        return tensor[self.part * rows : (self.part + 1) * rows]
+
+
+class Layout:
+    """The tensors on disk: `shapes` by name, in the order of the model, and `dtypes` where fixed."""
+
+    def __init__(self, plans: Iterable[TensorPlan], fusions: Sequence[Fusion] = ()) -> None:
+        self.shapes: dict[str, Shape] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.places: dict[str, Place] = {}
+        self.copies: dict[str, tuple[str, ...]] = {}
+        by_part = {part: (fusion, number) for fusion in fusions for number, part in enumerate(fusion.parts)}
+        for plan in plans:
+            mapping = plan.mapping
+            for pattern, name, shape in zip(mapping.hf, plan.hf, mapping.shapes, strict=True):
+                place = Place(name)
+                if pattern in by_part:
+                    fusion, part = by_part[pattern]
+                    layer = None if plan.layer is None else plan.layer + mapping.hf_layer_offset
+                    place = Place(numbered(fusion.hf, layer, None), fusion, part, plan.expert)
+                    shape = fusion.shape(shape, mapping.experts)
+                self.places[name] = place
+                for stored in (place.name, *mapping.copies):
+                    self.shapes[stored] = shape
+                    if mapping.dtype is not None:
+                        self.dtypes[stored] = mapping.dtype
+            if mapping.copies:
+                self.copies[plan.hf[0]] = mapping.copies
+
+    def reader(self, get: Callable[[str], Any]) -> Read:
+        """Reads the table's tensors through `get`, which gives those on disk (lazily)."""
+
+        def read(name: str) -> Any:
+            place = self.places[name]
+            return place.view(get(place.name))
+
+        return read
+
+    def assemble(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors on disk from the table's, which come in any order.
+
+        Holds the fused tensors that are not yet complete, and nothing else.
+        """
+        pending: dict[str, Tensor] = {}
+        left: dict[str, int] = {}
+        for name, tensor in tensors:
+            place = self.places[name]
+            if place.fusion is None:
+                yield place.name, tensor
+                for copy in self.copies.get(name, ()):
+                    yield copy, tensor
+                continue
+            if place.name not in pending:
+                shape = self.shapes[place.name]
+                pending[place.name] = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+                left[place.name] = len(place.fusion.parts) * (1 if place.expert is None else shape[0])
+            place.view(pending[place.name]).copy_(tensor)
+            left[place.name] -= 1
+            if not left[place.name]:
+                yield place.name, pending.pop(place.name)
+        if pending:
+            raise ValueError(f"incomplete fused tensors: {', '.join(sorted(pending))}")
+
+
+def has_fused(names: Collection[str], fusions: Sequence[Fusion], layers: Iterable[int]) -> bool:
+    """Whether the directory with tensors `names` uses `fusions` in any of `layers`."""
+    return any(numbered(fusion.hf, layer, None) in names for layer in layers for fusion in fusions)

@@ -1,0 +1,207 @@
+"""Two-way weight mappings: a Megatron parameter on the left, Hugging Face tensors on the right.
+
+A mapping says of which slices of which Hugging Face tensors one tensor-parallel shard consists
+(`segments`); reading (`split`) and writing (`join`) both follow from that one description.
+Megatron names are those of megatron-core's local layer spec with one module per expert; `*` stands for
+the layer number and then for the expert number, both global and from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+Read = Callable[[str], Any]  # Hugging Face name -> tensor, or anything that is sliced like one
+
+
+class Segment(NamedTuple):
+    """[start, stop) of Hugging Face tensor number `source` along the split dimension; None: zeros."""
+
+    source: int | None
+    start: int
+    stop: int
+
+
+def even_range(length: int, rank: int, size: int) -> tuple[int, int]:
+    """[start, stop) of part `rank` of `length` cut in `size` equal parts."""
+    if length % size:
+        raise ValueError(f"{length} is not divisible by a tensor-parallel size of {size}")
+    return rank * length // size, (rank + 1) * length // size
+
+
+def padded_vocab_size(vocab_size: int, tensor_size: int) -> int:
+    """The vocabulary with the zero rows that tensor parallelism needs, a multiple of `tensor_size`."""
+    return -(-vocab_size // tensor_size) * tensor_size
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """One Megatron parameter (per layer and expert) and the Hugging Face tensors that it is made of."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    shapes: tuple[Shape, ...]  # of the Hugging Face tensors
+    layers: tuple[int, ...] | None = None  # the layers that have it; None: it is not in a layer
+    experts: int | None = None
+    hf_layer_offset: int = 0
+    dtype: torch.dtype | None = None  # on disk, where it is not the model's
+    copies: tuple[str, ...] = ()  # further Hugging Face names under which the (only) tensor is stored
+    dim: ClassVar[int] = 0
+
+    def segments(self, rank: int, size: int) -> list[Segment]:
+        raise TypeError(f"{type(self).__name__} does not say how it is split")
+
+    def local_shape(self, size: int) -> Shape:
+        """Shape of one shard of `size`."""
+        shape = list(self.shapes[0])
+        shape[self.dim] = sum(segment.stop - segment.start for segment in self.segments(0, size))
+        return tuple(shape)
+
+
+class Replicated(Mapping):
+    """The same on every tensor-parallel rank."""
+
+    def segments(self, rank: int, size: int) -> list[Segment]:
+        return [Segment(0, 0, self.shapes[0][0])]
+
+
+class Column(Mapping):
+    """Output features (dimension 0) split over tensor parallelism."""
+
+    def segments(self, rank: int, size: int) -> list[Segment]:
+        return [Segment(0, *even_range(self.shapes[0][self.dim], rank, size))]
+
+
+class Row(Column):
+    """Input features (dimension 1) split over tensor parallelism."""
+
+    dim = 1
+
+
+class Vocabulary(Mapping):
+    """Rows of the vocabulary split over tensor parallelism, after padding with zero rows."""
+
+    def segments(self, rank: int, size: int) -> list[Segment]:
+        rows = self.shapes[0][0]
+        start, stop = even_range(padded_vocab_size(rows, size), rank, size)
+        real = Segment(0, min(start, rows), min(stop, rows))
+        return [real, Segment(None, 0, stop - start - (real.stop - real.start))]
+
+
+class GatedMLP(Mapping):
+    """Gate and up projections: every shard is its slice of the gate above its slice of the up."""
+
+    def segments(self, rank: int, size: int) -> list[Segment]:
+        start, stop = even_range(self.shapes[0][0], rank, size)
+        return [Segment(0, start, stop), Segment(1, start, stop)]
+
+
+@dataclass(frozen=True)
+class QKV(Mapping):
+    """Query, key and value, interleaved by query group: [its query heads, its key, its value].
+
+    A shard is an equal share of those rows. With fewer groups than shards a group is cut, and
+    megatron-core gathers it before attention.
+    """
+
+    groups: int = 1
+
+    def segments(self, rank: int, size: int) -> list[Segment]:
+        widths = [shape[0] // self.groups for shape in self.shapes]
+        start, stop = even_range(sum(shape[0] for shape in self.shapes), rank, size)
+        segments, position = [], 0
+        for group in range(self.groups):
+            for source, width in enumerate(widths):
+                low, high = max(start, position), min(stop, position + width)
+                if low < high:
+                    shift = group * width - position
+                    segments.append(Segment(source, low + shift, high + shift))
+                position += width
+        return segments
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One global Megatron tensor: a mapping with its layer and expert filled in."""
+
+    name: str
+    mapping: Mapping
+    hf: tuple[str, ...]
+    layer: int | None
+    expert: int | None
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Of the Hugging Face tensors."""
+        return self.mapping.shapes
+
+    def local_shape(self, size: int) -> Shape:
+        return self.mapping.local_shape(size)
+
+    def fill(self, out: Tensor, read: Read, rank: int, size: int) -> None:
+        """Write shard `rank` of `size` into `out`, reading only the slices that it is made of."""
+        dim, position = self.mapping.dim, 0
+        for source, start, stop in self.mapping.segments(rank, size):
+            target = out.narrow(dim, position, stop - start)
+            position += stop - start
+            if source is None:
+                target.zero_()
+            elif start < stop:
+                tensor = read(self.hf[source])
+                target.copy_(tensor[start:stop] if dim == 0 else tensor[:, start:stop])
+
+    def split(self, read: Read, rank: int, size: int) -> Tensor:
+        """Shard `rank` of `size`, a new tensor in the dtype and on the device of the source."""
+        like = read(self.hf[0])[0:0]
+        out = torch.empty(self.local_shape(size), dtype=like.dtype, device=like.device)
+        self.fill(out, read, rank, size)
+        return out
+
+    def join(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The Hugging Face tensors, whole, from the shards of all tensor-parallel ranks."""
+        out = [torch.empty(shape, dtype=shards[0].dtype, device=shards[0].device) for shape in self.shapes]
+        dim = self.mapping.dim
+        for rank, shard in enumerate(shards):
+            position = 0
+            for source, start, stop in self.mapping.segments(rank, len(shards)):
+                if source is not None:
+                    part = shard.narrow(dim, position, stop - start)
+                    out[source].narrow(dim, start, stop - start).copy_(part)
+                position += stop - start
+        return dict(zip(self.hf, out, strict=True))
+
+
+def on(layers: Sequence[int], mappings: Sequence[Mapping], **changes: Any) -> list[Mapping]:
+    """`mappings` for `layers` (global numbers from 0), with further fields changed."""
+    return [replace(mapping, layers=tuple(layers), **changes) for mapping in mappings] if layers else []
+
+
+def numbered(name: str, layer: int | None, expert: int | None) -> str:
+    """`name` with its first `*` replaced by the layer number and its second by the expert number."""
+    for number in (layer, expert):
+        if number is not None:
+            name = name.replace("*", str(number), 1)
+    return name
+
+
+def expand(table: Sequence[Mapping]) -> Iterator[TensorPlan]:
+    """Every global tensor of a table in the order of the model: by layer, then as the table has it."""
+    by_layer: dict[int, list[Mapping]] = {}
+    last = -1
+    for mapping in table:
+        for layer in mapping.layers or (last,):
+            by_layer.setdefault(layer, []).append(mapping)
+            last = 1 << 30 if mapping.layers else last
+    for position in sorted(by_layer):
+        for mapping in by_layer[position]:
+            layer = None if mapping.layers is None else position
+            hf_layer = None if layer is None else layer + mapping.hf_layer_offset
+            experts: Sequence[int | None] = range(mapping.experts) if mapping.experts else (None,)
+            for expert in experts:
+                names = tuple(numbered(name, hf_layer, expert) for name in mapping.hf)
+                yield TensorPlan(numbered(mapping.megatron, layer, expert), mapping, names, layer, expert)
