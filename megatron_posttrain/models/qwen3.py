@@ -9,8 +9,6 @@ from megatron_posttrain.models.architecture import Architecture, HfConfig, Mixtu
 from megatron_posttrain.models.layout import Fusion
 from megatron_posttrain.models.weights import Mapping, on
 
-MODEL_TYPES = ("qwen3", "qwen3_moe")
-
 FUSIONS = (
     Fusion(
         "model.layers.*.mlp.experts.gate_up_proj",
@@ -26,7 +24,7 @@ def architecture(config: HfConfig) -> Architecture:
     windowed = bool(config.get("use_sliding_window", False))
     return common.base_architecture(
         config,
-        "qwen3",
+        config["model_type"],
         head_dim=config.get("head_dim") or 128,
         qk_norm=True,
         qkv_bias=bias,

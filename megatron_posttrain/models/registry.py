@@ -35,7 +35,7 @@ def architecture_from_hf(config: HfConfig) -> Architecture:
 
 def family_of(arch: Architecture) -> ModuleType:
     """The module with `architecture`, `hf_config`, `table` and `FUSIONS`."""
-    return _module(arch.family)
+    return _module(FAMILIES[arch.family])
 
 
 def hf_config(arch: Architecture, source: HfConfig | None = None) -> HfConfig:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from megatron_posttrain.checkpoint.hf import HfReader, table_reader
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.models.weights import Read, TensorPlan
+from megatron_posttrain.models.weights import TensorPlan
 
 # Transformer Engine merges a norm into the linear layer that follows it, and numbers the experts of
 # its grouped linear layer: its name on the left, that of the table on the right.
@@ -26,6 +30,24 @@ ALIASES = (
 )
 LAYER = re.compile(r"^(.*\blayers)\.(\d+)(?=\.|$)")
 EXPERT = re.compile(r"(?<=\.local_experts\.)(\d+)(?=\.)")
+
+
+class ModelGroups(Protocol):
+    """The process groups over which a model's weights are spread."""
+
+    @property
+    def tensor(self) -> ProcessGroup: ...
+    @property
+    def expert_tensor(self) -> ProcessGroup: ...
+    @property
+    def expert(self) -> ProcessGroup: ...
+    @property
+    def pipeline(self) -> ProcessGroup: ...
+
+
+def position(group: ProcessGroup) -> tuple[int, int]:
+    """(rank, size) of this process in a group."""
+    return dist.get_rank(group), dist.get_world_size(group)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -47,13 +69,18 @@ def table_name(name: str, layer_numbers: dict[str, int], expert_offset: int) -> 
 
 
 def local_tensors(
-    model_chunks: Sequence[nn.Module], plans: dict[str, TensorPlan], tied: bool, expert_offset: int
+    model_chunks: Sequence[nn.Module],
+    plans: dict[str, TensorPlan],
+    arch: Architecture,
+    expert: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[TensorPlan, Tensor]]:
     """Every parameter of this rank (and buffer that checkpoints hold) with its plan.
 
     The output layer that megatron-core holds on the last pipeline stage of a tied model comes with the
-    plan of the word embeddings. `ValueError` for a parameter that the weight table does not have.
+    plan of the word embeddings. `expert`: (rank, size) of expert parallelism. `ValueError` for a
+    parameter that the weight table does not have.
     """
+    offset = expert[0] * (arch.moe.num_experts // expert[1]) if arch.moe else 0
     for chunk in model_chunks:
         model = unwrap(chunk)
         numbers = {
@@ -62,8 +89,8 @@ def local_tensors(
             if LAYER.fullmatch(prefix) and isinstance(number := getattr(module, "layer_number", None), int)
         }
         for local_name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            name = table_name(local_name, numbers, expert_offset)
-            if tied and name == "output_layer.weight":
+            name = table_name(local_name, numbers, offset)
+            if arch.tied_embeddings and name == "output_layer.weight":
                 name = "embedding.word_embeddings.weight"
             if name in plans:
                 yield plans[name], tensor.data
@@ -89,25 +116,19 @@ def partition(plan: TensorPlan, local: Tensor, rank: int, size: int) -> tuple[in
 
 @torch.no_grad()
 def load_hf(
-    model_chunks: Sequence[nn.Module],
-    arch: Architecture,
-    read: Read,
-    *,
-    tp_rank: int = 0,
-    tp_size: int = 1,
-    etp_rank: int = 0,
-    etp_size: int = 1,
-    ep_rank: int = 0,
-    ep_size: int = 1,
+    model_chunks: Sequence[nn.Module], arch: Architecture, reader: HfReader, groups: ModelGroups | None = None
 ) -> None:
-    """Fill this rank's parameters from Hugging Face tensors, reading only the slices that it holds.
+    """Fill this rank's parameters from a Hugging Face directory, reading only the slices that it holds.
 
-    `read` gives the tensors of the weight table by name, as `checkpoint.hf.table_reader` does. Values are
-    converted to the parameters' dtype and device. The caller has checked the directory.
+    Values are converted to the parameters' dtype and device. `groups`: None for a model on one rank.
+    The caller has checked the directory (`checkpoint.hf.check_directory`).
     """
+    read = table_reader(reader, arch)
     plans = {plan.name: plan for plan in registry.tensors(arch)}
-    expert_offset = ep_rank * (arch.moe.num_experts // ep_size) if arch.moe else 0
-    for plan, tensor in local_tensors(model_chunks, plans, arch.tied_embeddings, expert_offset):
-        rank, size = (tp_rank, tp_size) if plan.expert is None else (etp_rank, etp_size)
-        rank, size = partition(plan, tensor, rank, size)
-        plan.fill(tensor, read, rank, size)
+    tensor, expert_tensor, expert = ((0, 1), (0, 1), (0, 1))
+    if groups is not None:
+        tensor, expert_tensor = position(groups.tensor), position(groups.expert_tensor)
+        expert = position(groups.expert)
+    for plan, local in local_tensors(model_chunks, plans, arch, expert):
+        rank, size = partition(plan, local, *(tensor if plan.expert is None else expert_tensor))
+        plan.fill(local, read, rank, size)

@@ -194,8 +194,8 @@ def expand(table: Sequence[Mapping]) -> Iterator[TensorPlan]:
     by_layer: dict[int, list[Mapping]] = {}
     last = -1
     for mapping in table:
-        for layer in mapping.layers or (last,):
-            by_layer.setdefault(layer, []).append(mapping)
+        for number in mapping.layers or (last,):
+            by_layer.setdefault(number, []).append(mapping)
             last = 1 << 30 if mapping.layers else last
     for position in sorted(by_layer):
         for mapping in by_layer[position]:
@@ -203,5 +203,5 @@ def expand(table: Sequence[Mapping]) -> Iterator[TensorPlan]:
             hf_layer = None if layer is None else layer + mapping.hf_layer_offset
             experts: Sequence[int | None] = range(mapping.experts) if mapping.experts else (None,)
             for expert in experts:
-                names = tuple(numbered(name, hf_layer, expert) for name in mapping.hf)
+                names = tuple(numbered(pattern, hf_layer, expert) for pattern in mapping.hf)
                 yield TensorPlan(numbered(mapping.megatron, layer, expert), mapping, names, layer, expert)
