@@ -1,0 +1,1 @@
+"""Row -> tokens -> packed rows -> micro-batches: one module a stage, each handing the next a dataclass."""

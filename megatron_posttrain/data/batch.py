@@ -1,0 +1,154 @@
+"""Micro-batches on the host: sequences laid end to end (THD), before context parallelism slices them."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Sequence:
+    """One conversation or sample. Every list is per token: entry t belongs to token t, not to its label."""
+
+    token_ids: Seq[int]
+    loss_mask: Seq[int]  # 1 where the token counts in the loss (an assistant's token)
+    extras: dict[str, Seq[float]] = field(default_factory=dict)  # such as old log-probs and advantages
+    index: int = 0  # the caller's number of this sequence; comes back in `PackedBatch.sequence_ids`
+
+
+@dataclass
+class PackedBatch:
+    """One micro-batch in natural order. T counts each sequence's padding; n is the number of sequences.
+
+    `labels`, `loss_mask` and `extras` are aligned: entry t speaks of the token that position t predicts,
+    the next one of the same sequence. The last token of a sequence predicts nothing: label 0, mask 0.
+    """
+
+    tokens: Tensor  # [T] int64
+    labels: Tensor  # [T] int64
+    loss_mask: Tensor  # [T] float32
+    position_ids: Tensor  # [T] int64, from 0 in each sequence
+    cu_seqlens: Tensor  # [n + 1] int32, padded lengths summed
+    max_seqlen: int
+    real_lengths: list[int]
+    sequence_ids: list[int]
+    extras: dict[str, Tensor] = field(default_factory=dict)  # each [T] float32
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens without padding."""
+        return sum(self.real_lengths)
+
+    @property
+    def has_padding(self) -> bool:
+        return self.real_tokens < len(self.tokens)
+
+    @property
+    def padding(self) -> Tensor:
+        """[T] bool, True at padding."""
+        ends = self.cu_seqlens[:-1] + torch.tensor(self.real_lengths, device=self.cu_seqlens.device)
+        lengths = self.cu_seqlens.diff().long()
+        return torch.arange(len(self.tokens), device=ends.device) >= ends.repeat_interleave(lengths)
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with its tensors on `device`."""
+        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **moved, extras={name: value.to(device) for name, value in self.extras.items()})
+
+    def per_sequence(self, values: Tensor) -> list[Tensor]:
+        """Cut a [T] tensor of per-label values into one [length - 1] tensor a sequence."""
+        starts = self.cu_seqlens.tolist()
+        return [
+            values[start : start + length - 1]
+            for start, length in zip(starts, self.real_lengths, strict=False)
+        ]
+
+
+def pack_batch(sequences: Seq[Sequence], *, multiple: int = 1, pad_token: int = 0) -> PackedBatch:
+    """Lay sequences end to end, each padded at its end to a multiple of `multiple` tokens.
+
+    Context parallelism needs lengths divisible by 2 x context, sequence parallelism a total divisible by
+    tensor. Padding follows the real tokens, so causal attention keeps it from reaching them; it carries no
+    loss. A sequence without some key of `extras` gets zeros there.
+    """
+    if not sequences:
+        raise ValueError("a micro-batch needs at least one sequence")
+    lengths = [len(sequence.token_ids) for sequence in sequences]
+    if min(lengths) == 0:
+        raise ValueError("a sequence without tokens cannot be packed")
+    padded = [-(-length // multiple) * multiple for length in lengths]
+    cu_seqlens = torch.tensor([0, *padded]).cumsum(0)
+    total = int(cu_seqlens[-1])
+    starts = cu_seqlens.tolist()
+    tokens = torch.full((total,), pad_token, dtype=torch.int64)
+    labels = torch.zeros(total, dtype=torch.int64)
+    loss_mask = torch.zeros(total)
+    names = sorted({name for sequence in sequences for name in sequence.extras})
+    extras = {name: torch.zeros(total) for name in names}
+    for start, length, sequence in zip(starts, lengths, sequences, strict=False):
+        token_ids = torch.as_tensor(sequence.token_ids, dtype=torch.int64)
+        tokens[start : start + length] = token_ids
+        labels[start : start + length - 1] = token_ids[1:]
+        per_token = {"loss_mask": sequence.loss_mask, **sequence.extras}
+        for name, values in per_token.items():
+            if len(values) != length:
+                raise ValueError(f"{name} has {len(values)} entries for {length} tokens")
+            target = loss_mask if name == "loss_mask" else extras[name]
+            target[start : start + length - 1] = torch.as_tensor(values, dtype=torch.float32)[1:]
+    return PackedBatch(
+        tokens=tokens,
+        labels=labels,
+        loss_mask=loss_mask,
+        position_ids=torch.cat([torch.arange(length) for length in padded]),
+        cu_seqlens=cu_seqlens.to(torch.int32),
+        max_seqlen=max(padded),
+        real_lengths=lengths,
+        sequence_ids=[sequence.index for sequence in sequences],
+        extras=extras,
+    )
+
+
+def microbatches(
+    sequences: Seq[Sequence], token_budget: int, count_multiple: int = 1
+) -> list[list[Sequence]]:
+    """Split sequences into as few micro-batches as `token_budget` tokens each allow, of like total length.
+
+    Their number is a multiple of `count_multiple` (data parallel ranks x virtual pipeline stages, say), so
+    that every rank gets as many. When there are fewer sequences than that, one-token sequences without loss
+    (index -1) fill the rest. The longest goes first to the least filled (LPT, Graham 1969); deterministic.
+    A sequence longer than the budget raises ValueError.
+    """
+    if not sequences:
+        raise ValueError("no sequences to split")
+    lengths = [len(sequence.token_ids) for sequence in sequences]
+    if max(lengths) > token_budget:
+        raise ValueError(
+            f"a sequence of {max(lengths)} tokens exceeds the micro-batch budget of {token_budget}"
+        )
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    count = 0
+    while True:
+        count = max(count + count_multiple, _round_up(-(-sum(lengths) // token_budget), count_multiple))
+        groups = _least_filled(lengths, order, count)
+        if all(sum(lengths[i] for i in group) <= token_budget for group in groups):
+            break
+    filler = Sequence(token_ids=sequences[0].token_ids[:1], loss_mask=[0], index=-1)
+    return [[sequences[i] for i in sorted(group)] or [filler] for group in groups]
+
+
+def _least_filled(lengths: list[int], order: list[int], count: int) -> list[list[int]]:
+    groups: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, number) for number in range(count)]
+    for i in order:
+        filled, number = heapq.heappop(heap)
+        groups[number].append(i)
+        heapq.heappush(heap, (filled + lengths[i], number))
+    return groups
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
