@@ -93,7 +93,7 @@ def local_tensors(
             if arch.tied_embeddings and name == "output_layer.weight":
                 name = "embedding.word_embeddings.weight"
             if name in plans:
-                yield plans[name], tensor.data
+                yield plans[name], tensor
             elif isinstance(tensor, nn.Parameter):
                 raise ValueError(f"parameter '{local_name}' ('{name}') is not in the family's weight table")
 
