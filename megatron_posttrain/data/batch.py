@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,16 +57,12 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on `device`."""
-        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        moved: dict[str, Any] = {
+            f.name: value.to(device)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
         return replace(self, **moved, extras={name: value.to(device) for name, value in self.extras.items()})
-
-    def per_sequence(self, values: Tensor) -> list[Tensor]:
-        """Cut a [T] tensor of per-label values into one [length - 1] tensor a sequence."""
-        starts = self.cu_seqlens.tolist()
-        return [
-            values[start : start + length - 1]
-            for start, length in zip(starts, self.real_lengths, strict=False)
-        ]
 
 
 def pack_batch(sequences: Seq[Sequence], *, multiple: int = 1, pad_token: int = 0) -> PackedBatch:
