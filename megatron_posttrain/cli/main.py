@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -15,7 +16,7 @@ from megatron_posttrain.errors import UserError, nearest
 COMMANDS: dict[str, tuple[str, str]] = {
     "sft": ("megatron_posttrain.cli.train", "supervised fine-tuning"),
     "grpo": ("megatron_posttrain.cli.train", "GRPO with vLLM in every trainer rank"),
-    "score": ("megatron_posttrain.cli.score", "log-probabilities of the tokens of conversations"),
+    "score": ("megatron_posttrain.cli.train", "log-probabilities of the tokens of conversations"),
     "evaluate": ("megatron_posttrain.cli.evaluate", "generate with vLLM, grade with a reward"),
     "plan": ("megatron_posttrain.cli.plan", "memory, step time and best layouts of a model on a cluster"),
     "doctor": ("megatron_posttrain.cli.doctor", "check a config, the machine and the versions"),
@@ -58,5 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return module.run(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Under torchrun every rank finds the same mistake; one of a node says so.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

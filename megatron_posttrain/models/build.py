@@ -63,7 +63,6 @@ def build_model(
 
     with platform().megatron():
         config = transformer_config(arch, layout, model, precision)
-        config.perform_initialization = model.random_init
         chunks = []
         for index in range(layout.chunks):
             stage = index if layout.virtual_pipeline else None
@@ -137,6 +136,10 @@ def _parallelism(layout: Layout, precision: PrecisionConfig) -> dict[str, Any]:
         "bf16": precision.dtype == "bf16",
         # Micro-batches are packed rows of different lengths.
         "variable_seq_lengths": layout.pipeline > 1,
+        # An interleaved pipeline of two stages has one neighbour on both sides; only separate sends and
+        # receives keep its forward and backward messages apart.
+        "overlap_p2p_comm": layout.virtual_pipeline is not None,
+        "batch_p2p_comm": layout.virtual_pipeline is None,
         "use_cpu_initialization": False,
     }
 

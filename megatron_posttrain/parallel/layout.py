@@ -51,6 +51,11 @@ class Layout:
         """Every sequence is padded to this many tokens: two chunks a context rank, whole ones a tensor rank."""
         return (2 * self.context if self.context > 1 else 1) * (self.tensor if self.sequence_parallel else 1)
 
+    @property
+    def micro_batch_multiple(self) -> int:
+        """Micro-batches of a step, over all ranks, come in multiples of this."""
+        return self.data * (self.pipeline if self.virtual_pipeline else 1)
+
     def __str__(self) -> str:
         names = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
         parts = [f"{n}={getattr(self, n)}" for n in names if getattr(self, n) not in (1, None)]

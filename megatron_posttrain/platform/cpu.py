@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
@@ -133,6 +134,29 @@ def _splits_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = F
     return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
 
 
+def _all_gather(outputs: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> None:
+    """gloo gathers equal sizes only; expert tensor parallelism gathers what each rank happens to have."""
+    if len({len(o) for o in outputs}) == 1:
+        dist.all_gather_into_tensor(joined := torch.cat(outputs), tensor.contiguous(), group=group)
+    else:
+        joined = torch.cat(outputs)
+        sizes = [len(o) for o in outputs]
+        repeated = tensor.repeat(len(outputs), *[1] * (tensor.dim() - 1))
+        dist.all_to_all_single(joined, repeated, sizes, [len(tensor)] * len(outputs), group=group)
+    for output, part in zip(outputs, joined.split([len(o) for o in outputs]), strict=True):
+        output.copy_(part)
+
+
+def _reduce_scatter(output: torch.Tensor, inputs: list[torch.Tensor], group: Any = None) -> None:
+    """As above, the other way round; the sum is in rank order."""
+    parts = output.new_empty(len(inputs), *output.shape)
+    sizes = [len(output)] * len(inputs)
+    dist.all_to_all_single(
+        parts.view(-1, *output.shape[1:]), torch.cat(inputs), sizes, [len(i) for i in inputs], group=group
+    )
+    torch.sum(parts, dim=0, out=output)
+
+
 def _replacements() -> Iterator[tuple[ModuleType | type, str, Any]]:
     import megatron.core.tensor_parallel.random as megatron_random
     import megatron.core.transformer.moe.moe_utils as moe_utils
@@ -156,6 +180,8 @@ def _replacements() -> Iterator[tuple[ModuleType | type, str, Any]]:
     yield cuda, "manual_seed", torch.manual_seed
     yield cuda, "initial_seed", torch.initial_seed
     yield cuda, "default_generators", (torch.default_generator,)
+    yield dist, "all_gather", _all_gather
+    yield dist, "reduce_scatter", _reduce_scatter
     yield megatron_random, "_get_cuda_rng_state", lambda *a, **k: torch.get_rng_state()
     yield megatron_random, "_set_cuda_rng_state", lambda state, *a, **k: torch.set_rng_state(state)
     yield token_dispatcher, "maybe_move_tensor_to_cpu", _splits_to_host

@@ -211,3 +211,4 @@ class Engine:
         if group.size() > 1:
             dist.broadcast(flat, src=dist.get_global_rank(group, group.size() - 1), group=group)
         return dict(zip(names[0], flat.tolist(), strict=True))
+

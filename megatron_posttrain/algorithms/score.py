@@ -1,0 +1,42 @@
+"""Log-probabilities of given conversations, under any layout: how the trainer is checked from outside."""
+
+from __future__ import annotations
+
+import json
+
+import torch.distributed as dist
+
+from megatron_posttrain.config.schema import SftConfig
+from megatron_posttrain.data.batch import Sequence as TokenSequence
+from megatron_posttrain.data.rows import read_rows
+from megatron_posttrain.data.tokenize import encode_conversation
+from megatron_posttrain.errors import UserError
+from megatron_posttrain.parallel.groups import make_groups, start_distributed
+from megatron_posttrain.training.engine import Engine
+from megatron_posttrain.training.prepare import prepare
+from megatron_posttrain.training.sequences import sequence_logprobs
+
+
+def score(config: SftConfig) -> int:
+    """Writes OUTPUT/scores.jsonl: `{"index", "token_ids", "logprobs"}`, one log-prob fewer than tokens."""
+    prepared = prepare(config)
+    rows = read_rows(config.data.train)
+    token_ids = [encode_conversation(prepared.tokenizer, row.messages, row.source).token_ids for row in rows]
+    limit = config.data.sequence_length
+    for row, ids in zip(rows, token_ids, strict=True):
+        if len(ids) > limit:
+            raise UserError(f"{row.source}: {len(ids)} tokens, data.sequence_length allows {limit}")
+    start_distributed()
+    groups = make_groups(prepared.layout, config.training.seed)
+    engine = Engine(config, prepared.arch, groups, train=False)
+    sequences = [TokenSequence(ids, [1] * len(ids)) for ids in token_ids]
+    outputs = sequence_logprobs(engine, sequences, limit if config.data.packing else max(map(len, token_ids)))
+    if dist.get_rank() == 0:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        path = config.output_dir / "scores.jsonl"
+        with path.open("w") as file:
+            for index, (ids, values) in enumerate(zip(token_ids, outputs, strict=True)):
+                file.write(json.dumps({"index": index, "token_ids": ids, "logprobs": values.tolist()}) + "\n")
+        print(f"wrote {path}: {len(token_ids)} conversations, {sum(map(len, token_ids)):,} tokens", flush=True)
+    dist.barrier()
+    return 0

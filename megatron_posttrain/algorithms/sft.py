@@ -1,0 +1,100 @@
+"""Supervised fine-tuning: cross-entropy on assistant tokens."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from megatron_posttrain.algorithms.losses import cross_entropy_sum
+from megatron_posttrain.config.schema import SftConfig
+from megatron_posttrain.data.batch import PackedBatch
+from megatron_posttrain.data.batch import Sequence as TokenSequence
+from megatron_posttrain.data.dataset import SftDataset
+from megatron_posttrain.data.rows import read_rows
+from megatron_posttrain.errors import UserError
+from megatron_posttrain.parallel.groups import make_groups, start_distributed
+from megatron_posttrain.training.batches import rank_micro_batches
+from megatron_posttrain.training.checkpoints import Checkpoints
+from megatron_posttrain.training.engine import Engine, Metrics, TokenOutput
+from megatron_posttrain.training.export import export
+from megatron_posttrain.training.prepare import prepare
+from megatron_posttrain.training.run import REQUEUE_STATUS, PhaseTimer, Run
+from megatron_posttrain.training.schedule import learning_rate
+
+
+def sft(config: SftConfig) -> int:
+    """Trains, resumes where a run stopped, exports. Exit status: 0, or REQUEUE_STATUS when asked to stop."""
+    prepared = prepare(config)
+    data = config.data
+    dataset = SftDataset(
+        read_rows(data.train, require_assistant=True),
+        prepared.tokenizer,
+        data.sequence_length,
+        packing=data.packing,
+        overlong=data.overlong,
+        seed=config.training.seed,
+    )
+    steps = total_steps(config, dataset)
+    start_distributed()
+    groups = make_groups(prepared.layout, config.training.seed)
+    engine = Engine(config, prepared.arch, groups)
+    checkpoints = Checkpoints(config.output_dir, config.checkpoint)
+    state = checkpoints.resume(engine) or {"step": 0}
+
+    with Run(config, steps, state["step"]) as run:
+        run.say(f"{dataset.summary()}; {steps} steps on {prepared.layout}")
+        if state["step"]:
+            run.say(f"resumed after step {state['step']}")
+        for step in range(state["step"], steps):
+            timer = PhaseTimer()
+            with timer("data"):
+                batch = dataset.batch(step, config.training.global_batch_size)
+                rows = [[TokenSequence(c.token_ids, c.loss_mask) for c in row] for row in batch]
+                counted = sum(sum(c.loss_mask) for row in batch for c in row)
+                tokens = sum(len(c.token_ids) for row in batch for c in row)
+                micro_batches = rank_micro_batches(rows, groups, config.training.micro_batch_size)
+
+            def loss_function(
+                output: TokenOutput, batch: PackedBatch, counted: int = counted
+            ) -> tuple[Tensor, Metrics]:
+                # One mean over all tokens of the global batch, whatever rank and micro-batch they are in.
+                return cross_entropy_sum(output.logprobs, batch.loss_mask) / counted, {}
+
+            lr = learning_rate(config.optimizer, step, steps)
+            with timer("train"):
+                result = engine.train_step(micro_batches, loss_function, lr)
+            seconds = timer.total()
+            run.log(
+                step + 1,
+                {
+                    "loss": result.loss,
+                    "grad_norm": result.grad_norm,
+                    "learning_rate": lr,
+                    "tokens": tokens,
+                    "loss_tokens": counted,
+                    "tokens_per_second": tokens / seconds,
+                    "step_seconds": seconds,
+                    "data_seconds": timer.seconds["data"],
+                }
+                | result.metrics,
+            )
+            stop = run.stop_requested()
+            if stop or checkpoints.due(step + 1, last=step + 1 == steps):
+                checkpoints.save(engine, step + 1, {})
+            if stop and step + 1 < steps:
+                run.say(f"stopped on request after step {step + 1}; the same command resumes")
+                return REQUEUE_STATUS
+        export(engine, prepared.model_path, config.output_dir / "hf")
+        run.say(f"wrote {config.output_dir / 'hf'}")
+    return 0
+
+
+def total_steps(config: SftConfig, dataset: SftDataset) -> int:
+    """From `training.steps`, else from `training.epochs`."""
+    training = config.training
+    if training.steps is not None:
+        return training.steps
+    if training.epochs is None:
+        raise UserError("training: give `steps` or `epochs`")
+    return max(1, math.ceil(training.epochs * dataset.steps_per_epoch(training.global_batch_size)))

@@ -1,0 +1,116 @@
+"""`evaluate`: alone as one process, or under `torchrun`, where the engine's replicas share the prompts."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_posttrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class _RewardSpec:
+    name: str
+    weight: float = 1.0
+    file: str | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="Hugging Face directory, tokenizer included")
+    add("--data", required=True, metavar="FILE", help="JSONL of {messages or prompt, answer, metadata}")
+    add("--reward", default="math", metavar="NAME", help="what grades a response (default: math)")
+    add(
+        "--reward-file", metavar="FILE", help="Python file that defines NAME with @reward (default: built in)"
+    )
+    add("--max-tokens", type=_positive, default=256, metavar="N", help="of a response (default: 256)")
+    add(
+        "--temperature",
+        type=_temperature,
+        default=0.0,
+        metavar="T",
+        help="of sampling; 0: greedy (default: 0)",
+    )
+    add("--samples", type=_positive, default=1, metavar="N", help="responses a prompt (default: 1)")
+    add("--limit", type=_positive, metavar="N", help="only the first N rows (default: all)")
+    add("--seed", type=int, default=0, help="of sampling (default: 0)")
+    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: as stored (default)")
+    add(
+        "--tensor",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="tensor parallel ranks of an engine (default: 1)",
+    )
+    add("--output", default="runs/evaluation", metavar="DIR", help="default: runs/evaluation")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    # First, before torch: it sets what vLLM and OpenMP read from the environment at their import.
+    from megatron_posttrain.rollout import RolloutEngine
+
+    # isort: split
+    import torch.distributed as dist
+
+    from megatron_posttrain.checkpoint.hf import HfReader, check_directory
+    from megatron_posttrain.data.rows import read_rows
+    from megatron_posttrain.data.tokenize import encode_prompt, load_tokenizer
+    from megatron_posttrain.evaluation.evaluate import Settings, evaluate, save, table
+    from megatron_posttrain.parallel.groups import start_distributed
+    from megatron_posttrain.rewards import load_rewards
+
+    _, architecture = check_directory(args.model)
+    tokenizer = load_tokenizer(args.model)
+    rewards = load_rewards([_RewardSpec(args.reward, file=args.reward_file)])
+    rows = read_rows(args.data)[: args.limit]
+    lengths = [len(encode_prompt(tokenizer, row.messages, row.source)) for row in rows]
+    longest = max(range(len(rows)), key=lengths.__getitem__)
+    max_model_len = lengths[longest] + args.max_tokens
+    if max_model_len > architecture.max_position:
+        raise UserError(
+            f"--max-tokens {args.max_tokens}: with the {lengths[longest]} tokens of the prompt at "
+            f"{rows[longest].source} that is {max_model_len}; the model allows {architecture.max_position}"
+        )
+    start_distributed()
+    if dist.get_world_size() % args.tensor:
+        raise UserError(f"--tensor {args.tensor} does not divide the {dist.get_world_size()} processes")
+    engine = RolloutEngine(
+        args.model,
+        dtype=_dtype(args.dtype, HfReader(args.model)),
+        max_model_len=max_model_len,
+        tensor=args.tensor,
+        gpu_memory_utilization=0.9,
+    )
+    settings = Settings(args.max_tokens, args.temperature, args.samples, args.seed)
+    evaluation, records = evaluate(engine, tokenizer, rows, rewards, settings)
+    if dist.get_rank() == 0:
+        facts: dict[str, Any] = {"model": str(args.model), "data": str(args.data), "graded by": args.reward}
+        save(evaluation, records, Path(args.output), facts)
+        print(table(evaluation, facts))
+        print(f"\nwritten to {args.output}/evaluation.json and responses.jsonl")
+    engine.close()
+    dist.destroy_process_group()
+    return 0
+
+
+def _dtype(name: str, reader: Any) -> Any:
+    import torch
+
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    return named[name] if name in named else reader.dtype(next(iter(reader.names())))

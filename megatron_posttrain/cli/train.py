@@ -1,0 +1,39 @@
+"""`sft`, `grpo`, ...: a config file, overrides, and the algorithm's function."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+from megatron_posttrain.config.load import describe, load_config, to_yaml
+from megatron_posttrain.config.schema import CONFIGS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    command = parser.get_default("command")
+    parser.add_argument("--config", metavar="FILE", help="YAML file; its `defaults: [base.yaml]` are read first")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="take precedence over the file")
+    parser.epilog = "\n".join(
+        [
+            "Runs under torchrun on one or many nodes, or alone as one process:",
+            f"  torchrun --nproc-per-node 4 -m megatron_posttrain {command} --config FILE parallel.tensor=2",
+            "",
+            "configuration (key = default):",
+            *describe(CONFIGS[command]),
+        ]
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    config = load_config(CONFIGS[args.command], args.config, args.overrides)
+    if args.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    from megatron_posttrain.training.run import finish, quiet_libraries
+
+    quiet_libraries()
+    algorithm = importlib.import_module(f"megatron_posttrain.algorithms.{args.command}")
+    status = getattr(algorithm, args.command)(config)
+    finish()
+    return status

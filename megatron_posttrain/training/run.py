@@ -1,0 +1,155 @@
+"""What a run leaves in its output directory, and the line that a person reads."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_posttrain.config.load import to_yaml
+from megatron_posttrain.config.schema import Config
+from megatron_posttrain.platform import platform
+
+REQUEUE_STATUS = 75  # EX_TEMPFAIL: stopped on request, a checkpoint is saved, run the same command again
+STOP_FILE = ".stop"
+
+
+class Run:
+    """Metrics, progress lines, and requests to stop. Rank 0 writes; every rank may call.
+
+    A stop is requested by SIGTERM or SIGUSR1 to any rank, or by a file `.stop` in the output directory.
+    """
+
+    def __init__(self, config: Config, total_steps: int, first_step: int) -> None:
+        self.config, self.total_steps = config, total_steps
+        self.directory = config.output_dir
+        self.is_main = dist.get_rank() == 0
+        self._stop = False
+        self._started = time.perf_counter()
+        self._first_step = first_step
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        self._metrics: Any = None
+        self._tensorboard: Any = None
+        if self.is_main:
+            self._open(first_step)
+
+    def _open(self, first_step: int) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / STOP_FILE).unlink(missing_ok=True)
+        (self.directory / "config.yaml").write_text(to_yaml(self.config))
+        path = self.directory / "metrics.jsonl"
+        # Steps after the checkpoint that is resumed from are run again: their lines go.
+        kept = []
+        if first_step and path.exists():
+            for line in path.read_text().splitlines():
+                if line.endswith("}") and json.loads(line)["step"] <= first_step:
+                    kept.append(line + "\n")
+        path.write_text("".join(kept))
+        self._metrics = path.open("a", buffering=1)
+        if self.config.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"), purge_step=first_step + 1)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._stop = True
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """One object a step; a progress line every `logging.every` steps."""
+        if not self.is_main:
+            return
+        self._metrics.write(json.dumps({"step": step} | metrics) + "\n")
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if step % self.config.logging.every == 0 or step == self.total_steps:
+            self.say(self._line(step, metrics))
+
+    def _line(self, step: int, metrics: dict[str, float]) -> str:
+        done = step - self._first_step
+        left = (time.perf_counter() - self._started) / max(1, done) * (self.total_steps - step)
+        names = {"reward": ".3f", "loss": ".4f", "grad_norm": ".3f", "response_length": ".1f"}
+        shown = [f"{n.replace('_', ' ')} {metrics[n]:{f}}" for n, f in names.items() if n in metrics]
+        if "learning_rate" in metrics:
+            shown.append(f"lr {metrics['learning_rate']:.2e}")
+        if "tokens_per_second" in metrics:
+            shown.append(f"{metrics['tokens_per_second']:,.0f} tok/s")
+        shown.append(f"{metrics['step_seconds']:.2f} s")
+        return f"step {step}/{self.total_steps}  " + "  ".join(shown) + f"  left {_duration(left)}"
+
+    def say(self, text: str) -> None:
+        if self.is_main:
+            print(text, flush=True)
+
+    def stop_requested(self) -> bool:
+        """Collective: whether any rank was asked to stop."""
+        asked = self._stop or (self.is_main and (self.directory / STOP_FILE).exists())
+        flag = torch.tensor([int(asked)], device=platform().device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+class PhaseTimer:
+    """Wall seconds by phase of one step; `with timer("rollout"): ...`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._phase = ""
+        self._since = 0.0
+        self._start = time.perf_counter()
+
+    def __call__(self, phase: str) -> PhaseTimer:
+        self._phase = phase
+        return self
+
+    def __enter__(self) -> None:
+        self._since = time.perf_counter()
+
+    def __exit__(self, *unused: object) -> None:
+        platform().synchronize()
+        spent = time.perf_counter() - self._since
+        self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + spent
+
+    def total(self) -> float:
+        return time.perf_counter() - self._start
+
+
+def quiet_libraries() -> None:
+    """One readable stream: libraries speak up only for errors."""
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    for name in ("megatron", "transformers", "torch.distributed", "vllm"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def finish() -> None:
+    """Leaves the job together; a rank that goes early would break the others' last collective."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

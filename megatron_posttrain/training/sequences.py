@@ -1,0 +1,35 @@
+"""Log-probs of whole sequences, however the layout spreads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_posttrain.data.batch import Sequence as TokenSequence
+from megatron_posttrain.data.batch import microbatches, pack_batch
+from megatron_posttrain.training.engine import Engine
+
+
+def sequence_logprobs(engine: Engine, sequences: Sequence[TokenSequence], token_budget: int) -> list[Tensor]:
+    """log p(token t+1 | tokens 0..t) of every sequence, [length - 1] fp32 on the host, on every rank.
+
+    Sequences share micro-batches of at most `token_budget` tokens.
+    """
+    groups, layout = engine.groups, engine.groups.layout
+    numbered = [replace(sequence, index=index) for index, sequence in enumerate(sequences)]
+    shares = microbatches(numbered, token_budget, layout.micro_batch_multiple)
+    mine = shares[groups.at.data :: layout.data]
+    batches = [pack_batch(share, multiple=layout.sequence_multiple) for share in mine]
+    found: dict[int, Tensor] = {}
+    for batch, output in zip(batches, engine.logprobs(batches), strict=True):
+        starts = batch.cu_seqlens.tolist()
+        for index, start, length in zip(batch.sequence_ids, starts, batch.real_lengths, strict=False):
+            found[index] = output.logprobs[start : start + length - 1].cpu()
+    gathered: list[dict[int, Tensor]] = [found] * layout.data
+    if layout.data > 1:
+        dist.all_gather_object(gathered, found, group=groups.data)
+    everything = {index: values for part in gathered for index, values in part.items()}
+    return [everything[i] for i in range(len(sequences))]
