@@ -1,0 +1,97 @@
+"""Model FLOPs: what the mathematics of a step asks for, whatever the implementation spends.
+
+Conventions. A multiply-add is two FLOPs; only matrix multiplications count. A linear layer costs 2 FLOPs per weight
+and token forward, 2 for the input's gradient and 2 for the weight's. Attention counts the query-key pairs that
+the causal mask leaves, so about half of the square; packed sequences do not attend to each other; a sliding
+window counts only pairs inside it. A mixture of experts counts the `top_k` and shared experts of a token.
+The output head counts; the embedding look-up, the router, norms and recomputation do not. LoRA counts no weight
+gradients of frozen layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.planning.layers import attention_dims, attention_linears, mlp_linears, window_of
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of a batch by part. `backward` is without the recomputation of activations."""
+
+    linear: float
+    attention: float
+    output: float
+    backward: float
+
+    @property
+    def forward(self) -> float:
+        return self.linear + self.attention + self.output
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+
+def attention_pairs(lengths: Sequence[int], window: int | None = None, causal: bool = True) -> int:
+    """Query-key pairs of packed sequences. `window` counts the tokens seen, the query's own included."""
+    if not causal:
+        return sum(n * n for n in lengths)
+    if window is None:
+        return sum(n * (n + 1) // 2 for n in lengths)
+    return sum(n * min(n, window) - min(n, window) * (min(n, window) - 1) // 2 for n in lengths)
+
+
+def layer_weights(arch: Architecture, layer: int) -> int:
+    """Weights of `layer`'s linear modules that one token is multiplied with."""
+    used = sum(linear.weights for linear in attention_linears(arch))
+    if not arch.is_moe_layer(layer):
+        return used + sum(linear.weights for linear in mlp_linears(arch, arch.ffn_size))
+    moe = arch.moe
+    assert moe is not None
+    return used + sum(
+        x.weights for x in mlp_linears(arch, moe.top_k * moe.expert_ffn_size + moe.shared_ffn_size)
+    )
+
+
+def lora_weights(arch: Architecture, rank: int) -> int:
+    """Adapter weights of one layer: rank x (inputs + outputs) of every attention and dense MLP linear module."""
+    linears = (*attention_linears(arch), *(mlp_linears(arch, arch.ffn_size) if arch.ffn_size else ()))
+    return rank * sum(linear.inputs + linear.outputs for linear in linears)
+
+
+def training_flops(
+    arch: Architecture, lengths: Sequence[int], *, lora_rank: int | None = None, causal: bool = True
+) -> Flops:
+    """Forward and backward FLOPs of packed sequences of `lengths` tokens, in total over all of them.
+
+    `causal=False` counts every pair, as kernels that do not skip the masked half (and profilers) do.
+    """
+    tokens = sum(lengths)
+    layers = range(arch.num_layers)
+    linear = 2.0 * tokens * sum(layer_weights(arch, layer) for layer in layers)
+    pairs = sum(attention_pairs(lengths, window_of(arch, layer), causal) for layer in layers)
+    attention = 2.0 * pairs * sum(attention_dims(arch))
+    output = 2.0 * tokens * arch.hidden_size * arch.vocab_size
+    if lora_rank is None:
+        return Flops(linear, attention, output, 2 * (linear + attention + output))
+    adapters = 2.0 * tokens * arch.num_layers * lora_weights(arch, lora_rank)
+    return Flops(linear + adapters, attention, output, linear + 2 * adapters + 2 * attention + output)
+
+
+def flops_per_token(arch: Architecture, sequence_length: int, lora_rank: int | None = None) -> float:
+    """Training FLOPs of one token of sequences of `sequence_length`."""
+    return training_flops(arch, [sequence_length], lora_rank=lora_rank).total / sequence_length
+
+
+def tflops_per_gpu(
+    arch: Architecture,
+    lengths: Sequence[int],
+    seconds: float,
+    gpus: int,
+    lora_rank: int | None = None,
+) -> float:
+    """Model TFLOP/s/GPU of a step that trained on packed sequences of `lengths` tokens in `seconds`."""
+    return training_flops(arch, lengths, lora_rank=lora_rank).total / seconds / gpus / 1e12

@@ -1,0 +1,116 @@
+"""Models that `plan --model` knows by name: shapes from their published configs, no weights or network needed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_posttrain.errors import UserError, nearest
+from megatron_posttrain.models.architecture import (
+    Architecture,
+    HfConfig,
+    MixtureOfExperts,
+    MultiLatentAttention,
+    Rope,
+)
+
+
+def _qwen3(layers: int, hidden: int, heads: int, ffn: int, tied: bool, groups: int = 8) -> Architecture:
+    return Architecture(
+        "qwen3", layers, hidden, heads, groups, 128, ffn, 151936, 40960,
+        rope=Rope(1e6), tied_embeddings=tied, qk_norm=True,
+    )  # fmt: skip
+
+
+def _qwen3_moe(layers: int, hidden: int, heads: int, expert_ffn: int) -> Architecture:
+    return Architecture(
+        "qwen3_moe", layers, hidden, heads, 4, 128, 0, 151936, 40960,
+        rope=Rope(1e6), qk_norm=True, moe=MixtureOfExperts(128, 8, expert_ffn),
+    )  # fmt: skip
+
+
+def _llama3(layers: int, hidden: int, heads: int, ffn: int) -> Architecture:
+    return Architecture(
+        "llama", layers, hidden, heads, 8, 128, ffn, 128256, 131072, norm_epsilon=1e-5,
+        rope=Rope(5e5, "llama3", 8.0, 8192),
+    )  # fmt: skip
+
+
+def _deepseek(heads: int, dense_layers: int, experts: int, vocab: int, groups: int) -> Architecture:
+    moe = MixtureOfExperts(
+        experts, 8, 2048, shared_ffn_size=2048, first_dense_layers=dense_layers, score_function="sigmoid",
+        correction_bias=True, num_groups=groups, top_k_groups=4 if groups > 1 else 1, scaling_factor=2.5,
+    )  # fmt: skip
+    return Architecture(
+        "deepseek_v3", 61, 7168, heads, heads, 128, 18432, vocab, 163840,
+        rope=Rope(1e4, "yarn", 40.0, 4096, mscale=1.0, mscale_all_dim=1.0),
+        moe=moe, mla=MultiLatentAttention(1536, 512, 128, 64, 128), num_mtp_layers=1,
+    )  # fmt: skip
+
+
+def _gpt_oss(layers: int, experts: int) -> Architecture:
+    return Architecture(
+        "gpt_oss", layers, 2880, 64, 8, 64, 0, 201088, 131072, norm_epsilon=1e-5,
+        rope=Rope(15e4, "yarn", 32.0, 4096, truncate=False),
+        qkv_bias=True, attention_output_bias=True, mlp_bias=True, attention_sinks=True,
+        sliding_window=128, sliding_layers=tuple(range(0, layers, 2)), activation="gpt_oss_glu",
+        moe=MixtureOfExperts(experts, 4, 2880, softmax_after_top_k=True, router_bias=True),
+    )  # fmt: skip
+
+
+KNOWN_MODELS: dict[str, Architecture] = {
+    "Qwen3-0.6B": _qwen3(28, 1024, 16, 3072, True),
+    "Qwen3-1.7B": _qwen3(28, 2048, 16, 6144, True),
+    "Qwen3-4B": _qwen3(36, 2560, 32, 9728, True),
+    "Qwen3-8B": _qwen3(36, 4096, 32, 12288, False),
+    "Qwen3-14B": _qwen3(40, 5120, 40, 17408, False),
+    "Qwen3-32B": _qwen3(64, 5120, 64, 25600, False),
+    "Qwen3-30B-A3B": _qwen3_moe(48, 2048, 32, 768),
+    "Qwen3-235B-A22B": _qwen3_moe(94, 4096, 64, 1536),
+    "Llama-3-8B": _llama3(32, 4096, 32, 14336),
+    "Llama-3-70B": _llama3(80, 8192, 64, 28672),
+    "Llama-3.1-405B": _llama3(126, 16384, 128, 53248),
+    "DeepSeek-V3": _deepseek(128, 3, 256, 129280, 8),
+    "Kimi-K2": _deepseek(64, 1, 384, 163840, 1),
+    "gpt-oss-20b": _gpt_oss(24, 32),
+    "gpt-oss-120b": _gpt_oss(36, 128),
+}
+
+
+def _canonical(name: str) -> str:
+    """Spelling without organisation, case, separators and suffixes: 'meta-llama/Llama-3.1-8B-Instruct' -> 'llama38b'."""
+    name = name.rsplit("/", 1)[-1].lower().replace("meta-", "")
+    for suffix in ("-instruct", "-base", "-bf16", "-2507"):
+        name = name.removesuffix(suffix)
+    name = name.replace("llama-3.1", "llama-3").replace("llama-3.3", "llama-3").replace("llama3.1", "llama3")
+    return "".join(c for c in name if c.isalnum() or c == ".")
+
+
+def load_architecture(model: str) -> tuple[str, Architecture]:
+    """(name, architecture) of a known name, or of a local Hugging Face directory or config.json.
+
+    Raises UserError for an unknown name, with the nearest known one, and for a config that cannot be read.
+    """
+    by_key = {_canonical(name): name for name in KNOWN_MODELS}
+    path = Path(model)
+    config_path = path / "config.json" if path.is_dir() else path
+    if config_path.is_file():
+        try:
+            config: HfConfig = json.loads(config_path.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{config_path}:{error.lineno}: not JSON ({error.msg})") from error
+        from megatron_posttrain.models.registry import architecture_from_hf
+
+        return str(path), architecture_from_hf(config)
+    if path.is_dir():
+        raise UserError(f"--model {model}: a directory without config.json")
+    known = by_key.get(_canonical(model))
+    if known is None:
+        close = nearest(_canonical(model), by_key)
+        for key, name in by_key.items():
+            close = close.replace(f"'{key}'", f"'{name}'")
+        raise UserError(
+            f"--model {model}: neither a known name nor a path with a config.json{close} "
+            f"(known: {', '.join(KNOWN_MODELS)})"
+        )
+    return known, KNOWN_MODELS[known]

@@ -1,0 +1,126 @@
+"""Layouts to consider: parsing one, enumerating all that training accepts, and how layers fall on stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+from megatron_posttrain.errors import UserError, nearest
+from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.parallel.layout import Layout, problems
+
+LAYOUT_KEYS = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
+MICRO_BATCHES = (1, 2, 4, 8)
+FEWEST_TOKENS = 1024  # of a sequence on one context parallel rank: below, communication dominates
+
+
+def expert_data(layout: Layout) -> int:
+    """Replicas of an expert."""
+    return layout.world_size // (layout.expert_tensor * layout.expert * layout.pipeline)
+
+
+def make_layout(gpus: int, **sizes: int) -> Layout:
+    """A layout on `gpus` ranks; virtual_pipeline=1 means none."""
+    if sizes.get("virtual_pipeline") == 1:
+        del sizes["virtual_pipeline"]
+    return Layout(world_size=gpus, **sizes)
+
+
+def sizes_of(layout: Layout) -> dict[str, int]:
+    """Plain numbers by name, 1 where nothing is split."""
+    return {key: getattr(layout, key) or 1 for key in LAYOUT_KEYS}
+
+
+def parse_layout(text: str, gpus: int) -> Layout:
+    """`tensor=2,expert=8` -> Layout; sizes left out are 1. Raises UserError."""
+    sizes: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        key, _, value = part.partition("=")
+        if key not in LAYOUT_KEYS:
+            raise UserError(
+                f"--layout: no key '{key}'{nearest(key, LAYOUT_KEYS)} (one of {', '.join(LAYOUT_KEYS)})"
+            )
+        if not value.isdigit() or int(value) < 1:
+            raise UserError(
+                f"--layout: {key}={value or '(nothing)'}: allowed are whole numbers of at least 1"
+            )
+        sizes[key] = int(value)
+    return make_layout(gpus, **sizes)
+
+
+def hard_problem(layout: Layout, arch: Architecture) -> str | None:
+    """Why the layout means nothing for the model. Uneven pipeline stages and cut key-value heads, which
+    training refuses, still have a memory and a time."""
+    relaxed = replace(arch, num_layers=layout.pipeline * layout.chunks, num_query_groups=arch.num_heads)
+    if layout.pipeline * layout.chunks > arch.num_layers:
+        return f"pipeline x virtual_pipeline = {layout.pipeline * layout.chunks} is more than {arch.num_layers} layers"
+    return next(problems(layout, relaxed), None)
+
+
+def batch_problem(layout: Layout, global_batch: int, micro_batch: int) -> str | None:
+    """Why the batch cannot be cut into micro batches of the layout's replicas."""
+    rows = micro_batch * layout.data
+    if global_batch % rows:
+        return f"global batch {global_batch} is not a multiple of micro batch {micro_batch} x {layout.data} replicas"
+    if layout.virtual_pipeline and global_batch // rows % layout.pipeline:
+        return f"{global_batch // rows} microbatches are not a multiple of pipeline={layout.pipeline}"
+    return None
+
+
+@lru_cache(maxsize=4096)
+def chunk_layers(num_layers: int, chunks: int) -> tuple[range, ...]:
+    """Layers of each of `chunks` model chunks, in the order of the model; chunk c is on stage c % pipeline.
+
+    Where layers do not divide evenly, the chunks with the embedding and the output layer take fewer.
+    """
+    size, extra = divmod(num_layers, chunks)
+    sizes = [size] * chunks
+    for chunk in (*range(1, chunks - 1), 0)[:extra]:
+        sizes[chunk] += 1
+    starts = [sum(sizes[:i]) for i in range(chunks + 1)]
+    return tuple(range(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True))
+
+
+def enumerate_layouts(
+    arch: Architecture,
+    gpus: int,
+    *,
+    domain: int,
+    global_batch: int,
+    sequence_length: int,
+    micro_batches: Sequence[int] = MICRO_BATCHES,
+    uneven: bool = False,
+) -> Iterator[tuple[Layout, int]]:
+    """(layout, micro batch size) pairs that training accepts on `gpus` GPUs.
+
+    Args:
+        domain: GPUs that share NVLink; tensor parallelism stays inside, the rest may leave it.
+        uneven: also pipelines whose stages hold unequal numbers of layers.
+    """
+    powers = [1 << k for k in range(gpus.bit_length()) if gpus % (1 << k) == 0]
+    moe = arch.moe
+    experts = [1] if moe is None else [e for e in powers if moe.num_experts % e == 0]
+    depths = [(p, v) for p in powers if p <= 64 for v in range(1, 13) if (p > 1 or v == 1)]
+    depths = [
+        (p, v) for p, v in depths if arch.num_layers >= p * v and (uneven or arch.num_layers % (p * v) == 0)
+    ]
+    contexts = [c for c in powers if c == 1 or sequence_length // c >= FEWEST_TOKENS]
+    relaxed = replace(arch, num_layers=0)  # divisible by any depth
+    for tensor in (p for p in powers if p <= min(domain, 16)):
+        for pipeline, virtual in depths:
+            for context in contexts:
+                for expert in experts:
+                    layout = make_layout(
+                        gpus,
+                        tensor=tensor,
+                        pipeline=pipeline,
+                        virtual_pipeline=virtual,
+                        context=context,
+                        expert=expert,
+                    )
+                    if next(problems(layout, relaxed), None) is not None:
+                        continue
+                    for micro_batch in micro_batches:
+                        if batch_problem(layout, global_batch, micro_batch) is None:
+                            yield layout, micro_batch

@@ -1,0 +1,230 @@
+"""Exact weights, gradients and optimizer state of a rank, as megatron-core 0.16.1 lays them out.
+
+Each model chunk's parameters, in reverse order, lie in one buffer for dense and one for expert parameters
+(distributed/param_and_grad_buffer.py). With the distributed optimizer every parameter starts at a multiple of 64
+elements, every bucket ends at a multiple of lcm(data parallel size, 128), and each data parallel rank keeps the
+optimizer state of its equal share of every bucket, padding excepted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.parallel.layout import Layout
+from megatron_posttrain.planning.layers import Linear, attention_linears, mlp_linears
+from megatron_posttrain.planning.layouts import chunk_layers, expert_data
+
+ALIGNMENT = 64  # elements; param_and_grad_buffer.py, _pad_start_of_param_if_needed
+BUCKET_MULTIPLE = 128  # elements; _pad_end_of_bucket_if_needed
+BUCKET_SIZE = 40_000_000  # elements; of the first stage's first chunk where gradient reduction overlaps
+
+
+class Parameter(NamedTuple):
+    name: str
+    elements: int
+    expert: bool = False
+    shared_embedding: bool = False  # the two copies of a tied embedding get a bucket of their own
+
+
+@dataclass(frozen=True)
+class RankState:
+    """What one rank holds. Elements are parameters without padding; the rest are bytes."""
+
+    dense_elements: int
+    expert_elements: int
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+def _linear(
+    prefix: str, linear: Linear, tensor: int, biased: bool, duplicated: bool
+) -> Iterator[tuple[str, int]]:
+    inputs, outputs = linear.local(1 if duplicated else tensor)
+    yield f"{prefix}{linear.name}.weight", inputs * outputs
+    if biased:
+        yield f"{prefix}{linear.name}.bias", outputs
+
+
+def _attention(arch: Architecture, tensor: int, transformer_engine: bool) -> Iterator[tuple[str, int]]:
+    bias = arch.attention_output_bias or arch.mlp_bias  # megatron-core has one switch for all but qkv
+    if arch.attention_sinks:
+        yield "core_attention.softmax_offset", arch.num_heads // tensor
+    for linear in attention_linears(arch):
+        # Transformer Engine's MLA keeps the down projections whole on every tensor rank.
+        whole = transformer_engine and linear.name in ("linear_q_down_proj", "linear_kv_down_proj")
+        biased = arch.mla is None and (bias or (arch.qkv_bias and linear.name == "linear_qkv"))
+        yield from _linear("", linear, tensor, biased or (bias and linear.name == "linear_proj"), whole)
+    if arch.mla is not None:
+        if arch.mla.q_rank is not None:
+            yield "q_layernorm.weight", arch.mla.q_rank
+        yield "kv_layernorm.weight", arch.mla.kv_rank
+    elif arch.qk_norm:
+        yield "q_layernorm.weight", arch.head_dim
+        yield "k_layernorm.weight", arch.head_dim
+
+
+def _mlp(arch: Architecture, layer: int, layout: Layout) -> Iterator[Parameter]:
+    bias = arch.attention_output_bias or arch.mlp_bias
+    moe = arch.moe
+    if moe is None or not arch.is_moe_layer(layer):
+        for linear in mlp_linears(arch, arch.ffn_size):
+            yield from (Parameter(*p) for p in _linear("mlp.", linear, layout.tensor, bias, False))
+        return
+    yield Parameter("mlp.router.weight", moe.num_experts * arch.hidden_size)
+    if bias:
+        yield Parameter("mlp.router.bias", moe.num_experts)
+    for expert in range(moe.num_experts // layout.expert):
+        for linear in mlp_linears(arch, moe.expert_ffn_size):
+            prefix = f"mlp.experts.local_experts.{expert}."
+            for name, elements in _linear(prefix, linear, layout.expert_tensor, bias, False):
+                yield Parameter(name, elements, expert=layout.expert > 1)
+    if moe.shared_ffn_size:
+        if moe.shared_gate:
+            yield Parameter("mlp.shared_experts.gate_weight", arch.hidden_size)
+        for linear in mlp_linears(arch, moe.shared_ffn_size):
+            yield from (
+                Parameter(*p) for p in _linear("mlp.shared_experts.", linear, layout.tensor, bias, False)
+            )
+
+
+def layer_parameters(
+    arch: Architecture, layer: int, layout: Layout, transformer_engine: bool
+) -> Iterator[Parameter]:
+    """Parameters of one layer on one rank, in the order of megatron-core's `named_parameters`."""
+    yield Parameter("input_layernorm.weight", arch.hidden_size)
+    for name, elements in _attention(arch, layout.tensor, transformer_engine):
+        yield Parameter(f"self_attention.{name}", elements)
+    yield Parameter("pre_mlp_layernorm.weight", arch.hidden_size)
+    yield from _mlp(arch, layer, layout)
+
+
+def chunk_parameters(
+    arch: Architecture, layout: Layout, chunk: int, transformer_engine: bool = True
+) -> list[Parameter]:
+    """Parameters of model chunk `chunk` (of pipeline x virtual_pipeline, in the order of the model) on one rank."""
+    chunks = layout.pipeline * layout.chunks
+    embedding = math.ceil(arch.vocab_size / layout.tensor) * arch.hidden_size
+    tied_apart = arch.tied_embeddings and layout.pipeline > 1
+    found: list[Parameter] = []
+    if chunk == 0:
+        found.append(Parameter("embedding.word_embeddings.weight", embedding, shared_embedding=tied_apart))
+    for layer in chunk_layers(arch.num_layers, chunks)[chunk]:
+        for p in layer_parameters(arch, layer, layout, transformer_engine):
+            found.append(p._replace(name=f"decoder.layers.{layer}.{p.name}"))
+    if chunk == chunks - 1:
+        found.append(Parameter("decoder.final_layernorm.weight", arch.hidden_size))
+        if not (arch.tied_embeddings and chunk == 0):
+            found.append(Parameter("output_layer.weight", embedding, shared_embedding=tied_apart))
+    return found
+
+
+def buckets(
+    parameters: Sequence[Parameter], ranks: int, bucket_size: int | None = None
+) -> list[tuple[int, int, list[tuple[int, int]]]]:
+    """(start, end, parameters' [start, stop)) of the buckets of a buffer, in elements. `ranks` share each equally."""
+
+    def up(n: int, multiple: int) -> int:
+        return -(-n // multiple) * multiple
+
+    multiple = math.lcm(ranks, BUCKET_MULTIPLE)
+    done: list[tuple[int, int, list[tuple[int, int]]]] = []
+    start, end, members = 0, 0, []
+    for p in reversed(parameters):
+        at = up(end, ALIGNMENT)
+        if p.shared_embedding and members:
+            done.append((start, up(end, multiple), members))
+            start = at = done[-1][1]
+            members = []
+        end = at + p.elements
+        members.append((at, end))
+        if p.shared_embedding or (bucket_size is not None and end - start >= bucket_size):
+            done.append((start, up(end, multiple), members))
+            start = end = done[-1][1]
+            members = []
+    if members:
+        done.append((start, up(end, multiple), members))
+    return done
+
+
+def rank_state(
+    arch: Architecture,
+    layout: Layout,
+    rank: int,
+    *,
+    dtype: str = "bf16",
+    overlap: bool = True,
+    transformer_engine: bool = True,
+) -> RankState:
+    """Weights, gradients and optimizer state of global rank `rank`, exactly.
+
+    Args:
+        dtype: "bf16": fp32 main weights and two fp32 moments a parameter; "fp32": the weights are the main weights.
+        overlap: gradient reduction overlaps with the backward pass, which cuts the first chunk into buckets.
+        transformer_engine: which layer modules; they differ in MLA's down projections.
+    """
+    stage = rank // (layout.world_size // layout.pipeline)
+    shares = {
+        False: (layout.data * layout.context, rank // layout.tensor),
+        True: (expert_data(layout), rank // (layout.expert_tensor * layout.expert)),
+    }
+    elements = {False: 0, True: 0}
+    buffered = owned = 0
+    for index in range(layout.chunks):
+        parameters = chunk_parameters(arch, layout, index * layout.pipeline + stage, transformer_engine)
+        size = BUCKET_SIZE if overlap and stage == 0 and index == 0 else None
+        for expert, (ranks, at) in shares.items():
+            mine = [p for p in parameters if p.expert is expert]
+            elements[expert] += sum(p.elements for p in mine)
+            for start, end, members in buckets(mine, ranks, size):
+                buffered += end - start
+                share = (end - start) // ranks
+                low = start + at % ranks * share
+                owned += sum(max(0, min(stop, low + share) - max(begin, low)) for begin, stop in members)
+    weight = 2 if dtype == "bf16" else 4
+    state = 12 if dtype == "bf16" else 8
+    return RankState(elements[False], elements[True], buffered * weight, buffered * 4, owned * state)
+
+
+@lru_cache(maxsize=65536)
+def _layer_elements(
+    arch: Architecture, layer: int, tensor: int, expert: int, expert_tensor: int, transformer_engine: bool
+) -> tuple[int, int]:
+    layout = Layout(tensor=tensor, expert=expert, expert_tensor=expert_tensor)
+    dense = experts = 0
+    for p in layer_parameters(arch, layer, layout, transformer_engine):
+        size = -(-p.elements // ALIGNMENT) * ALIGNMENT
+        if p.expert:
+            experts += size
+        else:
+            dense += size
+    return dense, experts
+
+
+@lru_cache(maxsize=65536)
+def stage_elements(arch: Architecture, layout: Layout, stage: int) -> tuple[int, int]:
+    """(dense, expert) parameters of a pipeline stage's rank with their alignment: what `rank_state` counts, but
+    for the padding of buckets, and fast enough for a search."""
+    chunks = chunk_layers(arch.num_layers, layout.pipeline * layout.chunks)
+    sizes = (layout.tensor, layout.expert, layout.expert_tensor, True)
+    kinds = Counter(arch.is_moe_layer(layer) for chunk in chunks[stage :: layout.pipeline] for layer in chunk)
+    embedding = math.ceil(arch.vocab_size / layout.tensor) * arch.hidden_size
+    first, last = stage == 0, stage == layout.pipeline - 1
+    dense = (first + last - (first and last and arch.tied_embeddings)) * embedding + last * arch.hidden_size
+    experts = 0
+    for is_moe, count in kinds.items():
+        layer = next(n for n in range(arch.num_layers) if arch.is_moe_layer(n) is is_moe)
+        a, b = _layer_elements(arch, layer, *sizes)
+        dense, experts = dense + count * a, experts + count * b
+    return dense, experts
+
+
+def trained_elements(arch: Architecture, layout: Layout) -> tuple[int, int]:
+    """(dense, expert) parameters of the fullest stage's rank."""
+    return max((stage_elements(arch, layout, stage) for stage in range(layout.pipeline)), key=sum)
