@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -33,8 +34,8 @@ class _Epochs:
         ]
 
     def steps_per_epoch(self, batch_size: int, epochs: float = 1.0) -> int:
-        """Steps until every row was seen `epochs` times; the last step's gap is filled from the next epoch."""
-        return -(-round(epochs * self.rows_per_epoch) // batch_size)
+        """Steps until every row was seen `epochs` times; the next epoch fills the last step."""
+        return math.ceil(math.ceil(epochs * self.rows_per_epoch) / batch_size)
 
 
 class SftDataset(_Epochs):
@@ -99,8 +100,8 @@ class SftDataset(_Epochs):
         """One line about what was read, packed, dropped and truncated."""
         filled = len(self._tokens) / (self.rows_per_epoch * self.sequence_length)
         return (
-            f"{len(self):,} conversations, {len(self._tokens):,} tokens ({int(self._masks.sum()):,} with loss), "
-            f"{self.rows_per_epoch:,} rows {filled:.1%} full; longer than {self.sequence_length}: "
+            f"{len(self):,} conversations, {len(self._tokens):,} tokens, {self._masks.sum():,} with loss; "
+            f"{self.rows_per_epoch:,} rows, {filled:.1%} full; longer than {self.sequence_length} tokens: "
             f"{self.dropped:,} dropped, {self.truncated:,} truncated"
         )
 
