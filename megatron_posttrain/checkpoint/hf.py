@@ -155,6 +155,9 @@ def check_directory(directory: Path | str) -> tuple[HfConfig, Architecture]:
         raise UserError(f"{directory}: no such directory")
     config = read_json(directory / "config.json")
     arch = registry.architecture_from_hf(config)
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method")
+        raise UserError(f"{directory / 'config.json'}: weights quantised with {method!r} cannot be read")
     check_tensors(HfReader(directory), arch)
     return config, arch
 

@@ -114,11 +114,11 @@ class HfWriter:
         self.missing = set(self.targets)
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
-        self.files: dict[str, int] = {}
+        self.descriptors: dict[str, int] = {}
         for file, header in headers.items():
             path = self.partial / file
-            self.files[file] = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
-            _write(self.files[file], memoryview(header), 0, path)
+            self.descriptors[file] = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
+            _write(self.descriptors[file], memoryview(header), 0, path)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Converts to the dtype on disk. `ValueError` for a name or shape that was not announced."""
@@ -129,7 +129,7 @@ class HfWriter:
             )
         data = tensor.detach().to(device="cpu", dtype=target.dtype).contiguous()
         content = memoryview(data.reshape(-1).view(torch.uint8).numpy().data)
-        _write(self.files[target.file], content, target.start, self.partial / target.file)
+        _write(self.descriptors[target.file], content, target.start, self.partial / target.file)
         self.missing.discard(name)
 
     def close(self) -> None:
@@ -140,7 +140,7 @@ class HfWriter:
         self._close_files()
         if self.source is not None:
             self._carry(self.source)
-        if len(self.files) > 1:
+        if SINGLE not in {target.file for target in self.targets.values()}:
             total = sum(math.prod(t.shape) * t.dtype.itemsize for t in self.targets.values())
             weight_map = {name: target.file for name, target in self.targets.items()}
             _write_json(self.partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -165,8 +165,8 @@ class HfWriter:
                 shutil.copyfile(path, self.partial / path.name)
 
     def _close_files(self) -> None:
-        for descriptor in self.files.values():
-            os.close(descriptor)
+        while self.descriptors:
+            os.close(self.descriptors.popitem()[1])
 
     def __enter__(self) -> HfWriter:
         return self
@@ -174,11 +174,12 @@ class HfWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        else:
+        try:
+            if kind is None:
+                self.close()
+        finally:
             self._close_files()
-            shutil.rmtree(self.partial, ignore_errors=True)
+            shutil.rmtree(self.partial, ignore_errors=True)  # renamed, when all went well
 
 
 def _write(descriptor: int, content: memoryview, start: int, path: Path) -> None:

@@ -7,10 +7,20 @@ from typing import Any
 
 from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models.architecture import Architecture, HfConfig, Rope
-from megatron_posttrain.models.weights import QKV, GatedMLP, Mapping, Replicated, Row, Vocabulary
+from megatron_posttrain.models.layout import Fusion
+from megatron_posttrain.models.weights import QKV, GatedMLP, Mapping, Replicated, Row, Vocabulary, on
 
 LAYER = "decoder.layers.*."
 HF_LAYER = "model.layers.*."
+
+# Experts as most families name them, fused as transformers 5 holds them
+EXPERT_FUSIONS = (
+    Fusion(
+        f"{HF_LAYER}mlp.experts.gate_up_proj",
+        (f"{HF_LAYER}mlp.experts.*.gate_proj.weight", f"{HF_LAYER}mlp.experts.*.up_proj.weight"),
+    ),
+    Fusion(f"{HF_LAYER}mlp.experts.down_proj", (f"{HF_LAYER}mlp.experts.*.down_proj.weight",)),
+)
 
 
 def need(config: HfConfig, *keys: str) -> Any:
@@ -86,13 +96,13 @@ def rope_parameters(rope: Rope) -> dict[str, Any]:
     return values
 
 
-def base_architecture(config: HfConfig, family: str, **fields: Any) -> Architecture:
+def base_architecture(config: HfConfig, **fields: Any) -> Architecture:
     """The fields that all families read alike; `fields` are those that the family reads itself."""
     require(config, "hidden_act", ("silu", "swish"), "silu")
     heads = need(config, "num_attention_heads")
     hidden = need(config, "hidden_size")
     values: dict[str, Any] = {
-        "family": family,
+        "family": config["model_type"],
         "num_layers": need(config, "num_hidden_layers"),
         "hidden_size": hidden,
         "num_heads": heads,
@@ -109,10 +119,11 @@ def base_architecture(config: HfConfig, family: str, **fields: Any) -> Architect
     return Architecture(**(values | fields))
 
 
-def base_config(arch: Architecture, source: HfConfig | None, **fields: Any) -> HfConfig:
-    """The config of `arch`: `source` with the fields that describe the architecture written anew."""
-    config: HfConfig = dict(source or {})
-    config |= {
+def base_config(arch: Architecture, name: str, **fields: Any) -> HfConfig:
+    """A config.json with the fields that all families have; `name`: of the transformers class."""
+    return {
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": arch.family,
         "num_hidden_layers": arch.num_layers,
         "hidden_size": arch.hidden_size,
         "num_attention_heads": arch.num_heads,
@@ -124,41 +135,34 @@ def base_config(arch: Architecture, source: HfConfig | None, **fields: Any) -> H
         "rms_norm_eps": arch.norm_epsilon,
         "tie_word_embeddings": arch.tied_embeddings,
         "hidden_act": "silu",
-    }
-    for old_style in ("rope_theta", "rope_scaling"):
-        config.pop(old_style, None)
-    return config | {"rope_parameters": rope_parameters(arch.rope)} | fields
+        "rope_parameters": rope_parameters(arch.rope),
+    } | fields
 
 
-def sliding_layers(config: HfConfig, enabled: bool, first: int) -> dict[str, Any]:
-    """Fields of the architecture for Qwen's and Mistral's sliding window (tokens)."""
-    window = config.get("sliding_window")
-    if not enabled or not window:
+def sliding_layers(config: HfConfig, window: int | None, first: int) -> dict[str, Any]:
+    """Fields of the architecture for a window of `window` tokens (None: none) in the layers from `first` on,
+    or in those that `layer_types` names."""
+    if not window:
         return {}
     count = need(config, "num_hidden_layers")
-    types = config.get("layer_types")
-    layers = (
-        tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
-        if types
-        else tuple(range(first, count))
-    )
+    kinds = config.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * count
+    layers = tuple(layer for layer in range(count) if kinds[layer] == "sliding_attention")
     return {"sliding_window": window, "sliding_layers": layers} if layers else {}
 
 
-def embeddings(arch: Architecture) -> list[Mapping]:
-    """Word embeddings, final norm and, when it is a tensor of its own, the output layer."""
+def embeddings(arch: Architecture, copies: tuple[str, ...] = ()) -> list[Mapping]:
     shape = (arch.vocab_size, arch.hidden_size)
-    return [
-        Vocabulary("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), (shape,)),
-    ]
+    name = "embedding.word_embeddings.weight"
+    return [Vocabulary(name, ("model.embed_tokens.weight",), (shape,), copies=copies)]
 
 
-def output(arch: Architecture) -> list[Mapping]:
+def output(arch: Architecture, copies: tuple[str, ...] = ()) -> list[Mapping]:
+    """Final norm and, when it is a tensor of its own, the output layer."""
     norm = Replicated("decoder.final_layernorm.weight", ("model.norm.weight",), ((arch.hidden_size,),))
     if arch.tied_embeddings:
         return [norm]
-    head = Vocabulary("output_layer.weight", ("lm_head.weight",), ((arch.vocab_size, arch.hidden_size),))
-    return [norm, head]
+    shape = (arch.vocab_size, arch.hidden_size)
+    return [norm, Vocabulary("output_layer.weight", ("lm_head.weight",), (shape,), copies=copies)]
 
 
 def layer_norms(arch: Architecture, layer: str = LAYER) -> list[Mapping]:
@@ -223,21 +227,40 @@ def dense_mlp(arch: Architecture, layer: str = LAYER) -> list[Mapping]:
     return gated_mlp(f"{layer}mlp.", f"{HF_LAYER}mlp.", arch.hidden_size, arch.ffn_size, bias=arch.mlp_bias)
 
 
-def router(arch: Architecture, name: str = "mlp.gate.", layer: str = LAYER) -> Mapping:
+def router(arch: Architecture, name: str = "mlp.gate", layer: str = LAYER) -> list[Mapping]:
     assert arch.moe is not None
-    shape = (arch.moe.num_experts, arch.hidden_size)
-    return Replicated(f"{layer}mlp.router.weight", (f"{HF_LAYER}{name}weight",), (shape,))
+    count = arch.moe.num_experts
+    ours, theirs = f"{layer}mlp.router.", f"{HF_LAYER}{name}."
+    table = [Replicated(f"{ours}weight", (f"{theirs}weight",), ((count, arch.hidden_size),))]
+    if arch.moe.router_bias:
+        table.append(Replicated(f"{ours}bias", (f"{theirs}bias",), ((count,),)))
+    return list(table)
 
 
 def experts(
-    arch: Architecture, layer: str = LAYER, theirs: str = "mlp.experts.*.", **options: Any
+    arch: Architecture,
+    theirs: str = "mlp.experts.*.",
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    layer: str = LAYER,
 ) -> list[Mapping]:
-    """The experts of a layer; for `on(..., experts=arch.moe.num_experts)`."""
+    """One expert of a layer; for `on(layers, ..., experts=arch.moe.num_experts)`."""
     assert arch.moe is not None
-    ours = f"{layer}mlp.experts.local_experts.*."
-    return gated_mlp(ours, HF_LAYER + theirs, arch.hidden_size, arch.moe.expert_ffn_size, **options)
+    ours, width = f"{layer}mlp.experts.local_experts.*.", arch.moe.expert_ffn_size
+    return gated_mlp(ours, HF_LAYER + theirs, arch.hidden_size, width, names, arch.mlp_bias)
 
 
 def layers(arch: Architecture, moe: bool) -> list[int]:
     """Numbers of the layers with experts, or of those with a dense MLP."""
     return [layer for layer in range(arch.num_layers) if arch.is_moe_layer(layer) == moe]
+
+
+def table(
+    arch: Architecture, moe_block: Sequence[Mapping] = (), expert: Sequence[Mapping] = ()
+) -> list[Mapping]:
+    """A Llama-like model; `moe_block`: what a layer with experts has once, `expert`: and once per expert."""
+    rows = embeddings(arch) + on(range(arch.num_layers), [*layer_norms(arch), *attention(arch)])
+    rows += on(layers(arch, moe=False), dense_mlp(arch))
+    if arch.moe is not None:
+        rows += on(layers(arch, moe=True), moe_block)
+        rows += on(layers(arch, moe=True), expert, experts=arch.moe.num_experts)
+    return rows + output(arch)

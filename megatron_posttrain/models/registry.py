@@ -6,6 +6,7 @@ import importlib
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import ModuleType
 
 from megatron_posttrain.errors import UserError, nearest
@@ -15,22 +16,40 @@ from megatron_posttrain.models.weights import TensorPlan, expand
 
 # `model_type` of a config.json -> module of this package
 FAMILIES = {
+    "deepseek_v3": "deepseek_v3",
+    "gpt_oss": "gpt_oss",
+    "llama": "llama",
+    "mistral": "mistral",
+    "mixtral": "mixtral",
+    "qwen2": "qwen2",
+    "qwen2_moe": "qwen2",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3",
 }
 
 
-def architecture_from_hf(config: HfConfig) -> Architecture:
-    """Reads a config.json. `UserError`, with the list of what is supported, for an unknown model."""
+# Field of a config -> other names of it, which go when the field is written anew
+OTHER_NAMES = {
+    "rope_parameters": ("rope_theta", "rope_scaling"),
+    "num_experts": ("num_local_experts",),
+    "num_local_experts": ("num_experts",),
+    "n_routed_experts": ("num_local_experts",),
+    "num_nextn_predict_layers": ("num_mtp_layers",),
+}
+
+
+def architecture_from_hf(config: HfConfig, keep_mtp: bool = False) -> Architecture:
+    """Reads a config.json. `UserError`, with the list of what is supported, for an unknown model.
+
+    Multi-token-prediction layers are dropped unless `keep_mtp`: no loss of ours trains them.
+    """
     kind = config.get("model_type")
     if kind not in FAMILIES:
         supported = ", ".join(sorted(FAMILIES))
         hint = nearest(str(kind), FAMILIES)
         raise UserError(f"config.json: model_type {kind!r} is not supported (one of {supported}){hint}")
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method")
-        raise UserError(f"config.json: weights quantised with {method!r} cannot be read")
-    return _module(FAMILIES[kind]).architecture(config)
+    arch = _module(FAMILIES[kind]).architecture(config)
+    return arch if keep_mtp else replace(arch, num_mtp_layers=0)
 
 
 def family_of(arch: Architecture) -> ModuleType:
@@ -39,10 +58,14 @@ def family_of(arch: Architecture) -> ModuleType:
 
 
 def hf_config(arch: Architecture, source: HfConfig | None = None) -> HfConfig:
-    """The config.json of `arch`. Other fields of `source` stay as they are."""
-    if source is not None and architecture_from_hf(source) == arch:
-        return dict(source)
-    return family_of(arch).hf_config(arch, source)
+    """The config.json of `arch`: `source` with those fields changed in which `arch` differs from it."""
+    config: HfConfig = family_of(arch).hf_config(arch)
+    if source is None or source.get("model_type") != config["model_type"]:
+        return config
+    before = family_of(arch).hf_config(architecture_from_hf(source, keep_mtp=True))
+    changed = {key: value for key, value in config.items() if key not in before or before[key] != value}
+    stale = {name for key in changed for name in OTHER_NAMES.get(key, ())}
+    return {key: value for key, value in source.items() if key not in stale} | changed
 
 
 def tensors(arch: Architecture) -> Iterator[TensorPlan]:
@@ -51,7 +74,7 @@ def tensors(arch: Architecture) -> Iterator[TensorPlan]:
 
 
 def fusions(arch: Architecture) -> Sequence[Fusion]:
-    """The family's alternative layout on disk; empty when it has none or the model has no experts."""
+    """The family's fused layout on disk; empty when the model has no experts."""
     return family_of(arch).FUSIONS if arch.moe is not None else ()
 
 

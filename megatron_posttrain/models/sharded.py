@@ -104,10 +104,10 @@ def partition(plan: TensorPlan, local: Tensor, rank: int, size: int) -> tuple[in
     Transformer Engine holds MLA's down-projections whole on every rank, megatron-core's own layers split
     them. `ValueError` when the tensor has neither shape.
     """
-    if tuple(local.shape) == plan.local_shape(size):
-        return rank, size
     if tuple(local.shape) == plan.local_shape(1):
         return 0, 1
+    if tuple(local.shape) == plan.local_shape(size):
+        return rank, size
     raise ValueError(
         f"parameter '{plan.name}' has the local shape {list(local.shape)}, the weight table says "
         f"{list(plan.local_shape(size))} on each of {size} ranks"

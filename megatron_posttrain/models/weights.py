@@ -191,17 +191,16 @@ def numbered(name: str, layer: int | None, expert: int | None) -> str:
 
 def expand(table: Sequence[Mapping]) -> Iterator[TensorPlan]:
     """Every global tensor of a table in the order of the model: by layer, then as the table has it."""
-    by_layer: dict[int, list[Mapping]] = {}
-    last = -1
+    by_position: dict[int, list[tuple[Mapping, int | None]]] = {}
+    outside = -1  # what is in no layer: before all layers, and once a layer was seen after them
     for mapping in table:
-        for number in mapping.layers or (last,):
-            by_layer.setdefault(number, []).append(mapping)
-            last = 1 << 30 if mapping.layers else last
-    for position in sorted(by_layer):
-        for mapping in by_layer[position]:
-            layer = None if mapping.layers is None else position
-            hf_layer = None if layer is None else layer + mapping.hf_layer_offset
+        for layer in mapping.layers or (None,):
+            position = outside if layer is None else layer + mapping.hf_layer_offset
+            by_position.setdefault(position, []).append((mapping, layer))
+            outside = outside if layer is None else 1 << 30
+    for position in sorted(by_position):
+        for mapping, layer in by_position[position]:
             experts: Sequence[int | None] = range(mapping.experts) if mapping.experts else (None,)
             for expert in experts:
-                names = tuple(numbered(pattern, hf_layer, expert) for pattern in mapping.hf)
+                names = tuple(numbered(pattern, position, expert) for pattern in mapping.hf)
                 yield TensorPlan(numbered(mapping.megatron, layer, expert), mapping, names, layer, expert)

@@ -1,0 +1,169 @@
+"""DeepSeek-V3 and R1 (arXiv 2412.19437): latent attention, sigmoid router with correction bias, MTP."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_posttrain.models import common
+from megatron_posttrain.models.architecture import (
+    Architecture,
+    HfConfig,
+    MixtureOfExperts,
+    MultiLatentAttention,
+)
+from megatron_posttrain.models.weights import Column, Mapping, Replicated, Row, on
+
+FUSIONS = common.EXPERT_FUSIONS
+MTP = "mtp.layers.*."
+
+
+def architecture(config: HfConfig) -> Architecture:
+    common.require(config, "attention_bias", (False,), False)
+    common.require(config, "rope_interleave", (True, None), True)
+    common.require(config, "scoring_func", ("sigmoid",), "sigmoid")
+    common.require(config, "moe_layer_freq", (1,), 1)
+    mla = MultiLatentAttention(
+        q_rank=config.get("q_lora_rank"),
+        kv_rank=common.need(config, "kv_lora_rank"),
+        qk_nope_dim=common.need(config, "qk_nope_head_dim"),
+        qk_rope_dim=common.need(config, "qk_rope_head_dim"),
+        v_dim=common.need(config, "v_head_dim"),
+    )
+    width = common.need(config, "moe_intermediate_size")
+    moe = MixtureOfExperts(
+        num_experts=common.need(config, "n_routed_experts", "num_local_experts"),
+        top_k=common.need(config, "num_experts_per_tok"),
+        expert_ffn_size=width,
+        shared_ffn_size=width * (config.get("n_shared_experts") or 0),
+        first_dense_layers=config.get("first_k_dense_replace", 3),
+        score_function="sigmoid",
+        normalize_top_k=bool(config.get("norm_topk_prob", True)),
+        correction_bias=True,
+        num_groups=config.get("n_group"),
+        top_k_groups=config.get("topk_group"),
+        scaling_factor=float(config.get("routed_scaling_factor", 2.5)),
+    )
+    return common.base_architecture(
+        config,
+        num_query_groups=common.need(config, "num_attention_heads"),
+        head_dim=mla.v_dim,
+        mla=mla,
+        moe=moe,
+        num_mtp_layers=config.get("num_nextn_predict_layers", config.get("num_mtp_layers", 0)),
+    )
+
+
+def hf_config(arch: Architecture) -> HfConfig:
+    mla, moe = arch.mla, arch.moe
+    assert mla is not None
+    assert moe is not None
+    return common.base_config(
+        arch,
+        "DeepseekV3",
+        head_dim=mla.qk_rope_dim,
+        q_lora_rank=mla.q_rank,
+        kv_lora_rank=mla.kv_rank,
+        qk_nope_head_dim=mla.qk_nope_dim,
+        qk_rope_head_dim=mla.qk_rope_dim,
+        v_head_dim=mla.v_dim,
+        n_routed_experts=moe.num_experts,
+        num_experts_per_tok=moe.top_k,
+        moe_intermediate_size=moe.expert_ffn_size,
+        n_shared_experts=moe.shared_ffn_size // moe.expert_ffn_size,
+        first_k_dense_replace=moe.first_dense_layers,
+        scoring_func="sigmoid",
+        topk_method="noaux_tc",
+        norm_topk_prob=moe.normalize_top_k,
+        n_group=moe.num_groups,
+        topk_group=moe.top_k_groups,
+        routed_scaling_factor=moe.scaling_factor,
+        num_nextn_predict_layers=arch.num_mtp_layers,
+    )
+
+
+def ignored(arch: Architecture) -> list[str]:
+    """The multi-token-prediction layer follows the others; where it was dropped its tensors do no harm."""
+    return [] if arch.num_mtp_layers else [rf"model\.layers\.{arch.num_layers}\..*"]
+
+
+def attention(arch: Architecture, layer: str) -> list[Mapping]:
+    """MLA. megatron-core splits the down-projections over ranks, Transformer Engine keeps them whole."""
+    mla, hidden = arch.mla, arch.hidden_size
+    assert mla is not None
+    ours, theirs = f"{layer}self_attention.", f"{common.HF_LAYER}self_attn."
+    query = arch.num_heads * (mla.qk_nope_dim + mla.qk_rope_dim)
+
+    def row(kind: type[Mapping], our: str, their: str, *shape: int) -> Mapping:
+        return kind(f"{ours}{our}.weight", (f"{theirs}{their}.weight",), (shape,))
+
+    if mla.q_rank is None:
+        rows = [row(Column, "linear_q_proj", "q_proj", query, hidden)]
+    else:
+        rows = [
+            row(Column, "linear_q_down_proj", "q_a_proj", mla.q_rank, hidden),
+            row(Replicated, "q_layernorm", "q_a_layernorm", mla.q_rank),
+            row(Column, "linear_q_up_proj", "q_b_proj", query, mla.q_rank),
+        ]
+    up = arch.num_heads * (mla.qk_nope_dim + mla.v_dim)
+    return [
+        *rows,
+        row(Column, "linear_kv_down_proj", "kv_a_proj_with_mqa", mla.kv_rank + mla.qk_rope_dim, hidden),
+        row(Replicated, "kv_layernorm", "kv_a_layernorm", mla.kv_rank),
+        row(Column, "linear_kv_up_proj", "kv_b_proj", up, mla.kv_rank),
+        row(Row, "linear_proj", "o_proj", hidden, arch.num_heads * mla.v_dim),
+    ]
+
+
+def moe_block(arch: Architecture, layer: str) -> list[Mapping]:
+    moe = arch.moe
+    assert moe is not None
+    bias = Replicated(
+        f"{layer}mlp.router.expert_bias",
+        (f"{common.HF_LAYER}mlp.gate.e_score_correction_bias",),
+        ((moe.num_experts,),),
+        dtype=torch.float32,
+    )
+    rows = [*common.router(arch, layer=layer), bias]
+    if moe.shared_ffn_size:
+        ours, theirs = f"{layer}mlp.shared_experts.", f"{common.HF_LAYER}mlp.shared_experts."
+        rows += common.gated_mlp(ours, theirs, arch.hidden_size, moe.shared_ffn_size)
+    return rows
+
+
+def mtp_block(arch: Architecture) -> list[Mapping]:
+    """What a multi-token-prediction layer has beside its transformer layer."""
+    hidden = arch.hidden_size
+
+    def row(kind: type[Mapping], our: str, their: str, *shape: int) -> Mapping:
+        return kind(f"{MTP}{our}.weight", (f"{common.HF_LAYER}{their}.weight",), (shape,))
+
+    return [
+        row(Replicated, "enorm", "enorm", hidden),
+        row(Replicated, "hnorm", "hnorm", hidden),
+        row(Column, "eh_proj", "eh_proj", hidden, 2 * hidden),
+        row(Replicated, "final_layernorm", "shared_head.norm", hidden),
+    ]
+
+
+def table(arch: Architecture) -> list[Mapping]:
+    moe = arch.moe
+    assert moe is not None
+
+    def sparse(layers: range, layer: str, offset: int = 0) -> list[Mapping]:
+        rows = on(layers, moe_block(arch, layer), hf_layer_offset=offset)
+        experts = common.experts(arch, layer=layer)
+        return rows + on(layers, experts, experts=moe.num_experts, hf_layer_offset=offset)
+
+    def base(layer: str) -> list[Mapping]:
+        return [*common.layer_norms(arch, layer), *attention(arch, layer)]
+
+    mtp, first = range(arch.num_mtp_layers), arch.num_layers
+    stored = [f"model.layers.{first + number}." for number in mtp]
+    rows = common.embeddings(arch, copies=tuple(f"{name}embed_tokens.weight" for name in stored))
+    rows += on(range(first), base(common.LAYER))
+    rows += on(common.layers(arch, moe=False), common.dense_mlp(arch))
+    rows += sparse(range(moe.first_dense_layers, first), common.LAYER)
+    rows += common.output(arch, copies=tuple(f"{name}shared_head.head.weight" for name in stored))
+    inner = f"{MTP}transformer_layer."
+    rows += on(mtp, [*mtp_block(arch), *base(inner)], hf_layer_offset=first)
+    return rows + sparse(mtp, inner, first)

@@ -1,0 +1,49 @@
+"""Mixtral (arXiv 2401.04088): every layer has experts; the top-k probabilities are renormalised."""
+
+from __future__ import annotations
+
+from megatron_posttrain.models import common
+from megatron_posttrain.models.architecture import Architecture, HfConfig, MixtureOfExperts
+from megatron_posttrain.models.layout import Fusion
+from megatron_posttrain.models.weights import Mapping
+
+BLOCK = "block_sparse_moe."
+EXPERT = f"{common.HF_LAYER}{BLOCK}experts.*."
+
+# The fused layout renames the block as well.
+FUSIONS = (
+    Fusion(f"{common.HF_LAYER}mlp.experts.gate_up_proj", (f"{EXPERT}w1.weight", f"{EXPERT}w3.weight")),
+    Fusion(f"{common.HF_LAYER}mlp.experts.down_proj", (f"{EXPERT}w2.weight",)),
+    Fusion(f"{common.HF_LAYER}mlp.gate.weight", (f"{common.HF_LAYER}{BLOCK}gate.weight",)),
+)
+
+
+def architecture(config: HfConfig) -> Architecture:
+    moe = MixtureOfExperts(
+        num_experts=common.need(config, "num_local_experts", "num_experts"),
+        top_k=common.need(config, "num_experts_per_tok"),
+        expert_ffn_size=common.need(config, "intermediate_size"),
+        aux_loss_coefficient=float(config.get("router_aux_loss_coef", 0.001)),
+    )
+    window = common.sliding_layers(config, config.get("sliding_window"), 0)
+    return common.base_architecture(config, moe=moe, **window)
+
+
+def hf_config(arch: Architecture) -> HfConfig:
+    assert arch.moe is not None
+    return common.base_config(
+        arch,
+        "Mixtral",
+        intermediate_size=arch.moe.expert_ffn_size,
+        num_local_experts=arch.moe.num_experts,
+        num_experts_per_tok=arch.moe.top_k,
+        router_aux_loss_coef=arch.moe.aux_loss_coefficient,
+        sliding_window=arch.sliding_window,
+    )
+
+
+def table(arch: Architecture) -> list[Mapping]:
+    names = ("w1", "w3", "w2")
+    return common.table(
+        arch, common.router(arch, f"{BLOCK}gate"), common.experts(arch, f"{BLOCK}experts.*.", names)
+    )

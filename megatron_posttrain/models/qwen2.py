@@ -1,0 +1,84 @@
+"""Qwen2, Qwen2.5 and Qwen2-MoE (arXiv 2407.10671): query, key and value biases; a gated shared expert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_posttrain.models import common
+from megatron_posttrain.models.architecture import Architecture, HfConfig, MixtureOfExperts
+from megatron_posttrain.models.weights import Mapping, Replicated
+
+FUSIONS = common.EXPERT_FUSIONS
+
+
+def architecture(config: HfConfig) -> Architecture:
+    moe = None
+    if config["model_type"] == "qwen2_moe":
+        common.require(config, "use_sliding_window", (False,), False)
+        shared = common.need(config, "shared_expert_intermediate_size")
+        moe = mixture(config, shared_ffn_size=shared, shared_gate=True)
+    return common.base_architecture(
+        config, qkv_bias=bool(config.get("qkv_bias", True)), moe=moe, **window(config)
+    )
+
+
+def window(config: HfConfig) -> dict[str, Any]:
+    """Fields of the architecture: the last layers, from `max_window_layers` on, may have a sliding window."""
+    if not config.get("use_sliding_window", False):
+        return {}
+    return common.sliding_layers(config, config.get("sliding_window"), config.get("max_window_layers", 28))
+
+
+def mixture(config: HfConfig, **shared: Any) -> MixtureOfExperts:
+    step = config.get("decoder_sparse_step", 1)
+    count = common.need(config, "num_hidden_layers")
+    dense = {layer for layer in range(count) if (layer + 1) % step} | set(config.get("mlp_only_layers") or [])
+    return MixtureOfExperts(
+        num_experts=common.need(config, "num_experts", "num_local_experts"),
+        top_k=common.need(config, "num_experts_per_tok"),
+        expert_ffn_size=common.need(config, "moe_intermediate_size"),
+        dense_layers=tuple(sorted(dense)),
+        normalize_top_k=bool(config.get("norm_topk_prob", False)),
+        aux_loss_coefficient=float(config.get("router_aux_loss_coef", 0.001)),
+        **shared,
+    )
+
+
+def hf_config(arch: Architecture) -> HfConfig:
+    if arch.moe is None:
+        return common.base_config(arch, "Qwen2", **window_fields(arch))
+    shared = {"shared_expert_intermediate_size": arch.moe.shared_ffn_size, "qkv_bias": arch.qkv_bias}
+    return common.base_config(arch, "Qwen2Moe", **window_fields(arch), **mixture_fields(arch.moe), **shared)
+
+
+def window_fields(arch: Architecture) -> HfConfig:
+    if arch.sliding_window is None:
+        return {"use_sliding_window": False}
+    kinds = ("full_attention", "sliding_attention")
+    return {
+        "use_sliding_window": True,
+        "sliding_window": arch.sliding_window,
+        "layer_types": [kinds[layer in arch.sliding_layers] for layer in range(arch.num_layers)],
+    }
+
+
+def mixture_fields(moe: MixtureOfExperts) -> HfConfig:
+    return {
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.expert_ffn_size,
+        "norm_topk_prob": moe.normalize_top_k,
+        "router_aux_loss_coef": moe.aux_loss_coefficient,
+        "mlp_only_layers": list(moe.dense_layers),
+        "decoder_sparse_step": 1,
+    }
+
+
+def table(arch: Architecture) -> list[Mapping]:
+    if arch.moe is None:
+        return common.table(arch)
+    hidden, block = arch.hidden_size, common.router(arch)
+    ours, theirs = f"{common.LAYER}mlp.shared_experts.", f"{common.HF_LAYER}mlp.shared_expert"
+    block += common.gated_mlp(ours, f"{theirs}.", hidden, arch.moe.shared_ffn_size)
+    block.append(Replicated(f"{ours}gate_weight", (f"{theirs}_gate.weight",), ((1, hidden),)))
+    return common.table(arch, block, common.experts(arch))

@@ -1,0 +1,111 @@
+"""What every family is tested for, against a tiny model of `transformers`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from megatron_posttrain.checkpoint.hf import HfReader, check_directory, directory_layout
+from megatron_posttrain.checkpoint.hf_writer import write_directory
+from megatron_posttrain.models import registry
+from megatron_posttrain.models.architecture import Architecture
+
+
+def tiny_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """Random weights and buffers, none of them constant."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point():
+                tensor.normal_(std=0.3)
+        for module in model.modules():  # as in published checkpoints, and as `from_pretrained` has it
+            if hasattr(module, "e_score_correction_bias"):
+                module.e_score_correction_bias = module.e_score_correction_bias.float()
+    return model.eval()
+
+
+def saved_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a directory, through safetensors' own reader."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in directory.glob("*.safetensors"):
+        tensors |= load_file(path)
+    return tensors
+
+
+def joined(arch: Architecture, directory: Path, size: int) -> Any:
+    """Every tensor split over `size` ranks and joined again, in the table's names."""
+    reader = HfReader(directory)
+    read = directory_layout(reader, arch).reader(reader.get_slice)
+    for plan in registry.tensors(arch):
+        shards = [plan.split(read, rank, size) for rank in range(size)]
+        assert all(tuple(shard.shape) == plan.local_shape(size) for shard in shards)
+        yield from plan.join(shards).items()
+
+
+def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def check_family(
+    config: PreTrainedConfig, tmp_path: Path, *, moe: bool = False, sizes: Any = (1, 2)
+) -> Architecture:
+    """Names, shapes and values against what `save_pretrained` writes; returns the architecture.
+
+    Both layouts of experts where there are experts.
+    """
+    model = tiny_model(config)
+    arch = None
+    for fused in (False, True) if moe else (False,):
+        source = tmp_path / f"source_{fused}"
+        model.save_pretrained(source, save_original_format=not fused)
+        saved = saved_tensors(source)
+        source_config, arch = check_directory(source)
+        layout = directory_layout(HfReader(source), arch)
+        assert layout.shapes == {name: tuple(tensor.shape) for name, tensor in saved.items()}
+        for size in sizes:
+            assert_same_tensors(dict(layout.assemble(joined(arch, source, size))), saved)
+
+        written = tmp_path / f"written_{fused}"
+        write_directory(written, arch, joined(arch, source, sizes[-1]), source=source, shard_bytes=20_000)
+        assert_same_tensors(saved_tensors(written), saved)
+        kept = json.loads((written / "config.json").read_text())
+        changed = {key for key in kept | source_config if kept.get(key) != source_config.get(key)}
+        assert changed <= {"num_nextn_predict_layers", "num_mtp_layers"}
+        again = AutoModelForCausalLM.from_pretrained(written, dtype="auto")
+        assert_same_tensors(again.state_dict(), model.state_dict())
+
+    assert arch is not None
+    assert registry.parameter_count(arch) == sum(tensor.numel() for tensor in unique_tensors(model))
+    check_generated_config(arch, model, tmp_path / "generated")
+    return arch
+
+
+def unique_tensors(model: PreTrainedModel) -> list[torch.Tensor]:
+    """The checkpoint's tensors, tied ones once."""
+    return list({tensor.data_ptr(): tensor for tensor in model.state_dict().values()}.values())
+
+
+def check_generated_config(arch: Architecture, model: PreTrainedModel, directory: Path) -> None:
+    """A config made from the architecture alone describes the same model to `transformers` and to us."""
+    config = registry.hf_config(arch)
+    assert registry.architecture_from_hf(config) == arch
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    loaded = AutoConfig.from_pretrained(directory)
+    with torch.device("meta"):
+        other = AutoModelForCausalLM.from_config(loaded)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in other.state_dict().items()} == shapes
+    assert (
+        loaded.rope_parameters.items()
+        >= {key: value for key, value in model.config.rope_parameters.items() if value is not None}.items()
+    )
