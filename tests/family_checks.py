@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from megatron_posttrain.checkpoint.hf import HfReader, check_directory, directory_layout
-from megatron_posttrain.checkpoint.hf_writer import write_directory
+from megatron_posttrain.checkpoint.hf import HfReader, check_directory, directory_layout, write_directory
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
 

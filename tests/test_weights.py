@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_posttrain.checkpoint.hf import HfReader, check_directory
-from megatron_posttrain.checkpoint.hf_writer import HfWriter
+from megatron_posttrain.checkpoint.hf import HfReader, HfWriter, check_directory
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture, MixtureOfExperts, Rope
@@ -95,7 +94,7 @@ def test_gated_mlp_shard_is_gate_above_up(size: int, ffn: int, hidden: int) -> N
 def test_qkv_is_interleaved_by_group(
     groups: int, heads_per_group: int, head_dim: int, hidden: int, size: int, bias: bool
 ) -> None:
-    """Reference: megatron-core's view [groups, heads + 2, head_dim, hidden], and for fewer groups than ranks."""
+    """Reference: megatron-core's view [groups, heads + 2, head_dim, hidden], also for groups < ranks."""
     rows = groups * (heads_per_group + 2) * head_dim
     if rows % size:
         return

@@ -95,13 +95,16 @@ class Layout:
         return read
 
     def assemble(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors on disk from the table's, which come in any order.
+        """The tensors on disk from the table's, which come in any order; those on disk pass as they are.
 
         Holds the fused tensors that are not yet complete, and nothing else.
         """
         pending: dict[str, Tensor] = {}
         left: dict[str, int] = {}
         for name, tensor in tensors:
+            if name not in self.places and name in self.shapes:
+                yield name, tensor
+                continue
             place = self.places[name]
             if place.fusion is None:
                 yield place.name, tensor

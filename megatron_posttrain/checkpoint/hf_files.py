@@ -1,4 +1,7 @@
-"""Writes Hugging Face directories: streamed, sharded, and there only when complete."""
+"""The files of a Hugging Face directory: safetensors read lazily, and written as a stream.
+
+A directory that is written is there only when it is complete.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,151 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_posttrain.checkpoint.hf import DTYPES, INDEX, SINGLE, HfReader, directory_layout, read_json
-from megatron_posttrain.errors import UserError
-from megatron_posttrain.models import registry
-from megatron_posttrain.models.architecture import Architecture, HfConfig
-from megatron_posttrain.models.layout import Layout
+from megatron_posttrain.errors import UserError, nearest
+from megatron_posttrain.models.architecture import HfConfig
 from megatron_posttrain.models.weights import Shape
 
-SHARD_BYTES = 5_000_000_000
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+SHARD_BYTES = 5_000_000_000
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 Tensors = Mapping[str, tuple[torch.dtype, Shape]]
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies: bytes [start, stop) of `file`."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: Shape
+    start: int
+    stop: int
+
+
+def read_json(path: Path) -> Any:
+    """`UserError` for a missing or malformed file, with the line of the mistake."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{path}{line}: not valid JSON ({error})") from None
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of one safetensors file. `UserError` when it is missing, truncated or malformed."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+            if 8 + length > size:
+                raise UserError(
+                    f"{path}: truncated safetensors file ({size} bytes, its header is not complete)"
+                )
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise UserError(f"{path}: malformed safetensors header ({error})") from None
+    entries = {}
+    for name, value in header.items():
+        if name == "__metadata__":
+            continue
+        if value["dtype"] not in DTYPES:
+            raise UserError(f"{path}: tensor '{name}' has the unknown dtype {value['dtype']}")
+        start, stop = (8 + length + offset for offset in value["data_offsets"])
+        if stop > size:
+            raise UserError(f"{path}: truncated: tensor '{name}' ends at byte {stop}, the file has {size}")
+        entries[name] = Entry(path, DTYPES[value["dtype"]], tuple(value["shape"]), start, stop)
+    return entries
+
+
+class HfReader:
+    """The tensors of a directory with `model.safetensors` or an index of several files; nothing is loaded.
+
+    `UserError` names the file and the tensor when a file of the index is missing or truncated, or the
+    index and the files do not agree.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise UserError(f"{self.directory}: no such directory")
+        self._maps: dict[Path, Tensor] = {}
+        index = self.directory / INDEX
+        if not index.exists():
+            if not (self.directory / SINGLE).exists():
+                raise UserError(f"{self.directory}: has neither {SINGLE} nor {INDEX}")
+            self._entries = read_header(self.directory / SINGLE)
+            return
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index}: lacks 'weight_map'")
+        headers = {name: read_header(self.directory / name) for name in sorted(set(weight_map.values()))}
+        self._entries = {}
+        for name, file in weight_map.items():
+            if name not in headers[file]:
+                raise UserError(f"{self.directory / file}: lacks tensor '{name}', which {INDEX} places there")
+            self._entries[name] = headers[file][name]
+        for file, entries in headers.items():
+            if unlisted := sorted(set(entries) - set(weight_map)):
+                raise UserError(f"{index}: lacks an entry for tensor '{unlisted[0]}', which is in {file}")
+
+    def names(self) -> Collection[str]:
+        return self._entries.keys()
+
+    def entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            raise UserError(f"{self.directory}: no tensor '{name}'{nearest(name, self._entries)}")
+        return self._entries[name]
+
+    def shape(self, name: str) -> Shape:
+        return self.entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.entry(name).dtype
+
+    def get_slice(self, name: str) -> Tensor:
+        """The tensor as a view of the file: only what is sliced out of it and copied is read."""
+        entry = self.entry(name)
+        if entry.file not in self._maps:
+            # Copy-on-write, so that torch takes it as writable; nobody writes, so no page is ever copied.
+            self._maps[entry.file] = torch.from_numpy(np.memmap(entry.file, dtype=np.uint8, mode="c"))
+        data = self._maps[entry.file][entry.start : entry.stop]
+        if entry.start % entry.dtype.itemsize:
+            data = data.clone()  # torch views bytes as a wider dtype only where they are aligned
+        return data.view(entry.dtype).view(entry.shape)
 
 
 class Target(NamedTuple):
@@ -193,66 +321,3 @@ def _write(descriptor: int, content: memoryview, start: int, path: Path) -> None
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def disk_tensors(
-    arch: Architecture, layout: Layout, dtype: torch.dtype | None, source: HfReader | None
-) -> dict[str, tuple[torch.dtype, Shape]]:
-    """What a directory of this layout holds. A tensor's dtype: `dtype`, else that of `source`, else bf16.
-
-    Tensors that the family keeps in a wider dtype (DeepSeek's correction biases) keep theirs.
-    """
-    tensors = {}
-    for name, shape in layout.shapes.items():
-        kind = dtype or torch.bfloat16
-        if name in layout.dtypes:
-            kind = layout.dtypes[name]
-        if source is not None and name in source.names() and (dtype is None or name in layout.dtypes):
-            kind = source.dtype(name)
-        tensors[name] = (kind, shape)
-    return tensors
-
-
-def write_directory(
-    directory: Path | str,
-    arch: Architecture,
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    source: Path | str | None = None,
-    dtype: torch.dtype | None = None,
-    fused: bool | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    custom_code: bool = False,
-    overwrite: bool = False,
-) -> None:
-    """A whole Hugging Face directory from the tensors of the weight table (`models.export.export_hf`).
-
-    Args:
-        source: the directory that the model came from: its side files, the fields of its config, its
-            dtypes and its layout of experts are kept.
-        dtype: of the tensors; None: as in `source`, bf16 without one.
-        fused: experts in one 3-D tensor a layer; None: as in `source`.
-    """
-    reader, config = None, None
-    if source is not None:
-        reader, config = HfReader(source), read_json(Path(source) / "config.json")
-    if reader is not None and fused is None:
-        layout = directory_layout(reader, arch)
-    else:
-        layout = registry.layout(arch, bool(fused))
-    written = registry.hf_config(arch, config)
-    if dtype is not None or config is None:
-        written = {k: v for k, v in written.items() if k != "torch_dtype"}
-        written["dtype"] = str(dtype or torch.bfloat16).removeprefix("torch.")
-    contents = disk_tensors(arch, layout, dtype, reader)
-    with HfWriter(
-        directory,
-        contents,
-        written,
-        source=source,
-        shard_bytes=shard_bytes,
-        custom_code=custom_code,
-        overwrite=overwrite,
-    ) as writer:
-        for name, tensor in layout.assemble(tensors):
-            writer.write(name, tensor)
