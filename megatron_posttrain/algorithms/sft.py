@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from megatron_posttrain.algorithms.losses import cross_entropy_sum
@@ -43,7 +41,7 @@ def sft(config: SftConfig) -> int:
     state = checkpoints.resume(engine) or {"step": 0}
 
     with Run(config, steps, state["step"]) as run:
-        run.say(f"{dataset.summary()}; {steps} steps on {prepared.layout}")
+        run.say(f"{dataset.message}; {steps} steps on {prepared.layout}")
         if state["step"]:
             run.say(f"resumed after step {state['step']}")
         for step in range(state["step"], steps):
@@ -97,4 +95,4 @@ def total_steps(config: SftConfig, dataset: SftDataset) -> int:
         return training.steps
     if training.epochs is None:
         raise UserError("training: give `steps` or `epochs`")
-    return max(1, math.ceil(training.epochs * dataset.steps_per_epoch(training.global_batch_size)))
+    return dataset.steps_per_epoch(training.global_batch_size, training.epochs)

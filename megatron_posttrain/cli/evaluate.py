@@ -22,9 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, metavar="DIR", help="Hugging Face directory, tokenizer included")
     add("--data", required=True, metavar="FILE", help="JSONL of {messages or prompt, answer, metadata}")
     add("--reward", default="math", metavar="NAME", help="what grades a response (default: math)")
-    add(
-        "--reward-file", metavar="FILE", help="Python file that defines NAME with @reward (default: built in)"
-    )
+    add("--reward-file", metavar="FILE", help="Python file that defines NAME with @reward (default: built in)")
     add("--max-tokens", type=_positive, default=256, metavar="N", help="of a response (default: 256)")
     add(
         "--temperature",
@@ -79,6 +77,9 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.model)
     rewards = load_rewards([_RewardSpec(args.reward, file=args.reward_file)])
     rows = read_rows(args.data)[: args.limit]
+    unanswered = next((row for row in rows if row.answer is None), None)
+    if unanswered and args.reward == "math" and not args.reward_file:
+        raise UserError(f"{unanswered.source}: no `answer`, which the reward 'math' compares with")
     lengths = [len(encode_prompt(tokenizer, row.messages, row.source)) for row in rows]
     longest = max(range(len(rows)), key=lengths.__getitem__)
     max_model_len = lengths[longest] + args.max_tokens

@@ -100,7 +100,11 @@ def _allowed(annotation: Any) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, list) and value and isinstance(value[0], BaseModel):
         value = [v.model_dump(exclude_defaults=True) | {"name": getattr(v, "name", "")} for v in value]
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, list | dict) else str(value)
+    return (
+        {None: "null", True: "true", False: "false"}.get(value, str(value))
+        if not isinstance(value, list | dict)
+        else str(value)
+    )
 
 
 def _explain(schema: type[BaseModel], error: Any) -> str:

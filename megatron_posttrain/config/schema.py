@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -105,10 +113,13 @@ class RolloutConfig(Section):
     max_tokens: PositiveInt = Field(1024, description="of a response")
     temperature: PositiveFloat = 1.0
     tensor: PositiveInt = Field(1, description="tensor parallel ranks of a vLLM engine")
-    kv_cache_gib: PositiveFloat | None = Field(None, description="cache of one engine rank, GiB; null: 0.25 on CPU, sized by vLLM on CUDA")
+    kv_cache_gib: PositiveFloat | None = Field(
+        None, description="cache of one engine rank, GiB; null: 0.25 on CPU, sized by vLLM on CUDA"
+    )
     gpu_memory_fraction: Fraction = Field(0.5, description="of a GPU, for vLLM weights and cache")
     proof_tolerance: PositiveFloat | None = Field(
-        None, description="largest canary log-prob difference after a refit; null: 1e-3 in fp32, 0.25 (mean) in bf16"
+        None,
+        description="largest canary log-prob difference after a refit; null: 1e-3 in fp32, 0.25 (mean) in bf16",
     )
 
 

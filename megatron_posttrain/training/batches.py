@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_posttrain.data.batch import PackedBatch
+from megatron_posttrain.data.batch import PackedBatch, pack_batch
 from megatron_posttrain.data.batch import Sequence as TokenSequence
-from megatron_posttrain.data.batch import pack_batch
 from megatron_posttrain.parallel.groups import Groups
 
 Row = Sequence[TokenSequence]

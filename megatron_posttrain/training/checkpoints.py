@@ -42,9 +42,7 @@ class Checkpoints:
             partial.mkdir(parents=True)
         dist.barrier()
         with platform().megatron(), torch_adamw_can_resume():
-            dist_checkpointing.save(
-                _sharded_state(engine, loading=False), str(partial), content_metadata=SHARDING
-            )
+            dist_checkpointing.save(_sharded_state(engine, loading=False), str(partial), content_metadata=SHARDING)
         dist.barrier()
         if dist.get_rank() == 0:
             (partial / STATE_FILE).write_text(json.dumps({"step": step} | state, indent=1))

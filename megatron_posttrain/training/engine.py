@@ -49,14 +49,13 @@ class Engine:
 
     Args:
         train: also make gradient buffers and the optimizer.
-        temperature: log-probs are of softmax(logits / temperature), as the rollout engine samples.
+    `temperature` may be set between calls: log-probs are of softmax(logits / temperature), as the rollout
+    engine samples.
     """
 
-    def __init__(
-        self, config: Config, arch: Architecture, groups: Groups, *, train: bool = True, temperature: float = 1.0
-    ) -> None:
+    def __init__(self, config: Config, arch: Architecture, groups: Groups, *, train: bool = True) -> None:
         self.config, self.arch, self.groups = config, arch, groups
-        self.temperature = temperature
+        self.temperature = 1.0
         self.modules, self.model_config = build_model(arch, groups.layout, config.model, config.precision)
         if not config.model.random_init:
             load_hf(self.modules, arch, HfReader(config.model.path), groups)
@@ -188,7 +187,8 @@ class Engine:
         )
         context = self.groups.context
         output = TokenOutput(
-            gather_tokens(logprobs, batch.cu_seqlens, context), gather_tokens(entropy, batch.cu_seqlens, context)
+            gather_tokens(logprobs, batch.cu_seqlens, context),
+            gather_tokens(entropy, batch.cu_seqlens, context),
         )
         loss, metrics = loss_function(output, batch.to(platform().device))
         sums = {"loss": loss.detach().clone()} | metrics
@@ -211,4 +211,3 @@ class Engine:
         if group.size() > 1:
             dist.broadcast(flat, src=dist.get_global_rank(group, group.size() - 1), group=group)
         return dict(zip(names[0], flat.tolist(), strict=True))
-

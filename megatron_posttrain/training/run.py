@@ -6,7 +6,6 @@ import json
 import logging
 import signal
 import time
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 

@@ -13,11 +13,14 @@ from megatron_posttrain.data.batch import microbatches, pack_batch
 from megatron_posttrain.training.engine import Engine
 
 
-def sequence_logprobs(engine: Engine, sequences: Sequence[TokenSequence], token_budget: int) -> list[Tensor]:
-    """log p(token t+1 | tokens 0..t) of every sequence, [length - 1] fp32 on the host, on every rank.
+def sequence_logprobs(
+    engine: Engine, sequences: Sequence[TokenSequence], token_budget: int, temperature: float = 1.0
+) -> list[Tensor]:
+    """log p(token t+1 | tokens 0..t) at `temperature` of every sequence, [length - 1] fp32 on the host, on every rank.
 
     Sequences share micro-batches of at most `token_budget` tokens.
     """
+    engine.temperature = temperature
     groups, layout = engine.groups, engine.groups.layout
     numbered = [replace(sequence, index=index) for index, sequence in enumerate(sequences)]
     shares = microbatches(numbered, token_budget, layout.micro_batch_multiple)

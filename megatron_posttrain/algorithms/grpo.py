@@ -1,0 +1,224 @@
+"""GRPO (arXiv 2402.03300): rollouts -> rewards -> group advantages -> old log-probs -> update -> refit.
+
+SPMD: every rank holds its shard of the trainer and a rank of a vLLM engine; there is no controller.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from megatron_posttrain.algorithms.advantages import group_advantages
+from megatron_posttrain.algorithms.losses import policy_gradient_loss
+from megatron_posttrain.algorithms.samples import (
+    Samples,
+    collect_samples,
+    training_sequences,
+    write_rollouts,
+)
+from megatron_posttrain.config.schema import GrpoAlgorithm, GrpoConfig
+from megatron_posttrain.data.batch import PackedBatch, microbatches, pack_batch
+from megatron_posttrain.data.batch import Sequence as TokenSequence
+from megatron_posttrain.data.dataset import PromptDataset
+from megatron_posttrain.data.rows import read_rows
+from megatron_posttrain.errors import UserError
+from megatron_posttrain.models.build import DTYPES
+from megatron_posttrain.parallel.groups import make_groups, start_distributed
+from megatron_posttrain.rewards.registry import load_rewards
+from megatron_posttrain.rollout.engine import RolloutEngine
+from megatron_posttrain.rollout.refit import Refit, prove
+from megatron_posttrain.training.batches import to_rows
+from megatron_posttrain.training.checkpoints import Checkpoints
+from megatron_posttrain.training.engine import Engine, Metrics, TokenOutput
+from megatron_posttrain.training.export import export, full_tensors
+from megatron_posttrain.training.prepare import Prepared, prepare
+from megatron_posttrain.training.run import REQUEUE_STATUS, PhaseTimer, Run
+from megatron_posttrain.training.schedule import learning_rate
+from megatron_posttrain.training.sequences import sequence_logprobs
+
+CANARY_PROMPTS = 4
+
+
+def grpo(config: GrpoConfig) -> int:
+    """Trains, resumes where a run stopped, exports. Exit status: 0, or REQUEUE_STATUS when asked to stop."""
+    prepared = prepare(config)
+    prompts = check(config, prepared)
+    rewards = load_rewards(config.rewards)
+    steps = rollout_steps(config, prompts)
+    start_distributed()
+    groups = make_groups(prepared.layout, config.training.seed)
+    engine = Engine(config, prepared.arch, groups)
+    reference = Engine(config, prepared.arch, groups, train=False) if config.algorithm.kl_coefficient else None
+    checkpoints = Checkpoints(config.output_dir, config.checkpoint)
+    state = checkpoints.resume(engine) or {"step": 0}
+    rollout = make_rollout_engine(config, prepared)
+    canary = [p.token_ids for p in prompts.prompts[:CANARY_PROMPTS]]
+
+    def refit(version: int) -> None:
+        """New weights into the engine, and the proof that it holds them: a hard stop when it does not."""
+        Refit(rollout).update(full_tensors(engine), version)
+        scores = partial(_canary_logprobs, engine, config.data.sequence_length)
+        prove(rollout, canary, scores, config.rollout.proof_tolerance)
+
+    with Run(config, steps, state["step"]) as run:
+        run.say(f"{prompts.message}; {steps} steps on {prepared.layout}, {rollout.replicas} rollout replicas")
+        if state["step"]:
+            run.say(f"resumed after step {state['step']}")
+        refit(state["step"])
+        for step in range(state["step"], steps):
+            timer = PhaseTimer()
+            with timer("rollout"):
+                batch = prompts.batch(step, config.rollout.prompts_per_step)
+                samples = collect_samples(rollout, prepared.tokenizer, batch, rewards, config, step)
+                rollout.sleep()
+            with timer("train"):
+                samples.advantages = group_advantages(
+                    torch.tensor(samples.rewards),
+                    config.rollout.samples_per_prompt,
+                    normalize_std=config.algorithm.normalize_std,
+                    leave_one_out=config.algorithm.leave_one_out,
+                )
+                score_samples(samples, engine, reference, config)
+                lr = learning_rate(config.optimizer, step, steps)
+                metrics = update(engine, samples, config, lr)
+            with timer("refit"):
+                refit(step + 1)
+            seconds = timer.total()
+            run.log(
+                step + 1,
+                metrics
+                | samples.metrics()
+                | {
+                    "learning_rate": lr,
+                    "tokens_per_second": samples.tokens / seconds,
+                    "step_seconds": seconds,
+                }
+                | {f"{phase}_seconds": value for phase, value in timer.seconds.items()},
+            )
+            if run.is_main:
+                write_rollouts(config.output_dir / "rollouts" / f"step_{step + 1:06d}.jsonl", samples)
+            stop = run.stop_requested()
+            if stop or checkpoints.due(step + 1, last=step + 1 == steps):
+                checkpoints.save(engine, step + 1, {})
+            if stop and step + 1 < steps:
+                run.say(f"stopped on request after step {step + 1}; the same command resumes")
+                return REQUEUE_STATUS
+        export(engine, prepared.model_path, config.output_dir / "hf")
+        run.say(f"wrote {config.output_dir / 'hf'}")
+    rollout.close()
+    return 0
+
+
+def score_samples(samples: Samples, engine: Engine, reference: Engine | None, config: GrpoConfig) -> None:
+    """The trainer's own log-probs of what was sampled, before any update; the reference's where KL is on."""
+    sequences = training_sequences(samples)
+    budget = config.data.sequence_length
+    temperature = config.rollout.temperature
+    samples.set_logprobs("old_logprobs", sequence_logprobs(engine, sequences, budget, temperature))
+    if reference is not None:
+        samples.set_logprobs("reference_logprobs", sequence_logprobs(reference, sequences, budget, temperature))
+
+
+def update(engine: Engine, samples: Samples, config: GrpoConfig, lr: float) -> dict[str, float]:
+    """Optimizer steps over the samples, `training.global_batch_size` of them a step."""
+    groups, layout = engine.groups, engine.groups.layout
+    engine.temperature = config.rollout.temperature
+    sequences = training_sequences(samples)
+    size = config.training.global_batch_size
+    budget = config.data.sequence_length * config.training.micro_batch_size
+    results = []
+    for start in range(0, len(sequences), size):
+        mini_batch = sequences[start : start + size]
+        shares = microbatches(mini_batch, budget, layout.micro_batch_multiple)[groups.at.data :: layout.data]
+        batches = [pack_batch(share, multiple=layout.sequence_multiple) for share in shares]
+        counted = sum(sum(s.loss_mask) for s in mini_batch)
+        denominator = {
+            "token": counted,
+            "sequence": len(mini_batch),
+            "constant": len(mini_batch) * config.rollout.max_tokens,
+        }[config.algorithm.aggregation]
+        loss = partial(policy_loss, config.algorithm, float(denominator))
+        results.append((counted, engine.train_step(batches, loss, lr)))
+    total = sum(counted for counted, _ in results)
+    names = results[0][1].metrics
+    return {
+        "loss": sum(r.loss for _, r in results) / len(results),
+        "grad_norm": sum(r.grad_norm for _, r in results) / len(results),
+    } | {name: sum(r.metrics[name] for _, r in results) / total for name in names}
+
+
+def policy_loss(
+    algorithm: GrpoAlgorithm, denominator: float, output: TokenOutput, batch: PackedBatch
+) -> tuple[torch.Tensor, Metrics]:
+    def rows(flat: torch.Tensor) -> torch.Tensor:
+        return to_rows(flat, batch.cu_seqlens)
+
+    rollout = rows(batch.extras["rollout_logprobs"])
+    reference = batch.extras.get("reference_logprobs")
+    loss, metrics = policy_gradient_loss(
+        rows(output.logprobs),
+        rows(batch.extras["old_logprobs"]),
+        rows(batch.extras["advantages"]),
+        rows(batch.loss_mask),
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        dual_clip=algorithm.dual_clip,
+        ratio_level=algorithm.ratio_level,
+        aggregation=algorithm.aggregation,
+        rollout_logprobs=rollout,
+        importance_cap=algorithm.importance_cap,
+        # Without a reference model `kl` tells how far the update has moved from the policy that sampled.
+        reference_logprobs=rows(reference) if reference is not None else rollout,
+        kl_coefficient=algorithm.kl_coefficient,
+        kl_estimator=algorithm.kl_estimator,
+        denominator=denominator,
+    )
+    return loss, metrics | {"entropy": (output.entropy * batch.loss_mask).sum()}
+
+
+def check(config: GrpoConfig, prepared: Prepared) -> PromptDataset:
+    """What only RL asks of a config; the prompts."""
+    rollout, training = config.rollout, config.training
+    samples = rollout.prompts_per_step * rollout.samples_per_prompt
+    if samples % training.global_batch_size:
+        raise UserError(
+            f"training.global_batch_size={training.global_batch_size} does not divide the samples of a step, "
+            f"rollout.prompts_per_step x samples_per_prompt = {samples}; for one update a step set it to {samples}"
+        )
+    if prepared.layout.world_size % rollout.tensor:
+        raise UserError(f"rollout.tensor={rollout.tensor} does not divide the {prepared.layout.world_size} ranks")
+    longest_prompt = config.data.sequence_length - rollout.max_tokens
+    if longest_prompt < 1:
+        raise UserError(
+            f"data.sequence_length={config.data.sequence_length} leaves no room for a prompt beside "
+            f"rollout.max_tokens={rollout.max_tokens}"
+        )
+    return PromptDataset(read_rows(config.data.train), prepared.tokenizer, longest_prompt, training.seed)
+
+
+def rollout_steps(config: GrpoConfig, prompts: PromptDataset) -> int:
+    training = config.training
+    if training.steps is not None:
+        return training.steps
+    if training.epochs is None:
+        raise UserError("training: give `steps` or `epochs`")
+    return prompts.steps_per_epoch(config.rollout.prompts_per_step, training.epochs)
+
+
+def make_rollout_engine(config: GrpoConfig, prepared: Prepared) -> RolloutEngine:
+    cache = config.rollout.kv_cache_gib
+    return RolloutEngine(
+        str(prepared.model_path),
+        dtype=DTYPES[config.precision.dtype],
+        tensor=config.rollout.tensor,
+        max_model_len=config.data.sequence_length,
+        kv_cache_bytes=None if cache is None else int(cache * 2**30),
+        seed=config.training.seed,
+        gpu_memory_utilization=config.rollout.gpu_memory_fraction,
+    )
+
+
+def _canary_logprobs(engine: Engine, budget: int, sequences: list[list[int]]) -> list[torch.Tensor]:
+    whole = [TokenSequence(ids, [1] * len(ids)) for ids in sequences]
+    return sequence_logprobs(engine, whole, budget, temperature=1.0)
