@@ -55,12 +55,15 @@ class PackedBatch:
         lengths = self.cu_seqlens.diff().long()
         return torch.arange(len(self.tokens), device=ends.device) >= ends.repeat_interleave(lengths)
 
+    def per_sequence(self, values: Tensor) -> list[Tensor]:
+        """Cut per-label values [T] into one tensor [length - 1] a sequence, without padding."""
+        starts = self.cu_seqlens.tolist()
+        return [values[at : at + length - 1] for at, length in zip(starts, self.real_lengths, strict=False)]
+
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on `device`."""
         moved: dict[str, Any] = {
-            f.name: value.to(device)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
+            f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
         }
         return replace(self, **moved, extras={name: value.to(device) for name, value in self.extras.items()})
 
@@ -109,9 +112,7 @@ def pack_batch(sequences: Seq[Sequence], *, multiple: int = 1, pad_token: int = 
     )
 
 
-def microbatches(
-    sequences: Seq[Sequence], token_budget: int, count_multiple: int = 1
-) -> list[list[Sequence]]:
+def microbatches(sequences: Seq[Sequence], token_budget: int, count_multiple: int = 1) -> list[list[Sequence]]:
     """Split sequences into as few micro-batches as `token_budget` tokens each allow, of like total length.
 
     Their number is a multiple of `count_multiple` (data parallel ranks x virtual pipeline stages, say), so
@@ -123,9 +124,7 @@ def microbatches(
         raise ValueError("no sequences to split")
     lengths = [len(sequence.token_ids) for sequence in sequences]
     if max(lengths) > token_budget:
-        raise ValueError(
-            f"a sequence of {max(lengths)} tokens exceeds the micro-batch budget of {token_budget}"
-        )
+        raise ValueError(f"a sequence of {max(lengths)} tokens exceeds the micro-batch budget of {token_budget}")
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     count = 0
     while True:

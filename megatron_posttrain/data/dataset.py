@@ -29,9 +29,7 @@ class _Epochs:
 
     def _take(self, step: int, count: int) -> list[Any]:
         places = range(step * count, (step + 1) * count)
-        return [
-            self.epoch_rows(place // self.rows_per_epoch)[place % self.rows_per_epoch] for place in places
-        ]
+        return [self.epoch_rows(place // self.rows_per_epoch)[place % self.rows_per_epoch] for place in places]
 
     def steps_per_epoch(self, batch_size: int, epochs: float = 1.0) -> int:
         """Steps until every row was seen `epochs` times; the next epoch fills the last step."""

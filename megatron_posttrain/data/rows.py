@@ -81,9 +81,7 @@ def _records(source: str) -> Iterator[tuple[str, Any]]:
     path = Path(source)
     if path.is_file() and path.suffix not in (".parquet", ".csv", ".arrow"):
         return _jsonl(path)
-    if not path.exists() and (
-        path.suffix in (".jsonl", ".json", ".parquet", ".csv") or source.startswith((".", "/"))
-    ):
+    if not path.exists() and (path.suffix in (".jsonl", ".json", ".parquet", ".csv") or source.startswith((".", "/"))):
         raise UserError(f"{source}: no such file")
     return _dataset(source)
 

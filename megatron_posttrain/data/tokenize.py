@@ -54,9 +54,7 @@ def load_tokenizer(directory: str | Path) -> Any:
             "name a tokenizer that has one in model.tokenizer"
         )
     if not tokenizer.is_fast:
-        raise UserError(
-            f"tokenizer {directory}: a fast tokenizer (tokenizer.json) is needed for the loss mask"
-        )
+        raise UserError(f"tokenizer {directory}: a fast tokenizer (tokenizer.json) is needed for the loss mask")
     return tokenizer
 
 
@@ -193,9 +191,7 @@ def _render_or_refuse(tokenizer: Any, messages: list[Message], source: str, prom
     try:
         return _apply_template(tokenizer, messages, prompt)[0]
     except TEMPLATE_ERRORS as error:
-        raise UserError(
-            f"{source}: the tokenizer's chat template refuses this conversation: {error}"
-        ) from error
+        raise UserError(f"{source}: the tokenizer's chat template refuses this conversation: {error}") from error
 
 
 def _render(tokenizer: Any, messages: list[Message], prompt: bool = False) -> str | None:

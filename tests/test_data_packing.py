@@ -1,0 +1,137 @@
+"""Packing of conversations into rows, and of sequences into micro-batches."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_posttrain.data.batch import Sequence, microbatches, pack_batch
+from megatron_posttrain.data.packing import pack
+
+
+def best_fit_decreasing(lengths, capacity):
+    """The textbook's loop over all rows, sums only."""
+    rows: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [i for i, filled in enumerate(rows) if filled + length <= capacity]
+        if fitting:
+            rows[max(fitting, key=lambda i: rows[i])] += length
+        else:
+            rows.append(length)
+    return sorted(rows)
+
+
+@given(st.lists(st.integers(1, 40), max_size=60), st.integers(40, 70), st.randoms(use_true_random=False))
+def test_pack_is_best_fit_decreasing(lengths, capacity, shuffler):
+    rows = pack(lengths, capacity)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert sorted(sum(lengths[i] for i in row) for row in rows) == best_fit_decreasing(lengths, capacity)
+    assert all(rows)
+    assert rows == pack(lengths, capacity)
+    shuffled = list(lengths)
+    shuffler.shuffle(shuffled)
+    assert len(pack(shuffled, capacity)) == len(rows)
+
+
+def test_pack_of_many_rows_is_nearly_full():
+    rng = random.Random(0)
+    lengths = [min(4096, max(1, int(rng.lognormvariate(6, 1)))) for _ in range(100_000)]
+    assert len(pack(lengths, 4096)) < 1.01 * sum(lengths) / 4096
+
+
+def test_pack_refuses_what_cannot_fit():
+    with pytest.raises(ValueError, match="between 1 and 8"):
+        pack([4, 9], 8)
+    assert pack([], 8) == []
+
+
+def sequence(length, index=0, seed=0):
+    rng = random.Random(seed * 1000 + index)
+    return Sequence(
+        token_ids=[rng.randrange(1, 99) for _ in range(length)],
+        loss_mask=[rng.randrange(2) for _ in range(length)],
+        extras={"advantages": [rng.random() for _ in range(length)]},
+        index=index,
+    )
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.sampled_from([1, 2, 4, 8]))
+def test_pack_batch_token_by_token(lengths, multiple):
+    sequences = [sequence(length, index) for index, length in enumerate(lengths)]
+    batch = pack_batch(sequences, multiple=multiple, pad_token=7)
+    starts = batch.cu_seqlens.tolist()
+    assert len(batch.tokens) == starts[-1]
+    assert batch.real_lengths == lengths
+    assert batch.sequence_ids == list(range(len(lengths)))
+    padding = batch.padding.tolist()
+    for s, start, stop in zip(sequences, starts, starts[1:], strict=False):
+        assert (stop - start) % multiple == 0
+        assert len(s.token_ids) <= stop - start < len(s.token_ids) + multiple
+        for t in range(stop - start):
+            at, real = start + t, t < len(s.token_ids)
+            last = t >= len(s.token_ids) - 1
+            assert batch.position_ids[at] == t
+            assert padding[at] is not real
+            assert batch.tokens[at] == (s.token_ids[t] if real else 7)
+            assert batch.labels[at] == (0 if last else s.token_ids[t + 1])
+            assert batch.loss_mask[at] == (0 if last else s.loss_mask[t + 1])
+            expected = 0 if last else s.extras["advantages"][t + 1]
+            assert batch.extras["advantages"][at].item() == pytest.approx(expected)
+    assert batch.max_seqlen == max(b - a for a, b in itertools.pairwise(starts))
+    assert batch.has_padding == any(padding)
+    assert batch.real_tokens == sum(lengths)
+
+
+def test_pack_batch_types_and_moves():
+    batch = pack_batch([sequence(3), Sequence([1, 2], [0, 1])], multiple=4)
+    assert batch.tokens.dtype == batch.labels.dtype == batch.position_ids.dtype == torch.int64
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.loss_mask.dtype == batch.extras["advantages"].dtype == torch.float32
+    assert batch.extras["advantages"][4:].tolist() == [0, 0, 0, 0]  # the second has no such key
+    moved = batch.to("meta")
+    assert moved.tokens.device.type == moved.extras["advantages"].device.type == "meta"
+    assert moved.real_lengths == batch.real_lengths
+    pieces = batch.per_sequence(torch.arange(8))
+    assert [piece.tolist() for piece in pieces] == [[0, 1], [4]]
+
+
+def test_pack_batch_refuses_broken_sequences():
+    with pytest.raises(ValueError, match="at least one"):
+        pack_batch([])
+    with pytest.raises(ValueError, match="without tokens"):
+        pack_batch([Sequence([], [])])
+    with pytest.raises(ValueError, match="loss_mask has 1 entries for 2 tokens"):
+        pack_batch([Sequence([1, 2], [1])])
+
+
+@given(
+    st.lists(st.integers(1, 32), min_size=1, max_size=40),
+    st.integers(32, 100),
+    st.integers(1, 5),
+)
+def test_microbatches(lengths, budget, multiple):
+    sequences = [sequence(length, index) for index, length in enumerate(lengths)]
+    groups = microbatches(sequences, budget, multiple)
+    assert len(groups) % multiple == 0
+    assert sorted(s.index for group in groups for s in group if s.index >= 0) == list(range(len(lengths)))
+    totals = [sum(len(s.token_ids) for s in group) for group in groups]
+    assert all(0 < total <= budget for total in totals)
+    for filler in (s for group in groups for s in group if s.index < 0):
+        assert list(filler.loss_mask) == [0]
+        assert len(groups) > len(lengths)
+    # No more than a longest sequence between the fullest and the emptiest (least-filled-first keeps it so).
+    if len(groups) <= len(lengths):
+        assert max(totals) - min(totals) <= max(lengths)
+    assert len(groups) >= math.ceil(sum(lengths) / budget)
+    assert [[s.index for s in group] for group in groups] == [
+        [s.index for s in group] for group in microbatches(sequences, budget, multiple)
+    ]
+
+
+def test_microbatches_refuses_a_sequence_over_budget():
+    with pytest.raises(ValueError, match="10 tokens exceeds the micro-batch budget of 8"):
+        microbatches([sequence(10)], 8)
