@@ -1,0 +1,173 @@
+"""Generate with vLLM, grade with a reward, sum up. A data-parallel evaluation: replicas share the prompts."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_posttrain.data.rows import Row
+from megatron_posttrain.data.tokenize import encode_prompt
+from megatron_posttrain.rewards import Reward, Sample, compute_rewards
+from megatron_posttrain.rollout import RolloutEngine, Sampling
+from megatron_posttrain.rollout.text import response_text, stop_token_ids
+
+CORRECT = 0.5  # a response whose reward is above it counts as correct
+
+
+@dataclass(frozen=True)
+class Settings:
+    max_tokens: int = 256
+    temperature: float = 0.0  # 0: greedy
+    samples: int = 1  # responses a prompt
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`accuracy` is the fraction of correct responses; its interval is Wilson's at 95% over the prompts."""
+
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    reward: float  # mean
+    prompts: int
+    samples: int  # a prompt
+    response_length: float  # mean, tokens, the final stop token included
+    truncated_fraction: float  # stopped by max_tokens
+    temperature: float
+    max_tokens: int
+    seconds: float  # of generation
+    tokens_per_second: float  # generated, all replicas together
+
+
+def wilson_interval(fraction: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Score interval of a proportion `fraction` of `n` trials (Wilson 1927); z = 1.96 is 95%."""
+    if n == 0:
+        return 0.0, 1.0
+    center = (fraction + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(fraction * (1 - fraction) / n + z * z / (4 * n * n))
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def evaluate(
+    engine: RolloutEngine, tokenizer: Any, rows: Sequence[Row], rewards: Sequence[Reward], settings: Settings
+) -> tuple[Evaluation, list[dict[str, Any]]]:
+    """Collective over all ranks; rows and settings are the same on all of them.
+
+    Returns:
+        the summary, and a record per response in the order of the rows (index, sample, messages, answer,
+        response, reward, rewards, tokens, finish_reason); the same on every rank.
+
+    Raises:
+        UserError: the chat template refuses a row, or a reward fails on a sample.
+        ValueError: a prompt with `max_tokens` exceeds the engine's `max_model_len`.
+    """
+    mine = range(engine.replica, len(rows), engine.replicas)
+    prompts = [encode_prompt(tokenizer, rows[i].messages, rows[i].source) for i in mine]
+    n = settings.samples
+    sampling = Sampling(
+        n=n,
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        stop_token_ids=stop_token_ids(tokenizer),
+    )
+    seeds = [settings.seed + i * n + j for i in mine for j in range(n)]  # whatever the number of replicas
+    start = time.perf_counter()
+    completions = engine.generate(prompts, sampling, seeds)
+    seconds = time.perf_counter() - start
+
+    texts = [response_text(tokenizer, c.token_ids) for c in completions]
+    origin = [(i, j) for i in mine for j in range(n)]
+    samples = [
+        Sample(rows[i].messages, text, rows[i].answer, rows[i].metadata)
+        for (i, _), text in zip(origin, texts, strict=True)
+    ]
+    by_name, totals = compute_rewards(samples, rewards)
+    records = [
+        {
+            "index": i,
+            "sample": j,
+            "messages": sample.messages,
+            "answer": sample.answer,
+            "response": sample.response,
+            "reward": total,
+            "rewards": graded,
+            "tokens": len(completion.token_ids),
+            "finish_reason": completion.finish_reason,
+        }
+        for (i, j), sample, completion, graded, total in zip(
+            origin, samples, completions, by_name, totals, strict=True
+        )
+    ]
+    records, seconds = _gather(engine, records, seconds)
+    return _summary(records, settings, len(rows), seconds), records
+
+
+def _gather(
+    engine: RolloutEngine, records: list[dict[str, Any]], seconds: float
+) -> tuple[list[dict[str, Any]], float]:
+    """Every replica's records in the order of the rows, and the slowest replica's seconds."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, (records, seconds))
+    replicas = parts[:: engine.tensor]  # the ranks of a replica have the same
+    merged = sorted((r for part, _ in replicas for r in part), key=lambda r: (r["index"], r["sample"]))
+    return merged, max(s for _, s in replicas)
+
+
+def _summary(records: list[dict[str, Any]], settings: Settings, prompts: int, seconds: float) -> Evaluation:
+    def mean(values: Sequence[float]) -> float:
+        return math.fsum(values) / max(len(values), 1)
+
+    accuracy = mean([r["reward"] > CORRECT for r in records])
+    # Responses to one prompt are not independent, so the prompts are the trials.
+    low, high = wilson_interval(accuracy, prompts)
+    tokens = sum(r["tokens"] for r in records)
+    return Evaluation(
+        accuracy=accuracy,
+        accuracy_low=low,
+        accuracy_high=high,
+        reward=mean([r["reward"] for r in records]),
+        prompts=prompts,
+        samples=settings.samples,
+        response_length=mean([r["tokens"] for r in records]),
+        truncated_fraction=mean([r["finish_reason"] == "length" for r in records]),
+        temperature=settings.temperature,
+        max_tokens=settings.max_tokens,
+        seconds=seconds,
+        tokens_per_second=tokens / seconds if seconds else 0.0,
+    )
+
+
+def save(
+    evaluation: Evaluation, records: Sequence[dict[str, Any]], output: Path, facts: dict[str, Any]
+) -> None:
+    """Writes OUTPUT/evaluation.json (`facts` first) and OUTPUT/responses.jsonl."""
+    output.mkdir(parents=True, exist_ok=True)
+    summary = json.dumps(facts | asdict(evaluation), indent=2, ensure_ascii=False)
+    (output / "evaluation.json").write_text(summary + "\n", encoding="utf-8")
+    with (output / "responses.jsonl").open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def table(evaluation: Evaluation, facts: dict[str, Any]) -> str:
+    """The summary as text, a line per figure."""
+    e = evaluation
+    how = "greedy" if e.temperature == 0 else f"temperature {e.temperature:g}"
+    lines = {
+        **facts,
+        "prompts": f"{e.prompts} x {e.samples} responses, {how}, at most {e.max_tokens} tokens",
+        "accuracy": f"{e.accuracy:.3f}   95% interval {e.accuracy_low:.3f} to {e.accuracy_high:.3f}",
+        "mean reward": f"{e.reward:.3f}",
+        "mean response": f"{e.response_length:.1f} tokens, {e.truncated_fraction:.1%} truncated",
+        "generation": f"{e.seconds:.1f} s, {e.tokens_per_second:,.0f} tokens/s",
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())

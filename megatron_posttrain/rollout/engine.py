@@ -1,0 +1,250 @@
+"""One rank of a vLLM engine inside every trainer rank (SPMD, vLLM's `external_launcher`)."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import uuid
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_posttrain.parallel.groups import broadcast_object, start_distributed
+from megatron_posttrain.platform import platform
+from megatron_posttrain.rollout import vllm_fixes
+from megatron_posttrain.rollout.isolation import Isolation
+
+CPU_CACHE_BYTES = 256 << 20
+CPU_BLOCK_SIZE = 32  # the attention kernel wants multiples of 32; vLLM's 128 shares no prefix of a short prompt
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a prompt is continued. A temperature of 0 is greedy."""
+
+    n: int = 1  # completions a prompt
+    max_tokens: int = 1024  # of a completion
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()  # end a completion and are its last token
+
+
+@dataclass(frozen=True)
+class Completion:
+    """`logprobs[t]` is log p(`token_ids[t]`) under the distribution that it was drawn from."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+
+
+class RolloutEngine:
+    """Creation, `generate`, `greedy`, `update_weights` and `close` are collective.
+
+    Ranks r, r + 1, ... r + tensor - 1 (r a multiple of `tensor`) are one replica: they hold shards of one
+    engine and must be given identical prompts and seeds; this is checked. Replicas are independent. After
+    every call the trainer's random state, threads, environment and process groups are as they were before.
+
+    Args:
+        model_path: Hugging Face directory; its tokenizer is not read.
+        dtype: of weights, activations and cache.
+        tensor: ranks of a replica; divides the world size.
+        max_model_len: longest prompt plus completion, tokens.
+        kv_cache_bytes: cache of this rank; None: 256 MiB on CPU, on CUDA by `gpu_memory_utilization`.
+        max_num_seqs: requests that run at once; more of them wait.
+        gpu_memory_utilization: fraction of the GPU for weights and cache together; CUDA only.
+
+    Raises:
+        ValueError: `tensor` does not divide the world, or vLLM cannot run the model so.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        dtype: torch.dtype,
+        max_model_len: int,
+        tensor: int = 1,
+        kv_cache_bytes: int | None = None,
+        max_num_seqs: int = 256,
+        seed: int = 0,
+        gpu_memory_utilization: float = 0.5,
+    ) -> None:
+        start_distributed()  # in a process without torchrun: a world of one
+        if dist.get_world_size() % tensor:
+            raise ValueError(f"rollout.tensor: {tensor} does not divide the {dist.get_world_size()} ranks")
+        self.dtype, self.tensor, self.max_model_len = dtype, tensor, max_model_len
+        self.replica, self.replicas = dist.get_rank() // tensor, dist.get_world_size() // tensor
+        self._cpu = platform().name == "cpu"
+        options: dict[str, Any] = {
+            "model": str(model_path),
+            "dtype": dtype,
+            "tensor_parallel_size": tensor,
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "seed": seed,
+            "distributed_executor_backend": "external_launcher",
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",  # not the directory's sampling defaults
+            "logprobs_mode": "processed_logprobs",  # after temperature and top-p
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+        }
+        options |= _cpu_options(kv_cache_bytes) if self._cpu else _cuda_options(kv_cache_bytes, gpu_memory_utilization)
+        rank = dist.get_rank()
+        local = os.environ.get("LOCAL_RANK", str(torch.cuda.current_device() if not self._cpu else rank))
+        self._isolated = Isolation({"RANK": str(rank), "LOCAL_RANK": local})
+        token = str(broadcast_object(uuid.uuid4().hex[:12]))
+        with self._isolated(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what vLLM says about GPU parts that are not there
+            logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+            from vllm import LLM
+            from vllm.config import WeightTransferConfig
+
+            from megatron_posttrain.rollout import transfer
+
+            options["weight_transfer_config"] = WeightTransferConfig(backend=transfer.NAME)
+            if self._cpu:
+                with vllm_fixes.private_shared_memory(token), vllm_fixes.unbound_memory():
+                    self._llm: Any = LLM(**options)
+                    dist.barrier()  # every rank has mapped the memory before its names go
+            else:
+                self._llm = LLM(**options)
+        # vLLM would destroy the trainer's process groups when this engine is collected, or at exit.
+        self._llm.llm_engine.engine_core._finalizer.detach()
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+        """`sampling.n` completions of every prompt: completion j of prompt i is number i * n + j.
+
+        Args:
+            prompts: token ids, not empty; prompt plus `max_tokens` within `max_model_len`.
+            seeds: one per completion. Equal prompt, seed and weights give equal tokens, up to rounding that
+                depends on what else is in the batch.
+
+        Raises:
+            ValueError: a prompt is empty or too long, or the number of seeds is not len(prompts) * n.
+            RuntimeError: ranks of one replica were given different arguments.
+        """
+        if len(seeds) != len(prompts) * sampling.n:
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts x {sampling.n} completions")
+        for i, prompt in enumerate(prompts):
+            if not prompt or len(prompt) + sampling.max_tokens > self.max_model_len:
+                raise ValueError(
+                    f"prompt {i} has {len(prompt)} tokens, with max_tokens {sampling.max_tokens}: "
+                    f"wanted is 1 to max_model_len ({self.max_model_len}) together"
+                )
+        self._check_replica_agrees((prompts, sampling, seeds))
+        if not prompts:
+            return []
+        with self._isolated():
+            from vllm import SamplingParams
+
+            requests = [{"prompt_token_ids": list(p)} for p in prompts for _ in range(sampling.n)]
+            params = [
+                SamplingParams(
+                    max_tokens=sampling.max_tokens,
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    stop_token_ids=list(sampling.stop_token_ids),
+                    ignore_eos=True,  # ends are the caller's `stop_token_ids`, not the directory's
+                    seed=seed,
+                    logprobs=0,
+                    flat_logprobs=True,
+                    detokenize=False,
+                    skip_clone=True,
+                )
+                for seed in seeds
+            ]
+            outputs = self._llm.generate(requests, params, use_tqdm=False)
+        return [_completion(output.outputs[0]) for output in outputs]
+
+    def greedy(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Completion]:
+        """The likeliest token at every position; log-probs at temperature 1."""
+        return self.generate(prompts, Sampling(max_tokens=max_tokens, temperature=0.0), [0] * len(prompts))
+
+    def update_weights(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
+        """Replaces all weights and drops the prefix cache; see `Refit`, which is what to call."""
+        with self._isolated():
+            self._llm.start_weight_update()
+            self._llm.update_weights({"update_info": {"tensors": tensors}})
+            self._llm.finish_weight_update(weight_version=str(version))
+            if not self._llm.reset_prefix_cache():
+                raise RuntimeError("vLLM kept its prefix cache after a weight update: requests are still running")
+
+    def sleep(self) -> None:
+        """Gives the GPU's memory, weights and cache, to the trainer; nothing on CPU. A refit wakes it.
+
+        Level 2: level 1 would keep a copy of the weights in host memory, which the refit replaces anyway.
+        """
+        if not self._cpu:
+            with self._isolated():
+                self._llm.sleep(level=2)
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Maps memory that `sleep` gave away; what is in it is undefined."""
+        if not self._cpu and self._llm.llm_engine.is_sleeping():
+            with self._isolated():
+                self._llm.wake_up(tags=[part])
+
+    def close(self) -> None:
+        """Frees the engine. The trainer's process groups live on, and another engine may be made.
+
+        vLLM's own shutdown also destroys torch.distributed's default group; this is that shutdown without it.
+        """
+        from vllm.distributed import parallel_state
+
+        core = self._llm.llm_engine.engine_core.engine_core
+        with self._isolated():
+            core.structured_output_manager.clear_backend()
+            core.model_executor.shutdown()
+            core.scheduler.shutdown()
+            parallel_state.destroy_model_parallel()
+            if parallel_state._WORLD is not None:
+                parallel_state._WORLD.destroy()
+                parallel_state._WORLD = None
+        del self._llm
+
+    def _check_replica_agrees(self, arguments: object) -> None:
+        """Shards that run different requests wait for each other for ever."""
+        if self.tensor == 1:
+            return
+        from vllm.distributed.parallel_state import get_tp_group
+
+        digest = hashlib.sha256(repr(arguments).encode()).hexdigest()
+        digests: list[str | None] = [None] * self.tensor
+        dist.all_gather_object(digests, digest, group=get_tp_group().cpu_group)
+        if len(set(digests)) > 1:
+            raise RuntimeError(f"the ranks of rollout replica {self.replica} were given different prompts or seeds")
+
+
+def _cpu_options(kv_cache_bytes: int | None) -> dict[str, Any]:
+    return vllm_fixes.CPU_OPTIONS | {
+        "enforce_eager": True,  # no Inductor, no C++ compiler
+        "kv_cache_memory_bytes": kv_cache_bytes or CPU_CACHE_BYTES,
+        "block_size": CPU_BLOCK_SIZE,
+    }
+
+
+def _cuda_options(kv_cache_bytes: int | None, gpu_memory_utilization: float) -> dict[str, Any]:
+    """Written from vLLM 0.32's sources; see the package's documentation for what has been run."""
+    return {
+        "enable_sleep_mode": True,
+        "kv_cache_memory_bytes": kv_cache_bytes,
+        "gpu_memory_utilization": gpu_memory_utilization,
+        # FlashInfer's TRTLLM experts have crashed or kept stale weights on a weight update.
+        "kernel_config": {"moe_backend": "triton"},
+    }
+
+
+def _completion(output: Any) -> Completion:
+    reason = output.finish_reason
+    if reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a completion with '{reason}' after {len(output.token_ids)} tokens")
+    # logprobs=0 asks for the sampled token alone: one value a position
+    return Completion(list(output.token_ids), list(output.logprobs.logprobs), reason)

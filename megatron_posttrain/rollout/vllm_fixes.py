@@ -1,0 +1,86 @@
+"""Defects of vLLM 0.32.0 on CPU and the ways round them. Nothing here applies on CUDA.
+
+Each has a test in tests/test_rollout.py that fails once vLLM no longer needs the fix. vLLM itself is not
+edited; the patches (`private_shared_memory`, `unbound_memory`) last only while an engine starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHARED_MEMORY = Path("/dev/shm")
+
+# gpu_model_runner._bookkeeping_sync rewinds a request's generator after a partial prefill with
+# `Generator.set_offset`, which CPU generators lack: a seeded request whose prompt is cut kills the engine.
+CPU_OPTIONS: dict[str, Any] = {"enable_chunked_prefill": False}
+
+
+def forget_packed_experts(model: torch.nn.Module) -> None:
+    """Before a weight update. UnquantizedFusedMoEMethod._setup_kernel packs the experts for the CPU kernel
+    only when there is no kernel yet; on a later load the plain layout is read as if packed, silently wrong.
+    """
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if method is not None and getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
+def tied_heads(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Output layers whose weight is the embedding's; empty during a weight update, so ask before it."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    modules = list(model.modules())
+    embeddings = {id(m.weight) for m in modules if type(m) is VocabParallelEmbedding}
+    return [m for m in modules if isinstance(m, ParallelLMHead) and id(m.weight) in embeddings]
+
+
+def repack_tied_heads(heads: Iterable[Any]) -> None:
+    """After a weight update. A tied output layer multiplies with its own oneDNN copy of the embedding; no
+    tensor of the update is named after it, so the layerwise reload never makes a new copy.
+    """
+    for head in heads:
+        head.quant_method.process_weights_after_loading(head)
+
+
+@contextlib.contextmanager
+def private_shared_memory(token: str) -> Iterator[None]:
+    """While an engine starts: `token`, the same on every rank and new for every engine, goes into the names
+    of its shared memory.
+
+    _CPUSHMDistributed.make_group_name builds them from the ranks alone under an external launcher, so two
+    jobs on a node, or a job after a crashed one, fail with "File exists". The names are removed once every
+    rank has mapped the memory, so that a killed job leaves nothing behind.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    original = _CPUSHMDistributed.make_group_name
+    prefix = f"megatron-posttrain-{token}-"
+
+    def make_group_name(communicator: Any) -> str:
+        return prefix + original(communicator).replace("/", "")
+
+    _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
+    try:
+        yield
+    finally:
+        _CPUSHMDistributed.make_group_name = staticmethod(original)
+        for path in SHARED_MEMORY.glob(f"{prefix}*"):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def unbound_memory() -> Iterator[None]:
+    """While an engine starts: CPUWorker.__init__ binds all memory of the process, the trainer's included, to
+    the NUMA node of the first allowed core, which is the same one for every rank of a node.
+    """
+    namespace: Any = torch.ops._C
+    namespace.init_cpu_memory_env = lambda nodes: None
+    try:
+        yield
+    finally:
+        del namespace.init_cpu_memory_env
