@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_posttrain.data.batch import Sequence, microbatches, pack_batch
@@ -25,6 +25,7 @@ def best_fit_decreasing(lengths, capacity):
     return sorted(rows)
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(40, 70), st.randoms(use_true_random=False))
 def test_pack_is_best_fit_decreasing(lengths, capacity, shuffler):
     rows = pack(lengths, capacity)
@@ -59,6 +60,7 @@ def sequence(length, index=0, seed=0):
     )
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.sampled_from([1, 2, 4, 8]))
 def test_pack_batch_token_by_token(lengths, multiple):
     sequences = [sequence(length, index) for index, length in enumerate(lengths)]
@@ -108,6 +110,7 @@ def test_pack_batch_refuses_broken_sequences():
         pack_batch([Sequence([1, 2], [1])])
 
 
+@settings(deadline=None, max_examples=40)
 @given(
     st.lists(st.integers(1, 32), min_size=1, max_size=40),
     st.integers(32, 100),

@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.rewards.registry import Sample, reward
 
-TIME_LIMIT = 3.0  # seconds for one comparison; after it the answers count as different
+TIME_LIMIT = 3.0  # CPU seconds for one comparison; after them the answers count as different
 NUMBER = re.compile(r"[+-]?(?:[0-9]{1,99}(?:\.[0-9]{0,99})?|\.[0-9]{1,99})(?:/[0-9]{1,99})?")
 
 
@@ -27,14 +27,16 @@ def math_reward(sample: Sample) -> float:
     if sample.answer is None:
         raise UserError("the reward 'math' needs rows with an `answer`")
     text = final_text(sample.response)
-    found, expected = normalize(boxed(text) or text), normalize(boxed(sample.answer) or sample.answer)
+    text = boxed(text) or text
+    answer = boxed(sample.answer) or sample.answer
+    found, expected = normalize(text), normalize(answer)
     if found == expected:
         return float(found != "")
     if NUMBER.fullmatch(found) and NUMBER.fullmatch(expected):
         return float(_fraction(found) == _fraction(expected))
     if not re.search(r"[\w\\]", text):
         return 0.0
-    return float(_worker.equivalent(boxed(sample.answer) or sample.answer, text))
+    return float(_worker.equivalent(answer, text))
 
 
 def final_text(response: str) -> str:
@@ -72,10 +74,11 @@ class _Worker:
     """A process that runs math-verify.
 
     A hostile answer (9^9^9^9) can hold Python's global lock for hours inside one big-integer operation, out
-    of reach of a timeout in any thread. The process ends itself by an alarm; a new one takes its place.
+    of reach of a timeout in any thread. The process ends itself by a timer; a new one takes its place.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
 
@@ -87,17 +90,17 @@ class _Worker:
                 process = self._process = self._start()
             print(json.dumps([expected, response]), file=process.stdin, flush=True)
             line = process.stdout.readline() if process.stdout else ""
-            if not line:  # ended by its alarm, or out of memory
+            if not line:  # ended by its timer, or out of memory
                 process.wait()
             return line == "true\n"
 
     def _start(self) -> subprocess.Popen[str]:
         # -P: else this directory's math.py would hide the standard library's.
-        command = [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py")), str(TIME_LIMIT)]
+        command = [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py")), str(self._seconds)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         if process.stdout is None or process.stdout.readline() != "ready\n":
             raise RuntimeError("the math-verify worker did not start; its error is above")
         return process
 
 
-_worker = _Worker()
+_worker = _Worker(TIME_LIMIT)

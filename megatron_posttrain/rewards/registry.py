@@ -10,9 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from megatron_posttrain.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from megatron_posttrain.config.schema import RewardConfig
 
 
 @dataclass(frozen=True)
@@ -26,17 +29,6 @@ class Sample:
 
 
 RewardFunction = Callable[[Sample], float]
-
-
-class RewardSpec(Protocol):
-    """An entry of the configuration's `rewards`."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def weight(self) -> float: ...
-    @property
-    def file(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +58,7 @@ def reward(name: str) -> Callable[[RewardFunction], RewardFunction]:
     return register
 
 
-def load_rewards(specs: Iterable[RewardSpec]) -> list[Reward]:
+def load_rewards(specs: Iterable[RewardConfig]) -> list[Reward]:
     """The functions that the configuration names, from their files where it gives one.
 
     Raises:

@@ -1,0 +1,163 @@
+"""Rewards: exact-answer mathematics, users' files, weighted totals."""
+
+import math
+import threading
+
+import pytest
+
+from megatron_posttrain.config.schema import RewardConfig
+from megatron_posttrain.errors import UserError
+from megatron_posttrain.rewards import Sample, compute_rewards, load_rewards
+from megatron_posttrain.rewards.math import _Worker, boxed, final_text
+
+
+def spec(name, weight=1.0, file=None):
+    return RewardConfig(name=name, weight=weight, file=file and str(file))
+
+
+def grade(response, answer):
+    by_name, _ = compute_rewards([Sample([], response, answer)], load_rewards([spec("math")]))
+    return by_name[0]["math"]
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("812", "812"),
+        ("<think>7+5=12;3+5=8</think>812", "812"),
+        ("<think>a</think>1<think>b</think> 812.\n", "812"),
+        ("The answer is \\boxed{812}, not 5.", "812"),
+        ("first \\boxed{1}, then \\boxed{\\frac{1}{2}}", "\\frac12"),
+        ("\\boxed{\\dfrac{3}{4}}", "0.75"),
+        ("1,234", "1234"),
+        ("12.0", "12"),
+        ("+5", "5"),
+        ("2/4", "1/2"),
+        ("\\text{ yes }", "yes"),
+        ("So $x = \\sqrt{8}$.", "2\\sqrt{2}"),
+        ("\\boxed{x^2+2x+1}", "(x+1)^2"),
+        ("\\sqrt{8}", "2\\sqrt{2}"),
+        ("\\boxed{ (1, 2) }", "(1,2)"),
+        ("It is 812", "\\boxed{812}"),
+    ],
+)
+def test_equal_answers(response, answer):
+    assert grade(response, answer) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("813", "812"),
+        ("<think>812", "812"),  # reasoning that never ends gives no answer
+        ("<think>812</think>", "812"),
+        ("<think>812</think>811", "812"),
+        ("\\boxed{811} or rather 812", "812"),
+        ("", "812"),
+        ("...", "812"),
+        ("1/0", "5"),
+        ("\\boxed{B}", "A"),
+        ("\\boxed{x^2+1}", "(x+1)^2"),
+        ("9" * 5000, "812"),
+    ],
+)
+def test_different_answers(response, answer):
+    assert grade(response, answer) == 0.0
+
+
+def test_hostile_answer_ends_and_the_next_is_graded():
+    """Evaluating the tower would hold Python's global lock for ever."""
+    worker = _Worker(seconds=0.5)
+    assert not worker.equivalent("812", "9^{9^{9^{9}}}")
+    assert worker.equivalent("0.5", "\\frac{2}{4}")
+
+
+def test_final_text_and_boxed():
+    assert final_text("no tags") == "no tags"
+    assert final_text("<think>a</think>\n\nb") == "b"
+    assert boxed("\\boxed{a{b}c} d") == "a{b}c"
+    assert boxed("\\boxed{a} \\boxed{b") == "a"
+    assert boxed("\\boxed{\\{1\\}}") == "\\{1\\}"
+    assert boxed("none") is None
+
+
+def test_math_needs_an_answer():
+    with pytest.raises(UserError, match="needs rows with an `answer`"):
+        grade("812", None)
+
+
+MINE = """
+from megatron_posttrain.rewards import reward
+
+@reward("short")
+def short(sample):
+    return -len(sample.response) / sample.metadata["unit"]
+
+@reward("threads")
+def threads(sample):
+    import threading
+    return threading.current_thread() is not threading.main_thread()
+"""
+
+
+def test_users_file_and_totals(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(MINE)
+    rewards = load_rewards([spec("math", 2.0), spec("short", 0.5, file), spec("threads", 0.0, file)])
+    samples = [Sample([], "812", "812", {"unit": 1}), Sample([], "8", "9", {"unit": 2})]
+    by_name, totals = compute_rewards(samples, rewards)
+    assert by_name == [
+        {"math": 1.0, "short": -3.0, "threads": 1.0},
+        {"math": 0.0, "short": -0.5, "threads": 1.0},
+    ]
+    assert totals == [0.5, -0.25]
+
+
+def test_rewards_run_side_by_side(tmp_path):
+    file = tmp_path / "together.py"
+    file.write_text(
+        "import threading\nfrom megatron_posttrain.rewards import reward\nbarrier = threading.Barrier(4)\n"
+        '@reward("together")\ndef together(sample):\n    return float(barrier.wait(timeout=30) >= 0)\n'
+    )
+    by_name, _ = compute_rewards([Sample([], "")] * 4, load_rewards([spec("together", file=file)]), threads=4)
+    assert [graded["together"] for graded in by_name] == [1.0] * 4
+    assert threading.active_count() < 50
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "words"),
+    [
+        (MINE, "shrot", ["no reward named 'shrot'", "did you mean 'short'", "allowed: short, threads"]),
+        ("x = 1", "mine", ["no reward named 'mine'", "the file has no @reward(name)"]),
+        ("def broken(:", "mine", ["SyntaxError", "bad.py:1"]),
+        ("x = 1\ny = 1 / 0", "mine", ["ZeroDivisionError", "bad.py:2"]),
+        (MINE + MINE, "short", ["'short' is defined twice"]),
+    ],
+)
+def test_bad_file(tmp_path, source, name, words):
+    file = tmp_path / "bad.py"
+    file.write_text(source)
+    with pytest.raises(UserError) as error:
+        load_rewards([spec(name, file=file)])
+    for word in [str(file), *words]:
+        assert word in str(error.value)
+
+
+def test_bad_names_and_values(tmp_path):
+    with pytest.raises(UserError, match=r"no reward named 'maths'; did you mean 'math'\?"):
+        load_rewards([spec("maths")])
+    with pytest.raises(UserError, match=r"nowhere\.py: no such file"):
+        load_rewards([spec("mine", file=tmp_path / "nowhere.py")])
+    with pytest.raises(UserError, match="'math' is there twice"):
+        load_rewards([spec("math"), spec("math")])
+    file = tmp_path / "values.py"
+    file.write_text(
+        "from megatron_posttrain.rewards import reward\n"
+        '@reward("nan")\ndef nan(sample):\n    return float("nan")\n'
+        '@reward("fails")\ndef fails(sample):\n    return sample.metadata["level"]\n'
+    )
+    with pytest.raises(UserError, match="'nan' returned nan; it must return a finite number"):
+        compute_rewards([Sample([], "")], load_rewards([spec("nan", file=file)]))
+    with pytest.raises(UserError, match=r"'fails' failed on a sample: KeyError: 'level' \(.*values.py:7\)"):
+        compute_rewards([Sample([], "")], load_rewards([spec("fails", file=file)]))
+    assert math.isfinite(grade("812", "812"))
