@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from rollout_models import KINDS, VOCAB, make_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +26,7 @@ from megatron_posttrain.evaluation import Settings, evaluate
 from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.rewards import Reward
 from megatron_posttrain.rollout import Refit, RolloutEngine, Sampling, prove, vllm_fixes
+from tests.rollout_models import KINDS, VOCAB, make_tokenizer
 
 Model = Any
 ENGINES = (("dense_tied", 1), ("dense_untied", 2), ("moe_tied", 2), ("moe_untied", 1))

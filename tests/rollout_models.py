@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.chat_tokenizers import CHATML, byte_tokenizer
 
 VOCAB = 286  # not a multiple of vLLM's padding (64), so that padding rows are exercised
 KINDS = {  # name -> (mixture of experts, tied embeddings)
@@ -15,11 +16,6 @@ KINDS = {  # name -> (mixture of experts, tied embeddings)
     "moe_tied": (True, True),
     "moe_untied": (True, False),
 }
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def make_model(directory: Path, kind: str, seed: int, hidden: int = 64) -> Any:
@@ -55,22 +51,10 @@ def make_model(directory: Path, kind: str, seed: int, hidden: int = 64) -> Any:
 
 
 def make_tokenizer(directory: Path) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token=SPECIAL[0], pad_token=SPECIAL[0], additional_special_tokens=SPECIAL[1:]
+    """As Qwen3's base tokenizers: the template ends a turn with another token than the tokenizer's own end."""
+    tokenizer: Any = byte_tokenizer(
+        CHATML, special=["<|im_start|>", "<|im_end|>", "<|endoftext|>"], eos="<|endoftext|>"
     )
     tokenizer.add_tokens(["<think>", "</think>"])
-    tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(directory)
     return tokenizer
-
-
-def environment() -> dict[str, str]:
-    """Of a test's child processes."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rollout_checks import CORRUPTIONS, ENGINES
-from rollout_models import KINDS, environment, make_model, make_tokenizer
 
 from megatron_posttrain.rollout.engine import Completion
 from megatron_posttrain.rollout.refit import _compare
 from megatron_posttrain.rollout.text import response_text, stop_token_ids
+from tests.launch import torchrun
+from tests.rollout_checks import CORRUPTIONS, ENGINES
+from tests.rollout_models import KINDS, make_model, make_tokenizer
 
 TOLERANCE = 1e-4
 KIND_NAMES = [kind for kind, _ in ENGINES]
@@ -34,10 +34,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def job(directory: Path) -> subprocess.CompletedProcess[str]:
     """The one job that measures all; its rank 1 fails in the end while rank 0 waits for it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run(
-        [*command, str(SCRIPT), str(directory)], env=environment(), capture_output=True, text=True, timeout=280
-    )
+    return torchrun(2, str(SCRIPT), str(directory), check=False)
 
 
 @pytest.fixture(scope="module", params=[0, 1], ids=["rank0", "rank1"])

@@ -20,12 +20,17 @@ def stop_token_ids(tokenizer: Any) -> tuple[int, ...]:
     turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     conversation = encode_conversation(tokenizer, turn)
     written = [t for t, m in zip(conversation.token_ids, conversation.loss_mask, strict=True) if m]
-    ends = {t for t in written[-1:] if t in tokenizer.all_special_ids}
+    ends = set(written[-1:]) & _special_ids(tokenizer)
     return tuple(sorted(ends | ({tokenizer.eos_token_id} - {None})))
 
 
 def response_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
     """The text that a reward sees: no special tokens, except `<think>` and `</think>`."""
-    dropped = set(tokenizer.all_special_ids) - set(tokenizer.convert_tokens_to_ids(list(REASONING)))
+    dropped = _special_ids(tokenizer) - set(tokenizer.convert_tokens_to_ids(list(REASONING)))
     kept = [t for t in token_ids if t not in dropped]
     return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return marked | set(tokenizer.all_special_ids)
