@@ -3,12 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_checks import check_family, joined, saved_tensors, tiny_model
 from safetensors.torch import save_file
 from transformers import DeepseekV3Config
 
 from megatron_posttrain.checkpoint.hf import check_directory
+from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import registry
+from tests.family_checks import check_family, joined, saved_tensors, tiny_model
 
 SIZES = {
     "vocab_size": 101,
@@ -20,7 +21,7 @@ SIZES = {
     "num_key_value_heads": 4,
     "n_routed_experts": 8,
     "n_shared_experts": 2,
-    "num_experts_per_tok": 2,
+    "num_experts_per_tok": 4,
     "n_group": 4,
     "topk_group": 2,
     "first_k_dense_replace": 1,
@@ -47,6 +48,12 @@ def test_deepseek_v3(tmp_path: Path, q_rank: int | None) -> None:
     assert arch.mla is not None
     assert (arch.moe.num_groups, arch.moe.top_k_groups, arch.moe.shared_ffn_size) == (4, 2, 48)
     assert arch.rope.mscale_all_dim == 1.0
+
+
+def test_group_score_of_another_number_of_experts_is_refused() -> None:
+    config = DeepseekV3Config(**SIZES).to_dict() | {"num_experts_per_tok": 3}
+    with pytest.raises(UserError, match="num_experts_per_tok is 3; with topk_group=2 it has to be 4"):
+        registry.architecture_from_hf(config)
 
 
 def test_multi_token_prediction_layer_kept_or_dropped(tmp_path: Path) -> None:

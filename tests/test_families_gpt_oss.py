@@ -1,11 +1,11 @@
 from pathlib import Path
 
 import torch
-from family_checks import check_family, tiny_model
 from transformers import GptOssConfig
 
 from megatron_posttrain.checkpoint.hf import HfReader, directory_layout
 from megatron_posttrain.models import registry
+from tests.family_checks import check_family, tiny_model
 
 SIZES = {
     "vocab_size": 101,

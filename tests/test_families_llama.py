@@ -1,8 +1,9 @@
 from pathlib import Path
 
 import pytest
-from family_checks import check_family
 from transformers import LlamaConfig, MistralConfig, MixtralConfig
+
+from tests.family_checks import check_family
 
 SIZES = {
     "vocab_size": 101,

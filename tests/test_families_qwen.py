@@ -1,8 +1,9 @@
 from pathlib import Path
 
 import pytest
-from family_checks import check_family
 from transformers import Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
+
+from tests.family_checks import check_family
 
 SIZES = {
     "vocab_size": 101,

@@ -170,13 +170,9 @@ def test_parameter_counts_of_published_models() -> None:
     moe |= {"num_experts": 128, "num_experts_per_tok": 8, "num_key_value_heads": 4}
     small = {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32}
     large = {"hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64}
-    arch = registry.architecture_from_hf(
-        moe | small | {"intermediate_size": 6144, "moe_intermediate_size": 768}
-    )
+    arch = registry.architecture_from_hf(moe | small | {"intermediate_size": 6144, "moe_intermediate_size": 768})
     assert registry.parameter_count(arch) == 30_532_122_624
-    arch = registry.architecture_from_hf(
-        moe | large | {"intermediate_size": 12288, "moe_intermediate_size": 1536}
-    )
+    arch = registry.architecture_from_hf(moe | large | {"intermediate_size": 12288, "moe_intermediate_size": 1536})
     assert registry.parameter_count(arch) == 235_093_634_560
 
 

@@ -54,8 +54,7 @@ def check_tensors(reader: HfReader, arch: Architecture) -> None:
         if reader.shape(name) != shape:
             found = list(reader.shape(name))
             raise UserError(
-                f"{reader.entry(name).file}: tensor '{name}' has shape {found}, "
-                f"config.json asks for {list(shape)}"
+                f"{reader.entry(name).file}: tensor '{name}' has shape {found}, config.json asks for {list(shape)}"
             )
     if unknown:
         raise UserError(

@@ -79,9 +79,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
             if 8 + length > size:
-                raise UserError(
-                    f"{path}: truncated safetensors file ({size} bytes, its header is not complete)"
-                )
+                raise UserError(f"{path}: truncated safetensors file ({size} bytes, its header is not complete)")
             header = json.loads(file.read(length))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -252,9 +250,7 @@ class HfWriter:
         """Converts to the dtype on disk. `ValueError` for a name or shape that was not announced."""
         target = self.targets[name]
         if tuple(tensor.shape) != target.shape:
-            raise ValueError(
-                f"tensor '{name}' has shape {list(tensor.shape)}, announced was {list(target.shape)}"
-            )
+            raise ValueError(f"tensor '{name}' has shape {list(tensor.shape)}, announced was {list(target.shape)}")
         data = tensor.detach().to(device="cpu", dtype=target.dtype).contiguous()
         content = memoryview(data.reshape(-1).view(torch.uint8).numpy().data)
         _write(self.descriptors[target.file], content, target.start, self.partial / target.file)

@@ -169,9 +169,7 @@ def layer_norms(arch: Architecture, layer: str = LAYER) -> list[Mapping]:
     shape = ((arch.hidden_size,),)
     return [
         Replicated(f"{layer}input_layernorm.weight", (f"{HF_LAYER}input_layernorm.weight",), shape),
-        Replicated(
-            f"{layer}pre_mlp_layernorm.weight", (f"{HF_LAYER}post_attention_layernorm.weight",), shape
-        ),
+        Replicated(f"{layer}pre_mlp_layernorm.weight", (f"{HF_LAYER}post_attention_layernorm.weight",), shape),
     ]
 
 
@@ -195,8 +193,7 @@ def attention(arch: Architecture, layer: str = LAYER) -> list[Mapping]:
         table.append(Replicated(f"{ours}linear_proj.bias", (f"{theirs}o_proj.bias",), ((arch.hidden_size,),)))
     if arch.qk_norm:
         table += [
-            Replicated(f"{ours}{x}_layernorm.weight", (f"{theirs}{x}_norm.weight",), ((arch.head_dim,),))
-            for x in "qk"
+            Replicated(f"{ours}{x}_layernorm.weight", (f"{theirs}{x}_norm.weight",), ((arch.head_dim,),)) for x in "qk"
         ]
     return table
 
@@ -254,9 +251,7 @@ def layers(arch: Architecture, moe: bool) -> list[int]:
     return [layer for layer in range(arch.num_layers) if arch.is_moe_layer(layer) == moe]
 
 
-def table(
-    arch: Architecture, moe_block: Sequence[Mapping] = (), expert: Sequence[Mapping] = ()
-) -> list[Mapping]:
+def table(arch: Architecture, moe_block: Sequence[Mapping] = (), expert: Sequence[Mapping] = ()) -> list[Mapping]:
     """A Llama-like model; `moe_block`: what a layer with experts has once, `expert`: and once per expert."""
     rows = embeddings(arch) + on(range(arch.num_layers), [*layer_norms(arch), *attention(arch)])
     rows += on(layers(arch, moe=False), dense_mlp(arch))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import common
 from megatron_posttrain.models.architecture import (
     Architecture,
@@ -22,6 +23,7 @@ def architecture(config: HfConfig) -> Architecture:
     common.require(config, "rope_interleave", (True, None), True)
     common.require(config, "scoring_func", ("sigmoid",), "sigmoid")
     common.require(config, "moe_layer_freq", (1,), 1)
+    common.require(config, "norm_topk_prob", (True,), True)  # megatron-core always normalises sigmoid scores
     mla = MultiLatentAttention(
         q_rank=config.get("q_lora_rank"),
         kv_rank=common.need(config, "kv_lora_rank"),
@@ -30,14 +32,20 @@ def architecture(config: HfConfig) -> Architecture:
         v_dim=common.need(config, "v_head_dim"),
     )
     width = common.need(config, "moe_intermediate_size")
+    top_k = common.need(config, "num_experts_per_tok")
+    groups, chosen = config.get("n_group") or 1, config.get("topk_group") or 1
+    if groups > 1 and chosen != groups and top_k // chosen != 2:
+        # A group's score is the sum of its two best experts; megatron-core sums its top_k // topk_group best.
+        raise UserError(
+            f"config.json: num_experts_per_tok is {top_k}; with topk_group={chosen} it has to be {2 * chosen}"
+        )
     moe = MixtureOfExperts(
         num_experts=common.need(config, "n_routed_experts", "num_local_experts"),
-        top_k=common.need(config, "num_experts_per_tok"),
+        top_k=top_k,
         expert_ffn_size=width,
         shared_ffn_size=width * (config.get("n_shared_experts") or 0),
         first_dense_layers=config.get("first_k_dense_replace", 3),
         score_function="sigmoid",
-        normalize_top_k=bool(config.get("norm_topk_prob", True)),
         correction_bias=True,
         num_groups=config.get("n_group"),
         top_k_groups=config.get("topk_group"),

@@ -44,6 +44,4 @@ def hf_config(arch: Architecture) -> HfConfig:
 
 def table(arch: Architecture) -> list[Mapping]:
     names = ("w1", "w3", "w2")
-    return common.table(
-        arch, common.router(arch, f"{BLOCK}gate"), common.experts(arch, f"{BLOCK}experts.*.", names)
-    )
+    return common.table(arch, common.router(arch, f"{BLOCK}gate"), common.experts(arch, f"{BLOCK}experts.*.", names))

@@ -17,9 +17,7 @@ def architecture(config: HfConfig) -> Architecture:
         common.require(config, "use_sliding_window", (False,), False)
         shared = common.need(config, "shared_expert_intermediate_size")
         moe = mixture(config, shared_ffn_size=shared, shared_gate=True)
-    return common.base_architecture(
-        config, qkv_bias=bool(config.get("qkv_bias", True)), moe=moe, **window(config)
-    )
+    return common.base_architecture(config, qkv_bias=bool(config.get("qkv_bias", True)), moe=moe, **window(config))
 
 
 def window(config: HfConfig) -> dict[str, Any]:

@@ -199,9 +199,7 @@ class Exporter:
         plans = {plan.name: plan for slot in self.slots for plan in slot.plans}
         found: dict[str, Tensor] = {}
         for plan, tensor in local_tensors(model_chunks, plans, arch, self.expert):
-            found.setdefault(
-                plan.name, tensor
-            )  # tied: the embedding comes before its copy in the output layer
+            found.setdefault(plan.name, tensor)  # tied: the embedding comes before its copy in the output layer
         for name, plan in plans.items():
             if name not in found:
                 continue
