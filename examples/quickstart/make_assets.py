@@ -3,9 +3,10 @@
     python examples/quickstart/make_assets.py OUT_DIR --seed 0
 
 writes OUT_DIR/model (a small Qwen3-MoE checkpoint with random weights, its tokenizer and chat template) and
-OUT_DIR/train.jsonl, rl.jsonl and heldout.jsonl: additions. The demonstrations in train.jsonl are all correct;
-some work the sum out inside <think>, digit by digit, the others answer at once. Which of the two pays is left
-to reinforcement learning.
+OUT_DIR/train.jsonl, rl.jsonl and heldout.jsonl: additions, asked in two ways. All demonstrations in train.jsonl
+are correct, but a terse question mostly gets its answer at once, while a full one mostly gets it worked out
+inside <think>. A model this small can only add when it works the sum out, so supervised training leaves it
+right about half of the time; that reasoning pays for terse questions too is left to reinforcement learning.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 THINK_TOKENS = ["<think>", "</think>"]  # not special: a decoded response keeps them
 VOCABULARY = 288  # 256 bytes, 5 tokens above, 27 merges; divisible by any tensor parallel size of a small run
-THINK_SHARE = 0.4  # demonstrations that work the sum out
+# Two ways to ask, as often, and the share of their demonstrations that work the sum out.
+QUESTIONS = {"{a}+{b}=": 0.2, "What is {a}+{b}?": 0.8}
 
 # As Qwen3's: earlier turns lose their reasoning, the turns after the last question keep it.
 CHAT_TEMPLATE = """\
@@ -63,7 +64,7 @@ def make_tokenizer() -> Any:
         show_progress=False,
     )
     # The roles come first, so each becomes one token; a few common words fill the rest.
-    words = ["assistant", "system", "user"] * 9 + ["the", "sum", "of", "two", "numbers", "is", "answer"]
+    words = ["assistant", "system", "user", "What is"] * 9 + ["the", "sum", "of", "two", "numbers", "answer"]
     tokenizer.train_from_iterator(words, trainer)
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in THINK_TOKENS])
     fast = PreTrainedTokenizerFast(
@@ -113,52 +114,40 @@ def make_model(tokenizer: Any, seed: int, dtype: str) -> Any:
 
 
 def work_out(a: int, b: int) -> str:
-    """The written addition from the right, carries last: 347+465 -> 7+5=12;4+6+1=11;3+4+1=8."""
+    """The written addition from the right, carries last: 47+85 -> 7+5=12;4+8+1=13."""
     steps, carry = [], 0
-    x, y = str(a)[::-1], str(b)[::-1]
-    for i in range(max(len(x), len(y))):
-        digits = [number[i] for number in (x, y) if i < len(number)]
-        total = sum(map(int, digits)) + carry
-        steps.append("+".join(digits + ["1"] * carry) + f"={total}")
+    for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
+        total = int(x) + int(y) + carry
+        steps.append("+".join([x, y] + ["1"] * carry) + f"={total}")
         carry = total // 10
     return ";".join(steps)
 
 
-def problems(rng: random.Random, avoid: set[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Endless additions, none of whose unordered pairs is in `avoid`."""
-    while True:
-        a, b = rng.randint(100, 999), rng.randint(100, 999)
-        if (min(a, b), max(a, b)) not in avoid:
-            yield a, b
-
-
-def question(a: int, b: int) -> dict[str, str]:
-    return {"role": "user", "content": f"{a}+{b}="}
-
-
-def make_data(out: Path, seed: int, train: int, rl: int, heldout: int) -> None:
+def make_data(seed: int, train: int, rl: int, heldout: int) -> dict[str, list[dict[str, Any]]]:
+    """Rows by file. An unordered pair of numbers is held out or trained on, never both."""
     rng = random.Random(seed)
-    held: set[tuple[int, int]] = set()
-    held_rows = []
-    for a, b in problems(rng, held):
-        held.add((min(a, b), max(a, b)))
-        held_rows.append({"messages": [question(a, b)], "answer": str(a + b), "metadata": {"a": a, "b": b}})
-        if len(held_rows) == heldout:
-            break
-    write_jsonl(out / "heldout.jsonl", held_rows)
-    source = problems(rng, held)
-    train_rows = []
-    for _ in range(train):
-        a, b = next(source)
-        reasoning = work_out(a, b) if rng.random() < THINK_SHARE else ""
-        reply = {"role": "assistant", "content": f"<think>{reasoning}</think>{a + b}"}
-        train_rows.append({"messages": [question(a, b), reply]})
-    write_jsonl(out / "train.jsonl", train_rows)
-    rl_rows = []
-    for _ in range(rl):
-        a, b = next(source)
-        rl_rows.append({"messages": [question(a, b)], "answer": str(a + b), "metadata": {"a": a, "b": b}})
-    write_jsonl(out / "rl.jsonl", rl_rows)
+    pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
+    rng.shuffle(pairs)
+
+    def ask(pair: tuple[int, int]) -> tuple[str, dict[str, Any]]:
+        a, b = rng.sample(pair, 2)
+        form = rng.choice(list(QUESTIONS))
+        message = {"role": "user", "content": form.format(a=a, b=b)}
+        return form, {"messages": [message], "answer": str(a + b), "metadata": {"a": a, "b": b}}
+
+    def demonstrate(pair: tuple[int, int]) -> dict[str, Any]:
+        form, row = ask(pair)
+        reasoned = rng.random() < QUESTIONS[form]
+        reasoning = work_out(**row["metadata"]) if reasoned else ""
+        reply = {"role": "assistant", "content": f"<think>{reasoning}</think>{row['answer']}"}
+        return {"messages": [*row["messages"], reply]}
+
+    held, seen = pairs[:heldout], pairs[heldout:]
+    return {
+        "heldout": [ask(pair)[1] for pair in held],
+        "train": [demonstrate(rng.choice(seen)) for _ in range(train)],
+        "rl": [ask(rng.choice(seen))[1] for _ in range(rl)],
+    }
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -179,10 +168,11 @@ def main() -> None:
     tokenizer.save_pretrained(args.out / "model")
     model = make_model(tokenizer, args.seed, args.dtype)
     model.save_pretrained(args.out / "model")
-    make_data(args.out, args.seed, args.train, args.rl, args.heldout)
+    for name, rows in make_data(args.seed, args.train, args.rl, args.heldout).items():
+        write_jsonl(args.out / f"{name}.jsonl", rows)
     size = sum(p.numel() for p in model.parameters())
-    print(f"{args.out}: {size:,} parameters, {len(tokenizer)} tokens, {args.train} demonstrations, "
-          f"{args.rl} problems for RL, {args.heldout} held out")  # fmt: skip
+    print(f"{args.out}: a model of {size:,} parameters and {len(tokenizer)} tokens, {args.train:,} demonstrations,")
+    print(f"{args.rl:,} problems for reinforcement learning, {args.heldout:,} held out")
 
 
 if __name__ == "__main__":

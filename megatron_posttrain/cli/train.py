@@ -8,6 +8,8 @@ import importlib
 from megatron_posttrain.config.load import describe, load_config, to_yaml
 from megatron_posttrain.config.schema import CONFIGS
 
+ROLLOUT_COMMANDS = ("grpo",)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     command = parser.get_default("command")
@@ -30,6 +32,9 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         print(to_yaml(config), end="")
         return 0
+    if args.command in ROLLOUT_COMMANDS:
+        # Before torch: it sets what vLLM and OpenMP read from the environment at their import.
+        import megatron_posttrain.rollout  # noqa: F401
     from megatron_posttrain.training.run import finish, quiet_libraries
 
     quiet_libraries()

@@ -81,6 +81,11 @@ def build_model(
             if arch.mla is None:
                 frequencies = inverse_frequencies(arch.rope, arch.head_dim)
                 chunk.rotary_pos_emb.inv_freq = frequencies.to(platform().device)
+            for name, parameter in chunk.named_parameters():
+                if ".experts." in name:
+                    # Summed over the ranks that hold the same expert. megatron-core 0.16.1 says so only with
+                    # expert > 1, and then loses tensor ranks' parts where expert_tensor < tensor.
+                    parameter.allreduce = False  # type: ignore[attr-defined]
             chunks.append(chunk.to(platform().device))
     return chunks, config
 
@@ -136,6 +141,7 @@ def _parallelism(layout: Layout, precision: PrecisionConfig) -> dict[str, Any]:
         "bf16": precision.dtype == "bf16",
         # Micro-batches are packed rows of different lengths.
         "variable_seq_lengths": layout.pipeline > 1,
+        "moe_token_dispatcher_type": "alltoall",  # the default, allgather, refuses variable lengths
         # An interleaved pipeline of two stages has one neighbour on both sides; only separate sends and
         # receives keep its forward and backward messages apart.
         "overlap_p2p_comm": layout.virtual_pipeline is not None,
@@ -179,7 +185,6 @@ def _experts(arch: Architecture, model: ModelConfig, transformer_engine: bool) -
         "moe_router_load_balancing_type": balancing if coefficient else "none",
         "moe_aux_loss_coeff": coefficient if balancing != "none" else 0.0,
         "moe_router_dtype": "fp32",  # in bf16 experts flip between trainer and engine
-        "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": transformer_engine,
         "moe_permute_fusion": transformer_engine,
     }

@@ -1,0 +1,221 @@
+"""`plan`: memory and step time of a model on a cluster, the best layouts, and how to run the winner. Needs no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from megatron_posttrain.errors import UserError
+from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.planning.flops import flops_per_token
+from megatron_posttrain.planning.gpus import GPUS, Gpu, find_gpu
+from megatron_posttrain.planning.known_models import KNOWN_MODELS, load_architecture
+from megatron_posttrain.planning.layouts import parse_layout, sizes_of
+from megatron_posttrain.planning.planner import Estimate, Workload, plan, plan_layout, scaling
+from megatron_posttrain.planning.recipe import config_of, launch_of
+from megatron_posttrain.planning.rollout import weight_elements
+
+LAYOUT_HELP = "tensor=2,pipeline=1,virtual_pipeline=1,context=1,expert=8,expert_tensor=1"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    add = parser.add_argument
+    add("--model", required=True, help=f"a directory or config.json, or one of {', '.join(KNOWN_MODELS)}")
+    add("--gpu", required=True, help=f"one of {', '.join(GPUS)}")
+    add("--gpus", required=True, help="how many, or several counts for a scaling table: 8,64,512")
+    add("--sequence-length", type=int, required=True, help="tokens of a row; grpo: of the longest sample")
+    add("--global-batch-size", type=int, required=True, help="rows an optimizer step; grpo: samples")
+    add("--micro-batch-size", type=int, help="rows a forward pass of one replica; left out: the best of 1, 2, 4, 8")
+    add("--precision", choices=("bf16", "fp8", "mxfp8"), default="bf16", help="of matrix multiplications")
+    add("--task", choices=("pretrain", "sft", "lora", "grpo"), default="sft", help="what is run")
+    add("--layout", help=f"one layout instead of a search; sizes left out are 1: {LAYOUT_HELP}")
+    add(
+        "--recompute",
+        choices=("auto", "none", "selective", "full"),
+        default="auto",
+        help="of activations; auto: none, and full where the search finds that nothing else fits",
+    )
+    add(
+        "--routing",
+        choices=("auto", "balanced", "natural", "token-drop"),
+        default="auto",
+        help="how tokens fall on experts; auto: balanced for pretrain, natural for the rest",
+    )
+    add("--lora-rank", type=int, default=16, help="of the adapters, for --task lora")
+    add("--mean-length", type=int, help="grpo: mean tokens of a sample with its prompt; left out: 3/4 of the longest")
+    add("--rollout-tensor", type=int, help="grpo: GPUs of a vLLM engine; left out: the fewest that hold the weights")
+    add("--domain", type=int, help="GPUs that share NVLink; left out: the GPU's usual system")
+    add("--nvlink-gb-per-s", type=float, help="GB/s a GPU and direction inside it")
+    add("--network-gb-per-s", type=float, help="GB/s a GPU and direction between them")
+    add("--memory-gib", type=float, help="GiB of a GPU that may be used")
+    add("--grow-batch", action="store_true", help="several --gpus: the batch, given for the first, grows with them")
+    add("--top", type=int, default=10, help="layouts to show")
+    add("--json", action="store_true", help="print JSON instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    name, arch = load_architecture(args.model)
+    gpu = _gpu(args)
+    counts = _counts(args.gpus)
+    work = Workload(
+        args.task, args.sequence_length, args.global_batch_size, args.precision, args.micro_batch_size,
+        args.recompute, args.routing, args.lora_rank, args.mean_length, args.rollout_tensor,
+    )  # fmt: skip
+    _check(work)
+    if len(counts) > 1 and args.layout:
+        raise UserError("--layout: one layout belongs to one number of --gpus")
+    considered = 1
+    if args.layout:
+        found = [plan_layout(arch, parse_layout(args.layout, counts[0]), work, gpu)]
+    elif len(counts) > 1:
+        found = scaling(arch, counts, work, gpu, args.grow_batch)
+        considered = len(found)
+    else:
+        everything = plan(arch, counts[0], work, gpu)
+        considered, found = len(everything), everything[: args.top]
+    if args.json:
+        print(json.dumps({"layouts": [entry(e) for e in found]}, indent=1))
+    else:
+        _print(name, arch, gpu, work, found, considered, len(counts) > 1)
+    return 0
+
+
+def _gpu(args: argparse.Namespace) -> Gpu:
+    names = {"domain": "domain", "nvlink_gb_per_s": "nvlink_gb_per_s"}
+    names |= {"network_gb_per_s": "network_gb_per_s", "memory_gib": "memory_gib"}
+    given = {field: getattr(args, option) for option, field in names.items() if getattr(args, option) is not None}
+    for field, value in given.items():
+        if value <= 0:
+            raise UserError(f"--{field.replace('_', '-')} {value}: must be more than 0")
+    return replace(find_gpu(args.gpu), **given)
+
+
+def _counts(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"--gpus {text}: whole numbers of at least 1, with commas between them")
+    return [int(part) for part in parts]
+
+
+def _check(work: Workload) -> None:
+    for option in ("sequence_length", "global_batch", "micro_batch", "lora_rank", "mean_length", "rollout_tensor"):
+        value = getattr(work, option)
+        if value is not None and value < 1:
+            flag = option.replace("_", "-") + ("-size" if option.endswith("batch") else "")
+            raise UserError(f"--{flag} {value}: must be at least 1")
+    if work.mean_length is not None and work.mean_length > work.sequence_length:
+        raise UserError(f"--mean-length {work.mean_length}: longer than --sequence-length {work.sequence_length}")
+
+
+def entry(e: Estimate) -> dict[str, Any]:
+    """One layout of the JSON output: sizes are GPUs, memory GiB of the fullest rank, times seconds of a step."""
+    return {
+        "layout": sizes_of(e.layout),
+        "gpus": e.layout.world_size,
+        "micro_batch_size": e.micro_batch,
+        "recompute": e.recompute,
+        "step_seconds": e.step_seconds,
+        "tokens_per_second_per_gpu": e.tokens_per_second_per_gpu,
+        "tflops_per_gpu": e.tflops_per_gpu,
+        "memory_gib": e.memory_gib,
+        "time_seconds": e.seconds,
+        "fits": e.fits,
+        "reason": e.reason,
+        "warnings": e.warnings,
+    }
+
+
+def _print(
+    name: str,
+    arch: Architecture,
+    gpu: Gpu,
+    work: Workload,
+    found: Sequence[Estimate],
+    considered: int,
+    several: bool,
+) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    size, active = weight_elements(arch) / 1e9, flops_per_token(arch, 1) / 6e9
+    console.print(
+        f"[bold]{name}[/]: {size:.2f}B parameters, {active:.2f}B used by a token, "
+        f"{flops_per_token(arch, work.sequence_length) / 1e9:.1f} GFLOP a token at {work.sequence_length} tokens"
+    )
+    console.print(
+        f"{gpu.name}: {gpu.memory_gib:.0f} GiB, NVLink among {gpu.domain} at {gpu.nvlink_gb_per_s:.0f} GB/s, "
+        f"network {gpu.network_gb_per_s:.0f} GB/s a GPU; {work.task}, {work.precision}, "
+        f"global batch {work.global_batch} x {work.row_length} tokens\n"
+    )
+    if several:
+        console.print(_scaling_table(found))
+        return
+    best = found[0]
+    if considered > 1:
+        console.print(_ranking(found, considered))
+    console.print(_split("Memory of the fullest rank, GiB", {k: v for k, v in best.memory_gib.items() if k != "total"}))
+    console.print(_split("Time of a step, seconds", best.seconds))
+    console.print(f"{best.layout}: {best.reason}")
+    for warning in best.warnings:
+        console.print(f"[yellow]warning:[/] {warning}")
+    if best.fits:
+        import yaml
+
+        console.print("\n[bold]plan.yaml[/]")
+        print(yaml.safe_dump(config_of(name, best, work), sort_keys=False), end="")
+        console.print("\n[bold]on every node[/]")
+        print(launch_of(work.task, best.layout.world_size, gpu))
+
+
+def _table(title: str, columns: Sequence[str]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("layout", "reason", "part") else "right")
+    return table
+
+
+def _row(e: Estimate) -> list[str]:
+    recompute = "" if e.recompute == "none" else f" {e.recompute} recompute"
+    return [
+        f"{e.layout}{recompute}",
+        f"{e.micro_batch}",
+        f"{e.step_seconds:.2f}",
+        f"{e.tokens_per_second_per_gpu:,.0f}",
+        f"{e.tflops_per_gpu:.0f}",
+        f"{e.memory_gib['total']:.1f}",
+    ]
+
+
+def _ranking(found: Sequence[Estimate], considered: int) -> Any:
+    columns = ["layout", "micro", "step s", "tokens/s/GPU", "TFLOP/s/GPU", "GiB", "reason"]
+    table = _table(f"The best {len(found)} of {considered} layouts", columns)
+    for e in found:
+        table.add_row(*_row(e), e.reason, style=None if e.fits else "dim")
+    return table
+
+
+def _scaling_table(found: Sequence[Estimate]) -> Any:
+    columns = ["GPUs", "layout", "micro", "step s", "tokens/s/GPU", "TFLOP/s/GPU", "GiB", "tokens/s", "efficiency"]
+    table = _table("Scaling: the best layout at each size", columns)
+    first = found[0].tokens_per_second_per_gpu
+    for e in found:
+        gpus = e.layout.world_size
+        rate = e.tokens_per_second_per_gpu
+        table.add_row(str(gpus), *_row(e), f"{rate * gpus:,.0f}", f"{rate / first:.0%}" if e.fits else "does not fit")
+    return table
+
+
+def _split(title: str, parts: dict[str, float]) -> Any:
+    table = _table(title, ["part", "amount", "share"])
+    total = sum(parts.values())
+    for name, value in parts.items():
+        if value > 0:
+            table.add_row(name.replace("_", " "), f"{value:.2f}", f"{value / total:.0%}")
+    return table

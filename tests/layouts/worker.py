@@ -1,0 +1,94 @@
+"""Run under torchrun by test_layouts.py: scores and trains one model under several layouts in one job.
+
+    worker.py JOBS.json: [{"model", "layout": {...}, "steps", "options": {...}, "out"}]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_posttrain.algorithms.losses import cross_entropy_sum
+from megatron_posttrain.checkpoint.hf import check_directory
+from megatron_posttrain.config.schema import SftConfig
+from megatron_posttrain.data.batch import Sequence
+from megatron_posttrain.parallel.groups import make_groups, start_distributed
+from megatron_posttrain.parallel.layout import Layout, check_layout
+from megatron_posttrain.training.batches import rank_micro_batches
+from megatron_posttrain.training.engine import Engine
+from megatron_posttrain.training.export import export
+from megatron_posttrain.training.sequences import sequence_logprobs
+
+SCORED = [5, 17, 33, 8, 50, 9, 12, 21]
+ROWS = [[11, 20], [31], [7, 9, 15], [24, 6], [16, 16], [30], [13, 12, 5], [28]]
+
+
+def sequences(lengths: list[int], seed: int, vocabulary: int) -> list[Sequence]:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randint(0, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    return [Sequence(ids, [0, 0] + [1] * (len(ids) - 2), index=i) for i, ids in enumerate(drawn)]
+
+
+def batch(step: int, vocabulary: int) -> list[list[Sequence]]:
+    return [sequences(row, 1000 * step + i, vocabulary) for i, row in enumerate(ROWS)]
+
+
+def run(job: dict[str, Any]) -> None:
+    config = SftConfig.model_validate(
+        {
+            "model": {"path": job["model"], **job.get("model_options", {})},
+            "parallel": job["layout"],
+            "precision": {"dtype": job.get("dtype", "fp32")},
+            "data": {"train": "none"},
+            "optimizer": {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 1.0},
+            "output": job["out"],
+        }
+    )
+    arch = check_directory(config.model.path)[1]
+    layout = Layout.from_config(config.parallel, dist.get_world_size())
+    check_layout(layout, arch)
+    groups = make_groups(layout, 0)
+    engine = Engine(config, arch, groups)
+    scored = sequences(SCORED, 7, arch.vocab_size)
+    packed = sequence_logprobs(engine, scored, 64)
+    alone = sequence_logprobs(engine, scored, max(SCORED))
+    if job.get("export"):
+        export(engine, Path(job["model"]), Path(job["out"]) / "hf")
+    losses, norms = [], []
+    for step in range(job["steps"]):
+        rows = batch(step, arch.vocab_size)
+        counted = sum(sum(s.loss_mask) for row in rows for s in row)
+        result = engine.train_step(
+            rank_micro_batches(rows, groups, 1),
+            lambda output, b, n=counted: (cross_entropy_sum(output.logprobs, b.loss_mask) / n, {}),
+            config.optimizer.lr,
+        )
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    if dist.get_rank() == 0:
+        out = Path(job["out"])
+        out.mkdir(parents=True, exist_ok=True)
+        facts = {"losses": losses, "grad_norms": norms}
+        facts |= {"packed": [x.tolist() for x in packed], "alone": [x.tolist() for x in alone]}
+        (out / "facts.json").write_text(json.dumps(facts))
+
+
+def main() -> None:
+    from megatron.core import parallel_state
+
+    torch.set_num_threads(1)
+    start_distributed()
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        run(job)
+        parallel_state.destroy_model_parallel()
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

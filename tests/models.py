@@ -1,0 +1,57 @@
+"""Small random Hugging Face checkpoints for tests."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from tests.launch import execute
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 301,  # odd, so that tensor parallelism has to pad it
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,  # large, so that a wrong weight shows
+}
+EXPERTS: dict[str, Any] = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+    "router_aux_loss_coef": 0.01,
+}
+
+
+def make_assets(directory: Path) -> Path:
+    """The quickstart's model, tokenizer and data, with few rows; the directory that holds them."""
+    assets = directory / "assets"
+    line = ["examples/quickstart/make_assets.py", str(assets), "--train", "300", "--rl", "64", "--heldout", "16"]
+    execute([sys.executable, *line], check=True, timeout=120)
+    return assets
+
+
+def make_qwen3(directory: Path, kind: str) -> str:
+    """`kind`: dense | tied | moe. Norm weights are random too: at one they would hide a swapped norm."""
+    torch.manual_seed(0)
+    model: Any
+    if kind == "moe":
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **EXPERTS, tie_word_embeddings=False))
+    else:
+        rope = {"rope_theta": 10000.0, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+        config = Qwen3Config(**SIZES, tie_word_embeddings=kind == "tied", rope_parameters=rope)
+        model = Qwen3ForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data.normal_(1, 0.2)
+    path = directory / kind
+    model.save_pretrained(path)
+    return str(path)
