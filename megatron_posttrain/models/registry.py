@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from types import ModuleType
 
 from megatron_posttrain.errors import UserError, nearest
@@ -68,9 +69,10 @@ def hf_config(arch: Architecture, source: HfConfig | None = None) -> HfConfig:
     return {key: value for key, value in source.items() if key not in stale} | changed
 
 
-def tensors(arch: Architecture) -> Iterator[TensorPlan]:
+@lru_cache(maxsize=4)
+def tensors(arch: Architecture) -> tuple[TensorPlan, ...]:
     """Every global Megatron tensor, in the order of the model, from the architecture alone."""
-    return expand(family_of(arch).table(arch))
+    return tuple(expand(family_of(arch).table(arch)))
 
 
 def fusions(arch: Architecture) -> Sequence[Fusion]:
@@ -78,6 +80,7 @@ def fusions(arch: Architecture) -> Sequence[Fusion]:
     return family_of(arch).FUSIONS if arch.moe is not None else ()
 
 
+@lru_cache(maxsize=4)
 def layout(arch: Architecture, fused: bool = False) -> Layout:
     """The tensors of a Hugging Face directory, with one tensor per expert or the fused ones."""
     only = getattr(family_of(arch), "ALWAYS_FUSED", False)

@@ -178,7 +178,7 @@ class Exporter:
     def __init__(
         self, model_chunks: Sequence[nn.Module], arch: Architecture, groups: ModelGroups | None = None
     ) -> None:
-        self.groups = groups
+        self.arch, self.groups = arch, groups
         one = (0, 1)
         self.tensor = position(groups.tensor) if groups else one
         self.expert_tensor = position(groups.expert_tensor) if groups else one
@@ -278,6 +278,15 @@ class Exporter:
                 dist.broadcast(gathered, src=dist.get_global_rank(group, owner), group=group)
             yield from self._join(bucket, gathered)
 
+    def hf_tensors(
+        self, *, to: Literal["all", "stage"] = "all", bucket_bytes: int = 1 << 30
+    ) -> Iterator[tuple[str, Tensor]]:
+        """`tensors` under the names that `transformers` and vLLM know.
+
+        Experts come one by one, but for families that only have them fused.
+        """
+        return registry.layout(self.arch).assemble(self.tensors(to=to, bucket_bytes=bucket_bytes))
+
     def _gather(self, bucket: list[Unit], own: bool) -> Tensor:
         """[shards, bytes]: this bucket from every rank that has a part of it; empty memory if not `own`."""
         length = sum(unit.nbytes for unit in bucket)
@@ -326,7 +335,6 @@ def export_hf(
 ) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors under the names that `transformers` and vLLM know. Collective.
 
-    Experts come one by one, but for families that only have them fused. See `Exporter.tensors`.
+    Whoever exports more than once keeps an `Exporter` and calls its `hf_tensors`.
     """
-    tensors = Exporter(model_chunks, arch, groups).tensors(to=to, bucket_bytes=bucket_bytes)
-    return registry.layout(arch).assemble(tensors)
+    return Exporter(model_chunks, arch, groups).hf_tensors(to=to, bucket_bytes=bucket_bytes)
