@@ -24,7 +24,7 @@ from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning import step_time as st
 from megatron_posttrain.planning.flops import flops_per_token
-from megatron_posttrain.planning.gpus import EFFICIENCIES, GPUS, SUSTAINED, Efficiency, Gpu
+from megatron_posttrain.planning.gpus import EFFICIENCIES, GPUS, SUSTAINED, Efficiency, Gpu, scaled
 from megatron_posttrain.planning.known_models import KNOWN_MODELS
 from megatron_posttrain.planning.layouts import make_layout
 from megatron_posttrain.planning.parameters import trained_elements
@@ -60,9 +60,7 @@ class Row:
         sizes = " ".join(
             f"{key[:2]}{value}" for key, value in vars(self.layout).items() if value not in (None, 1, True)
         )
-        return (
-            f"{self.model:16} {self.gpu.name:6} {self.job.precision:6} {sizes:36} mbs{self.job.micro_batch}"
-        )
+        return f"{self.model:16} {self.gpu.name:6} {self.job.precision:6} {sizes:36} mbs{self.job.micro_batch}"
 
 
 def _number(text: str, default: int = 1) -> int:
@@ -86,9 +84,7 @@ def _row(raw: dict[str, str], tasks: Sequence[str]) -> Row | None:
         gpus, tensor=_number(raw["tp"]), pipeline=_number(raw["pp"]), virtual_pipeline=_number(raw["vp"]),
         context=_number(raw["cp"]), expert=_number(raw["ep"]),
     )  # fmt: skip
-    routing = (
-        "natural" if "natural" in raw["routing"] else "token-drop" if "drop" in raw["routing"] else "balanced"
-    )
+    routing = "natural" if "natural" in raw["routing"] else "token-drop" if "drop" in raw["routing"] else "balanced"
     job = st.Training(
         length, int(raw["gbs"]), _number(raw["mbs"]), precision, "balanced" if "dropless" in raw["routing"] else routing,
         lora=raw["task"].startswith("lora"),
@@ -135,14 +131,15 @@ def fit(rows: Sequence[Row]) -> tuple[dict[str, Efficiency], dict[str, float]]:
             fixed = Efficiency(1, 1, 1, 1)
             compute = 0.0
             for k, name in enumerate(names):
-                ideal = row.work[column[name]] if name in column else row.work[st.NVLINK :].sum()
+                ideal = row.work[column[name]] if name in column else row.work[[st.NVLINK, st.NETWORK]].sum()
                 sustained = np.exp(p[at]) if name in ("matmul", "grouped_matmul") else 1.0
                 slope[i, first + k] = ideal * np.exp(p[first + k]) * sustained
                 compute += slope[i, first + k] if name in ("matmul", "grouped_matmul") else 0.0
             streams = row.work[st.ATTENTION] * fixed.attention + row.work[st.MEMORY] * fixed.memory
             compute += streams * np.exp(p[at])
             slope[i, at] = compute
-            seconds[i] = slope[i, first : first + len(names)].sum() + streams * np.exp(p[at])
+            data = row.work[st.DATA] * st.COLLECTIVE_LOSS
+            seconds[i] = slope[i, first : first + len(names)].sum() + streams * np.exp(p[at]) + data
         slope /= seconds[:, None]
         error = target - np.log(seconds)
         weight = NOISE / np.maximum(abs(error), FLOOR) / NOISE**2
@@ -151,8 +148,7 @@ def fit(rows: Sequence[Row]) -> tuple[dict[str, Efficiency], dict[str, float]]:
         p += np.clip(np.linalg.solve(hessian, gradient), -0.3, 0.3)
     values = np.exp(p)
     found = {
-        g: Efficiency(**dict(zip(names, values[i * len(names) :], strict=False)))
-        for i, g in enumerate(generations)
+        g: Efficiency(**dict(zip(names, values[i * len(names) :], strict=False))) for i, g in enumerate(generations)
     }
     return found, dict(zip(gpus, values[count:], strict=True))
 
@@ -161,7 +157,7 @@ def predicted(row: Row, efficiencies: dict[str, Efficiency], sustained: dict[str
     """Seconds of a step."""
     defaults = {name: value[0] for name, value in FITTED.items()}
     e = efficiencies.get(row.gpu.generation, Efficiency(**defaults))
-    return float(st.constants(row.gpu, e, sustained.get(row.gpu.name, 1.0)) @ row.work)
+    return float(st.multipliers(scaled(e, sustained.get(row.gpu.name, 1.0))) @ row.work)
 
 
 def errors(rows: Iterable[Row], constants: tuple[dict[str, Efficiency], dict[str, float]]) -> np.ndarray:
@@ -177,9 +173,7 @@ def summary(label: str, error: np.ndarray) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", action="store_true", help="fit the constants and print them")
     args = parser.parse_args()
     rows = read_rows()
@@ -196,9 +190,7 @@ def main() -> None:
         others = fit([row for row in rows if row.model != model])
         left_out[mine] = errors([row for row in rows if row.model == model], others)
     order = sorted(range(len(rows)), key=lambda i: (rows[i].label, rows[i].id))
-    print(
-        f"{'id':>4} {'row':82} {'published':>10} {'predicted':>10} {'error':>7} {'left out':>8}   tokens/s/GPU"
-    )
+    print(f"{'id':>4} {'row':82} {'published':>10} {'predicted':>10} {'error':>7} {'left out':>8}   tokens/s/GPU")
     for i in order:
         row = rows[i]
         tokens = row.job.global_batch * row.job.sequence_length / row.layout.world_size

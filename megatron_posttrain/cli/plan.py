@@ -18,6 +18,15 @@ from megatron_posttrain.planning.planner import Estimate, Workload, plan, plan_l
 from megatron_posttrain.planning.recipe import config_of, launch_of
 from megatron_posttrain.planning.rollout import weight_elements
 
+FILE_WIDTH = 130  # columns, where the output is no terminal
+LABELS = {
+    "tensor": "TP",
+    "pipeline": "PP",
+    "virtual_pipeline": "VP",
+    "context": "CP",
+    "expert": "EP",
+    "expert_tensor": "ETP",
+}
 LAYOUT_HELP = "tensor=2,pipeline=1,virtual_pipeline=1,context=1,expert=8,expert_tensor=1"
 
 
@@ -141,6 +150,8 @@ def _print(
     from rich.console import Console
 
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=FILE_WIDTH)
     size, active = weight_elements(arch) / 1e9, flops_per_token(arch, 1) / 6e9
     console.print(
         f"[bold]{name}[/]: {size:.2f}B parameters, {active:.2f}B used by a token, "
@@ -182,9 +193,10 @@ def _table(title: str, columns: Sequence[str]) -> Any:
 
 
 def _row(e: Estimate) -> list[str]:
-    recompute = "" if e.recompute == "none" else f" {e.recompute} recompute"
+    sizes = [f"{LABELS[key]}{size}" for key, size in sizes_of(e.layout).items() if size > 1]
+    recompute = [] if e.recompute == "none" else [f"{e.recompute} recompute"]
     return [
-        f"{e.layout}{recompute}",
+        " ".join([*sizes, f"DP{e.layout.data}", *recompute]),
         f"{e.micro_batch}",
         f"{e.step_seconds:.2f}",
         f"{e.tokens_per_second_per_gpu:,.0f}",
@@ -194,7 +206,7 @@ def _row(e: Estimate) -> list[str]:
 
 
 def _ranking(found: Sequence[Estimate], considered: int) -> Any:
-    columns = ["layout", "micro", "step s", "tokens/s/GPU", "TFLOP/s/GPU", "GiB", "reason"]
+    columns = ["layout", "micro", "step s", "tokens/s/GPU", "TFLOP/s", "GiB", "reason"]
     table = _table(f"The best {len(found)} of {considered} layouts", columns)
     for e in found:
         table.add_row(*_row(e), e.reason, style=None if e.fits else "dim")
@@ -202,9 +214,9 @@ def _ranking(found: Sequence[Estimate], considered: int) -> Any:
 
 
 def _scaling_table(found: Sequence[Estimate]) -> Any:
-    columns = ["GPUs", "layout", "micro", "step s", "tokens/s/GPU", "TFLOP/s/GPU", "GiB", "tokens/s", "efficiency"]
+    columns = ["GPUs", "layout", "micro", "step s", "tokens/s/GPU", "TFLOP/s", "GiB", "tokens/s", "efficiency"]
     table = _table("Scaling: the best layout at each size", columns)
-    first = found[0].tokens_per_second_per_gpu
+    first = next((e for e in found if e.fits), found[0]).tokens_per_second_per_gpu
     for e in found:
         gpus = e.layout.world_size
         rate = e.tokens_per_second_per_gpu

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.planning.layers import attention_dims, attention_linears, mlp_linears, window_of
@@ -51,9 +52,7 @@ def layer_weights(arch: Architecture, layer: int) -> int:
         return used + sum(linear.weights for linear in mlp_linears(arch, arch.ffn_size))
     moe = arch.moe
     assert moe is not None
-    return used + sum(
-        x.weights for x in mlp_linears(arch, moe.top_k * moe.expert_ffn_size + moe.shared_ffn_size)
-    )
+    return used + sum(x.weights for x in mlp_linears(arch, moe.top_k * moe.expert_ffn_size + moe.shared_ffn_size))
 
 
 def lora_weights(arch: Architecture, rank: int) -> int:
@@ -81,6 +80,7 @@ def training_flops(
     return Flops(linear + adapters, attention, output, linear + 2 * adapters + 2 * attention + output)
 
 
+@lru_cache(maxsize=1024)
 def flops_per_token(arch: Architecture, sequence_length: int, lora_rank: int | None = None) -> float:
     """Training FLOPs of one token of sequences of `sequence_length`."""
     return training_flops(arch, [sequence_length], lora_rank=lora_rank).total / sequence_length

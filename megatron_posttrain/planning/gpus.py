@@ -19,6 +19,7 @@ class Gpu:
     memory_gib: float  # what a process can allocate
     memory_tb_per_s: float
     domain: int  # GPUs that reach each other by NVLink
+    per_node: int  # GPUs of one host
     nvlink_gb_per_s: float
     network_gb_per_s: float  # one network adapter a GPU
 
@@ -31,13 +32,13 @@ class Gpu:
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("A100", "ampere", 312, None, False, 78.0, 2.04, 8, 300, 25),
-        Gpu("H100", "hopper", 989, 1979, False, 78.0, 3.35, 8, 450, 50),
-        Gpu("H200", "hopper", 989, 1979, False, 139.0, 4.8, 8, 450, 50),
-        Gpu("B200", "blackwell", 2250, 4500, True, 177.0, 7.7, 8, 900, 50),
-        Gpu("B300", "blackwell", 2250, 4500, True, 266.0, 7.7, 8, 900, 100),
-        Gpu("GB200", "blackwell", 2500, 5000, True, 183.0, 8.0, 72, 900, 50),
-        Gpu("GB300", "blackwell", 2500, 5000, True, 275.0, 8.0, 72, 900, 100),
+        Gpu("A100", "ampere", 312, None, False, 78.0, 2.04, 8, 8, 300, 25),
+        Gpu("H100", "hopper", 989, 1979, False, 78.0, 3.35, 8, 8, 450, 50),
+        Gpu("H200", "hopper", 989, 1979, False, 139.0, 4.8, 8, 8, 450, 50),
+        Gpu("B200", "blackwell", 2250, 4500, True, 177.0, 7.7, 8, 8, 900, 50),
+        Gpu("B300", "blackwell", 2250, 4500, True, 266.0, 7.7, 8, 8, 900, 100),
+        Gpu("GB200", "blackwell", 2500, 5000, True, 183.0, 8.0, 72, 4, 900, 50),
+        Gpu("GB300", "blackwell", 2500, 5000, True, 275.0, 8.0, 72, 4, 900, 100),
     )
 }
 
@@ -58,8 +59,8 @@ class Efficiency:
 
 
 EFFICIENCIES: dict[str, Efficiency] = {
-    "hopper": Efficiency(matmul=1.37, grouped_matmul=2.34, layer_ms=1.59, links=0.487),
-    "blackwell": Efficiency(matmul=1.59, grouped_matmul=2.98, layer_ms=0.473, links=0.301),
+    "hopper": Efficiency(matmul=1.36, grouped_matmul=2.34, layer_ms=1.58, links=0.468),
+    "blackwell": Efficiency(matmul=1.57, grouped_matmul=2.71, layer_ms=0.555, links=0.332),
 }
 EFFICIENCIES["ampere"] = EFFICIENCIES["hopper"]  # nothing published to fit
 
@@ -68,11 +69,23 @@ EFFICIENCIES["ampere"] = EFFICIENCIES["hopper"]  # nothing published to fit
 SUSTAINED: dict[str, float] = {
     "H100": 0.9,
     "H200": 0.9,
-    "B200": 1.22,
-    "B300": 1.08,
+    "B200": 1.15,
+    "B300": 1.09,
     "GB200": 1.03,
-    "GB300": 0.89,
+    "GB300": 0.9,
 }
+
+
+def scaled(e: Efficiency, factor: float) -> Efficiency:
+    """`e` for a GPU that takes `factor` times as long for everything but links and the fixed cost of layers."""
+    return Efficiency(
+        e.matmul * factor, e.grouped_matmul * factor, e.layer_ms, e.links, e.attention * factor, e.memory * factor
+    )
+
+
+def constants_of(gpu: Gpu) -> Efficiency:
+    """The generation's constants at the GPU's sustained speed."""
+    return scaled(EFFICIENCIES[gpu.generation], SUSTAINED.get(gpu.name, 1.0))
 
 
 def find_gpu(name: str) -> Gpu:

@@ -12,7 +12,7 @@ from megatron_posttrain.parallel.layout import Layout, problems
 
 LAYOUT_KEYS = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
 MICRO_BATCHES = (1, 2, 4, 8)
-FEWEST_TOKENS = 1024  # of a sequence on one context parallel rank: below, communication dominates
+FEWEST_TOKENS = 2048  # of a sequence on one context parallel rank: below, communication dominates
 
 
 def expert_data(layout: Layout) -> int:
@@ -38,13 +38,9 @@ def parse_layout(text: str, gpus: int) -> Layout:
     for part in filter(None, (part.strip() for part in text.split(","))):
         key, _, value = part.partition("=")
         if key not in LAYOUT_KEYS:
-            raise UserError(
-                f"--layout: no key '{key}'{nearest(key, LAYOUT_KEYS)} (one of {', '.join(LAYOUT_KEYS)})"
-            )
+            raise UserError(f"--layout: no key '{key}'{nearest(key, LAYOUT_KEYS)} (one of {', '.join(LAYOUT_KEYS)})")
         if not value.isdigit() or int(value) < 1:
-            raise UserError(
-                f"--layout: {key}={value or '(nothing)'}: allowed are whole numbers of at least 1"
-            )
+            raise UserError(f"--layout: {key}={value or '(nothing)'}: allowed are whole numbers of at least 1")
         sizes[key] = int(value)
     return make_layout(gpus, **sizes)
 
@@ -102,9 +98,7 @@ def enumerate_layouts(
     moe = arch.moe
     experts = [1] if moe is None else [e for e in powers if moe.num_experts % e == 0]
     depths = [(p, v) for p in powers if p <= 64 for v in range(1, 13) if (p > 1 or v == 1)]
-    depths = [
-        (p, v) for p, v in depths if arch.num_layers >= p * v and (uneven or arch.num_layers % (p * v) == 0)
-    ]
+    depths = [(p, v) for p, v in depths if arch.num_layers >= p * v and (uneven or arch.num_layers % (p * v) == 0)]
     contexts = [c for c in powers if c == 1 or sequence_length // c >= FEWEST_TOKENS]
     relaxed = replace(arch, num_layers=0)  # divisible by any depth
     for tensor in (p for p in powers if p <= min(domain, 16)):

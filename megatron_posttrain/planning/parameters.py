@@ -43,9 +43,7 @@ class RankState:
     optimizer: int
 
 
-def _linear(
-    prefix: str, linear: Linear, tensor: int, biased: bool, duplicated: bool
-) -> Iterator[tuple[str, int]]:
+def _linear(prefix: str, linear: Linear, tensor: int, biased: bool, duplicated: bool) -> Iterator[tuple[str, int]]:
     inputs, outputs = linear.local(1 if duplicated else tensor)
     yield f"{prefix}{linear.name}.weight", inputs * outputs
     if biased:
@@ -89,14 +87,10 @@ def _mlp(arch: Architecture, layer: int, layout: Layout) -> Iterator[Parameter]:
         if moe.shared_gate:
             yield Parameter("mlp.shared_experts.gate_weight", arch.hidden_size)
         for linear in mlp_linears(arch, moe.shared_ffn_size):
-            yield from (
-                Parameter(*p) for p in _linear("mlp.shared_experts.", linear, layout.tensor, bias, False)
-            )
+            yield from (Parameter(*p) for p in _linear("mlp.shared_experts.", linear, layout.tensor, bias, False))
 
 
-def layer_parameters(
-    arch: Architecture, layer: int, layout: Layout, transformer_engine: bool
-) -> Iterator[Parameter]:
+def layer_parameters(arch: Architecture, layer: int, layout: Layout, transformer_engine: bool) -> Iterator[Parameter]:
     """Parameters of one layer on one rank, in the order of megatron-core's `named_parameters`."""
     yield Parameter("input_layernorm.weight", arch.hidden_size)
     for name, elements in _attention(arch, layout.tensor, transformer_engine):

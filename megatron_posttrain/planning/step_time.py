@@ -16,8 +16,9 @@ from functools import lru_cache
 import numpy as np
 
 from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.flops import attention_pairs
-from megatron_posttrain.planning.gpus import EFFICIENCIES, SUSTAINED, Efficiency, Gpu
+from megatron_posttrain.planning.gpus import Efficiency, Gpu, constants_of
 from megatron_posttrain.planning.layers import (
     Linear,
     attention_dims,
@@ -25,12 +26,11 @@ from megatron_posttrain.planning.layers import (
     mlp_linears,
     window_of,
 )
-from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.layouts import chunk_layers, expert_data
 
 Work = np.ndarray  # ideal seconds by resource, in the order of RESOURCES
-RESOURCES = ("matmul", "grouped_matmul", "attention", "memory", "layers", "nvlink", "network")
-MATMUL, GROUPED, ATTENTION, MEMORY, LAYERS, NVLINK, NETWORK = range(len(RESOURCES))
+RESOURCES = ("matmul", "grouped_matmul", "attention", "memory", "layers", "nvlink", "network", "data_parallel")
+MATMUL, GROUPED, ATTENTION, MEMORY, LAYERS, NVLINK, NETWORK, DATA = range(len(RESOURCES))
 
 FILL = 128  # each dimension d of a bf16 matrix multiplication costs (d + FILL) / d: tile and pipeline fill
 FP8_LOSS = 1.1  # FP8 multiplications reach less of their peak: scaling factors, power
@@ -38,6 +38,8 @@ ATTENTION_BACKWARD = 2.5  # FlashAttention's backward has 5 matrix multiplicatio
 NATURAL_IMBALANCE = 1.3  # the fullest rank against the mean when no auxiliary force balances the experts
 LAUNCHES_OF_MOE = 3  # fixed cost of a mixture-of-experts layer against a dense one
 OVERLAP = 0.8  # share of one microbatch's time behind which gradient and parameter traffic can hide
+COLLECTIVE_LOSS = 1.25  # large all-gathers and reduce-scatters reach 80% of the links
+GRADIENT_TRAFFIC = 6  # bytes a parameter: fp32 gradients reduced, bf16 weights gathered
 NEVER_HIDDEN = 0.05  # share of data parallel traffic outside any overlap: first and last bucket
 OPTIMIZER_BYTES = 34  # read and written a parameter: gradient, main weight, two moments, clipping, bf16 copy
 ROUTED_PASSES = 10  # bytes over tokens x top_k x width: permute, unpermute, probabilities, both directions
@@ -73,17 +75,12 @@ class StepTime:
         return self.compute + self.exposed_communication + self.bubble + self.optimizer
 
 
-def constants(gpu: Gpu, e: Efficiency | None = None, sustained: float | None = None) -> Work:
-    """The multiplier of each resource on `gpu`."""
-    e = e or EFFICIENCIES[gpu.generation]
-    sustained = sustained or SUSTAINED.get(gpu.name, 1.0)
-    compute = np.array([e.matmul, e.grouped_matmul, e.attention, e.memory]) * sustained
-    return np.array([*compute, e.layer_ms, e.links, e.links])
+def multipliers(e: Efficiency) -> Work:
+    """Seconds spent for a second of ideal time, by resource."""
+    return np.array([e.matmul, e.grouped_matmul, e.attention, e.memory, e.layer_ms, e.links, e.links, COLLECTIVE_LOSS])
 
 
-def matmul_seconds(
-    tokens: float, inputs: int, outputs: int, gpu: Gpu, precision: str, count: int = 1
-) -> float:
+def matmul_seconds(tokens: float, inputs: int, outputs: int, gpu: Gpu, precision: str, count: int = 1) -> float:
     """Ideal seconds of one [tokens, inputs] x [inputs, outputs] product, `count` times: compute or memory bound."""
     low = precision != "bf16"
     peak = (gpu.fp8_tflops if low and gpu.fp8_tflops else gpu.bf16_tflops) * 1e12
@@ -108,9 +105,7 @@ def _layer_work(arch: Architecture, layer: int, split: Layout, job: Training, gp
     query, value = attention_dims(arch)
     length = min(job.document_length or job.sequence_length, job.sequence_length)
     pairs = attention_pairs([length], window_of(arch, layer)) / length * tokens
-    narrow = max(
-        1.0, 128 * arch.num_heads / value
-    )  # exponentials, not products, bound heads narrower than 128
+    narrow = max(1.0, 128 * arch.num_heads / value)  # exponentials, not products, bound heads narrower than 128
     forward = 2 * pairs * (query + value) / tp * narrow / (gpu.bf16_tflops * 1e12)
     work[ATTENTION] = forward * (1 + ATTENTION_BACKWARD + (job.recompute != "none"))
     key_value = 2 * arch.key_value_size if arch.mla is None else query + value
@@ -145,9 +140,7 @@ def _cast_bytes(linear: Linear, tp: int, tokens: float, job: Training) -> float:
     return 0.0 if job.precision == "bf16" else 4 * tokens * sum(linear.local(tp))
 
 
-def _add_experts(
-    work: Work, arch: Architecture, split: Layout, tokens: float, job: Training, gpu: Gpu
-) -> float:
+def _add_experts(work: Work, arch: Architecture, split: Layout, tokens: float, job: Training, gpu: Gpu) -> float:
     """Adds the experts' products and their dispatch; returns their memory traffic in bytes."""
     moe = arch.moe
     assert moe is not None
@@ -156,9 +149,7 @@ def _add_experts(
     routed = mine * moe.top_k * split.expert_tensor
     local = moe.num_experts // split.expert
     per_expert = routed / local
-    traffic = (
-        2 * routed * (ROUTED_PASSES * arch.hidden_size + GLU_PASSES[arch.activation] * moe.expert_ffn_size)
-    )
+    traffic = 2 * routed * (ROUTED_PASSES * arch.hidden_size + GLU_PASSES[arch.activation] * moe.expert_ffn_size)
     for linear in mlp_linears(arch, moe.expert_ffn_size):
         work[GROUPED] += skew * _linear(linear, split.expert_tensor, per_expert, job, gpu, local)
         traffic += _cast_bytes(linear, split.expert_tensor, routed, job)
@@ -201,31 +192,25 @@ def _stage_work(arch: Architecture, layout: Layout, job: Training, gpu: Gpu, sta
     tokens = job.micro_batch * job.sequence_length / layout.context
     if stage == layout.pipeline - 1:
         vocabulary = arch.vocab_size // layout.tensor
-        work[MATMUL] += (2 if job.lora else 3) * matmul_seconds(
-            tokens, arch.hidden_size, vocabulary, gpu, "bf16"
-        )
-        work[MEMORY] += (
-            26 * tokens * vocabulary / (gpu.memory_tb_per_s * 1e12)
-        )  # loss in fp32, several passes
+        work[MATMUL] += (2 if job.lora else 3) * matmul_seconds(tokens, arch.hidden_size, vocabulary, gpu, "bf16")
+        work[MEMORY] += 26 * tokens * vocabulary / (gpu.memory_tb_per_s * 1e12)  # loss in fp32, several passes
     return work
 
 
-def _collective_seconds(size: float, ranks: int, stride: int, gpu: Gpu) -> tuple[float, float]:
-    """(NVLink, network) ideal seconds of an all-gather or reduce-scatter of `size` bytes among ranks `stride` apart."""
+def _collective_seconds(size: float, ranks: int, stride: int, gpu: Gpu) -> float:
+    """Ideal seconds of an all-gather or reduce-scatter of `size` bytes among `ranks` ranks, `stride` apart."""
     inside = max(1, min(ranks, gpu.group // stride))
     nvlink = size * (inside - 1) / inside / (gpu.nvlink_gb_per_s * 1e9)
     network = size * (1 - inside / ranks) / (inside * gpu.network_gb_per_s * 1e9)
-    return nvlink, network
+    return nvlink + network
 
 
-def step_time(
-    arch: Architecture, layout: Layout, job: Training, gpu: Gpu, trained: tuple[float, float]
-) -> StepTime:
+def step_time(arch: Architecture, layout: Layout, job: Training, gpu: Gpu, trained: tuple[float, float]) -> StepTime:
     """Seconds of one optimizer step.
 
     `trained`: (dense, expert) trainable parameters of the fullest rank.
     """
-    losses = constants(gpu)
+    losses = multipliers(constants_of(gpu))
     microbatches = job.global_batch // job.micro_batch // layout.data
     kinds = stage_kinds(arch, layout.pipeline, layout.chunks)
     distinct = {kind: stage for stage, kind in enumerate(kinds)}.values()
@@ -262,5 +247,5 @@ def _data_parallel(layout: Layout, gpu: Gpu, trained: tuple[float, float]) -> tu
     for parameters, ranks, stride in groups:
         optimizer[MEMORY] += parameters / ranks * OPTIMIZER_BYTES / (gpu.memory_tb_per_s * 1e12)
         if ranks > 1:
-            traffic[[NVLINK, NETWORK]] += _collective_seconds(4 * parameters, ranks, stride, gpu)
+            traffic[DATA] += _collective_seconds(GRADIENT_TRAFFIC * parameters, ranks, stride, gpu)
     return optimizer, traffic
