@@ -33,9 +33,10 @@ from megatron_posttrain.training.checkpoints import Checkpoints
 from megatron_posttrain.training.engine import Engine, Metrics, TokenOutput
 from megatron_posttrain.training.export import export, full_tensors
 from megatron_posttrain.training.prepare import Prepared, prepare
-from megatron_posttrain.training.run import REQUEUE_STATUS, PhaseTimer, Run
+from megatron_posttrain.training.run import REQUEUE_STATUS, Run
 from megatron_posttrain.training.schedule import learning_rate
 from megatron_posttrain.training.sequences import sequence_logprobs
+from megatron_posttrain.training.timing import PhaseTimer
 
 CANARY_PROMPTS = 4
 
@@ -174,7 +175,7 @@ def policy_loss(
         kl_estimator=algorithm.kl_estimator,
         denominator=denominator,
     )
-    return loss, metrics | {"entropy": (output.entropy * batch.loss_mask).sum()}
+    return loss, {**metrics, "entropy": (output.entropy * batch.loss_mask).sum()}
 
 
 def check(config: GrpoConfig, prepared: Prepared) -> PromptDataset:

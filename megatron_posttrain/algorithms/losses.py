@@ -110,13 +110,13 @@ def aggregate(
     losses = losses * mask
     if aggregation == "sequence":
         losses = losses / mask.sum(-1, keepdim=True).clamp(min=1)
-    if denominator is None:
-        denominator = {
-            "token": mask.sum().clamp(min=1),
-            "sequence": (mask.sum(-1) > 0).sum().clamp(min=1),
-            "constant": float(mask.numel()),
-        }[aggregation]
-    return losses.sum() / denominator
+    if denominator is not None:
+        return losses.sum() / denominator
+    if aggregation == "token":
+        return losses.sum() / mask.sum().clamp(min=1)
+    if aggregation == "sequence":
+        return losses.sum() / (mask.sum(-1) > 0).sum().clamp(min=1)
+    return losses.sum() / mask.numel()
 
 
 def dpo_loss(
@@ -128,9 +128,10 @@ def dpo_loss(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Metrics]:
-    """Direct preference optimization (arXiv 2305.18290, eq. 7; conservative: arXiv 2305.18290, section 3 note).
+    """Direct preference optimization (arXiv 2305.18290, eq. 7).
 
-    Args are [batch] sequence log-probs; `label_smoothing` is the chance that a preference is wrong.
+    Args are [batch] sequence log-probs; `label_smoothing` is the chance that a preference is wrong
+    (conservative DPO, Mitchell 2023).
     """
     margin = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
     losses = -F.logsigmoid(margin) * (1 - label_smoothing) - F.logsigmoid(-margin) * label_smoothing

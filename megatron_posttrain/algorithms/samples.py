@@ -103,8 +103,10 @@ def collect_samples(
         )
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, (completions, texts, *graded))
-    merged = [[item for part in parts[:: rollout.tensor] for item in part[i]] for i in range(4)]
-    return Samples(of_sample, *merged)
+    completions, texts, by_name, totals = (
+        [item for part in parts[:: rollout.tensor] for item in part[i]] for i in range(4)
+    )
+    return Samples(of_sample, completions, texts, by_name, totals)
 
 
 def training_sequences(samples: Samples) -> list[TokenSequence]:
@@ -114,7 +116,7 @@ def training_sequences(samples: Samples) -> list[TokenSequence]:
     for k, (prompt, completion) in enumerate(zip(samples.prompts, samples.completions, strict=True)):
         asked, said = len(prompt.token_ids), len(completion.token_ids)
         none = [0.0] * asked
-        extras = {"rollout_logprobs": none + completion.logprobs, "advantages": none + [advantages[k]] * said}
+        extras: dict[str, Sequence[float]] = {"rollout_logprobs": none + completion.logprobs, "advantages": none + [advantages[k]] * said}
         extras |= {name: none + values[k] for name, values in samples.token_fields.items()}
         sequences.append(
             TokenSequence([*prompt.token_ids, *completion.token_ids], [0] * asked + [1] * said, extras, index=k)

@@ -17,8 +17,9 @@ from megatron_posttrain.training.checkpoints import Checkpoints
 from megatron_posttrain.training.engine import Engine, Metrics, TokenOutput
 from megatron_posttrain.training.export import export
 from megatron_posttrain.training.prepare import prepare
-from megatron_posttrain.training.run import REQUEUE_STATUS, PhaseTimer, Run
+from megatron_posttrain.training.run import REQUEUE_STATUS, Run
 from megatron_posttrain.training.schedule import learning_rate
+from megatron_posttrain.training.timing import PhaseTimer
 
 
 def sft(config: SftConfig) -> int:
@@ -75,6 +76,7 @@ def sft(config: SftConfig) -> int:
                     "step_seconds": seconds,
                     "data_seconds": timer.seconds["data"],
                 }
+                | {f"{phase}_seconds": value for phase, value in result.seconds.items()}
                 | result.metrics,
             )
             stop = run.stop_requested()

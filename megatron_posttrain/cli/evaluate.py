@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_posttrain.errors import UserError
-
-
-@dataclass(frozen=True)
-class _RewardSpec:
-    name: str
-    weight: float = 1.0
-    file: str | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     import torch.distributed as dist
 
     from megatron_posttrain.checkpoint.hf import HfReader, check_directory
+    from megatron_posttrain.config.schema import RewardConfig
     from megatron_posttrain.data.rows import read_rows
     from megatron_posttrain.data.tokenize import encode_prompt, load_tokenizer
     from megatron_posttrain.evaluation.evaluate import Settings, evaluate, save, table
@@ -75,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     _, architecture = check_directory(args.model)
     tokenizer = load_tokenizer(args.model)
-    rewards = load_rewards([_RewardSpec(args.reward, file=args.reward_file)])
+    rewards = load_rewards([RewardConfig(name=args.reward, file=args.reward_file)])
     rows = read_rows(args.data)[: args.limit]
     unanswered = next((row for row in rows if row.answer is None), None)
     if unanswered and args.reward == "math" and not args.reward_file:

@@ -76,10 +76,9 @@ def _read(file: Path, seen: tuple[Path, ...]) -> DictConfig:
     parents = loaded.pop("defaults", None) or []
     tree = OmegaConf.create({})
     for parent in parents:
-        tree = OmegaConf.merge(tree, _read(file.parent / parent, (*seen, file.resolve())))
-    merged = OmegaConf.merge(tree, loaded)
-    assert isinstance(merged, DictConfig)
-    return merged
+        tree.merge_with(_read(file.parent / parent, (*seen, file.resolve())))
+    tree.merge_with(loaded)
+    return tree
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

@@ -27,9 +27,7 @@ def padded_vocabulary(arch: Architecture, tensor: int) -> int:
     return math.ceil(arch.vocab_size / tensor) * tensor
 
 
-def transformer_config(
-    arch: Architecture, layout: Layout, model: ModelConfig, precision: PrecisionConfig
-) -> Any:
+def transformer_config(arch: Architecture, layout: Layout, model: ModelConfig, precision: PrecisionConfig) -> Any:
     """megatron-core's TransformerConfig (MLATransformerConfig where `arch.mla`)."""
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
@@ -86,8 +84,18 @@ def build_model(
                     # Summed over the ranks that hold the same expert. megatron-core 0.16.1 says so only with
                     # expert > 1, and then loses tensor ranks' parts where expert_tensor < tensor.
                     parameter.allreduce = False  # type: ignore[attr-defined]
+            _drop_biases(chunk, arch)
             chunks.append(chunk.to(platform().device))
     return chunks, config
+
+
+def _drop_biases(chunk: torch.nn.Module, arch: Architecture) -> None:
+    """megatron-core has one switch for the biases of attention's output and of the MLP; models differ in them."""
+    for name, module in chunk.named_modules():
+        attention = name.endswith("linear_proj") and not arch.attention_output_bias
+        mlp = name.endswith(("linear_fc1", "linear_fc2")) and not arch.mlp_bias
+        if (attention or mlp) and getattr(module, "bias", None) is not None:
+            module.bias = None
 
 
 def _sizes(arch: Architecture) -> dict[str, Any]:

@@ -14,6 +14,8 @@ def local_index(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
 
     Each sequence's length must be a multiple of 2 * size. Two chunks balance causal attention's work.
     """
+    if size == 1:
+        return torch.arange(int(cu_seqlens[-1]))
     bounds = cu_seqlens.tolist()
     parts = []
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):

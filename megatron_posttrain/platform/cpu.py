@@ -11,15 +11,15 @@ import contextlib
 import os
 import resource
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from megatron_posttrain.platform.scope import Replacement, replaced, without_transformer_engine
+
 CPU = torch.device("cpu")
-_ABSENT = object()
 
 
 class CpuPlatform:
@@ -42,19 +42,10 @@ class CpuPlatform:
             yield
             return
         self._depth += 1
-        undo: list[tuple[Any, str, Any]] = []
         try:
-            for owner, name, value in _replacements():
-                undo.append((owner, name, vars(owner).get(name, _ABSENT)))
-                setattr(owner, name, value)
-            with _CudaMeansCpu():
+            with replaced(_replacements()), _CudaMeansCpu():
                 yield
         finally:
-            for owner, name, value in reversed(undo):
-                if value is _ABSENT:
-                    delattr(owner, name)
-                else:
-                    setattr(owner, name, value)
             self._depth -= 1
 
     def synchronize(self) -> None:
@@ -157,7 +148,7 @@ def _reduce_scatter(output: torch.Tensor, inputs: list[torch.Tensor], group: Any
     torch.sum(parts, dim=0, out=output)
 
 
-def _replacements() -> Iterator[tuple[ModuleType | type, str, Any]]:
+def _replacements() -> Iterator[Replacement]:
     import megatron.core.tensor_parallel.random as megatron_random
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
@@ -186,6 +177,7 @@ def _replacements() -> Iterator[tuple[ModuleType | type, str, Any]]:
     yield megatron_random, "_set_cuda_rng_state", lambda state, *a, **k: torch.set_rng_state(state)
     yield token_dispatcher, "maybe_move_tensor_to_cpu", _splits_to_host
     yield moe_utils, "maybe_move_tensor_to_cpu", _splits_to_host
+    yield from without_transformer_engine()
     if not hasattr(moe_utils, "te_general_gemm"):
         # moe_utils 1192/1225 test a name that only exists with Transformer Engine.
         yield moe_utils, "te_general_gemm", None

@@ -7,6 +7,8 @@ import importlib.util
 
 import torch
 
+from megatron_posttrain.platform.scope import replaced, without_transformer_engine
+
 
 class CudaPlatform:
     name = "cuda"
@@ -20,7 +22,9 @@ class CudaPlatform:
         torch.cuda.set_device(self.device)
 
     def megatron(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+        if self.has_transformer_engine():
+            return contextlib.nullcontext()
+        return replaced(without_transformer_engine())
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()

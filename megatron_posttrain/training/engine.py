@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,11 +17,12 @@ from megatron_posttrain.config.schema import Config
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.build import build_model
-from megatron_posttrain.models.sharded import load_hf
+from megatron_posttrain.models.sharded import Exporter, load_hf
 from megatron_posttrain.parallel.context import gather_tokens, local_index
 from megatron_posttrain.parallel.groups import Groups
 from megatron_posttrain.platform import platform
 from megatron_posttrain.training.optimizer import make_optimizer, wrap_for_data_parallel
+from megatron_posttrain.training.timing import PhaseTimer
 from megatron_posttrain.training.token_logprobs import token_logprobs
 
 
@@ -32,7 +34,7 @@ class TokenOutput:
     entropy: Tensor  # [t] fp32, nats
 
 
-Metrics = dict[str, float | Tensor]
+Metrics = Mapping[str, float | Tensor]
 # (output, batch) -> (this micro-batch's share of the step's loss, sums to add up over the global batch)
 LossFunction = Callable[[TokenOutput, PackedBatch], tuple[Tensor, Metrics]]
 
@@ -42,6 +44,7 @@ class StepResult:
     loss: float
     grad_norm: float
     metrics: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # forward_backward, optimizer
 
 
 class Engine:
@@ -66,6 +69,11 @@ class Engine:
                 self.chunks = wrap_for_data_parallel(self.modules, self.model_config, config)
                 self.optimizer = make_optimizer(self.chunks, self.model_config, config)
 
+    @functools.cached_property
+    def exporter(self) -> Exporter:
+        """Whole tensors from the shards; made once, collectively, because it asks who owns what."""
+        return Exporter(self.modules, self.arch, self.groups)
+
     # ---- a training step -------------------------------------------------------------------------------
 
     def train_step(self, micro_batches: Sequence[PackedBatch], loss_function: LossFunction, lr: float) -> StepResult:
@@ -81,12 +89,15 @@ class Engine:
                 chunk.train()
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-            outputs = self._schedule(micro_batches, loss_function, forward_only=False)
-            updated, grad_norm, _ = self.optimizer.step()
+            timer = PhaseTimer()
+            with timer("forward_backward"):
+                outputs = self._schedule(micro_batches, loss_function, forward_only=False)
+            with timer("optimizer"):
+                updated, grad_norm, _ = self.optimizer.step()
         totals = self._total(outputs)
         if not updated:
             raise RuntimeError("the optimizer skipped a step: gradients are not finite")
-        return StepResult(totals.pop("loss"), float(grad_norm), totals)
+        return StepResult(totals.pop("loss"), float(grad_norm), totals, timer.seconds)
 
     # ---- log-probabilities -----------------------------------------------------------------------------
 
@@ -146,9 +157,7 @@ class Engine:
         layout, at = self.groups.layout, self.groups.at
         batch = next(batches)
         device = platform().device
-        mine = slice(None)
-        if layout.context > 1:
-            mine = local_index(batch.cu_seqlens, at.context, layout.context)
+        mine = local_index(batch.cu_seqlens, at.context, layout.context)
         tokens, positions, labels = (x[mine].to(device) for x in (batch.tokens, batch.position_ids, batch.labels))
         cu_seqlens = batch.cu_seqlens.to(device)
         packed = PackedSeqParams(
@@ -191,7 +200,7 @@ class Engine:
             gather_tokens(entropy, batch.cu_seqlens, context),
         )
         loss, metrics = loss_function(output, batch.to(platform().device))
-        sums = {"loss": loss.detach().clone()} | metrics
+        sums = {"loss": loss.detach().clone(), **metrics}
         # Undone later: the schedule multiplies by context ranks and divides by micro-batches, and the
         # gradient is averaged over data x context ranks. What is left is the sum over all of them.
         return loss * (count * self.groups.layout.data), sums

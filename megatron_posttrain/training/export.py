@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_posttrain.checkpoint.hf import write_directory
-from megatron_posttrain.models.sharded import export_hf
 from megatron_posttrain.platform import platform
 from megatron_posttrain.training.engine import Engine
 
@@ -17,7 +16,7 @@ from megatron_posttrain.training.engine import Engine
 def full_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     """Collective: every Hugging Face tensor, whole, in one order on every rank; a bucket in memory at a time."""
     with platform().megatron():
-        yield from export_hf(engine.modules, engine.arch, engine.groups)
+        yield from engine.exporter.hf_tensors()
 
 
 def export(engine: Engine, source: Path, directory: Path) -> None:

@@ -1,0 +1,32 @@
+"""Where a step's time goes: every phase is timed and named once."""
+
+from __future__ import annotations
+
+import time
+
+from megatron_posttrain.platform import platform
+
+
+class PhaseTimer:
+    """Wall seconds by phase of one step; `with timer("rollout"): ...`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._phase = ""
+        self._since = 0.0
+        self._start = time.perf_counter()
+
+    def __call__(self, phase: str) -> PhaseTimer:
+        self._phase = phase
+        return self
+
+    def __enter__(self) -> None:
+        self._since = time.perf_counter()
+
+    def __exit__(self, *unused: object) -> None:
+        platform().synchronize()
+        spent = time.perf_counter() - self._since
+        self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + spent
+
+    def total(self) -> float:
+        return time.perf_counter() - self._start
