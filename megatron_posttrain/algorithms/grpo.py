@@ -59,7 +59,7 @@ def grpo(config: GrpoConfig) -> int:
     def refit(version: int) -> None:
         """New weights into the engine, and the proof that it holds them: a hard stop when it does not."""
         Refit(rollout).update(full_tensors(engine), version)
-        scores = partial(_canary_logprobs, engine, config.data.sequence_length)
+        scores = partial(_canary_logprobs, engine, token_budget(config))
         prove(rollout, canary, scores, config.rollout.proof_tolerance)
 
     with Run(config, steps, state["step"]) as run:
@@ -114,7 +114,7 @@ def grpo(config: GrpoConfig) -> int:
 def score_samples(samples: Samples, engine: Engine, reference: Engine | None, config: GrpoConfig) -> None:
     """The trainer's own log-probs of what was sampled, before any update; the reference's where KL is on."""
     sequences = training_sequences(samples)
-    budget = config.data.sequence_length
+    budget = token_budget(config)
     temperature = config.rollout.temperature
     samples.set_logprobs("old_logprobs", sequence_logprobs(engine, sequences, budget, temperature))
     if reference is not None:
@@ -127,7 +127,7 @@ def update(engine: Engine, samples: Samples, config: GrpoConfig, lr: float) -> d
     engine.temperature = config.rollout.temperature
     sequences = training_sequences(samples)
     size = config.training.global_batch_size
-    budget = config.data.sequence_length * config.training.micro_batch_size
+    budget = token_budget(config)
     results = []
     for start in range(0, len(sequences), size):
         mini_batch = sequences[start : start + size]
@@ -147,6 +147,11 @@ def update(engine: Engine, samples: Samples, config: GrpoConfig, lr: float) -> d
         "loss": sum(r.loss for _, r in results) / len(results),
         "grad_norm": sum(r.grad_norm for _, r in results) / len(results),
     } | {name: sum(r.metrics[name] for _, r in results) / total for name in names}
+
+
+def token_budget(config: GrpoConfig) -> int:
+    """Tokens of a micro-batch; samples share it."""
+    return config.data.sequence_length * config.training.micro_batch_size
 
 
 def policy_loss(

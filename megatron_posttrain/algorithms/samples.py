@@ -116,7 +116,10 @@ def training_sequences(samples: Samples) -> list[TokenSequence]:
     for k, (prompt, completion) in enumerate(zip(samples.prompts, samples.completions, strict=True)):
         asked, said = len(prompt.token_ids), len(completion.token_ids)
         none = [0.0] * asked
-        extras: dict[str, Sequence[float]] = {"rollout_logprobs": none + completion.logprobs, "advantages": none + [advantages[k]] * said}
+        extras: dict[str, Sequence[float]] = {
+            "rollout_logprobs": none + completion.logprobs,
+            "advantages": none + [advantages[k]] * said,
+        }
         extras |= {name: none + values[k] for name, values in samples.token_fields.items()}
         sequences.append(
             TokenSequence([*prompt.token_ids, *completion.token_ids], [0] * asked + [1] * said, extras, index=k)

@@ -30,7 +30,9 @@ def score(config: SftConfig) -> int:
     groups = make_groups(prepared.layout, config.training.seed)
     engine = Engine(config, prepared.arch, groups, train=False)
     sequences = [TokenSequence(ids, [1] * len(ids)) for ids in token_ids]
-    outputs = sequence_logprobs(engine, sequences, limit if config.data.packing else max(map(len, token_ids)))
+    outputs = sequence_logprobs(
+        engine, sequences, limit * config.training.micro_batch_size if config.data.packing else max(map(len, token_ids))
+    )
     if dist.get_rank() == 0:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         path = config.output_dir / "scores.jsonl"
