@@ -132,6 +132,7 @@ def check_engine(directory: Path, kind: str, tensor: int, rank: int) -> dict[str
     results["before"] = difference(engine, first, seed)
     results["greedy"] = greedy_disagreements(engine, first, seed)
     refit = Refit(engine)
+    engine.sleep()
     results["seconds"] = refit.update(iter(other.items()), 1)
     results["untouched"] = state() == before
     results["after"] = difference(engine, second, seed)

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(args.max_tokens, args.temperature, args.samples, args.seed)
     evaluation, records = evaluate(engine, tokenizer, rows, rewards, settings)
     if dist.get_rank() == 0:
-        facts: dict[str, Any] = {"model": str(args.model), "data": str(args.data), "graded by": args.reward}
+        facts: dict[str, Any] = {"model": str(args.model), "data": str(args.data), "graded_by": args.reward}
         save(evaluation, records, Path(args.output), facts)
         print(table(evaluation, facts))
         print(f"\nwritten to {args.output}/evaluation.json and responses.jsonl")

@@ -102,17 +102,13 @@ def evaluate(
             "tokens": len(completion.token_ids),
             "finish_reason": completion.finish_reason,
         }
-        for (i, j), sample, completion, graded, total in zip(
-            origin, samples, completions, by_name, totals, strict=True
-        )
+        for (i, j), sample, completion, graded, total in zip(origin, samples, completions, by_name, totals, strict=True)
     ]
     records, seconds = _gather(engine, records, seconds)
     return _summary(records, settings, len(rows), seconds), records
 
 
-def _gather(
-    engine: RolloutEngine, records: list[dict[str, Any]], seconds: float
-) -> tuple[list[dict[str, Any]], float]:
+def _gather(engine: RolloutEngine, records: list[dict[str, Any]], seconds: float) -> tuple[list[dict[str, Any]], float]:
     """Every replica's records in the order of the rows, and the slowest replica's seconds."""
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, (records, seconds))
@@ -145,9 +141,7 @@ def _summary(records: list[dict[str, Any]], settings: Settings, prompts: int, se
     )
 
 
-def save(
-    evaluation: Evaluation, records: Sequence[dict[str, Any]], output: Path, facts: dict[str, Any]
-) -> None:
+def save(evaluation: Evaluation, records: Sequence[dict[str, Any]], output: Path, facts: dict[str, Any]) -> None:
     """Writes OUTPUT/evaluation.json (`facts` first) and OUTPUT/responses.jsonl."""
     output.mkdir(parents=True, exist_ok=True)
     summary = json.dumps(facts | asdict(evaluation), indent=2, ensure_ascii=False)
@@ -162,7 +156,7 @@ def table(evaluation: Evaluation, facts: dict[str, Any]) -> str:
     e = evaluation
     how = "greedy" if e.temperature == 0 else f"temperature {e.temperature:g}"
     lines = {
-        **facts,
+        **{name.replace("_", " "): value for name, value in facts.items()},
         "prompts": f"{e.prompts} x {e.samples} responses, {how}, at most {e.max_tokens} tokens",
         "accuracy": f"{e.accuracy:.3f}   95% interval {e.accuracy_low:.3f} to {e.accuracy_high:.3f}",
         "mean reward": f"{e.reward:.3f}",

@@ -11,6 +11,7 @@ _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process: no child to be orphaned
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else it pins the trainer to cores of its choice
     "OMP_NUM_THREADS": "1",  # ranks share the cores: with more threads a step is up to 70 times slower
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait leave their core to the other ranks; if before torch's import
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
