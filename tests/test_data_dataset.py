@@ -72,6 +72,12 @@ def test_overlong_conversations_are_dropped_or_cut(tokenizer):
         SftDataset(rows, tokenizer, 10)
 
 
+def test_a_row_without_anything_to_learn_is_refused(tokenizer):
+    rows = [*rows_of(["a"]), Row(turns("only a question"), source="a.jsonl:2")]
+    with pytest.raises(UserError, match=r"a\.jsonl:2: no token of an assistant .*\['user'\]"):
+        SftDataset(rows, tokenizer, 60)
+
+
 def test_prompts(tokenizer):
     rows = [Row(turns(f"{i}+1="), str(i + 1), {"i": i}, f"a.jsonl:{i + 1}") for i in range(9)]
     rows.insert(4, Row(turns(LONG), "no", {}, "a.jsonl:10"))

@@ -66,6 +66,11 @@ class SftDataset(_Epochs):
         longest = 0
         for row in rows:
             conversation = encode_conversation(tokenizer, row.messages, row.source)
+            if 1 not in conversation.loss_mask:
+                raise UserError(
+                    f"{row.source}: no token of an assistant in this conversation; roles found: "
+                    f"{[message['role'] for message in row.messages]}"
+                )
             length = len(conversation.token_ids)
             longest = max(longest, length)
             mask = np.asarray(conversation.loss_mask[:sequence_length], dtype=np.uint8)
