@@ -1,12 +1,12 @@
 """Which conversations and prompts the n-th step takes."""
 
 import pytest
-from chat_tokenizers import CHATML, byte_tokenizer, turns
 
 from megatron_posttrain.data.dataset import PromptDataset, SftDataset
 from megatron_posttrain.data.rows import Row
 from megatron_posttrain.data.tokenize import encode_conversation
 from megatron_posttrain.errors import UserError
+from tests.chat_tokenizers import CHATML, byte_tokenizer, turns
 
 LONG = "x" * 100
 

@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-from chat_tokenizers import CHATML, CHATML_MARKED, QWEN3, SPECIAL, byte_tokenizer, turns
 
 from megatron_posttrain.data.tokenize import encode_conversation, encode_prompt, load_tokenizer
 from megatron_posttrain.errors import UserError
+from tests.chat_tokenizers import CHATML, CHATML_MARKED, QWEN3, SPECIAL, byte_tokenizer, turns
 
 TEXTS = ["Hi é 世界?", "Hello, 世界\n", "and?", "b"]
 
