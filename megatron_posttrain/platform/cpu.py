@@ -33,8 +33,9 @@ class CpuPlatform:
         torch._dynamo.config.disable = True
 
     def initialize(self, local_rank: int) -> None:
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+        if "OMP_NUM_THREADS" not in os.environ:
+            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
     @contextlib.contextmanager
     def megatron(self) -> Iterator[None]:

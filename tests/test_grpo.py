@@ -1,0 +1,80 @@
+"""GRPO end to end on two ranks: what a run leaves, resuming to the last bit, the exported model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch import command, torchrun
+from tests.models import make_assets
+
+KEYS = {
+    "step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "step_seconds", "reward",
+    "response_length", "entropy", "kl", "clip_fraction", "truncated_fraction", "logprob_difference",
+    "rollout_seconds", "refit_seconds", "train_seconds",
+}  # fmt: skip
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def steady(record: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in record.items() if not k.endswith(("_seconds", "per_second"))}
+
+
+@pytest.mark.timeout(400)
+def test_grpo_trains_resumes_and_exports(tmp_path: Path) -> None:
+    assets = make_assets(tmp_path)
+    run = tmp_path / "run"
+    arguments = [
+        "-m", "megatron_posttrain", "grpo", f"model.path={assets / 'model'}", f"data.train={assets / 'rl.jsonl'}",
+        f"output={run}", "precision.dtype=fp32", "parallel.tensor=2", "parallel.expert=2", "data.sequence_length=64",
+        "rollout.prompts_per_step=4", "rollout.samples_per_prompt=4", "rollout.max_tokens=16",
+        "training.steps=2", "training.global_batch_size=8", "training.micro_batch_size=4", "optimizer.lr=1e-3",
+        "algorithm.kl_coefficient=0.01", "checkpoint.every=1", "logging.tensorboard=false",
+        # Random answers are all wrong: a reward of ours keeps the advantages from being zero.
+        f"rewards=[{{name: short, weight: 1.0, file: {tmp_path / 'rewards.py'}}}]",
+    ]  # fmt: skip
+    (tmp_path / "rewards.py").write_text(
+        "from megatron_posttrain.rewards import reward\n\n\n"
+        "@reward('short')\ndef short(sample):\n    return -len(sample.response) / 16\n"
+    )
+    torchrun(2, *arguments)
+    metrics = lines(run / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2]
+    for record in metrics:
+        assert record.keys() >= KEYS
+        assert record["logprob_difference"] < 1e-4  # fp32: trainer and engine agree
+        assert record["grad_norm"] > 0
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-4)  # the first update starts at the reference
+    samples = lines(run / "rollouts" / "step_000001.jsonl")
+    assert len(samples) == 16
+    assert {"prompt", "response", "token_ids", "rewards", "advantage", "finish_reason"} <= samples[0].keys()
+    for group in range(4):
+        assert sum(s["advantage"] for s in samples[4 * group : 4 * group + 4]) == pytest.approx(0, abs=1e-5)
+    weights = (run / "hf" / "model.safetensors").read_bytes()
+
+    shutil.rmtree(run / "checkpoints" / "step_000002")
+    shutil.rmtree(run / "hf")
+    torchrun(2, *arguments)
+    assert [steady(m) for m in lines(run / "metrics.jsonl")] == [steady(m) for m in metrics]
+    assert (run / "hf" / "model.safetensors").read_bytes() == weights
+
+
+def test_mistakes_in_rollout_settings(tmp_path: Path) -> None:
+    assets = make_assets(tmp_path)
+    base = ["grpo", f"model.path={assets / 'model'}", f"data.train={assets / 'rl.jsonl'}", f"output={tmp_path / 'run'}"]
+    base += ["training.steps=1", "training.global_batch_size=256", "precision.dtype=fp32"]
+    for extra, said in (
+        (["rollout.max_tokens=4096"], "leaves no room for a prompt"),
+        (["rollout.max_tokens=64", "training.global_batch_size=100"], "does not divide the samples"),
+        (["rollout.max_tokens=64", "rewards=[{name: maths}]"], "did you mean 'math'"),
+    ):
+        done = command(*base, *extra, check=False)
+        assert done.returncode == 2
+        assert said in done.stderr
