@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from megatron_posttrain.training.run import quiet_libraries
+
 SIZES: dict[str, Any] = {
     "vocab_size": 4096,
     "num_hidden_layers": 4,
@@ -128,6 +130,7 @@ def main() -> None:
     parser.add_argument("--dense", action="store_true", help="a dense model instead of a mixture of experts")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     args = parser.parse_args()
+    quiet_libraries()
     with tempfile.TemporaryDirectory() as temporary:
         make_model(Path(temporary), args.dense)
         sides = {"ours": ours(Path(temporary), args.dense), "bare": bare(Path(temporary), args.dense)}

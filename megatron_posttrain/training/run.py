@@ -112,7 +112,7 @@ def quiet_libraries() -> None:
     import warnings
 
     warnings.filterwarnings("ignore")
-    for name in ("megatron", "transformers", "torch.distributed", "vllm"):
+    for name in ("megatron", "transformers", "torch.distributed", "torch._library", "vllm"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
