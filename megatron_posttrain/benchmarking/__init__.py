@@ -1,0 +1,1 @@
+"""Measurements of throughput and links, and their comparison."""

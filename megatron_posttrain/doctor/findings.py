@@ -1,0 +1,39 @@
+"""One line of the doctor's table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from megatron_posttrain.errors import UserError
+
+Status = Literal["ok", "warn", "fail", "not checked here"]
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Finding:
+    status: Status
+    check: str
+    found: str
+    fix: str = ""
+
+
+class Findings(list[Finding]):
+    """The table in the making."""
+
+    def add(self, status: Status, check: str, found: str, fix: str = "") -> None:
+        self.append(Finding(status, check, found, fix))
+
+    def attempt(self, check: str, function: Callable[[], Value], fix: str = "") -> Value | None:
+        """`function()`, or None and a failed line with its message when it raises UserError."""
+        try:
+            return function()
+        except UserError as error:
+            self.add("fail", check, str(error), fix)
+            return None
+
+    @property
+    def failed(self) -> bool:
+        return any(finding.status == "fail" for finding in self)

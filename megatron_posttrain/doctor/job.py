@@ -1,0 +1,296 @@
+"""The job: config, model, layout, batch, data, and whether it fits in the memory of a cluster."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_posttrain.checkpoint.hf import check_directory, read_json
+from megatron_posttrain.config.load import load_config
+from megatron_posttrain.config.schema import CONFIGS, Config, GrpoConfig
+from megatron_posttrain.data.dataset import SftDataset
+from megatron_posttrain.data.rows import read_rows
+from megatron_posttrain.data.tokenize import load_tokenizer
+from megatron_posttrain.doctor.findings import Findings
+from megatron_posttrain.errors import UserError
+from megatron_posttrain.models import registry
+from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.parallel.layout import Layout, check_layout
+from megatron_posttrain.planning.gpus import Gpu, find_gpu
+from megatron_posttrain.planning.known_models import load_architecture
+from megatron_posttrain.planning.layouts import batch_problem
+from megatron_posttrain.planning.planner import Workload, plan, plan_layout
+from megatron_posttrain.planning.rollout import weight_elements
+from megatron_posttrain.training.prepare import Prepared, model_directory, prepare
+
+FP8_PRECISIONS = {"mxfp8": "mxfp8", None: "bf16"}  # config's recipe -> the planner's precision; all others: fp8
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What is to be assumed of the machine that the job will run on."""
+
+    gpus: int
+    gpu: Gpu
+
+    @classmethod
+    def parse(cls, text: str) -> Cluster:
+        """`8xH100`. Raises UserError."""
+        match = re.fullmatch(r"\s*(\d+)\s*[xX*]\s*([A-Za-z]+\d+)\s*", text)
+        if match is None or int(match[1]) < 1:
+            raise UserError(f"--assume '{text}': expected a number of GPUs and their type, such as 8xH100")
+        return cls(int(match[1]), find_gpu(match[2]))
+
+
+def read_config(command: str | None, file: str, overrides: Sequence[str]) -> tuple[str, Config]:
+    """(command, config); without a command the first one whose keys the file has. Raises UserError."""
+    if command is not None:
+        return command, load_config(CONFIGS[command], file, overrides)
+    errors = []
+    for name, schema in CONFIGS.items():
+        try:
+            return name, load_config(schema, file, overrides)
+        except UserError as error:
+            errors.append((len(str(error).splitlines()), name, str(error)))
+    _, name, text = min(errors)
+    raise UserError(f"{text} (as a config of `{name}`; --command says which one it is for)")
+
+
+class JobCheck:
+    """Checks one config for `ranks` ranks; what is on another machine only is marked, not failed, with `cluster`."""
+
+    def __init__(
+        self,
+        findings: Findings,
+        command: str,
+        config: Config,
+        ranks: int | None,
+        cluster: Cluster | None,
+        model: str | None,
+    ) -> None:
+        self.findings, self.command, self.config, self.cluster, self.model = findings, command, config, cluster, model
+        self.ranks = ranks or (cluster.gpus if cluster else fewest_ranks(config))
+        self.arch: Architecture | None = None
+        self.tokenizer: Any = None
+
+    def run(self) -> None:
+        directory = self._model()
+        layout = self._layout()
+        if directory is not None or self.config.model.tokenizer:
+            self._tokenizer(str(self.config.model.tokenizer or directory))
+        self._data(layout)
+        if self.cluster is not None and layout is not None:
+            self._memory(layout, self.cluster)
+        elif directory is not None and not self.findings.failed:
+            self._everything_else()
+
+    def _everything_else(self) -> None:
+        """Whatever training would still refuse on this machine."""
+        if self.findings.attempt("start of training", lambda: prepare(self.config, self.ranks)) is not None:
+            self.findings.add("ok", "start of training", "nothing refused")
+
+    # ---- the model ---------------------------------------------------------------------------------------
+
+    def _model(self) -> Path | None:
+        path = self.config.model.path
+        try:
+            directory = model_directory(path)
+        except UserError as error:
+            self._absent_model(error)
+            return None
+        if self.config.model.random_init:
+            self.arch = self.findings.attempt(
+                "model", lambda: registry.architecture_from_hf(read_json(directory / "config.json"))
+            )
+        else:
+            found = self.findings.attempt("model", lambda: check_directory(directory))
+            self.arch = found[1] if found is not None else None
+        if self.arch is not None:
+            what = "config only (random_init)" if self.config.model.random_init else "every tensor there and in shape"
+            self.findings.add("ok", "model", f"{directory}: {_size(self.arch)}, {what}")
+        return directory
+
+    def _absent_model(self, error: UserError) -> None:
+        try:
+            name, self.arch = load_architecture(self.model or self.config.model.path)
+            shown = f"{self.config.model.path} is not on this machine; shapes of {name}, {_size(self.arch)}"
+        except UserError as unknown:
+            if self.model is not None:
+                self.findings.add("fail", "model", str(unknown))
+                return
+            shown = f"{self.config.model.path} is not on this machine, so neither shapes nor memory"
+        if self.cluster is None:
+            self.findings.add("fail", "model", str(error))
+        else:
+            fix = "" if self.arch is not None else "name its shapes: --model NAME_OR_CONFIG"
+            self.findings.add("not checked here", "model", shown, fix)
+
+    def _tokenizer(self, place: str) -> None:
+        self.tokenizer = self.findings.attempt("tokenizer", lambda: load_tokenizer(place))
+        if self.tokenizer is None:
+            return
+        size = len(self.tokenizer)
+        if self.arch is not None and size > self.arch.vocab_size:
+            self.findings.add("fail", "tokenizer", f"{size} tokens, the model's vocabulary has {self.arch.vocab_size}",
+                              "use the tokenizer that the model was trained with")  # fmt: skip
+        else:
+            self.findings.add("ok", "tokenizer", f"{size} tokens, chat template found")
+
+    # ---- layout and batch ----------------------------------------------------------------------------------
+
+    def _layout(self) -> Layout | None:
+        config = self.config
+        layout = Layout.from_config(config.parallel, self.ranks)
+
+        def check() -> bool:
+            check_layout(layout, self.arch)
+            return True
+
+        if self.findings.attempt("layout", check) is None:
+            return None
+        limits = "" if self.arch is not None else " (for the ranks; the model's shapes are not known)"
+        self.findings.add("ok", "layout", f"{layout} on {self.ranks} ranks{limits}")
+        reasons = list(self._batch_problems(layout))
+        for reason in reasons:
+            self.findings.add("fail", "batch", reason, "change training.* or rollout.* to a multiple")
+        if not reasons:
+            training = config.training
+            shown = f"{training.global_batch_size} rows or samples an optimizer step on {layout.data} replicas"
+            self.findings.add("ok", "batch", shown)
+        return layout
+
+    def _batch_problems(self, layout: Layout) -> Iterator[str]:
+        training = self.config.training
+        problem = batch_problem(layout, training.global_batch_size, training.micro_batch_size)
+        if problem is not None:
+            yield problem
+        if not isinstance(self.config, GrpoConfig):
+            return
+        rollout = self.config.rollout
+        samples = rollout.prompts_per_step * rollout.samples_per_prompt
+        if samples % training.global_batch_size:
+            batch = training.global_batch_size
+            yield f"{samples} samples of a step are not a multiple of training.global_batch_size={batch}"
+        if layout.world_size % rollout.tensor:
+            yield f"rollout.tensor={rollout.tensor} does not divide {layout.world_size} ranks"
+        if rollout.max_tokens >= self.config.data.sequence_length:
+            length = self.config.data.sequence_length
+            yield f"rollout.max_tokens={rollout.max_tokens} leaves no prompt of data.sequence_length={length}"
+
+    # ---- data ----------------------------------------------------------------------------------------------
+
+    def _data(self, layout: Layout | None) -> None:
+        data, findings = self.config.data, self.findings
+        sources = [data.train] if isinstance(data.train, str) else data.train
+        missing = [source for source in sources if not Path(source).exists()]
+        if missing:
+            # A name may be a data set's on a hub; it is not fetched for a check.
+            status = "not checked here" if self.cluster is not None else "fail"
+            fix = "" if self.cluster is not None else "correct data.train, or fetch the file first"
+            findings.add(status, "data", f"{', '.join(missing)}: not on this machine", fix)
+            return
+        supervised = self.command == "sft"
+        rows = findings.attempt("data", lambda: read_rows(sources, require_assistant=supervised))
+        if rows is None:
+            return
+        if self.tokenizer is None:
+            findings.add("ok", "data", f"{len(rows):,} rows read; their lengths are not known without a tokenizer")
+        elif isinstance(self.config, GrpoConfig):
+            self._prompts(self.config, layout)
+        elif supervised:
+            dataset = findings.attempt("data", lambda: SftDataset(
+                rows, self.tokenizer, data.sequence_length, packing=data.packing, overlong=data.overlong))  # fmt: skip
+            if dataset is not None:
+                lost = dataset.dropped > len(rows) // 10
+                findings.add("warn" if lost else "ok", "data", dataset.message,
+                             "raise data.sequence_length, or set data.overlong=truncate" if lost else "")  # fmt: skip
+        else:
+            findings.add("ok", "data", f"{len(rows):,} rows")
+
+    def _prompts(self, config: GrpoConfig, layout: Layout | None) -> None:
+        if self.arch is None or layout is None:
+            return
+        from megatron_posttrain.algorithms.grpo import check
+        from megatron_posttrain.rewards.registry import load_rewards
+
+        prepared = Prepared(self.arch, layout, self.tokenizer, Path(config.model.path))
+        prompts = self.findings.attempt("data", lambda: check(config, prepared))
+        if prompts is not None:
+            self.findings.add("ok", "data", prompts.message)
+        if self.findings.attempt("rewards", lambda: load_rewards(config.rewards)) is not None:
+            self.findings.add("ok", "rewards", ", ".join(reward.name for reward in config.rewards))
+
+    # ---- memory --------------------------------------------------------------------------------------------
+
+    def _memory(self, layout: Layout, cluster: Cluster) -> None:
+        arch, config = self.arch, self.config
+        if arch is None:
+            self.findings.add("not checked here", "memory", "needs the model's shapes", "give --model NAME_OR_CONFIG")
+            return
+        work = workload(config)
+        found = self.findings.attempt("memory", lambda: plan_layout(arch, layout, work, cluster.gpu))
+        if found is None:
+            return
+        if config.precision.dtype == "fp32":
+            self.findings.add("warn", "memory", "planned for bf16; fp32 weights and activations take twice the space",
+                              "set precision.dtype=bf16 on GPUs")  # fmt: skip
+        parts = sorted(((v, k) for k, v in found.memory_gib.items() if k != "total"), reverse=True)[:3]
+        shown = (
+            f"{found.memory_gib['total']:.1f} of {cluster.gpu.memory_gib:.0f} GiB ({cluster.gpus}x{cluster.gpu.name}): "
+        )
+        shown += ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for size, name in parts)
+        if found.fits:
+            self.findings.add("ok", "memory", f"{shown}; about {found.step_seconds:.2f} s a step")
+        else:
+            self.findings.add("fail", "memory", shown, self._what_fits(arch, work, cluster))
+        for warning in found.warnings:
+            self.findings.add("warn", "plan", warning)
+
+    def _what_fits(self, arch: Architecture, work: Workload, cluster: Cluster) -> str:
+        best = plan(arch, cluster.gpus, Workload(work.task, work.sequence_length, work.global_batch), cluster.gpu)[0]
+        if not best.fits:
+            return "nothing fits on these GPUs: more of them, shorter sequences, or a smaller model (see `plan`)"
+        return f"{best.layout}, micro_batch_size={best.micro_batch}, recompute={best.recompute} fits"
+
+
+def workload(config: Config) -> Workload:
+    """The planner's view of a config."""
+    samples = config.training.global_batch_size
+    tensor = None
+    if isinstance(config, GrpoConfig):
+        samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+        tensor = config.rollout.tensor
+    return Workload(
+        "grpo" if isinstance(config, GrpoConfig) else "lora" if config.lora else "sft",
+        config.data.sequence_length,
+        samples,
+        FP8_PRECISIONS.get(config.precision.fp8, "fp8"),
+        config.training.micro_batch_size,
+        config.model.recompute,
+        lora_rank=config.lora.rank if config.lora else 16,
+        rollout_tensor=tensor,
+    )
+
+
+def fewest_ranks(config: Config) -> int:
+    """The smallest number of ranks that the layout's sizes divide."""
+    p = config.parallel
+    return math.lcm(p.tensor * p.pipeline * p.context, p.expert * p.expert_tensor * p.pipeline)
+
+
+def disk_gib(config: Config, arch: Architecture | None) -> float | None:
+    """Of the kept checkpoints (weights, fp32 main weights and two moments) and the export."""
+    if arch is None:
+        return None
+    width = 4 if config.precision.dtype == "fp32" else 2
+    kept = config.checkpoint.keep + 1 if config.checkpoint.every else 1  # the newest is written before the oldest goes
+    return weight_elements(arch) * (kept * (width + 12) + width) / 2**30
+
+
+def _size(arch: Architecture) -> str:
+    size = weight_elements(arch)
+    return f"{arch.family}, {size / 1e9:.2f}B parameters" if size >= 1e7 else f"{arch.family}, {size:,.0f} parameters"

@@ -1,0 +1,140 @@
+"""The machine: versions, device, disk, shared memory, ports."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from megatron_posttrain.doctor.findings import Findings
+from megatron_posttrain.platform import platform
+from megatron_posttrain.platform.describe import describe_device, gpu_without_cuda
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULT_PORT = 29500  # torchrun's
+SHARED_MEMORY_GIB = 1.0  # NCCL and vLLM exchange through /dev/shm
+
+
+def check_versions(findings: Findings) -> None:
+    """Installed packages against pyproject.toml's ranges and, on CPU, the lock's exact versions."""
+    if sys.version_info < (3, 11):  # noqa: UP036 - an unpacked source tree can be run with any Python
+        findings.add("fail", "Python", sys.version.split()[0], "install Python 3.11 or newer")
+    wrong, count = [], 0
+    for requirement in _requirements(platform().name):
+        count += 1
+        found = _version(requirement.name)
+        if found is None:
+            wrong.append(f"{requirement.name} is not installed (needs {requirement.specifier or 'any version'})")
+        elif not requirement.specifier.contains(found, prereleases=True):
+            wrong.append(f"{requirement.name} {found}, needs {requirement.specifier}")
+    repair = "run `bash tools/setup.sh`, which installs the pinned set"
+    if wrong:
+        findings.add("fail", "versions", "; ".join(wrong), repair)
+    else:
+        shown = ", ".join(f"{name} {_version(name)}" for name in ("torch", "megatron-core", "transformers"))
+        findings.add("ok", "versions", f"{count} requirements hold: {shown}")
+    if platform().name == "cpu":
+        _check_lock(findings, repair)
+
+
+def _requirements(device: str) -> Iterator[Requirement]:
+    """The package's own, and those of this device's extra; from the source tree where there is one."""
+    file = ROOT / "pyproject.toml"
+    if file.is_file():
+        project = tomllib.loads(file.read_text())["project"]
+        lines = [*project["dependencies"], *project["optional-dependencies"][device]]
+        yield from map(Requirement, lines)
+        return
+    for line in metadata.requires("megatron-posttrain") or []:
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": device}):
+            yield requirement
+
+
+def _check_lock(findings: Findings, repair: str) -> None:
+    lock = ROOT / "requirements" / "cpu.lock"
+    if not lock.is_file():
+        return
+    pins = [line.split("==") for line in lock.read_text().splitlines() if "==" in line and line[0].isalnum()]
+    differ = []
+    for name, pinned in pins:
+        wanted, found = pinned.split()[0], _version(name)
+        if found != wanted:
+            differ.append(f"{name} {found or 'absent'} (lock: {wanted})")
+    if differ:
+        more = f" and {len(differ) - 4} more" if len(differ) > 4 else ""
+        findings.add("warn", "lock", f"{len(differ)} of {len(pins)} differ: {', '.join(differ[:4])}{more}", repair)
+    else:
+        findings.add("ok", "lock", f"all {len(pins)} packages as in requirements/cpu.lock")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_device(findings: Findings) -> None:
+    facts = describe_device()
+    shown = f"{facts['count']} x {facts['name']}, {facts['memory_gib']} GiB"
+    if platform().name == "cpu":
+        shown = f"no GPU: {facts['count']} CPU cores, {facts['memory_gib']} GiB"
+        if unused := gpu_without_cuda():
+            findings.add("fail", "device", f"{unused} is there, but this torch cannot use it",
+                         "install torch for CUDA (`bash tools/setup.sh`), or update the driver")  # fmt: skip
+            return
+        findings.add("ok", "device", shown)
+        return
+    shown += f"; driver {facts['driver']}, CUDA {facts['cuda']}, NCCL {facts['nccl']}"
+    if facts["supported"]:
+        findings.add("ok", "device", shown)
+    else:
+        findings.add("fail", "device", f"{shown}; this torch has no kernels for it", "install a newer torch for CUDA")
+    if not platform().has_transformer_engine():
+        findings.add("warn", "Transformer Engine", "not installed: torch's own layers, no FP8",
+                     "install the extra `cuda`")  # fmt: skip
+
+
+def check_disk(findings: Findings, output: Path, needed_gib: float | None) -> None:
+    """Room for the checkpoints and the export at `output`, and for messages between processes."""
+    place = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free / 2**30
+    shown = f"{free:,.0f} GiB free for {output}"
+    if not os.access(place, os.W_OK):
+        findings.add("fail", "disk", f"{place} cannot be written to", "set another `output`")
+    elif needed_gib is not None and needed_gib > free:
+        findings.add("fail", "disk", f"{shown}, about {needed_gib:,.1f} GiB needed",
+                     "free space, lower checkpoint.keep, or set another `output`")  # fmt: skip
+    else:
+        findings.add("ok", "disk", shown + (f", about {needed_gib:,.1f} needed" if needed_gib is not None else ""))
+    shared = Path("/dev/shm")
+    if shared.is_dir() and (size := shutil.disk_usage(shared).total / 2**30) < SHARED_MEMORY_GIB:
+        findings.add("warn", "shared memory", f"/dev/shm has {size:.2f} GiB",
+                     "start the container with --shm-size=16g or --ipc=host")  # fmt: skip
+
+
+def check_ports(findings: Findings) -> None:
+    """The rendezvous port and this host's name. Under torchrun both are in use already."""
+    if "RANK" in os.environ:
+        return
+    port = int(os.environ.get("MASTER_PORT", DEFAULT_PORT))
+    try:
+        socket.create_server(("", port)).close()
+        findings.add("ok", "port", f"{port} is free")
+    except OSError as error:
+        findings.add("warn", "port", f"{port} cannot be opened ({error.strerror})",
+                     "another job runs here? choose one: torchrun --master-port N, or --standalone")  # fmt: skip
+    name = socket.gethostname()
+    try:
+        socket.gethostbyname(name)
+    except OSError:
+        findings.add("warn", "host name", f"'{name}' has no address",
+                     "add it to /etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME")  # fmt: skip

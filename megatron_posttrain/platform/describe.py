@@ -1,0 +1,66 @@
+"""What device this process has: facts for reports, and how fast it multiplies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from typing import Any
+
+import torch
+
+from megatron_posttrain.platform import platform
+
+MATMUL_SIZE = {"cpu": 768, "cuda": 8192}
+
+
+def describe_device() -> dict[str, Any]:
+    """`name`, `count` (visible to this process), `memory_gib` of one; on CUDA `driver`, `cuda`, `nccl`, `supported`."""
+    if platform().name == "cpu":
+        import psutil
+
+        memory = psutil.virtual_memory().total / 2**30
+        return {"name": "CPU", "count": len(os.sched_getaffinity(0)), "memory_gib": round(memory, 1)}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "count": torch.cuda.device_count(),
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "supported": f"sm_{properties.major}{properties.minor}" in torch.cuda.get_arch_list(),
+    }
+
+
+def gpu_without_cuda() -> str:
+    """The name of an NVIDIA GPU that the machine has and this torch cannot use; else the empty string."""
+    return "" if torch.cuda.is_available() else _nvidia_smi("name")
+
+
+def _driver() -> str:
+    return _nvidia_smi("driver_version") or "unknown"
+
+
+def _nvidia_smi(field: str) -> str:
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    line = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=30, check=False)
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else ""
+
+
+def matmul_tflops(dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """Fastest of repeated square matrix multiplications, TFLOP/s. Local: no other rank is waited for."""
+    size, device = MATMUL_SIZE[platform().name], platform().device
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    a @ b
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        platform().synchronize()
+        start = time.perf_counter()
+        a @ b
+        platform().synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e12 if best < float("inf") else 0.0
