@@ -15,7 +15,7 @@ from megatron_posttrain.config.schema import CONFIGS, Config, GrpoConfig
 from megatron_posttrain.data.dataset import SftDataset
 from megatron_posttrain.data.rows import read_rows
 from megatron_posttrain.data.tokenize import load_tokenizer
-from megatron_posttrain.doctor.findings import Findings
+from megatron_posttrain.doctor.findings import Findings, Status
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
@@ -189,7 +189,7 @@ class JobCheck:
         missing = [source for source in sources if not Path(source).exists()]
         if missing:
             # A name may be a data set's on a hub; it is not fetched for a check.
-            status = "not checked here" if self.cluster is not None else "fail"
+            status: Status = "not checked here" if self.cluster is not None else "fail"
             fix = "" if self.cluster is not None else "correct data.train, or fetch the file first"
             findings.add(status, "data", f"{', '.join(missing)}: not on this machine", fix)
             return

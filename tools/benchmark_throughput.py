@@ -1,0 +1,235 @@
+"""Throughput of a config on synthetic data, comparison of two results, and scaling over several.
+
+    torchrun --nproc-per-node 8 tools/benchmark_throughput.py --config F [key=value...] --output a.json
+    torchrun --nproc-per-node 8 tools/benchmark_throughput.py --config F --sweep 'tensor=1;tensor=2,pipeline=2'
+    python tools/benchmark_throughput.py --compare a.json b.json
+    python tools/benchmark_throughput.py --scaling n1.json n2.json n4.json --html scaling.html
+
+On many nodes the same under `torchrun` on each, or under launch/node.sh. SFT needs the model's config only (or a
+well-known name), GRPO its weights. TFLOP/s are the model's: see megatron_posttrain/planning/flops.py. Exit status:
+0 done (--compare: no regression), 1 regression, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_posttrain.errors import UserError
+
+FILE_WIDTH = 130  # columns, where the output is no terminal
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="what is measured; its data is not read")
+    add("--command", choices=("sft", "grpo"), help="whose config it is (default: found by its keys)")
+    add("--steps", type=int, default=10, help="timed steps (default: 10)")
+    add("--warmup", type=int, default=3, help="steps before them (default: 3)")
+    add("--mean-length", type=int, help="mean tokens of a packed sequence (default: one sequence fills a row)")
+    add(
+        "--sweep", metavar="LAYOUTS", help="layouts with ; between them, such as 'tensor=2;tensor=2,expert=4', or `all`"
+    )
+    add("--output", metavar="FILE", help="write the results as JSON")
+    add("--compare", nargs=2, metavar=("A.json", "B.json"), help="is B slower than A?")
+    add("--tolerance", type=float, default=0.02, help="share by which B may be slower (default: 0.02)")
+    add("--scaling", nargs="+", metavar="FILE", help="table of result files by number of ranks")
+    add("--html", metavar="FILE", help="with --scaling: also a plot")
+    add("overrides", nargs="*", metavar="key.sub=value", help="of the config")
+    args = parser.parse_args(argv)
+    if sum(bool(given) for given in (args.config, args.compare, args.scaling)) != 1:
+        raise UserError("give one of --config FILE, --compare A.json B.json, --scaling FILE...")
+    if args.steps < 2 or args.warmup < 0 or (args.mean_length is not None and args.mean_length < 2):
+        raise UserError("--steps and --mean-length must be 2 or more, --warmup 0 or more")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = parse_arguments(argv)
+        if args.compare:
+            return show_comparison(*args.compare, args.tolerance)
+        if args.scaling:
+            return show_scaling(args.scaling, args.html)
+        return benchmark(args)
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+# Measuring
+
+
+def benchmark(args: argparse.Namespace) -> int:
+    from megatron_posttrain.benchmarking.throughput import Options, machine
+    from megatron_posttrain.config.load import load_config
+    from megatron_posttrain.config.schema import GrpoConfig, SftConfig
+    from megatron_posttrain.training.run import finish, quiet_libraries
+
+    quiet_libraries()
+    options = Options(args.steps, args.warmup, args.mean_length)
+    config: SftConfig | GrpoConfig
+    if args.command == "grpo" or (args.command is None and is_grpo(args)):
+        if args.sweep:
+            raise UserError("--sweep: vLLM can be started once in a process, so GRPO takes one layout at a time")
+        from megatron_posttrain.benchmarking.grpo import measure_grpo
+
+        config = load_config(GrpoConfig, args.config, args.overrides)
+        result = measure_grpo(config, options)
+        results = [result] if result is not None else []
+    else:
+        config = load_config(SftConfig, args.config, args.overrides)
+        results = measure_sft(config, args.sweep, options)
+    if results and os.environ.get("RANK", "0") == "0":
+        hosts = [rank["host"] for rank in results[0].get("ranks", [])]
+        tree = {"config": config.model_dump(mode="json"), "machine": machine(hosts), "results": results}
+        show_results(results)
+        if args.output:
+            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.output).write_text(json.dumps(tree, indent=1) + "\n")
+    finish()
+    return 0
+
+
+def is_grpo(args: argparse.Namespace) -> bool:
+    from megatron_posttrain.doctor.job import read_config
+
+    return read_config(None, args.config, args.overrides)[0] == "grpo"
+
+
+def measure_sft(config: Any, sweep: str | None, options: Any) -> list[dict[str, Any]]:
+    from megatron_posttrain.benchmarking.throughput import measure
+    from megatron_posttrain.parallel.groups import start_distributed
+    from megatron_posttrain.planning.known_models import load_architecture
+    from megatron_posttrain.training.prepare import model_directory
+
+    try:
+        place = str(model_directory(config.model.path))
+    except UserError:
+        place = config.model.path  # a well-known name has no directory here
+    arch = load_architecture(place)[1]
+    layouts = list(chosen_layouts(config, arch, sweep))
+    start_distributed()
+    results = []
+    for number, layout in enumerate(layouts):
+        if os.environ["RANK"] == "0":
+            print(f"layout {number + 1} of {len(layouts)}: {layout}", file=sys.stderr, flush=True)
+        results.append(measure(config, arch, layout, options))
+    return results
+
+
+def chosen_layouts(config: Any, arch: Any, sweep: str | None) -> Iterator[Any]:
+    from megatron_posttrain.parallel.layout import Layout, check_layout, problems
+    from megatron_posttrain.planning.layouts import batch_problem, enumerate_layouts, parse_layout
+
+    world, training = int(os.environ.get("WORLD_SIZE", "1")), config.training
+    if sweep == "all":
+        found = enumerate_layouts(
+            arch, world, domain=int(os.environ.get("LOCAL_WORLD_SIZE", "1")), global_batch=training.global_batch_size,
+            sequence_length=config.data.sequence_length, micro_batches=(training.micro_batch_size,),
+        )  # fmt: skip
+        yield from (layout for layout, _ in found if next(problems(layout, arch), None) is None)
+        return
+    parts = sweep.split(";") if sweep else []
+    for layout in [parse_layout(part, world) for part in parts] or [Layout.from_config(config.parallel, world)]:
+        check_layout(layout, arch)
+        problem = batch_problem(layout, training.global_batch_size, training.micro_batch_size)
+        if problem is not None:
+            raise UserError(f"{layout}: {problem}")
+        yield layout
+
+
+# Showing
+
+
+def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=FILE_WIDTH)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def show_results(results: list[dict[str, Any]]) -> None:
+    from megatron_posttrain.benchmarking.compare import name_of
+
+    phases = list(results[0]["phase_seconds"])
+    rows = []
+    for r in sorted(results, key=lambda r: -r["tokens_per_second"]):
+        rows.append([
+            name_of(r), f"{r['tokens_per_second']:,.0f}", f"{r['tokens_per_second_per_gpu']:,.0f}",
+            f"{r['tflops_per_gpu']:.4g}", f"{r['mfu']:.1%}" if "mfu" in r else "-", f"{r['mean_step_seconds']:.3f}",
+            *(f"{r['phase_seconds'][p]:.3f}" for p in phases), f"{r['peak_memory_gib']:.2f}",
+        ])  # fmt: skip
+    columns = [
+        "layout",
+        "tokens/s",
+        "a rank",
+        "TFLOP/s",
+        "MFU",
+        "step s",
+        *(p.replace("_", "-") for p in phases),
+        "GiB",
+    ]
+    show_table("Throughput; TFLOP/s and GiB of a rank, phases in seconds", columns, rows)
+    first = results[0]
+    if "stragglers" in first:
+        late = first["stragglers"]
+        print(f"MFU against {first['peak_tflops']:.4g} TFLOP/s a rank ({first['peak_source']})")
+        print(
+            f"slowest rank by its own matrix multiplications: {late['slowest_rank']} on {late['host']}, "
+            f"{late['behind_median']:.1%} behind the median"
+        )
+
+
+def show_comparison(a: str, b: str, tolerance: float) -> int:
+    from megatron_posttrain.benchmarking.compare import CONFIDENCE, compare
+
+    found = compare(a, b)
+    rows, regressed = [], False
+    for c in found:
+        slower = c.regressed(tolerance)
+        regressed |= slower
+        verdict = "REGRESSION" if slower else "faster" if c.low > 1 else "no regression"
+        rows.append([c.name, f"{c.ratio:.3f}", f"{c.low:.3f} to {c.high:.3f}", verdict])
+    show_table(f"Tokens/s of {b} over {a}", ["result", "ratio", f"{CONFIDENCE:.0%} interval", ""], rows)
+    different = sorted({key for c in found for key in c.different})
+    if different:
+        print(f"not the same in both files: {', '.join(different)}")
+    return 1 if regressed else 0
+
+
+def show_scaling(files: list[str], html: str | None) -> int:
+    from megatron_posttrain.benchmarking.compare import plot_scaling, scaling_points
+
+    points = scaling_points(files)
+    rows = [
+        [str(p.ranks), p.name, f"{p.tokens_per_second:,.0f}", f"{p.per_rank:,.0f}", f"{p.efficiency:.0%}"]
+        for p in points
+    ]
+    show_table(
+        "Scaling: the fastest layout at each size", ["ranks", "layout", "tokens/s", "a rank", "efficiency"], rows
+    )
+    if html:
+        plot_scaling(points, Path(html))
+        print(f"wrote {html}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
