@@ -10,7 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def torchrun(processes: int, *arguments: str, check: bool = True, timeout: int = 280) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    processes: int, *arguments: str, check: bool = True, timeout: int = 280
+) -> subprocess.CompletedProcess[str]:
     """`torchrun --nproc-per-node N ARGUMENTS` in the repository's root."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return execute([*command, *arguments], check=check, timeout=timeout)

@@ -8,6 +8,7 @@ it torch is untouched, so that vLLM in the same process sees plain torch. No Meg
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import resource
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ class CpuPlatform:
         self._depth = 0
         # megatron-core's jit_fuser is torch.compile, which starts a C++ compiler on CPU.
         torch._dynamo.config.disable = True
+        # Its random state tracker warns whenever the CPU generator moves, which here is the tracked one.
+        logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
 
     def initialize(self, local_rank: int) -> None:
         if "OMP_NUM_THREADS" not in os.environ:
@@ -171,7 +174,6 @@ def _replacements() -> Iterator[Replacement]:
     yield cuda, "set_rng_state", lambda state, *a, **k: torch.set_rng_state(state)
     yield cuda, "manual_seed", torch.manual_seed
     yield cuda, "initial_seed", torch.initial_seed
-    yield cuda, "default_generators", (torch.default_generator,)
     yield dist, "all_gather", _all_gather
     yield dist, "reduce_scatter", _reduce_scatter
     yield megatron_random, "_get_cuda_rng_state", lambda *a, **k: torch.get_rng_state()

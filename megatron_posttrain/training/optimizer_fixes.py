@@ -5,7 +5,7 @@ It is written for the fused Adam of Transformer Engine or apex. With torch's own
 2. setting states copies into a key `step` that the saved tensors do not have (KeyError);
 3. in fp32 the main parameters are leaf views, which may not be written in place outside no_grad;
 4. all states share one `step` tensor, so that AdamW would count one step a parameter.
-`tests/test_checkpoint_fixes.py` fails when a fix is no longer needed.
+`tests/test_upstream_defects.py` fails when a fix is no longer needed.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_posttrain.config.load import to_yaml
 from megatron_posttrain.config.schema import Config
 from megatron_posttrain.platform import platform
+from megatron_posttrain.training.heartbeat import Heartbeat, diagnosis, set_current
 
 REQUEUE_STATUS = 75  # EX_TEMPFAIL: stopped on request, a checkpoint is saved, run the same command again
 STOP_FILE = ".stop"
@@ -39,6 +40,11 @@ class Run:
         self._tensorboard: Any = None
         if self.is_main:
             self._open(first_step)
+        beats = self.directory / "heartbeats"
+        self._heartbeat = Heartbeat(beats, dist.get_rank(), dist.get_world_size(), first_step + 1)
+        dist.barrier()
+        self._heartbeat.start()
+        set_current(self._heartbeat)
 
     def _open(self, first_step: int) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -63,6 +69,7 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One object a step; a progress line every `logging.every` steps."""
+        self._heartbeat.step(step + 1)
         if not self.is_main:
             return
         self._metrics.write(json.dumps({"step": step} | metrics) + "\n")
@@ -101,6 +108,14 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        set_current(None)
+        if isinstance(error, RuntimeError) and dist.get_world_size() > 1:
+            # Often a collective that timed out or lost a peer: where the others are says why.
+            where = diagnosis(self.directory / "heartbeats", dist.get_world_size(), stacks=False)
+            print(
+                f"rank {dist.get_rank()} ends with an error; ranks when they were last heard of:\n{where}", flush=True
+            )
+        self._heartbeat.stop()
         if self._metrics is not None:
             self._metrics.close()
         if self._tensorboard is not None:

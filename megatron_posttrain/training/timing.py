@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from megatron_posttrain.platform import platform
+from megatron_posttrain.training import heartbeat
 
 
 class PhaseTimer:
@@ -21,12 +22,14 @@ class PhaseTimer:
         return self
 
     def __enter__(self) -> None:
+        heartbeat.enter(self._phase)
         self._since = time.perf_counter()
 
     def __exit__(self, *unused: object) -> None:
         platform().synchronize()
         spent = time.perf_counter() - self._since
         self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + spent
+        heartbeat.leave()
 
     def total(self) -> float:
         return time.perf_counter() - self._start

@@ -1,0 +1,48 @@
+"""The CPU platform: megatron-core's requests for CUDA are answered inside the scope, and torch is untouched outside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_posttrain.platform import platform
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: CUDA needs no stand-ins")
+
+NAMES = ("current_device", "Stream", "synchronize", "get_rng_state", "manual_seed", "_lazy_init")
+
+
+def test_requests_for_cuda_are_answered_on_cpu() -> None:
+    with platform().megatron():
+        assert torch.cuda.current_device() == torch.device("cpu")
+        assert torch.zeros(2, device="cuda").device.type == "cpu"
+        assert torch.empty(2, device=torch.device("cuda", 3), pin_memory=True).device.type == "cpu"
+        assert torch.ones(2).cuda().to("cuda").device.type == "cpu"
+        assert torch.ones(2).type() == "torch.cuda.FloatTensor"
+        assert torch.ones(2).type(torch.float64).dtype == torch.float64
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda.synchronize()
+
+
+def test_everything_is_undone_also_after_an_error_and_when_nested() -> None:
+    before = {name: vars(torch.cuda).get(name) for name in NAMES} | {"gather": dist.all_gather}
+
+    def fail_inside() -> None:
+        with platform().megatron(), platform().megatron():
+            assert vars(torch.cuda)["current_device"] is not before["current_device"]
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert {name: vars(torch.cuda).get(name) for name in NAMES} | {"gather": dist.all_gather} == before
+    assert torch.ones(2).type() == "torch.FloatTensor"
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(2, device="cuda")
+
+
+def test_leaving_the_scope_inside_another_keeps_it() -> None:
+    with platform().megatron():
+        with platform().megatron():
+            pass
+        assert torch.zeros(2, device="cuda").device.type == "cpu"

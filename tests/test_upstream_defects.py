@@ -1,0 +1,117 @@
+"""Each workaround of a defect of megatron-core 0.16.1, switched off: these fail when one is no longer needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_posttrain.algorithms.losses import cross_entropy_sum
+from megatron_posttrain.checkpoint.hf import check_directory
+from megatron_posttrain.config.schema import CheckpointConfig, SftConfig
+from megatron_posttrain.data.batch import Sequence
+from megatron_posttrain.parallel.groups import make_groups, start_distributed
+from megatron_posttrain.parallel.layout import Layout
+from megatron_posttrain.platform import cpu, platform, scope
+from megatron_posttrain.training import optimizer_fixes
+from megatron_posttrain.training.batches import rank_micro_batches
+from megatron_posttrain.training.checkpoints import Checkpoints
+from megatron_posttrain.training.engine import Engine
+from tests.models import make_qwen3
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    from megatron.core import parallel_state
+
+    path = make_qwen3(tmp_path, "moe")
+    config = SftConfig.model_validate(
+        {"model": {"path": path}, "precision": {"dtype": "fp32"}, "data": {"train": "-"}, "output": str(tmp_path)}
+    )
+    start_distributed()
+    yield Engine(config, check_directory(path)[1], make_groups(Layout(), 0))
+    parallel_state.destroy_model_parallel()
+
+
+def train(engine: Engine) -> None:
+    batches = rank_micro_batches([[Sequence(list(range(20)), [1] * 20)]], engine.groups, 1)
+    engine.train_step(batches, lambda out, b: (cross_entropy_sum(out.logprobs, b.loss_mask) / 19, {}), 1e-3)
+
+
+def without(monkeypatch: pytest.MonkeyPatch, fix: str) -> None:
+    monkeypatch.setattr(optimizer_fixes, "_FIXES", {k: v for k, v in optimizer_fixes._FIXES.items() if k != fix})
+
+
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    return Checkpoints(tmp_path, CheckpointConfig(every=1))
+
+
+def steps(engine: Engine) -> list[torch.Tensor]:
+    return [s["step"] for o in engine.optimizer.chained_optimizers for s in o.optimizer.state.values()]
+
+
+@pytest.mark.parametrize(
+    ("fix", "error"),
+    [
+        ("sharded_state_dict", AssertionError),
+        ("_set_main_param_and_optimizer_states", (KeyError, RuntimeError)),
+    ],
+)
+def test_loading_the_optimizer_fails_without(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fix: str, error: Any
+) -> None:
+    train(engine)
+    checkpoints(tmp_path).save(engine, 1, {})
+    if fix == "sharded_state_dict":
+        for optimizer in engine.optimizer.chained_optimizers:
+            optimizer.optimizer.state.clear()  # as in a process that has just started
+    without(monkeypatch, fix)
+    with pytest.raises(error):
+        checkpoints(tmp_path).resume(engine)
+
+
+def test_all_states_share_a_step_without_its_fix(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(engine)
+    checkpoints(tmp_path).save(engine, 1, {})
+    checkpoints(tmp_path).resume(engine)
+    fixed = steps(engine)
+    assert len({s.data_ptr() for s in fixed}) == len(fixed)
+    without(monkeypatch, "load_state_dict")
+    checkpoints(tmp_path).resume(engine)
+    assert len({s.data_ptr() for s in steps(engine)}) < len(fixed)
+
+
+def test_experts_are_marked_as_such_only_by_us(tmp_path: Path, engine: Engine) -> None:
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+    with platform().megatron():
+        stock = ColumnParallelLinear(
+            8, 8, config=engine.model_config, init_method=torch.nn.init.zeros_, bias=False, is_expert=True
+        )
+    assert stock.weight.allreduce, "megatron-core marks experts itself: models/build.py need not"
+    names = {n: p.allreduce for n, p in engine.modules[0].named_parameters() if ".experts." in n}
+    assert names
+    assert not any(names.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the CPU platform")
+@pytest.mark.parametrize("name", ["te_general_gemm", "current_device"])
+def test_training_on_cpu_fails_without_stand_in(engine: Engine, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    kept = [r for r in cpu._replacements() if r[1] != name]
+    assert len(kept) < len(list(cpu._replacements()))
+    monkeypatch.setattr(cpu, "_replacements", lambda: iter(kept))
+    with pytest.raises((AssertionError, RuntimeError, NameError, AttributeError, TypeError, ValueError)):
+        train(engine)
+
+
+@pytest.mark.skipif(platform().has_transformer_engine(), reason="Transformer Engine is installed")
+def test_latent_attention_believes_in_transformer_engine() -> None:
+    import megatron.core.transformer.multi_latent_attention as mla
+
+    assert [r[1] for r in scope.without_transformer_engine()] == ["HAVE_TE"]
+    assert mla.HAVE_TE, "megatron-core reports it rightly: platform/scope.py need not"
