@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.models.modules import kernels
 from megatron_posttrain.models.modules.attention import PackedAttention
 from megatron_posttrain.models.modules.norm import RMSNorm
 
@@ -30,7 +31,9 @@ def block_spec(config: Any, arch: Architecture, transformer_engine: bool, vp_sta
             multi_latent_attention=config.multi_latent_attention,
             normalization="RMSNorm",
         )
-        return _with_torch_modules(spec, config.qk_layernorm)
+        # Stock experts cannot train biases on one rank: they are added in place to a custom function's view.
+        grouped = kernels.grouped_matmul(config.params_dtype) or arch.mlp_bias
+        return _with_torch_modules(spec, config.qk_layernorm, grouped)
 
     dense = layer(None)
     sparse = layer(config.num_moe_experts) if arch.moe else None
@@ -40,8 +43,8 @@ def block_spec(config: Any, arch: Architecture, transformer_engine: bool, vp_sta
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
-def _with_torch_modules(spec: Any, qk_norm: bool) -> Any:
-    """The local spec with our norm and attention in its slots."""
+def _with_torch_modules(spec: Any, qk_norm: bool, grouped_experts: bool) -> Any:
+    """The local spec with our norm and attention, and experts where they gain, in its slots."""
     spec = copy.deepcopy(spec)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
@@ -50,6 +53,11 @@ def _with_torch_modules(spec: Any, qk_norm: bool) -> Any:
         attention.q_layernorm = RMSNorm
         name = "kv_layernorm" if hasattr(attention, "kv_layernorm") else "k_layernorm"
         setattr(attention, name, RMSNorm)
+    experts = getattr(layer.mlp.submodules, "experts", None)
+    if grouped_experts and experts is not None:
+        from megatron_posttrain.models.modules.experts import GroupedExperts
+
+        experts.module = GroupedExperts
     # The keys map renames norms to Transformer Engine's fused names in checkpoints; ours keep one name
     # whatever the implementation, see checkpoint/.
     return spec
