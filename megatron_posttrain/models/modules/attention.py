@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+
+from megatron_posttrain.models.modules import kernels
 
 PADDING_WASTE = 0.25  # sequences share one padded call while each fills at least 1 - this of it
 
@@ -35,7 +38,7 @@ class PackingPlan:
     @classmethod
     def make(cls, cu_seqlens: Tensor) -> PackingPlan:
         bounds = cu_seqlens.tolist()
-        lengths = tuple(b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+        lengths = tuple(b - a for a, b in itertools.pairwise(bounds))
         device = cu_seqlens.device
         if len(set(lengths)) == 1:
             return cls(lengths, (_Bucket(None, None, len(lengths), lengths[0]),), None)
@@ -92,8 +95,19 @@ class PackedAttention(torch.nn.Module):
             config.init_method(self.softmax_offset)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *unused: Any, packed_seq_params: Any, **_: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        *unused: Any,
+        packed_seq_params: Any,
+        **_: Any,
     ) -> Tensor:
+        # The kernel has no sinks: it gives the softmax's normaliser, but no gradient of it.
+        plain = self.context_group.size() == 1 and self.softmax_offset is None
+        if plain and kernels.varlen_attention(query.dtype, query.shape[-1]):
+            return self._varlen(query, key, value, packed_seq_params).reshape(query.shape[0], -1)
         plan = getattr(packed_seq_params, "plan", None)
         if plan is None:
             plan = packed_seq_params.plan = PackingPlan.make(packed_seq_params.cu_seqlens_q)
@@ -103,12 +117,26 @@ class PackedAttention(torch.nn.Module):
             out = self._local(query, key, value, plan)
         return out.reshape(out.shape[0], -1)
 
+    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, packed: Any) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        width = value.shape[-1]
+        if width < query.shape[-1]:  # MLA; the kernel knows one head size
+            value = F.pad(value, (0, query.shape[-1] - width))
+        bounds, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+        window = (-1 if self.window is None else self.window - 1, 0)
+        out = varlen_attn(
+            query, key, value, bounds, bounds, longest, longest,
+            scale=self.scale, window_size=window, enable_gqa=True,
+        )  # fmt: skip
+        return out[..., :width]
+
     def _local(self, query: Tensor, key: Tensor, value: Tensor, plan: PackingPlan) -> Tensor:
         outputs = []
         for bucket in plan.buckets:
             q, k, v = (_pad(x, bucket) for x in (query, key, value))
             mask = None
-            if self.window is not None and self.window < bucket.length or self.softmax_offset is not None:
+            if (self.window is not None and self.window < bucket.length) or self.softmax_offset is not None:
                 at = torch.arange(bucket.length, device=query.device)
                 mask = self._mask(at, at)
             out = self._attend(q, k, v, mask)
