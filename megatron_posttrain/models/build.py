@@ -6,20 +6,30 @@ import math
 from dataclasses import replace
 from typing import Any
 
+# Before any scope of CpuPlatform opens: its decorators call torch.compile, which lists torch's functions and
+# refuses two CUDA functions with one stand-in.
+import megatron.core.transformer.multi_latent_attention  # noqa: F401
 import torch
 
 from megatron_posttrain.config.schema import ModelConfig, PrecisionConfig
+from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.models.modules import kernels
 from megatron_posttrain.models.rope import concentration, inverse_frequencies
 from megatron_posttrain.models.spec import block_spec
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.platform import platform
+from megatron_posttrain.platform.cuda import fp8_recipes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def use_transformer_engine(model: ModelConfig) -> bool:
-    return model.implementation != "torch" and platform().has_transformer_engine()
+    """Raises UserError where Transformer Engine is asked for and not there."""
+    found = platform().has_transformer_engine()
+    if model.implementation == "transformer_engine" and not found:
+        raise UserError("model.implementation: transformer_engine is not installed here; allowed: auto, torch")
+    return model.implementation != "torch" and found
 
 
 def padded_vocabulary(arch: Architecture, tensor: int) -> int:
@@ -31,17 +41,9 @@ def transformer_config(arch: Architecture, layout: Layout, model: ModelConfig, p
     """megatron-core's TransformerConfig (MLATransformerConfig where `arch.mla`)."""
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-    options = _sizes(arch) | _parallelism(layout, precision) | _fusions(use_transformer_engine(model))
-    if arch.moe is not None:
-        options |= _experts(arch, model, use_transformer_engine(model))
-    if model.recompute == "full":
-        options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    elif model.recompute == "selective":
-        options |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-    if precision.fp8 is not None:
-        options |= {"fp8": "hybrid", "fp8_recipe": precision.fp8}
+    options = config_options(arch, layout, model, precision)
     if arch.mla is not None:
-        return MLATransformerConfig(**options | _latent_attention(arch))
+        return MLATransformerConfig(**options)
     config = TransformerConfig(**options)
     factor = concentration(arch.rope)
     if factor != 1.0:
@@ -50,6 +52,25 @@ def transformer_config(arch: Architecture, layout: Layout, model: ModelConfig, p
         config.yarn_mscale = (factor - 1.0) / (0.1 * math.log(arch.rope.factor))
         config.yarn_mscale_all_dim = 0.0
     return config
+
+
+def config_options(
+    arch: Architecture, layout: Layout, model: ModelConfig, precision: PrecisionConfig
+) -> dict[str, Any]:
+    """The fields of megatron-core's config that are not left at their defaults."""
+    transformer_engine = use_transformer_engine(model)
+    options = _sizes(arch) | _parallelism(layout, precision) | _fusions(arch, transformer_engine)
+    if arch.moe is not None:
+        options |= _experts(arch, model, transformer_engine)
+    if model.recompute == "full":
+        options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif model.recompute == "selective":
+        options |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    if precision.fp8 is not None:
+        options |= _fp8(precision.fp8, precision.dtype, transformer_engine)
+    if arch.mla is not None:
+        options |= _latent_attention(arch)
+    return options
 
 
 def build_model(
@@ -158,15 +179,41 @@ def _parallelism(layout: Layout, precision: PrecisionConfig) -> dict[str, Any]:
     }
 
 
-def _fusions(transformer_engine: bool) -> dict[str, Any]:
+def _fusions(arch: Architecture, transformer_engine: bool) -> dict[str, Any]:
+    compiled = transformer_engine or kernels.compiled_pointwise()
     return {
-        "bias_activation_fusion": transformer_engine,
-        "apply_rope_fusion": transformer_engine,
-        "bias_dropout_fusion": transformer_engine,
-        "masked_softmax_fusion": False,
-        "persist_layer_norm": False,
+        "bias_activation_fusion": compiled,
+        "bias_dropout_fusion": compiled,
+        # Transformer Engine's kernel for packed rows leaves out YaRN's factor on cosine and sine, and
+        # megatron-core (rope_utils 288) does not say so; of MLA its fusion is called experimental.
+        "apply_rope_fusion": transformer_engine and arch.mla is None and concentration(arch.rope) == 1.0,
+        "masked_softmax_fusion": False,  # for its unpacked attention only
+        "persist_layer_norm": False,  # needs apex
         "gradient_accumulation_fusion": False,  # needs apex
     }
+
+
+def _fp8(recipe: str, dtype: str, transformer_engine: bool) -> dict[str, Any]:
+    """Linear layers and experts in FP8; router, logits, norms and attention stay as they are.
+
+    Per-tensor scales have e5m2's range for gradients; scales per block (DeepSeek-V3, arXiv 2412.19437, 3.3;
+    OCP MX) are fine enough for e4m3 everywhere.
+    """
+    if not transformer_engine:
+        raise UserError(f"precision.fp8: {recipe} needs Transformer Engine, which is not in use here; allowed: null")
+    if dtype != "bf16":
+        raise UserError(f"precision.fp8: {recipe} needs precision.dtype bf16, found {dtype}")
+    if platform().name == "cuda":
+        capability = torch.cuda.get_device_capability()
+        if recipe not in (allowed := fp8_recipes(capability)):
+            raise UserError(
+                f"precision.fp8: {recipe} does not run on compute capability {capability[0]}.{capability[1]}; "
+                f"allowed: {', '.join((*allowed, 'null'))}"
+            )
+    options: dict[str, Any] = {"fp8": "e4m3" if recipe in ("blockwise", "mxfp8") else "hybrid", "fp8_recipe": recipe}
+    if recipe == "delayed":
+        options |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+    return options
 
 
 def _experts(arch: Architecture, model: ModelConfig, transformer_engine: bool) -> dict[str, Any]:

@@ -36,4 +36,14 @@ class CudaPlatform:
         torch.cuda.reset_peak_memory_stats()
 
     def has_transformer_engine(self) -> bool:
-        return importlib.util.find_spec("transformer_engine") is not None
+        # The second is its extension for torch, which the package alone does not bring.
+        return all(importlib.util.find_spec(name) for name in ("transformer_engine", "transformer_engine_torch"))
+
+
+def fp8_recipes(capability: tuple[int, int]) -> tuple[str, ...]:
+    """Transformer Engine's FP8 recipes that a GPU of this compute capability runs."""
+    if capability >= (10, 0):
+        return ("delayed", "tensorwise", "mxfp8")
+    if capability >= (9, 0):
+        return ("delayed", "tensorwise", "blockwise")
+    return ("delayed", "tensorwise") if capability >= (8, 9) else ()
