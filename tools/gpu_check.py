@@ -1,0 +1,60 @@
+"""Checks and measures the GPU path on this machine: one line an item, passed, failed or skipped with the reason.
+
+    python tools/gpu_check.py [--output results.json] [--only layer] [--model HF_DIR] [--toy]
+
+Needs torch and megatron-core; what needs Transformer Engine or vLLM is skipped without them. Without a GPU all is
+skipped, unless with --toy, whose sizes show only that the code runs: its figures say nothing about speed.
+Exit status: 0 nothing failed, 1 something failed, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_posttrain.errors import UserError, nearest
+from megatron_posttrain.gpu_check.harness import Outcome, Setting, report, run_all
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=None, help="JSON file of results (default: none)")
+    parser.add_argument("--only", default="", help="run items whose name contains this (default: all)")
+    parser.add_argument("--model", default=None, help="Hugging Face directory for refit GB/s (default: skip it)")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, on CPU too; not a measurement")
+    options = parser.parse_args()
+    from megatron_posttrain.gpu_check.checks import CHECKS
+    from megatron_posttrain.gpu_check.measure import MEASURES
+
+    chosen = [(name, check) for name, check in (*CHECKS, *MEASURES) if options.only in name]
+    try:
+        if not chosen:
+            names = [name for name, _ in (*CHECKS, *MEASURES)]
+            raise UserError(f"--only {options.only}: no item has this in its name{nearest(options.only, names)}")
+        if options.model is not None and not (Path(options.model) / "config.json").is_file():
+            raise UserError(f"--model {options.model}: not a directory with a config.json")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.toy:
+        print("toy sizes: shows that the code runs; the figures say nothing about speed")
+    setting = Setting(options.toy, options.model)
+    outcomes = run_all(chosen, setting)
+    print(_summary(outcomes))
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(report(outcomes, setting), indent=1) + "\n")
+    return int(any(outcome.status == "failed" for outcome in outcomes))
+
+
+def _summary(outcomes: list[Outcome]) -> str:
+    counts = {status: sum(o.status == status for o in outcomes) for status in ("passed", "failed", "skipped")}
+    return ", ".join(f"{n} {status}" for status, n in counts.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
