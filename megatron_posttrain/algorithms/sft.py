@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from megatron_posttrain.algorithms.losses import cross_entropy_sum
@@ -16,24 +17,18 @@ from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.checkpoints import Checkpoints
 from megatron_posttrain.training.engine import Engine, Metrics, TokenOutput
 from megatron_posttrain.training.export import export
-from megatron_posttrain.training.prepare import prepare
+from megatron_posttrain.training.prepare import Prepared, prepare
 from megatron_posttrain.training.run import REQUEUE_STATUS, Run
 from megatron_posttrain.training.schedule import learning_rate
+from megatron_posttrain.training.sequences import sequence_logprobs
 from megatron_posttrain.training.timing import PhaseTimer
 
 
 def sft(config: SftConfig) -> int:
     """Trains, resumes where a run stopped, exports. Exit status: 0, or REQUEUE_STATUS when asked to stop."""
     prepared = prepare(config)
-    data = config.data
-    dataset = SftDataset(
-        read_rows(data.train, require_assistant=True),
-        prepared.tokenizer,
-        data.sequence_length,
-        packing=data.packing,
-        overlong=data.overlong,
-        seed=config.training.seed,
-    )
+    dataset = read_dataset(config, prepared, config.data.train)
+    validation = read_dataset(config, prepared, config.data.validation) if config.data.validation else None
     steps = total_steps(config, dataset)
     start_distributed()
     groups = make_groups(prepared.layout, config.training.seed)
@@ -64,6 +59,9 @@ def sft(config: SftConfig) -> int:
             with timer("train"):
                 result = engine.train_step(micro_batches, loss_function, lr)
             seconds = timer.total()
+            last = step + 1 == steps
+            due = checkpoints.due(step + 1, last)
+            extra = {"validation_loss": validation_loss(engine, validation)} if validation and (due or last) else {}
             run.log(
                 step + 1,
                 {
@@ -77,17 +75,39 @@ def sft(config: SftConfig) -> int:
                     "data_seconds": timer.seconds["data"],
                 }
                 | {f"{phase}_seconds": value for phase, value in result.seconds.items()}
-                | result.metrics,
+                | result.metrics
+                | extra,
             )
             stop = run.stop_requested()
-            if stop or checkpoints.due(step + 1, last=step + 1 == steps):
+            if stop or due:
                 checkpoints.save(engine, step + 1, {})
-            if stop and step + 1 < steps:
+            if stop and not last:
                 run.say(f"stopped on request after step {step + 1}; the same command resumes")
                 return REQUEUE_STATUS
         export(engine, prepared.model_path, config.output_dir / "hf")
         run.say(f"wrote {config.output_dir / 'hf'}")
     return 0
+
+
+def read_dataset(config: SftConfig, prepared: Prepared, source: str | list[str]) -> SftDataset:
+    data = config.data
+    return SftDataset(
+        read_rows(source, require_assistant=True),
+        prepared.tokenizer,
+        data.sequence_length,
+        packing=data.packing,
+        overlong=data.overlong,
+        seed=config.training.seed,
+    )
+
+
+def validation_loss(engine: Engine, dataset: SftDataset) -> float:
+    """Mean of -log p over the tokens of the whole set that count."""
+    sequences = [TokenSequence(c.token_ids, c.loss_mask) for c in map(dataset.__getitem__, range(len(dataset)))]
+    logprobs = sequence_logprobs(engine, sequences, dataset.sequence_length)
+    masks = [torch.tensor(s.loss_mask[1:]) for s in sequences]
+    total = sum(float(cross_entropy_sum(x, mask)) for x, mask in zip(logprobs, masks, strict=True))
+    return total / sum(int(mask.sum()) for mask in masks)
 
 
 def total_steps(config: SftConfig, dataset: SftDataset) -> int:

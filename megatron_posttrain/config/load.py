@@ -52,14 +52,14 @@ def describe(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """One line a key: `key = default   description`; what `--help` shows."""
     for name, info in schema.model_fields.items():
         nested = _section(info.annotation)
-        if nested is not None and info.default is not None:
+        default = None if info.is_required() else info.get_default(call_default_factory=True)
+        if nested is not None and (info.is_required() or isinstance(default, BaseModel)):
             yield from describe(nested, f"{prefix}{name}.")
             continue
-        required = info.is_required()
-        default = "(required)" if required else _short(info.get_default(call_default_factory=True))
+        shown = "(required)" if info.is_required() else _short(default)
         allowed = _allowed(info.annotation)
         text = "; ".join(part for part in (allowed, info.description or "") if part)
-        yield f"  {prefix + name + ' = ' + default:46} {text}".rstrip()
+        yield f"  {prefix + name + ' = ' + shown:46} {text}".rstrip()
 
 
 def _read(file: Path, seen: tuple[Path, ...]) -> DictConfig:
@@ -97,13 +97,10 @@ def _allowed(annotation: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, list) and value and isinstance(value[0], BaseModel):
-        value = [v.model_dump(exclude_defaults=True) | {"name": getattr(v, "name", "")} for v in value]
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, str(value))
-        if not isinstance(value, list | dict)
-        else str(value)
-    )
+    """A default as one would write it in YAML."""
+    if isinstance(value, list):
+        value = [v.model_dump(exclude_defaults=True) if isinstance(v, BaseModel) else v for v in value]
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
 
 
 def _explain(schema: type[BaseModel], error: Any) -> str:

@@ -61,7 +61,9 @@ class PrecisionConfig(Section):
 
 class DataConfig(Section):
     train: str | list[str] = Field(description="JSONL file(s), or any `datasets` source")
-    validation: str | list[str] | None = Field(None, description="as `train`; null: no validation")
+    validation: str | list[str] | None = Field(
+        None, description="as `train`; its loss is logged at every checkpoint and at the end; null: none"
+    )
     sequence_length: PositiveInt = Field(2048, description="tokens of a packed row; RL: of a micro-batch row")
     packing: bool = Field(True, description="several conversations a row, without attention across them")
     overlong: Literal["drop", "truncate"] = Field(
@@ -73,7 +75,7 @@ class OptimizerConfig(Section):
     lr: PositiveFloat = Field(1e-5, description="peak learning rate")
     min_lr: NonNegativeFloat = Field(0.0, description="learning rate at the end of the schedule")
     warmup_steps: NonNegativeInt = Field(0, description="steps of linear warm-up")
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="decay after the warm-up")
     weight_decay: NonNegativeFloat = 0.1
     clip_grad: NonNegativeFloat = Field(1.0, description="global gradient norm; 0: no clipping")
     beta1: Fraction = 0.9
@@ -169,7 +171,10 @@ class SftConfig(Config):
 
 class GrpoConfig(Config):
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
-    rewards: list[RewardConfig] = Field(default_factory=lambda: [RewardConfig(name="math")])
+    rewards: list[RewardConfig] = Field(
+        default_factory=lambda: [RewardConfig(name="math")],
+        description="the sum of weight x reward; `file`: Python file that defines it with @reward(name)",
+    )
     algorithm: GrpoAlgorithm = Field(default_factory=GrpoAlgorithm)
 
 
