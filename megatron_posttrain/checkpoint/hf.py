@@ -17,7 +17,7 @@ from megatron_posttrain.checkpoint.hf_files import (
     read_json,
 )
 from megatron_posttrain.errors import UserError, nearest
-from megatron_posttrain.models import registry
+from megatron_posttrain.models import fp8, registry
 from megatron_posttrain.models.architecture import Architecture, HfConfig
 from megatron_posttrain.models.layout import Layout, has_fused
 from megatron_posttrain.models.weights import Read, Shape
@@ -36,16 +36,20 @@ def check_directory(directory: Path | str) -> tuple[HfConfig, Architecture]:
         raise UserError(f"{directory}: no such directory")
     config = read_json(directory / "config.json")
     arch = registry.architecture_from_hf(config)
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method")
-        raise UserError(f"{directory / 'config.json'}: weights quantised with {method!r} cannot be read")
+    try:
+        fp8.block_size(config)
+    except UserError as error:
+        raise UserError(f"{directory}/{error}") from None
     check_tensors(HfReader(directory), arch)
     return config, arch
 
 
 def check_tensors(reader: HfReader, arch: Architecture) -> None:
     """Refuses missing, misshapen and unknown tensors with a `UserError`."""
-    expected, names = directory_layout(reader, arch).shapes, reader.names()
+    expected, names = dict(directory_layout(reader, arch).shapes), reader.names()
+    for name, shape in list(expected.items()):
+        if name in names and reader.dtype(name) == fp8.DTYPE and len(shape) == 2:
+            expected[name + fp8.SUFFIX] = fp8.scale_shape(shape, reader.fp8_block or (fp8.BLOCK, fp8.BLOCK))
     unknown = [name for name in names if name not in expected and not registry.is_ignored(arch, name)]
     for name, shape in expected.items():
         if name not in names:
@@ -70,8 +74,9 @@ def directory_layout(reader: HfReader, arch: Architecture) -> Layout:
 
 
 def table_reader(reader: HfReader, arch: Architecture) -> Read:
-    """`read(name)` for the names of the weight table, whatever the directory's layout."""
-    return directory_layout(reader, arch).reader(reader.get_slice)
+    """`read(name)` for the names of the weight table, whatever the directory's layout; FP8 comes as bf16."""
+    get = fp8.reader(reader.get_slice, reader.names(), reader.fp8_block)
+    return directory_layout(reader, arch).reader(get)
 
 
 def disk_tensors(
@@ -87,7 +92,7 @@ def disk_tensors(
         if name in layout.dtypes:
             kind = layout.dtypes[name]
         if source is not None and name in source.names() and (dtype is None or name in layout.dtypes):
-            kind = source.dtype(name)
+            kind = source.plain_dtype(name)
         tensors[name] = (kind, shape)
     return tensors
 
@@ -121,7 +126,7 @@ def write_directory(
         layout = directory_layout(reader, arch)
     else:
         layout = registry.layout(arch, bool(fused))
-    written = registry.hf_config(arch, config)
+    written = fp8.without(registry.hf_config(arch, config))
     if dtype is not None or config is None:
         written = {k: v for k, v in written.items() if k != "torch_dtype"}
         written["dtype"] = str(dtype or torch.bfloat16).removeprefix("torch.")

@@ -11,6 +11,7 @@ import os
 import shutil
 import struct
 from collections.abc import Collection, Mapping
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_posttrain.errors import UserError, nearest
+from megatron_posttrain.models import fp8
 from megatron_posttrain.models.architecture import HfConfig
 from megatron_posttrain.models.weights import Shape
 
@@ -143,6 +145,17 @@ class HfReader:
     def dtype(self, name: str) -> torch.dtype:
         return self.entry(name).dtype
 
+    def plain_dtype(self, name: str) -> torch.dtype:
+        """The dtype once it is dequantised: bf16 for FP8."""
+        dtype = self.dtype(name)
+        return torch.bfloat16 if dtype == fp8.DTYPE else dtype
+
+    @cached_property
+    def fp8_block(self) -> tuple[int, int] | None:
+        """Rows and columns of a block of FP8 weights; None where config.json speaks of none."""
+        config = self.directory / "config.json"
+        return fp8.block_size(read_json(config)) if config.exists() else None
+
     def get_slice(self, name: str) -> Tensor:
         """The tensor as a view of the file: only what is sliced out of it and copied is read."""
         entry = self.entry(name)
@@ -263,12 +276,10 @@ class HfWriter:
             raise ValueError(f"{self.directory}: tensor '{first}' was not written ({len(self.missing)} such)")
         self._close_files()
         if self.source is not None:
-            self._carry(self.source)
+            carry_side_files(self.source, self.partial, self.custom_code)
         if SINGLE not in {target.file for target in self.targets.values()}:
-            total = sum(math.prod(t.shape) * t.dtype.itemsize for t in self.targets.values())
-            weight_map = {name: target.file for name, target in self.targets.items()}
-            _write_json(self.partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        _write_json(self.partial / "config.json", self.config)
+            write_index(self.partial, self.targets)
+        write_json(self.partial / "config.json", self.config)
         if self.directory.exists():
             old = self.directory.with_name(f".{self.directory.name}.old")
             shutil.rmtree(old, ignore_errors=True)
@@ -277,16 +288,6 @@ class HfWriter:
             shutil.rmtree(old)
         else:
             self.partial.rename(self.directory)
-
-    def _carry(self, source: Path) -> None:
-        for path in sorted(source.iterdir()):
-            weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-            if weights or path.name == "config.json" or path.name.startswith("."):
-                continue
-            if path.is_dir() and path.name == "additional_chat_templates":
-                shutil.copytree(path, self.partial / path.name)
-            elif path.is_file() and (path.suffix != ".py" or self.custom_code):
-                shutil.copyfile(path, self.partial / path.name)
 
     def _close_files(self) -> None:
         while self.descriptors:
@@ -306,6 +307,18 @@ class HfWriter:
             shutil.rmtree(self.partial, ignore_errors=True)  # renamed, when all went well
 
 
+def carry_side_files(source: Path, target: Path, custom_code: bool) -> None:
+    """Copies tokenizer, chat template and the like; Python files only where `custom_code`."""
+    for path in sorted(source.iterdir()):
+        weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+        if weights or path.name == "config.json" or path.name.startswith("."):
+            continue
+        if path.is_dir() and path.name == "additional_chat_templates":
+            shutil.copytree(path, target / path.name)
+        elif path.is_file() and (path.suffix != ".py" or custom_code):
+            shutil.copyfile(path, target / path.name)
+
+
 def _write(descriptor: int, content: memoryview, start: int, path: Path) -> None:
     done = 0
     while done < len(content):  # one call writes 2 GiB at most
@@ -315,5 +328,12 @@ def _write(descriptor: int, content: memoryview, start: int, path: Path) -> None
             raise UserError(f"{path}: {error.strerror}") from error
 
 
-def _write_json(path: Path, value: object) -> None:
+def write_index(directory: Path, targets: Mapping[str, Target]) -> None:
+    """The index of a directory with several files."""
+    total = sum(math.prod(t.shape) * t.dtype.itemsize for t in targets.values())
+    weight_map = {name: target.file for name, target in targets.items()}
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

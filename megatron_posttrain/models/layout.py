@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -84,6 +85,13 @@ class Layout:
                         self.dtypes[stored] = mapping.dtype
             if mapping.copies:
                 self.copies[plan.hf[0]] = mapping.copies
+        self._parts: dict[str, list[str]] = {}
+        for name, place in self.places.items():
+            self._parts.setdefault(place.name, []).append(name)
+        for name, copies in self.copies.items():
+            self._parts |= {copy: [name] for copy in copies}
+        for names in self._parts.values():
+            names.sort(key=lambda name: (self.places[name].expert or 0, self.places[name].part))
 
     def reader(self, get: Callable[[str], Any]) -> Read:
         """Reads the table's tensors through `get`, which gives those on disk (lazily)."""
@@ -93,6 +101,30 @@ class Layout:
             return place.view(get(place.name))
 
         return read
+
+    def blocks(self, stored: str, parts: Callable[[str], Iterable[Tensor]]) -> Iterator[Tensor]:
+        """The tensor `stored` on disk as blocks that follow each other in memory.
+
+        `parts(name)` gives a tensor of the table as parts, one below the other. Holds one expert at most.
+        """
+        by_expert = [
+            list(group) for _, group in groupby(self._parts[stored], key=lambda name: self.places[name].expert)
+        ]
+        for names in by_expert:
+            fusion = self.places[names[0]].fusion
+            if fusion is None or not (fusion.interleaved or fusion.transposed):
+                for name in names:
+                    yield from parts(name)
+                continue
+            whole = [torch.cat(list(parts(name))) for name in names]
+            block = torch.empty(fusion.shape(tuple(whole[0].shape), None), dtype=whole[0].dtype)
+            for name, tensor in zip(names, whole, strict=True):
+                self.places[name]._replace(expert=None).view(block).copy_(tensor)
+            yield block
+
+    def table_names(self, stored: str) -> list[str]:
+        """Of what tensors of the table `stored` consists, by expert and then by part."""
+        return self._parts[stored]
 
     def assemble(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The tensors on disk from the table's, which come in any order; those on disk pass as they are.

@@ -162,6 +162,29 @@ class TensorPlan:
         self.fill(out, read, rank, size)
         return out
 
+    def rows(self, read: Read, start: int, stop: int) -> Iterator[Tensor]:
+        """Rows [start, stop) of the whole tensor, as parts of its sources, one below the other."""
+        if self.mapping.dim == 1:
+            yield read(self.hf[0])[start:stop]
+            return
+        position = 0
+        for source, low, high in self.mapping.segments(0, 1):
+            first, last = max(start, position), min(stop, position + high - low)
+            if source is not None and first < last:
+                yield read(self.hf[source])[first - position + low : last - position + low]
+            position += high - low
+
+    def parts(self, tensor: Tensor, source: int) -> Iterator[Tensor]:
+        """Hugging Face tensor number `source`, as parts of the whole `tensor`, one below the other."""
+        if self.mapping.dim == 1:
+            yield tensor
+            return
+        position = 0
+        for number, low, high in self.mapping.segments(0, 1):
+            if number == source and low < high:
+                yield tensor[position : position + high - low]
+            position += high - low
+
     def join(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
         """The Hugging Face tensors, whole, from the shards of all tensor-parallel ranks."""
         out = [torch.empty(shape, dtype=shards[0].dtype, device=shards[0].device) for shape in self.shapes]

@@ -1,0 +1,295 @@
+"""Hugging Face directories into Megatron distributed checkpoints and back, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_posttrain.checkpoint import megatron
+from megatron_posttrain.checkpoint.hf import check_tensors, directory_layout, table_reader
+from megatron_posttrain.checkpoint.hf_files import (
+    INDEX,
+    SHARD_BYTES,
+    SINGLE,
+    HfReader,
+    carry_side_files,
+    plan_shards,
+    read_json,
+    write_index,
+    write_json,
+)
+from megatron_posttrain.checkpoint.lora import Adapter, read_adapter
+from megatron_posttrain.checkpoint.stream import Item, OutputFile, StreamOptions, check_target, write_stream
+from megatron_posttrain.errors import UserError
+from megatron_posttrain.models import fp8, registry
+from megatron_posttrain.models.architecture import Architecture, HfConfig
+from megatron_posttrain.models.layout import Layout
+from megatron_posttrain.models.weights import TensorPlan
+
+FACTS = "conversion.json"  # in a Megatron directory: the layout that its source had
+FIXED_BYTES = 500 << 20  # of a process with torch, a catalogue and a piece in conversion
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What the converted checkpoint is to be.
+
+    Args:
+        dtype: of its tensors; None: as they are (FP8: bf16). Tensors that the family keeps in a wider
+            dtype keep theirs.
+        shard_bytes: of a file; None: 5 GB of safetensors, 2 GB of a distributed checkpoint.
+        fused: experts in one 3-D tensor a layer; None: as in the source.
+        keep_mtp: keep multi-token-prediction layers, or drop them.
+        custom_code: carry Python files along.
+        quantize: write linear layers in blockwise FP8 (to Hugging Face).
+        adapter: PEFT directory whose LoRA is merged (to Hugging Face).
+        source: Hugging Face directory with config and side files, for a checkpoint without its own.
+    """
+
+    dtype: torch.dtype | None = None
+    shard_bytes: int | None = None
+    fused: bool | None = None
+    keep_mtp: bool = True
+    custom_code: bool = False
+    quantize: bool = False
+    adapter: Path | None = None
+    source: Path | None = None
+
+
+@dataclass
+class Conversion:
+    """A plan: nothing has been written. `arch` is the model, `finish` adds what is not a tensor."""
+
+    arch: Architecture
+    files: list[OutputFile]
+    inputs: dict[str, Any]  # that have to be the same for a run to be resumed
+    finish: Callable[[Path], None]
+    bytes_in: int
+
+    @property
+    def items(self) -> list[Item]:
+        return [part for file in self.files for part in file.parts if isinstance(part, Item)]
+
+    @property
+    def bytes_out(self) -> int:
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest tensor, in the wider of source and target."""
+        sizes: dict[str, int] = {}
+        for item in self.items:
+            sizes[item.name] = sizes.get(item.name, 0) + item.nbytes
+        return max(sizes.values())
+
+    def memory_bound(self) -> int:
+        """Bytes of anonymous memory that a process stays below."""
+        return FIXED_BYTES + 3 * self.largest
+
+    def run(self, target: Path, options: StreamOptions) -> int:
+        """Collective under torchrun. Returns the bytes that this process wrote."""
+        return write_stream(target, self.files, self.inputs, self.finish, options)
+
+
+# ---- Hugging Face to Megatron ----------------------------------------------------------------------------
+
+
+def plan_hf_to_megatron(directory: Path, options: ConvertOptions, weights: bool = True) -> Conversion:
+    """Checks the source from its headers. `weights=False`: plans from config.json alone, for arithmetic."""
+    config = read_json(directory / "config.json" if directory.is_dir() or weights else directory)
+    arch = registry.architecture_from_hf(config, keep_mtp=options.keep_mtp)
+    shard_bytes = options.shard_bytes or megatron.SHARD_BYTES
+    if not weights:
+        kind = options.dtype or torch.bfloat16
+        planned = megatron.plan_files(arch, lambda plan: plan.mapping.dtype or kind, None, shard_bytes)
+        return Conversion(arch, planned.files, {}, planned.finish, _bytes_in(arch, config))
+    reader = HfReader(directory)
+    without_mtp = replace(arch, num_mtp_layers=0)
+    extra = set(registry.layout(arch).places) - set(registry.layout(without_mtp).places)
+    if not extra & set(reader.names()):  # the config speaks of such layers, the checkpoint has none
+        arch = without_mtp
+    check_tensors(reader, arch)
+    layout = directory_layout(reader, arch)
+
+    def dtype_of(plan: TensorPlan) -> torch.dtype:
+        kinds = {reader.plain_dtype(layout.places[name].name) for name in plan.hf}
+        if options.dtype is not None and plan.mapping.dtype is None:
+            return options.dtype
+        if len(kinds) > 1:
+            raise UserError(f"{directory}: {', '.join(plan.hf)} differ in dtype; choose one with --dtype")
+        return kinds.pop()
+
+    planned = megatron.plan_files(arch, dtype_of, table_reader(reader, arch), shard_bytes)
+    side = fp8.without(registry.hf_config(arch, config))
+    fused = any(place.fusion is not None for place in layout.places.values())
+
+    def finish(partial: Path) -> None:
+        target = partial / megatron.HF_FILES
+        target.mkdir()
+        carry_side_files(directory, target, options.custom_code)
+        write_json(target / "config.json", _with_dtype(side, options.dtype))
+        write_json(partial / FACTS, {"experts": "fused" if fused else "separate"})
+        planned.finish(partial)
+
+    files = {reader.entry(name).file for name in reader.names()}
+    bytes_in = sum(reader.entry(name).stop - reader.entry(name).start for name in reader.names())
+    return Conversion(arch, planned.files, _inputs(directory, files, options), finish, bytes_in)
+
+
+def _bytes_in(arch: Architecture, config: HfConfig) -> int:
+    quantised = fp8.block_size(config) is not None
+    total = 0
+    for plan in registry.tensors(arch):
+        width = 1 if quantised and fp8.is_quantised(plan) else (plan.mapping.dtype or torch.bfloat16).itemsize
+        total += sum(math.prod(shape) for shape in plan.shapes) * width
+    return total
+
+
+def _inputs(directory: Path, files: Iterable[Path], options: ConvertOptions) -> dict[str, Any]:
+    """What a resumed run has to have in common with the run that it continues."""
+    stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(files)}
+    return {"source": str(directory.resolve()), "source files": stats, "options": repr(options)}
+
+
+def _with_dtype(config: HfConfig, dtype: torch.dtype | None, always: bool = True) -> HfConfig:
+    if dtype is None:
+        return config
+    kept = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    return kept | {"dtype": str(dtype).removeprefix("torch.")}
+
+
+# ---- Megatron to Hugging Face ----------------------------------------------------------------------------
+
+
+def side_files(directory: Path, source: Path | None) -> Path:
+    """The Hugging Face directory with config, tokenizer and template of a Megatron checkpoint.
+
+    `source`, else the one inside the checkpoint, else the model that a trainer's config.yaml names.
+    """
+    run_config = directory.resolve().parent.parent / "config.yaml"
+    if source is None and (directory / megatron.HF_FILES / "config.json").exists():
+        source = directory / megatron.HF_FILES
+    if source is None and run_config.exists():
+        from omegaconf import OmegaConf
+
+        source = Path(OmegaConf.select(OmegaConf.load(run_config), "model.path"))
+    if source is None:
+        missing = f"{directory}: has no {megatron.HF_FILES}/config.json"
+        raise UserError(f"{missing}; name the model's directory with --source")
+    if not (source / "config.json").exists():
+        raise UserError(f"{source / 'config.json'}: no such file; name the model's directory with --source")
+    return source
+
+
+def plan_megatron_to_hf(directory: Path, options: ConvertOptions) -> Conversion:
+    """Checks that the checkpoint has every tensor of the model."""
+    source = side_files(directory, options.source)
+    config = read_json(source / "config.json")
+    arch = registry.architecture_from_hf(config, keep_mtp=options.keep_mtp and source == directory / megatron.HF_FILES)
+    reader = megatron.MegatronReader(directory, arch)
+    layout = registry.layout(arch, _fused(directory, source, arch, options))
+    export = _Export(arch, reader, layout, options)
+    shapes = {name: (dtype, shape) for name, (dtype, shape, _) in export.tensors.items()}
+    targets, headers = plan_shards(shapes, options.shard_bytes or SHARD_BYTES)
+    files = {name: OutputFile(name) for name in headers}
+    for name, file in files.items():
+        file.add(headers[name])
+    for name, (dtype, shape, blocks) in export.tensors.items():
+        files[targets[name].file].add(Item(name, dtype, math.prod(shape) * dtype.itemsize, blocks))
+    written = export.config(config)
+
+    def finish(partial: Path) -> None:
+        carry_side_files(source, partial, options.custom_code)
+        if SINGLE not in files:
+            write_index(partial, targets)
+        if not options.custom_code:
+            written.pop("auto_map", None)
+        write_json(partial / "config.json", written)
+
+    sources = {directory / chunk.file for stored in reader.reader.tensors.values() for chunk in stored.chunks}
+    bytes_in = sum(math.prod(plan.local_shape(1)) * reader.dtype(plan).itemsize for plan in registry.tensors(arch))
+    return Conversion(arch, list(files.values()), _inputs(directory, sources, options), finish, bytes_in)
+
+
+def _fused(directory: Path, source: Path, arch: Architecture, options: ConvertOptions) -> bool:
+    if options.fused is not None:
+        return options.fused
+    if (directory / FACTS).exists():
+        return bool(read_json(directory / FACTS).get("experts") == "fused")
+    if any((source / name).exists() for name in (SINGLE, INDEX)):
+        layout = directory_layout(HfReader(source), arch)
+        return any(place.fusion is not None for place in layout.places.values())
+    return False
+
+
+Planned = tuple[torch.dtype, tuple[int, ...], Callable[[], Iterable[Tensor]]]
+
+
+class _Export:
+    """The tensors of the Hugging Face side: dtype, shape and where the blocks come from, by name."""
+
+    def __init__(
+        self, arch: Architecture, reader: megatron.MegatronReader, layout: Layout, options: ConvertOptions
+    ) -> None:
+        self.arch, self.reader, self.layout, self.options = arch, reader, layout, options
+        shapes = {
+            name: shape for plan in registry.tensors(arch) for name, shape in zip(plan.hf, plan.shapes, strict=True)
+        }
+        self.adapter: Adapter | None = None
+        if options.adapter is not None:
+            self.adapter = read_adapter(options.adapter)
+            self.adapter.check(shapes)
+        self.quantised = set()
+        if options.quantize:
+            if any(place.fusion is not None for place in layout.places.values()):
+                raise UserError("--quantize fp8-block: the format has no fused experts; use --experts separate")
+            self.quantised = {name for plan in registry.tensors(arch) if fp8.is_quantised(plan) for name in plan.hf}
+        self.tensors: dict[str, Planned] = {}
+        for name, shape in layout.shapes.items():
+            self._add(name, shape)
+
+    def _add(self, name: str, shape: tuple[int, ...]) -> None:
+        part = self.layout.table_names(name)[0]
+        if part in self.quantised:
+            self.tensors[name] = (fp8.DTYPE, shape, lambda: [self._quantise(part)[0]])
+            scale = (torch.float32, fp8.scale_shape(shape), lambda: [self._quantise(part)[1]])
+            self.tensors[name + fp8.SUFFIX] = scale
+            return
+        dtype = self.reader.hf_dtype(part)
+        if self.options.dtype is not None and name not in self.layout.dtypes:
+            dtype = self.options.dtype
+        self.tensors[name] = (dtype, shape, lambda: self.layout.blocks(name, self._parts))
+
+    def _quantise(self, name: str) -> tuple[Tensor, Tensor]:
+        return fp8.quantise(torch.cat(list(self._parts(name))))
+
+    def _parts(self, name: str) -> Iterator[Tensor]:
+        parts = self.reader.parts(name)
+        module = name.removesuffix(".weight")
+        if self.adapter is None or module not in self.adapter.pairs:
+            return parts
+        return iter([self.adapter.merge(module, torch.cat(list(parts)))])
+
+    def config(self, source: HfConfig) -> HfConfig:
+        """The config.json: the source's, with what differs."""
+        written = fp8.without(registry.hf_config(self.arch, source))
+        dtypes = {self.reader.dtype(plan) for plan in registry.tensors(self.arch) if plan.mapping.dtype is None}
+        written = _with_dtype(written, self.options.dtype or (dtypes.pop() if len(dtypes) == 1 else None))
+        return written | {fp8.FIELD: fp8.SECTION} if self.options.quantize else written
+
+
+def check_paths(source: Path, target: Path, overwrite: bool) -> None:
+    """`UserError` when the target is in use or is the source."""
+    if source.resolve() == target.resolve():
+        raise UserError(f"{target}: is the source as well")
+    check_target(target, overwrite)
+
+
+def with_dtype(options: ConvertOptions, dtype: torch.dtype) -> ConvertOptions:
+    return replace(options, dtype=dtype)

@@ -1,0 +1,251 @@
+"""Directories written as a stream of files: in bounded memory, resumable, by several processes, atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_posttrain.errors import UserError
+
+STEP_BYTES = 1 << 26  # converted, checked and written at a time
+STATE = "conversion.json"
+
+
+@dataclass
+class Item:
+    """A tensor, or rows of one, whose bytes come from `blocks()`, one after the other."""
+
+    name: str
+    dtype: torch.dtype
+    nbytes: int
+    blocks: Callable[[], Iterable[Tensor]]
+
+
+@dataclass
+class OutputFile:
+    name: str
+    parts: list[bytes | Item] = field(default_factory=list)
+    nbytes: int = 0
+
+    def add(self, part: bytes | Item) -> None:
+        self.parts.append(part)
+        self.nbytes += len(part) if isinstance(part, bytes) else part.nbytes
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How to write.
+
+    Args:
+        check_finite: refuse tensors with NaN or infinite values.
+        resume: continue an interrupted run from its finished files.
+        overwrite: replace an existing directory.
+        quiet: no progress on stderr.
+    """
+
+    check_finite: bool = False
+    resume: bool = False
+    overwrite: bool = False
+    quiet: bool = False
+
+
+class Progress:
+    """Bytes done, bytes/s and time left, on stderr: every 2 s on a terminal, every 30 s in a log."""
+
+    def __init__(self, total: int, quiet: bool) -> None:
+        self.total, self.done, self.quiet = total, 0, quiet
+        self.start = self.last = time.monotonic()
+        self.every = 2.0 if sys.stderr.isatty() else 30.0
+
+    def add(self, nbytes: int) -> None:
+        self.done += nbytes
+        now = time.monotonic()
+        if not self.quiet and now - self.last >= self.every:
+            self.last = now
+            print(self.line(now), file=sys.stderr, flush=True)
+
+    def line(self, now: float) -> str:
+        speed = self.done / max(now - self.start, 1e-9)
+        left = (self.total - self.done) / max(speed, 1e-9)
+        return f"{self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, {speed / 1e9:.3f} GB/s, {left / 60:.1f} min left"
+
+
+def ranks() -> tuple[int, int]:
+    """(rank, processes) of this job: torchrun's, else (0, 1)."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def write_stream(
+    directory: Path,
+    files: list[OutputFile],
+    fingerprint: dict[str, Any],
+    finish: Callable[[Path], None],
+    options: StreamOptions,
+) -> int:
+    """Writes `files` and then what `finish` adds; the directory is there only when all of it is.
+
+    Collective over torchrun's processes, which share the files. Returns the bytes that this process wrote.
+    `fingerprint`: what has to be the same for a run to be resumed. `UserError` on every process when one
+    of them failed; finished files are then kept for `resume`.
+    """
+    rank, world = ranks()
+    if world > 1:
+        from megatron_posttrain.parallel.groups import start_distributed
+
+        start_distributed()
+    partial = directory.with_name(f".{directory.name}.partial")
+    error = _attempt(lambda: _prepare(directory, partial, files, fingerprint, options) if rank == 0 else None)
+    _agree(error, world)
+    mine = [file for file in share(files, world)[rank] if not _is_whole(partial, file)]
+    progress = Progress(sum(file.nbytes for file in mine), options.quiet or rank != 0)
+
+    def work() -> None:
+        for file in mine:
+            _write_file(partial / file.name, file, options.check_finite, progress)
+
+    error = _attempt(work)
+    _agree(error, world)
+    if rank == 0:
+        error = _attempt(lambda: _finish(directory, partial, files, finish))
+    _agree(error, world)
+    return progress.done
+
+
+def share(files: list[OutputFile], processes: int) -> list[list[OutputFile]]:
+    """The files of each process: the largest first, always to the one with the fewest bytes."""
+    shares: list[list[OutputFile]] = [[] for _ in range(processes)]
+    loads = [0] * processes
+    for file in sorted(files, key=lambda file: (-file.nbytes, file.name)):
+        least = loads.index(min(loads))
+        shares[least].append(file)
+        loads[least] += file.nbytes
+    return shares
+
+
+def check_target(directory: Path, overwrite: bool) -> None:
+    """`UserError` for a directory that is in use, and for a parent that is not there."""
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory}: exists and is not a directory")
+    if directory.exists() and any(directory.iterdir()) and not overwrite:
+        raise UserError(f"{directory}: exists and is not empty (--overwrite replaces it)")
+
+
+def free_bytes(directory: Path) -> int:
+    """Free space of the file system that `directory` is, or would be, on."""
+    parent = directory.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    return shutil.disk_usage(parent).free
+
+
+def _attempt(action: Callable[[], Any]) -> UserError | None:
+    try:
+        action()
+    except UserError as error:
+        return error
+    except OSError as error:
+        return UserError(f"{error.filename or ''}: {error.strerror}")
+    return None
+
+
+def _agree(error: UserError | None, world: int) -> None:
+    """Waits for all processes; raises on all of them what went wrong on one."""
+    errors: list[Any] = [error and str(error)]
+    if world > 1:
+        import torch.distributed as dist
+
+        errors = [None] * world
+        dist.all_gather_object(errors, error and str(error))
+    for found in errors:
+        if found is not None:
+            raise UserError(found)
+
+
+def _is_whole(partial: Path, file: OutputFile) -> bool:
+    path = partial / file.name
+    return path.exists() and path.stat().st_size == file.nbytes
+
+
+def _prepare(
+    directory: Path, partial: Path, files: list[OutputFile], fingerprint: dict[str, Any], options: StreamOptions
+) -> None:
+    check_target(directory, options.overwrite)
+    plan = {"inputs": fingerprint, "files": {file.name: file.nbytes for file in files}}
+    state = partial / STATE
+    if options.resume and state.exists():
+        before = json.loads(state.read_text())
+        if before != json.loads(json.dumps(plan)):
+            then, now = before["inputs"], json.loads(json.dumps(fingerprint))
+            differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+            raise UserError(f"{partial}: was begun with other {', '.join(differing) or 'files'}; run without --resume")
+    else:
+        shutil.rmtree(partial, ignore_errors=True)
+    needed = sum(file.nbytes for file in files if not _is_whole(partial, file))
+    if needed > (free := free_bytes(directory)):
+        raise UserError(f"{directory}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+    partial.mkdir(parents=True, exist_ok=True)
+    state.write_text(json.dumps(plan))
+
+
+def _write_file(path: Path, file: OutputFile, check_finite: bool, progress: Progress) -> None:
+    unfinished = path.with_name(path.name + ".part")
+    try:
+        with unfinished.open("wb", buffering=0) as out:
+            for part in file.parts:
+                if isinstance(part, bytes):
+                    _write_all(out, memoryview(part))
+                    continue
+                before = out.tell()
+                for block in part.blocks():
+                    _write_tensor(out, block, part, check_finite, progress)
+                if (written := out.tell() - before) != part.nbytes:
+                    raise ValueError(f"tensor '{part.name}': {written} bytes, planned were {part.nbytes}")
+        unfinished.rename(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        kept = f"; finished files are kept in {path.parent}, --resume continues"
+        raise UserError(f"{path}: {error.strerror}{kept}") from error
+
+
+def _write_tensor(out: Any, block: Tensor, item: Item, check_finite: bool, progress: Progress) -> None:
+    flat = block.detach().contiguous().view(-1)
+    step = STEP_BYTES // item.dtype.itemsize
+    for start in range(0, len(flat), step):
+        piece = flat[start : start + step]
+        # fp8 has no isfinite; its only non-finite value is NaN
+        if check_finite and not bool((piece.float() if piece.dtype.itemsize == 1 else piece).isfinite().all()):
+            raise UserError(f"tensor '{item.name}' has NaN or infinite values")
+        piece = piece.to(item.dtype)
+        _write_all(out, memoryview(piece.view(torch.uint8).numpy().data))
+        progress.add(piece.nbytes)
+
+
+def _write_all(out: Any, content: memoryview) -> None:
+    done = 0
+    while done < len(content):  # one call writes 2 GiB at most
+        done += out.write(content[done:])
+
+
+def _finish(directory: Path, partial: Path, files: list[OutputFile], finish: Callable[[Path], None]) -> None:
+    if missing := [file.name for file in files if not _is_whole(partial, file)]:
+        raise UserError(f"{partial / missing[0]}: was not written (is the directory shared by all processes?)")
+    finish(partial)
+    (partial / STATE).unlink()
+    if directory.exists():
+        old = directory.with_name(f".{directory.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+        partial.rename(directory)
+        shutil.rmtree(old)
+    else:
+        partial.rename(directory)
