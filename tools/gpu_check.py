@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,6 +29,8 @@ def main() -> int:
     parser.add_argument("--model", default=None, help="Hugging Face directory for refit GB/s (default: skip it)")
     parser.add_argument("--toy", action="store_true", help="tiny sizes, on CPU too; not a measurement")
     options = parser.parse_args()
+    warnings.simplefilter("ignore")  # megatron-core tells what is not installed; the results say it once
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     from megatron_posttrain.gpu_check.checks import CHECKS
     from megatron_posttrain.gpu_check.measure import MEASURES
 

@@ -85,7 +85,7 @@ def run_all(checks: Sequence[tuple[str, Check]], setting: Setting) -> list[Outco
 
 def row(outcome: Outcome) -> str:
     told = outcome.reason or "  ".join(f"{k} {_short(v)}" for k, v in outcome.facts.items())
-    return f"{outcome.status:8} {outcome.name:34} {outcome.seconds:7.1f} s  {told}"
+    return f"{outcome.status:8} {outcome.name:52} {outcome.seconds:7.1f} s  {told}"
 
 
 def report(outcomes: Sequence[Outcome], setting: Setting) -> Facts:

@@ -78,7 +78,8 @@ class Layer:
         hidden = self.config.hidden_size
         x = torch.randn(length, 1, hidden, device=device, dtype=torch.bfloat16).requires_grad_()
         gradient = torch.randn_like(x)
-        rotary = self.chunk.rotary_pos_emb(length, packed_seq=True)
+        with platform().megatron():
+            rotary = self.chunk.rotary_pos_emb(length, packed_seq=True)
 
         def work() -> None:
             x.grad = None
@@ -199,7 +200,7 @@ def _layers() -> Iterator[tuple[str, Check]]:
     for name in MODELS:
         for length in LENGTHS:
             for implementation, fp8 in (*kinds, ("transformer_engine", "blockwise")):
-                label = f"layer {name} {length} {implementation[:5]}{' fp8 ' + fp8 if fp8 else ''}"
+                label = f"layer {name} {length} {implementation} {fp8 or 'bf16'}"
                 yield label, layer_measure(name, length, implementation, fp8)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_posttrain.algorithms.losses import cross_entropy_sum
 from megatron_posttrain.config.schema import SftConfig
-from megatron_posttrain.data.batch import Sequence
+from megatron_posttrain.data.batch import PackedBatch, Sequence
 from megatron_posttrain.gpu_check.harness import Setting, Skip
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
@@ -21,7 +21,7 @@ from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.known_models import KNOWN_MODELS
 from megatron_posttrain.platform import platform
 from megatron_posttrain.training.batches import rank_micro_batches
-from megatron_posttrain.training.engine import Engine
+from megatron_posttrain.training.engine import Engine, Metrics, TokenOutput
 
 
 @functools.cache
@@ -88,11 +88,9 @@ def losses(setting: Setting, of: SftConfig, start: dict[str, Tensor] | None, arc
         rows = [[s] for s in sequences(4, 64, arch.vocab_size, step)]
         batches = rank_micro_batches(rows, groups(), 2)
         count = sum(int(b.loss_mask.sum()) for b in batches)
-        found.append(
-            engine.train_step(
-                batches,
-                lambda output, batch, n=count: (cross_entropy_sum(output.logprobs, batch.loss_mask) / n, {}),
-                1e-3,
-            ).loss
-        )
+
+        def loss(output: TokenOutput, batch: PackedBatch, count: int = count) -> tuple[Tensor, Metrics]:
+            return cross_entropy_sum(output.logprobs, batch.loss_mask) / count, {}
+
+        found.append(engine.train_step(batches, loss, of.optimizer.lr).loss)
     return found

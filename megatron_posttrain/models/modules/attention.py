@@ -125,7 +125,7 @@ class PackedAttention(torch.nn.Module):
             value = F.pad(value, (0, query.shape[-1] - width))
         bounds, longest = packed.cu_seqlens_q, packed.max_seqlen_q
         window = (-1 if self.window is None else self.window - 1, 0)
-        out = varlen_attn(
+        out: Any = varlen_attn(
             query, key, value, bounds, bounds, longest, longest,
             scale=self.scale, window_size=window, enable_gqa=True,
         )  # fmt: skip

@@ -24,6 +24,8 @@ class GroupedExperts(SequentialMLP):
     they are not, they are copied together. Linear layers that were replaced (LoRA) run one by one as in stock.
     """
 
+    local_experts: torch.nn.ModuleList
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         experts = _LastFirst(self.local_experts)
@@ -37,8 +39,8 @@ class GroupedExperts(SequentialMLP):
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """[t, hidden], sorted by expert, and their router weights [t] -> [t, hidden], and no bias."""
-        fc1 = [expert.linear_fc1 for expert in self.local_experts]
-        fc2 = [expert.linear_fc2 for expert in self.local_experts]
+        fc1: list[Any] = [expert.linear_fc1 for expert in self.local_experts]
+        fc2: list[Any] = [expert.linear_fc2 for expert in self.local_experts]
         stock = all(type(m) is ColumnParallelLinear for m in fc1) and all(type(m) is RowParallelLinear for m in fc2)
         counts = tokens_per_expert.tolist()
         if not stock or not sum(counts) or self.config.moe_apply_probs_on_input:
