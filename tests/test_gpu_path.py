@@ -1,0 +1,158 @@
+"""The GPU path as far as it goes without a GPU: imports, options, example layouts, tools/gpu_check.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import megatron_posttrain
+from megatron_posttrain.config.load import load_config
+from megatron_posttrain.config.schema import CONFIGS, ModelConfig, PrecisionConfig
+from megatron_posttrain.errors import UserError
+from megatron_posttrain.models import build
+from megatron_posttrain.models.build import config_options
+from megatron_posttrain.models.modules import kernels
+from megatron_posttrain.parallel.layout import Layout, check_layout
+from megatron_posttrain.planning.known_models import KNOWN_MODELS
+from megatron_posttrain.platform.cuda import CudaPlatform, fp8_recipes
+from tests.launch import ROOT, execute
+
+GPUS = {"qwen3_30b_a3b_grpo": 16}  # 8 where not named
+MODELS = {"sft": "Qwen3-8B", "grpo": "Qwen3-8B"}  # the base of their paths; others are Qwen3-30B-A3B
+RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+
+
+class TransformerEngineEverywhere(CudaPlatform):
+    """A machine with a GPU and Transformer Engine, as far as options go."""
+
+    def has_transformer_engine(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = TransformerEngineEverywhere()
+    monkeypatch.setattr(build, "platform", lambda: platform)
+    monkeypatch.setattr(kernels, "platform", lambda: platform)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (9, 0))
+
+
+def test_all_modules_import() -> None:
+    found = pkgutil.walk_packages(megatron_posttrain.__path__, "megatron_posttrain.")
+    wanted = [m.name for m in found if any(room in m.name for room in ("platform", "models", "gpu_check"))]
+    assert "megatron_posttrain.platform.cuda" in wanted
+    for name in wanted:
+        importlib.import_module(name)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda f: f.stem)
+def test_example_fits_its_gpus(file: Path) -> None:
+    schema = CONFIGS["grpo" if "grpo" in file.stem else "sft"]
+    config = load_config(schema, file)
+    arch = KNOWN_MODELS[MODELS.get(file.stem, "Qwen3-30B-A3B")]
+    layout = Layout.from_config(config.parallel, GPUS.get(file.stem, 8))
+    check_layout(layout, arch)
+    config_options(arch, layout, config.model, config.precision)
+
+
+def options(name: str, fp8: str | None = None, implementation: str = "auto", dtype: str = "bf16") -> dict[str, Any]:
+    precision = PrecisionConfig.model_validate({"dtype": dtype, "fp8": fp8})
+    model = ModelConfig.model_validate({"path": "none", "implementation": implementation})
+    return config_options(KNOWN_MODELS[name], Layout(), model, precision)
+
+
+@pytest.mark.usefixtures("transformer_engine")
+class TestTransformerEngineOptions:
+    @pytest.mark.parametrize("name", KNOWN_MODELS)
+    def test_megatron_core_knows_every_option(self, name: str) -> None:
+        from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+        config = TransformerConfig if KNOWN_MODELS[name].mla is None else MLATransformerConfig
+        assert options(name, "delayed").keys() <= {f.name for f in dataclasses.fields(config)}
+
+    def test_recipes(self) -> None:
+        found = {recipe: options("Qwen3-8B", recipe) for recipe in RECIPES[:3]}
+        assert {r: (o["fp8"], o["fp8_recipe"]) for r, o in found.items()} == {
+            "delayed": ("hybrid", "delayed"),
+            "tensorwise": ("hybrid", "tensorwise"),
+            "blockwise": ("e4m3", "blockwise"),
+        }
+        with pytest.raises(UserError, match=r"mxfp8 does not run on compute capability 9\.0; allowed: .*blockwise"):
+            options("Qwen3-8B", "mxfp8")
+        with pytest.raises(UserError, match=r"needs precision\.dtype bf16, found fp32"):
+            options("Qwen3-8B", "delayed", dtype="fp32")
+
+    def test_fused_rope_only_where_it_keeps_yarn(self) -> None:
+        """Its kernel for packed rows drops the factor on cosine and sine."""
+        names = ("Qwen3-8B", "gpt-oss-20b", "DeepSeek-V3")
+        assert [options(n)["apply_rope_fusion"] for n in names] == [True, False, False]
+
+    def test_router_stays_in_fp32(self) -> None:
+        found = options("Qwen3-30B-A3B", "tensorwise")
+        assert found["moe_router_dtype"] == "fp32"
+        assert found["moe_grouped_gemm"]
+        assert found["moe_permute_fusion"]
+
+
+def test_fp8_and_transformer_engine_are_refused_without_it() -> None:
+    with pytest.raises(UserError, match=r"precision.fp8: delayed needs Transformer Engine"):
+        options("Qwen3-8B", "delayed")
+    with pytest.raises(UserError, match=r"model.implementation: transformer_engine is not installed"):
+        options("Qwen3-8B", implementation="transformer_engine")
+
+
+def test_recipes_by_gpu() -> None:
+    assert fp8_recipes((8, 0)) == ()
+    assert "blockwise" in fp8_recipes((9, 0))
+    assert "mxfp8" in fp8_recipes((10, 0))
+
+
+def test_varlen_attention_is_what_the_kernel_check_expects() -> None:
+    """On CPU it is not used, but this torch has it with the arguments that PackedAttention gives."""
+    assert kernels.torch_has_varlen()
+    assert not kernels.varlen_attention(torch.bfloat16, 128)
+    assert not kernels.grouped_matmul(torch.bfloat16)
+
+
+def gpu_check(*arguments: str, status: int = 0) -> str:
+    done = execute([sys.executable, "tools/gpu_check.py", *arguments], check=False, timeout=280)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_check_without_gpu_skips_with_reasons(tmp_path: Path) -> None:
+    gpu_check("--output", str(tmp_path / "results.json"))
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert len(found["results"]) > 30
+    assert {r["status"] for r in found["results"]} == {"skipped"}
+    assert all("no CUDA device" in r["reason"] for r in found["results"])
+
+
+def test_gpu_check_toy_runs(tmp_path: Path) -> None:
+    said = gpu_check("--toy", "--output", str(tmp_path / "results.json"))
+    assert "say nothing about speed" in said
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["machine"]["toy"]
+    status = {r["name"]: r["status"] for r in found["results"]}
+    for name in (
+        "attention kernel",
+        "grouped experts kernel",
+        "layers, torch, Qwen3-30B-A3B",
+        "peaks",
+        "optimizer step",
+    ):
+        assert status[name] == "passed"
+    assert all(r["reason"] for r in found["results"] if r["status"] == "skipped")
+
+
+def test_gpu_check_refuses_unknown_items() -> None:
+    assert "--only peeks: no item has this in its name; did you mean 'peaks'" in gpu_check("--only", "peeks", status=2)
