@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_arguments(argv)
         if args.compare:
-            return show_comparison(*args.compare, args.tolerance)
+            return show_comparison(args.compare[0], args.compare[1], args.tolerance)
         if args.scaling:
             return show_scaling(args.scaling, args.html)
         return benchmark(args)

@@ -106,8 +106,9 @@ def _step(engine: Engine, config: Config, lengths: Sequence[Sequence[int]], numb
     platform().synchronize()
     timer = PhaseTimer()
     with timer("data"):
-        tokens = [[torch.randint(engine.arch.vocab_size, (n,), generator=generator) for n in row] for row in lengths]
-        rows: list[Any] = [[TokenSequence(t, torch.ones_like(t)) for t in row] for row in tokens]
+        vocab = engine.arch.vocab_size
+        tokens: Any = [[torch.randint(vocab, (n,), generator=generator) for n in row] for row in lengths]
+        rows = [[TokenSequence(t, [1] * len(t)) for t in row] for row in tokens]
         micro_batches = rank_micro_batches(rows, groups, training.micro_batch_size)
     result = engine.train_step(micro_batches, loss_function, config.optimizer.lr)
     platform().synchronize()

@@ -69,7 +69,7 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One object a step; a progress line every `logging.every` steps."""
-        self._heartbeat.step(step + 1)
+        self._heartbeat.step(min(step + 1, self.total_steps))
         if not self.is_main:
             return
         self._metrics.write(json.dumps({"step": step} | metrics) + "\n")

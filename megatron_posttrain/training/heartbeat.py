@@ -1,0 +1,261 @@
+"""Signs of life: every rank tells its step and phase; a rank that hangs is named, with its stack, and the job ends.
+
+Each rank writes `heartbeats/rank_N.json` as its phase changes. When a phase lasts far longer than steps did, the
+rank that notices first makes a file `hang`; every rank that can then writes its stack beside its heartbeat, the
+first one puts them together in `hang.txt` and on stderr, and all leave with status 1. No collective is needed for
+it, since the collectives are what hangs.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+FACTOR, FLOOR = 20.0, 600.0  # a phase may take so many times the longest recent step, and at least so many seconds
+UNKNOWN = 1500.0  # seconds for first steps, checkpoints and exports; below torch.distributed's own 30 minutes
+WRITE_EVERY = 0.5  # seconds; quick steps would otherwise load a shared file system
+FRAMES, GROUPS = 6, 4  # of the diagnosis: it should fit the end of a log
+
+
+class Heartbeat:
+    """One rank's. `floor` and `unknown` in seconds."""
+
+    def __init__(
+        self, directory: Path, rank: int, ranks: int, step: int = 1, *, floor: float = FLOOR, unknown: float = UNKNOWN
+    ) -> None:
+        self.directory, self.rank, self.ranks, self.current_step = directory, rank, ranks, step
+        self.floor, self.unknown = floor, unknown
+        self._poll = min(5.0, floor / 4)
+        self._phases: list[str] = []
+        self._changes = 0
+        self._durations: deque[float] = deque(maxlen=20)
+        self._step_started: float | None = None
+        self._since = time.monotonic()
+        self._written = self._armed = 0.0
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in ("hang", "hang.txt", f"rank_{rank}.stack"):  # of an earlier run
+            (directory / name).unlink(missing_ok=True)
+        self._stack = (directory / f"rank_{rank}.stack").open("w")
+        self._write()
+        self._watcher = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Begins the watch; when every rank has made its Heartbeat, so that no `hang` of an earlier run is left."""
+        self._changed()
+        self._watcher.start()
+
+    def enter(self, phase: str) -> None:
+        self._phases.append(phase)
+        self._changed()
+
+    def leave(self) -> None:
+        self._phases.pop()
+        self._changed()
+
+    def step(self, number: int) -> None:
+        """Step `number` begins. How long steps took sets the limit; the first call's does not, since it warms up."""
+        now = time.monotonic()
+        if self._step_started is not None:
+            self._durations.append(now - self._step_started)
+        self.current_step, self._step_started = number, now
+        self._changed()
+
+    def stop(self) -> None:
+        self._ended.set()
+        faulthandler.cancel_dump_traceback_later()
+        self._phases = ["done"]
+        self._write()
+        if self._watcher.is_alive():
+            self._watcher.join()
+        self._stack.close()
+
+    @property
+    def limit(self) -> float:
+        """Seconds that the current phase may take."""
+        if len(self._durations) < 3 or not self._phases:
+            return max(self.unknown, FACTOR * max(self._durations, default=0.0))
+        return max(self.floor, FACTOR * max(self._durations))
+
+    @property
+    def _place(self) -> str:
+        return "/".join(self._phases) or "between phases"
+
+    # ---- telling ---------------------------------------------------------------------------------------------
+
+    def _changed(self) -> None:
+        now = self._since = time.monotonic()
+        self._changes += 1
+        if now - self._written > WRITE_EVERY:
+            self._write()
+        if now - self._armed > 1.0:
+            # A thread of C, which writes the stack even where this interpreter's lock is held for ever.
+            faulthandler.dump_traceback_later(self.limit + 2.0, file=self._stack)
+            self._armed = now
+
+    def _write(self) -> None:
+        """The file is whole at all times."""
+        with self._lock:
+            self._written = time.monotonic()
+            facts = {
+                "rank": self.rank,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "step": self.current_step,
+                "phase": self._place,
+                "changes": self._changes,
+                "time": time.time() - (self._written - self._since),
+                "thread": f"0x{threading.main_thread().ident:016x}",
+            }
+            part = self.directory / f".rank_{self.rank}"
+            part.write_text(json.dumps(facts) + "\n")
+            part.replace(self.directory / f"rank_{self.rank}.json")
+
+    # ---- watching --------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        asked = time.monotonic()
+        while not self._ended.wait(self._poll):
+            now, asked_before = time.monotonic(), asked
+            asked = now
+            if now - asked_before > 4 * self._poll + 10:
+                self._since = now  # this process was suspended: nobody's fault
+            if self._written < self._since:
+                self._write()
+            if (self.directory / "hang").exists():
+                self._follow()
+            elif now - self._since > self.limit:
+                self._report()
+
+    def _dump(self) -> None:
+        faulthandler.dump_traceback(file=self._stack)
+        self._stack.flush()
+
+    def _report(self) -> None:
+        try:
+            (self.directory / "hang").open("x").close()
+        except FileExistsError:
+            self._follow()
+        spent = time.monotonic() - self._since
+        self._dump()
+        deadline = time.monotonic() + 2 * self._poll + 2
+        while time.monotonic() < deadline and not all(self._has_stack(rank) for rank in range(self.ranks)):
+            time.sleep(0.2)
+        usual = f"{max(self._durations):.1f} s at most" if self._durations else "not known yet"
+        text = (
+            f"HANG: rank {self.rank} has been in step {self.current_step}, {self._place}, for {spent:.0f} s "
+            f"(steps took {usual}; allowed {self.limit:.0f} s)\n{diagnosis(self.directory, self.ranks)}"
+        )
+        part = self.directory / ".hang.txt"
+        part.write_text(text + "\n")
+        part.replace(self.directory / "hang.txt")
+        self._end(text)
+
+    def _follow(self) -> None:
+        """Another rank has noticed: give it this one's stack, and leave when it has spoken."""
+        self._dump()
+        said = self.directory / "hang.txt"
+        deadline = time.monotonic() + 2 * self._poll + 30
+        while time.monotonic() < deadline and not said.exists():
+            time.sleep(0.2)
+        # Rank 0's stream is the one that a person reads.
+        self._end(said.read_text() if self.rank == 0 and said.exists() else f"rank {self.rank}: ended, see {said}")
+
+    def _end(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+        os._exit(1)  # the main thread hangs, and would wait for ever in an orderly end
+
+    def _has_stack(self, rank: int) -> bool:
+        file = self.directory / f"rank_{rank}.stack"
+        return file.exists() and file.stat().st_size > 0
+
+
+def diagnosis(directory: Path, ranks: int, *, stacks: bool = True) -> str:
+    """Where every rank is: those that do not run, then those that are behind, then the rest, alike ones together.
+
+    `stacks=False` where nobody was asked for one: a rank without is not taken to be frozen then.
+    """
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for rank in range(ranks):
+        beat, frames = read_beat(directory, rank), stack_of(directory, rank)
+        if beat is None:
+            key: tuple[Any, ...] = (1, 0, "no heartbeat in this directory", ())
+        else:
+            where = f"step {beat['step']}, {beat['phase']}"
+            if frames or not stacks:
+                key = (1, beat["changes"], where, frames)
+            else:
+                key = (0, beat["changes"], f"{where}; it does not run (frozen, killed, or its machine is lost)", ())
+        groups.setdefault(key, []).append(rank)
+    ordered = sorted(groups.items(), key=lambda item: (item[0][:2], len(item[1])))
+    lines = []
+    for (_, _, where, frames), members in ordered[:GROUPS]:
+        beat = read_beat(directory, members[0])
+        host = f" on {beat['host']}" if beat is not None and len(members) == 1 else ""
+        lines += [f"  {'rank' if len(members) == 1 else 'ranks'} {spans(members)}{host}: {where}"]
+        lines += [f"      {frame}" for frame in frames]
+    rest = [rank for _, members in ordered[GROUPS:] for rank in members]
+    return "\n".join([*lines, *([f"  ranks {spans(sorted(rest))}: elsewhere"] if rest else [])])
+
+
+def read_beat(directory: Path, rank: int) -> dict[str, Any] | None:
+    file = directory / f"rank_{rank}.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def stack_of(directory: Path, rank: int) -> tuple[str, ...]:
+    """The innermost frames of a rank's main thread; none when it wrote no stack."""
+    file, beat = directory / f"rank_{rank}.stack", read_beat(directory, rank)
+    if beat is None or not file.exists():
+        return ()
+    frames: list[str] = []
+    inside = False
+    for line in file.read_text(errors="replace").splitlines():
+        if not line.startswith("  "):
+            if line.strip():
+                inside = beat["thread"] in line
+                frames = [] if inside else frames  # the last of several dumps
+        elif inside:
+            frames.append(line.strip())
+    return tuple(frames[:FRAMES])
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """0, 1, 2, 5 -> '0-2,5'."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
+
+
+_current: Heartbeat | None = None
+
+
+def set_current(heartbeat: Heartbeat | None) -> None:
+    """The one that `enter` and `leave` tell; None for none."""
+    global _current
+    _current = heartbeat
+
+
+def enter(phase: str) -> None:
+    """Tells this process's heartbeat, if there is one, that `phase` begins."""
+    if _current is not None:
+        _current.enter(phase)
+
+
+def leave() -> None:
+    """And that it ends."""
+    if _current is not None:
+        _current.leave()

@@ -1,0 +1,100 @@
+"""A rank that hangs is named, with its stack; so is one that does not run; all end by themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_posttrain.training.heartbeat import Heartbeat, spans
+from tests.launch import ROOT
+
+RANK = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from megatron_posttrain.training.heartbeat import Heartbeat
+rank, ranks, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+
+def stuck_in_the_loader():
+    time.sleep(600)
+
+def waits_for_its_fellows():
+    threading.Event().wait(600)
+
+beat = Heartbeat(directory, rank, ranks, floor=2.0, unknown=2.0)
+while len(list(directory.glob("rank_*.json"))) < ranks:
+    time.sleep(0.05)
+beat.start()
+for step in (1, 2, 3, 4):
+    beat.step(step)
+    beat.enter("data")
+    if step == 4 and rank == 1:
+        stuck_in_the_loader()
+    time.sleep(0.02)
+    beat.leave()
+    beat.enter("train")
+    if step == 4 and rank == 2:
+        time.sleep(1.0)  # until its heartbeat says so
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if step == 4:
+        waits_for_its_fellows()
+    beat.leave()
+"""
+
+
+def test_ranks_are_named_with_phase_and_stack(tmp_path: Path) -> None:
+    directory = tmp_path / "heartbeats"
+    directory.mkdir()
+    (directory / "hang").touch()  # of an earlier run: must not end this one
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), "4", str(directory)],
+            stderr=subprocess.PIPE, text=True, env=environment,
+        )
+        for rank in range(4)
+    ]  # fmt: skip
+    try:
+        outputs = [processes[rank].communicate(timeout=120)[1] for rank in (0, 1, 3)]
+        assert [processes[rank].returncode for rank in (0, 1, 3)] == [1, 1, 1]
+        assert processes[2].poll() is None  # frozen: the launcher's to kill
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                process.communicate()
+    text = (directory / "hang.txt").read_text()
+    assert text in outputs[0] or text.strip() in outputs[0]
+    lines = text.splitlines()
+    assert lines[0].startswith("HANG: rank ")
+    assert "rank 2 on " in lines[1]
+    assert "step 4, train; it does not run" in lines[1]
+    assert "rank 1 on " in lines[2]
+    assert "step 4, data" in lines[2]
+    assert "stuck_in_the_loader" in "".join(lines[3:5])
+    assert "ranks 0,3: step 4, train" in text
+    assert "waits_for_its_fellows" in text
+
+
+def test_a_healthy_run_leaves_its_last_phase(tmp_path: Path) -> None:
+    beat = Heartbeat(tmp_path, 0, 1, floor=60.0, unknown=60.0)
+    beat.start()
+    for step in range(1, 6):
+        beat.step(step)
+        beat.enter("train")
+        beat.enter("optimizer")
+        beat.leave()
+        beat.leave()
+    assert beat.limit == 60.0
+    beat.stop()
+    facts = json.loads((tmp_path / "rank_0.json").read_text())
+    assert facts["step"] == 5
+    assert facts["phase"] == "done"
+    assert not (tmp_path / "hang").exists()
+
+
+def test_spans() -> None:
+    assert spans([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
