@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,3 +136,22 @@ def test_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     with platform().megatron():
         out, _ = experts(torch.empty(0, 64), torch.zeros(len(COUNTS), dtype=torch.long), torch.empty(0))
     assert out.shape == (0, 64)
+
+
+def test_expert_tensor_ranks_add_the_bias_once_together() -> None:
+    """Each of two ranks adds half of it and gets the whole gradient."""
+    experts = build("gpt-oss-20b")[0].decoder.layers[0].mlp.experts
+    assert type(experts) is GroupedExperts  # on CPU too: stock cannot train biases on one rank
+    for expert in experts.local_experts:
+        for weight in (expert.linear_fc1.weight, expert.linear_fc2.weight):
+            weight.data.zero_()
+        expert.linear_fc1.bias.data.zero_()
+        expert.linear_fc2.bias.data.fill_(3.0)
+    experts.tp_group = SimpleNamespace(size=lambda: 2)
+    probs = torch.full((sum(COUNTS),), 0.5)
+    with platform().megatron():
+        out, _ = experts(torch.randn(sum(COUNTS), 64), torch.tensor(COUNTS), probs)
+        out.sum().backward()
+    torch.testing.assert_close(out, torch.full_like(out, 0.5 * 3.0 / 2))
+    for expert, count in zip(experts.local_experts, COUNTS, strict=True):
+        torch.testing.assert_close(expert.linear_fc2.bias.grad, torch.full((64,), 0.5 * count))

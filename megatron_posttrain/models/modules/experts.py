@@ -49,11 +49,15 @@ class GroupedExperts(SequentialMLP):
         ends = torch.tensor(counts).cumsum(0).to(x.device, torch.int32, non_blocking=True)
         x = _GroupedLinear.apply(x, ends, counts, *(m.weight for m in fc1))
         if fc1[0].bias is not None:
-            x = x + _rows_of(fc1, ends, len(x))
+            x = x + _rows_of([m.bias for m in fc1], ends, len(x))
         x = self._activate(x, permuted_probs)
         x = _GroupedLinear.apply(x, ends, counts, *(m.weight for m in fc2))
         if fc2[0].bias is not None:
-            x = x + (_rows_of(fc2, ends, len(x)) * permuted_probs[:, None]).to(x.dtype)
+            # Outputs are summed over expert tensor ranks, which all hold this bias: each adds its share, and
+            # each gets the whole gradient, so that they stay equal. Stock adds it once a rank.
+            others = 1 - 1 / self.tp_group.size()
+            biases = [m.bias - others * m.bias.detach() for m in fc2]
+            x = x + (_rows_of(biases, ends, len(x)) * permuted_probs[:, None]).to(x.dtype)
         return x, None
 
     def _activate(self, x: Tensor, probs: Tensor) -> Tensor:
@@ -137,7 +141,7 @@ def strided(tensors: Tensors) -> Tensor | None:
     return first.as_strided((len(tensors), *first.shape), (step, *first.stride()), starts[0])
 
 
-def _rows_of(linears: Sequence[Any], ends: Tensor, rows: int) -> Tensor:
+def _rows_of(biases: Tensors, ends: Tensor, rows: int) -> Tensor:
     """The bias of every row's expert: [t, out]."""
     expert = torch.searchsorted(ends, torch.arange(rows, device=ends.device, dtype=ends.dtype), right=True)
-    return torch.stack([m.bias for m in linears])[expert]
+    return torch.stack(tuple(biases))[expert]
