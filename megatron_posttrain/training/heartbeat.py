@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -23,6 +24,7 @@ from typing import Any
 FACTOR, FLOOR = 20.0, 600.0  # a phase may take so many times the longest recent step, and at least so many seconds
 UNKNOWN = 1500.0  # seconds for first steps, checkpoints and exports; below torch.distributed's own 30 minutes
 WRITE_EVERY = 0.5  # seconds; quick steps would otherwise load a shared file system
+TORCH_FRAMES = ("/torch/", "typing_extensions.py", "__torch_function__")
 FRAMES, GROUPS = 6, 4  # of the diagnosis: it should fit the end of a log
 
 
@@ -226,7 +228,9 @@ def stack_of(directory: Path, rank: int) -> tuple[str, ...]:
                 frames = [] if inside else frames  # the last of several dumps
         elif inside:
             frames.append(line.strip())
-    return tuple(frames[:FRAMES])
+    # Of torch's many frames the innermost is kept: what called it says more.
+    kept = [f for n, f in enumerate(frames) if n == 0 or not any(part in f for part in TORCH_FRAMES)]
+    return tuple(re.sub(r'".*/site-packages/', '"', frame) for frame in kept[:FRAMES])
 
 
 def spans(numbers: Iterable[int]) -> str:
