@@ -9,8 +9,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_posttrain.benchmarking.throughput import Options
 from megatron_posttrain.config.schema import GrpoConfig
 from megatron_posttrain.planning.flops import flops_per_token
@@ -71,13 +69,12 @@ def measure_grpo(config: GrpoConfig, options: Options) -> dict[str, Any] | None:
 
 def _shortened(config: GrpoConfig, prompts: Path, output: Path, options: Options) -> GrpoConfig:
     """The same steps on other prompts, without checkpoints."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
     return config.model_copy(
         update={
             "data": config.data.model_copy(update={"train": str(prompts)}),
             "training": config.training.model_copy(update={"steps": options.warmup + options.steps}),
             "checkpoint": config.checkpoint.model_copy(update={"every": None, "resume": "never"}),
             "logging": config.logging.model_copy(update={"tensorboard": False}),
-            "output": str(output if rank == 0 else output.with_name(f"rank_{rank}")),
+            "output": str(output),
         }
     )
