@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_posttrain.config.schema import SftConfig
+from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.models.build import build_model
+from megatron_posttrain.models.build import build_model, config_options
 from megatron_posttrain.models.modules import kernels
 from megatron_posttrain.models.modules.experts import GroupedExperts, strided
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
@@ -138,20 +138,8 @@ def test_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert out.shape == (0, 64)
 
 
-def test_expert_tensor_ranks_add_the_bias_once_together() -> None:
-    """Each of two ranks adds half of it and gets the whole gradient."""
-    experts = build("gpt-oss-20b")[0].decoder.layers[0].mlp.experts
-    assert type(experts) is GroupedExperts  # on CPU too: stock cannot train biases on one rank
-    for expert in experts.local_experts:
-        for weight in (expert.linear_fc1.weight, expert.linear_fc2.weight):
-            weight.data.zero_()
-        expert.linear_fc1.bias.data.zero_()
-        expert.linear_fc2.bias.data.fill_(3.0)
-    experts.tp_group = SimpleNamespace(size=lambda: 2)
-    probs = torch.full((sum(COUNTS),), 0.5)
-    with platform().megatron():
-        out, _ = experts(torch.randn(sum(COUNTS), 64), torch.tensor(COUNTS), probs)
-        out.sum().backward()
-    torch.testing.assert_close(out, torch.full_like(out, 0.5 * 3.0 / 2))
-    for expert, count in zip(experts.local_experts, COUNTS, strict=True):
-        torch.testing.assert_close(expert.linear_fc2.bias.grad, torch.full((64,), 0.5 * count))
+def test_biased_experts_are_grouped_on_cpu_too() -> None:
+    """Stock cannot train them on one rank, and refuses them under expert tensor parallelism."""
+    assert type(build("gpt-oss-20b")[0].decoder.layers[0].mlp.experts) is GroupedExperts
+    with pytest.raises(UserError, match=r"parallel\.expert_tensor: 2, but .* allowed: 1"):
+        config_options(architecture("gpt-oss-20b"), Layout(expert_tensor=2), config().model, config().precision)

@@ -53,11 +53,7 @@ class GroupedExperts(SequentialMLP):
         x = self._activate(x, permuted_probs)
         x = _GroupedLinear.apply(x, ends, counts, *(m.weight for m in fc2))
         if fc2[0].bias is not None:
-            # Outputs are summed over expert tensor ranks, which all hold this bias: each adds its share, and
-            # each gets the whole gradient, so that they stay equal. Stock adds it once a rank.
-            others = 1 - 1 / self.tp_group.size()
-            biases = [m.bias - others * m.bias.detach() for m in fc2]
-            x = x + (_rows_of(biases, ends, len(x)) * permuted_probs[:, None]).to(x.dtype)
+            x = x + (_rows_of([m.bias for m in fc2], ends, len(x)) * permuted_probs[:, None]).to(x.dtype)
         return x, None
 
     def _activate(self, x: Tensor, probs: Tensor) -> Tensor:
