@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh clone: a small Qwen3-MoE model learns three-digit addition by SFT, then by GRPO with vLLM
+# From a fresh clone: a small Qwen3-MoE model learns two-digit addition by SFT, then by GRPO with vLLM
 # rollouts, under tensor x pipeline x expert parallelism in four processes. About ten minutes on two cores.
 #   bash examples/quickstart.sh [key.sub=value ...]      SEED=1 RUN=runs/other for another seed and place
 set -euo pipefail

@@ -46,7 +46,7 @@ def main() -> None:
     console.print(f"[bold]vLLM[/]          {shown['response']}\n", highlight=False)
 
     rewards = [line["reward"] for line in read_lines(args.run / "grpo" / "metrics.jsonl")]
-    table = Table(title=f"three-digit addition, held-out problems, greedy (seed {args.seed})")
+    table = Table(title=f"two-digit addition, held-out problems, greedy (seed {args.seed})")
     table.add_column("model")
     table.add_column("accuracy", justify="right")
     table.add_column("95% interval", justify="right")
