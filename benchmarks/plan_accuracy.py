@@ -4,10 +4,10 @@
     python benchmarks/plan_accuracy.py --fit      # and constants fitted anew, to copy there
 
 Rows: published_throughput.csv beside this file, each with its source. Left out: models that are no plain
-transformers (Nemotron-3's state-space layers, DeepSeek-V4), NVFP4, LoRA and reinforcement learning rows (reported
-apart), and rows without a batch size. FSDP rows are predicted as data parallel ones. Error: published / predicted
-time - 1, that is predicted / published throughput - 1. Where a source rounds tokens/s to a multiple of 16 or more (containers
-26.04.01, 26.06.01, 26.08), throughput is taken from its TFLOP/s, unless that uses another FLOP formula.
+transformers (Nemotron-3's state-space layers, DeepSeek-V4), NVFP4, reinforcement learning, and rows without a
+batch size; LoRA is reported apart. FSDP rows are predicted as data parallel ones. The error is predicted /
+published throughput - 1. Where a source rounds tokens/s to a multiple of 16 or more (containers 26.04.01,
+26.06.01, 26.08), throughput is taken from its TFLOP/s, unless that uses another FLOP formula.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ def _row(raw: dict[str, str], tasks: Sequence[str]) -> Row | None:
         gpus, tensor=_number(raw["tp"]), pipeline=_number(raw["pp"]), virtual_pipeline=_number(raw["vp"]),
         context=_number(raw["cp"]), expert=_number(raw["ep"]),
     )  # fmt: skip
-    routing = "natural" if "natural" in raw["routing"] else "token-drop" if "drop" in raw["routing"] else "balanced"
+    routing = {"natural": "natural", "token-drop": "token-drop"}.get(raw["routing"], "balanced")
     job = st.Training(
-        length, int(raw["gbs"]), _number(raw["mbs"]), precision, "balanced" if "dropless" in raw["routing"] else routing,
+        length, int(raw["gbs"]), _number(raw["mbs"]), precision, routing,
         lora=raw["task"].startswith("lora"),
     )  # fmt: skip
     gpu = GPUS[raw["gpu"].removeprefix("DGX-").replace("H800", "H100")]

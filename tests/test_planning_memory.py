@@ -23,7 +23,7 @@ from megatron_posttrain.planning.activations import Shapes, in_flight, layer_ten
 from megatron_posttrain.planning.layouts import chunk_layers
 from megatron_posttrain.planning.parameters import chunk_parameters, rank_state, trained_elements
 
-CONFIGS = 20
+CONFIGS, SEED = 20, 4
 SMALL = Architecture("qwen3", 3, 64, 4, 2, 32, 160, 512, 256, qk_norm=True)
 EXPERTS = MixtureOfExperts(8, 2, 96)
 MEASURED: dict[str, tuple[Architecture, Layout]] = {
@@ -33,6 +33,16 @@ MEASURED: dict[str, tuple[Architecture, Layout]] = {
     "experts": (replace(SMALL, moe=EXPERTS), Layout()),
     "shared": (
         replace(SMALL, qk_norm=False, moe=MixtureOfExperts(8, 4, 64, 128, True, first_dense_layers=1)), Layout()
+    ),
+    "latent": (
+        replace(SMALL, qk_norm=False, num_query_groups=4, mla=MultiLatentAttention(48, 32, 32, 16, 32)), Layout()
+    ),
+    "sinks and windows": (
+        replace(
+            SMALL, qk_norm=False, moe=EXPERTS, qkv_bias=True, attention_output_bias=True, mlp_bias=True,
+            attention_sinks=True, activation="gpt_oss_glu", sliding_window=32, sliding_layers=(0, 2),
+        ),
+        Layout(),
     ),
     "tensor parallel": (SMALL, Layout(2, tensor=2)),
     "tensor parallel experts": (replace(SMALL, moe=EXPERTS), Layout(2, tensor=2)),
@@ -81,12 +91,18 @@ def random_case(rng: random.Random) -> tuple[Architecture, Layout, int, str]:
 @contextmanager
 def fake_rank(layout: Layout, rank: int) -> Iterator[None]:
     import torch.distributed as dist
-    from megatron.core import parallel_state as ps
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from megatron_posttrain.parallel.groups import make_groups
+    from megatron_posttrain.platform import platform
+
+    platform()  # settles how megatron-core compiles, so before its import; that before parts of torch are replaced
+    import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
+    from megatron.core import parallel_state as ps
+    from torch._dynamo.trace_rules import get_torch_obj_rule_map
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
+    get_torch_obj_rule_map()  # cleared by the line above, and made once of torch as it then is
     new_group = dist.new_group
     dist.new_group = lambda *args, **options: new_group(*args, **{**options, "backend": "fake"})
     try:
@@ -167,22 +183,21 @@ def saved_bytes(arch: Architecture, layout: Layout, dtype: str, recompute: str) 
         return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
-def measure(job: dict[str, Any]) -> list[Any]:
-    if "seed" in job:
-        rng = random.Random(job["seed"])
-        return [held_state(*random_case(rng)) for _ in range(CONFIGS)]
-    return [
-        saved_bytes(*MEASURED[job["model"]], dtype, recompute)
-        for dtype in ("bf16", "fp32")
-        for recompute in ("none", "selective", "full")
-    ]
+KINDS = [(dtype, recompute) for dtype in ("bf16", "fp32") for recompute in ("none", "selective", "full")]
 
 
-def in_its_own_process(job: dict[str, Any]) -> list[Any]:
-    """megatron-core's state is global, and so is the fake process group."""
-    done = subprocess.run(
-        [sys.executable, __file__, json.dumps(job)], capture_output=True, text=True, timeout=280, check=False
-    )
+def measure() -> dict[str, Any]:
+    rng = random.Random(SEED)
+    return {
+        "states": [held_state(*random_case(rng)) for _ in range(CONFIGS)],
+        "activations": {name: [saved_bytes(*case, *kind) for kind in KINDS] for name, case in MEASURED.items()},
+    }
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Any]:
+    """In a process of its own: megatron-core's state is global, and so is the fake process group."""
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -190,10 +205,9 @@ def in_its_own_process(job: dict[str, Any]) -> list[Any]:
 # ---- tests ---------------------------------------------------------------------------------------------
 
 
-def test_state_of_twenty_random_ranks_is_exact() -> None:
-    held = in_its_own_process({"seed": 4})
-    rng = random.Random(4)
-    for number, real in enumerate(held):
+def test_state_of_twenty_random_ranks_is_exact(measured: dict[str, Any]) -> None:
+    rng = random.Random(SEED)
+    for number, real in enumerate(measured["states"]):
         arch, layout, rank, dtype = random_case(rng)
         state = rank_state(arch, layout, rank, dtype=dtype, overlap=False, transformer_engine=False)
         planned = [state.dense_elements + state.expert_elements, state.weights, state.gradients, state.optimizer]
@@ -201,17 +215,16 @@ def test_state_of_twenty_random_ranks_is_exact() -> None:
 
 
 @pytest.mark.parametrize("model", MEASURED)
-def test_activations_within_a_tenth(model: str) -> None:
+def test_activations_within_a_tenth(measured: dict[str, Any], model: str) -> None:
     arch, layout = MEASURED[model]
-    measured = iter(in_its_own_process({"model": model}))
-    for dtype_bytes in (2, 4):
-        for recompute in ("none", "selective", "full"):
-            shapes = Shapes(TOKENS, TOKENS, dtype_bytes, recompute=recompute, transformer_engine=False)
-            planned = sum(stage_activations(arch, layout, shapes, 0, 1).values())
-            if recompute == "full":  # the layer at work is made in the backward pass only
-                working = layer_tensors(arch, arch.num_layers - 1, layout, replace(shapes, recompute="none"))
-                planned -= sum(working.values())
-            assert planned == pytest.approx(next(measured), rel=0.1), (dtype_bytes, recompute)
+    for (dtype, recompute), real in zip(KINDS, measured["activations"][model], strict=True):
+        bytes_each = 2 if dtype == "bf16" else 4
+        shapes = Shapes(TOKENS, TOKENS, bytes_each, recompute=recompute, transformer_engine=False)
+        planned = sum(stage_activations(arch, layout, shapes, 0, 1).values())
+        if recompute == "full":  # the layer at work is made in the backward pass only
+            working = layer_tensors(arch, arch.num_layers - 1, layout, replace(shapes, recompute="none"))
+            planned -= sum(working.values())
+        assert planned == pytest.approx(real, rel=0.1), (dtype, recompute)
 
 
 def test_parameters_add_up_to_transformers_model() -> None:
@@ -266,4 +279,4 @@ def test_every_layer_is_in_one_chunk(layers: int, chunks: int) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(json.loads(sys.argv[1]))))
+    print(json.dumps(measure()))

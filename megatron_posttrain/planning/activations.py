@@ -16,6 +16,9 @@ from megatron_posttrain.planning.layers import attention_dims, window_of
 from megatron_posttrain.planning.layouts import chunk_layers
 
 LOGPROB_CHUNK = 1 << 26  # elements of logits in fp32 at a time, training/token_logprobs.py
+# Tensors as wide as an MLP that unfused kernels keep beside gate and up: activated gate, up plus offset and their
+# product; gpt-oss clamps both and takes a sigmoid.
+UNFUSED = {"swiglu": 3, "gpt_oss_glu": 5}
 # Recomputed with the core attention, and inputs of linear modules, which FP8 keeps in one byte.
 RECOMPUTED = ("softmax_statistics", "attention_matrix")
 FP8_INPUTS = ("attention_input", "mlp_input", "mlp_hidden", "expert_input", "expert_hidden", "shared_hidden")
@@ -47,12 +50,7 @@ def _attention(arch: Architecture, layer: int, layout: Layout, shapes: Shapes) -
     kv = arch.key_value_size / tp
     saved: dict[str, float] = {"softmax_statistics": 4 * arch.num_heads / tp}
     if arch.mla is not None:
-        mla = arch.mla
-        ranks = (mla.q_rank or 0) + mla.kv_rank
-        saved["latents"] = _norm(ranks, shapes) + (ranks + mla.qk_rope_dim) * e
-        saved["query_key_value"] = (2 * query + value) * e + query * e * (mla.q_rank is not None)
-        saved["attention_output"] = value * e
-        return saved
+        return saved | _latent_attention(arch, query, value, shapes)
     if shapes.transformer_engine:
         saved["query_key_value"] = (query + 2 * kv) * e
         saved["query_key_rotated"] = (query + kv) * e
@@ -60,7 +58,28 @@ def _attention(arch: Architecture, layer: int, layout: Layout, shapes: Shapes) -
         saved |= _torch_attention(arch, query, kv, layout.context, shapes)
     saved["attention_output"] = value * e
     if arch.attention_sinks and not shapes.transformer_engine:
-        saved["attention_matrix"] = arch.num_heads / tp * shapes.length * (4 + e + 1)
+        weights = 4 if e == 4 else 4 + e  # in fp32, and as the values are
+        saved["attention_matrix"] = (arch.num_heads / tp * weights + 1) * shapes.length
+    return saved
+
+
+def _latent_attention(arch: Architecture, query: float, value: float, shapes: Shapes) -> dict[str, float]:
+    """Multi-latent attention, per token."""
+    mla, e = arch.mla, shapes.dtype_bytes
+    assert mla is not None
+    ranks = (mla.q_rank or 0) + mla.kv_rank
+    saved = {
+        "latents": _norm(ranks, shapes) + (ranks + mla.qk_rope_dim) * e,
+        "query_key_value": (2 * query + value) * e + query * e * (mla.q_rank is not None),
+        "attention_output": value * e,
+    }
+    if not shapes.transformer_engine:
+        heads = query / (mla.qk_nope_dim + mla.qk_rope_dim)
+        saved["rotary_tables"] = 4.0 * mla.qk_rope_dim * e
+        saved["query_key_value"] = (2 * query + heads * (mla.qk_nope_dim + mla.v_dim)) * e
+        if shapes.recompute == "none":  # torch's plain attention, in fp32, where keys and values differ in width
+            saved["query_key_value"] = (2 * query + value) * 4
+            saved["attention_matrix"] = 4 * heads * shapes.length
     return saved
 
 
@@ -91,7 +110,7 @@ def _mlp(arch: Architecture, layer: int, layout: Layout, shapes: Shapes) -> dict
     """Per token of this rank before sequence parallelism."""
     e, tp = shapes.dtype_bytes, layout.tensor
     fused = shapes.transformer_engine and arch.activation == "swiglu"
-    hidden = 1 if fused else 3  # silu(gate), up plus offset, and their product
+    hidden = 1 if fused else UNFUSED[arch.activation]
     moe = arch.moe
     if moe is None or not arch.is_moe_layer(layer):
         width = arch.ffn_size / tp
@@ -105,6 +124,8 @@ def _mlp(arch: Architecture, layer: int, layout: Layout, shapes: Shapes) -> dict
         "expert_gate_up": routed * 2 * width * e,
         "expert_hidden": routed * (hidden if fused else hidden + 1) * width * e,
     }
+    if arch.mlp_bias:
+        saved["expert_output"] = routed * arch.hidden_size * e  # before the bias
     if moe.shared_ffn_size:
         saved["shared_gate_up"] = 2 * moe.shared_ffn_size / tp * e
         saved["shared_hidden"] = hidden * moe.shared_ffn_size / tp * e
@@ -192,7 +213,7 @@ def stage_activations(
     if shapes.recompute == "full":
         whole = Shapes(**{**vars(shapes), "recompute": "none"})
         add(max((layer_tensors(arch, n, layout, whole) for n in layers), key=lambda t: sum(t.values())))
-        add({"rotary_tables": shapes.tokens * arch.head_dim * 4.0})
+        add({"rotary_tables": shapes.tokens * (arch.mla.qk_rope_dim if arch.mla else arch.head_dim) * 4.0})
     if stage == layout.pipeline - 1:
         sequence = layout.tensor if layout.sequence_parallel else 1
         per_token = _norm(arch.hidden_size, shapes) + arch.hidden_size * shapes.dtype_bytes

@@ -78,7 +78,7 @@ KNOWN_MODELS: dict[str, Architecture] = {
 
 
 def _canonical(name: str) -> str:
-    """Spelling without organisation, case, separators and suffixes: 'meta-llama/Llama-3.1-8B-Instruct' -> 'llama38b'."""
+    """A name without organisation, case, separators and suffixes: meta-llama/Llama-3.1-8B-Instruct -> llama38b."""
     name = name.rsplit("/", 1)[-1].lower().replace("meta-", "")
     for suffix in ("-instruct", "-base", "-bf16", "-2507"):
         name = name.removesuffix(suffix)

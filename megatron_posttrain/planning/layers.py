@@ -33,7 +33,8 @@ class Linear:
 
 def attention_linears(arch: Architecture) -> tuple[Linear, ...]:
     """Projections of self-attention: grouped-query or multi-latent (arXiv 2405.04434, section 2.1)."""
-    hidden, bias = arch.hidden_size, arch.qkv_bias
+    hidden = arch.hidden_size
+    bias = arch.qkv_bias or arch.attention_output_bias or arch.mlp_bias  # as megatron-core's switches have it
     if arch.mla is None:
         qkv = Linear("linear_qkv", hidden, arch.query_size + 2 * arch.key_value_size, "column", bias)
         return (Linear("linear_proj", arch.query_size, hidden, "row", arch.attention_output_bias), qkv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -24,7 +25,7 @@ def make_layout(gpus: int, **sizes: int) -> Layout:
     """A layout on `gpus` ranks; virtual_pipeline=1 means none."""
     if sizes.get("virtual_pipeline") == 1:
         del sizes["virtual_pipeline"]
-    return Layout(world_size=gpus, **sizes)
+    return replace(Layout(world_size=gpus), **sizes)  # type: ignore[arg-type]
 
 
 def sizes_of(layout: Layout) -> dict[str, int]:
@@ -75,7 +76,7 @@ def chunk_layers(num_layers: int, chunks: int) -> tuple[range, ...]:
     for chunk in (*range(1, chunks - 1), 0)[:extra]:
         sizes[chunk] += 1
     starts = [sum(sizes[:i]) for i in range(chunks + 1)]
-    return tuple(range(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True))
+    return tuple(range(a, b) for a, b in itertools.pairwise(starts))
 
 
 def enumerate_layouts(

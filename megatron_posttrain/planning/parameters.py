@@ -43,22 +43,20 @@ class RankState:
     optimizer: int
 
 
-def _linear(prefix: str, linear: Linear, tensor: int, biased: bool, duplicated: bool) -> Iterator[tuple[str, int]]:
-    inputs, outputs = linear.local(1 if duplicated else tensor)
+def _linear(prefix: str, linear: Linear, tensor: int, whole: bool = False) -> Iterator[tuple[str, int]]:
+    inputs, outputs = linear.local(1 if whole else tensor)
     yield f"{prefix}{linear.name}.weight", inputs * outputs
-    if biased:
+    if linear.bias:
         yield f"{prefix}{linear.name}.bias", outputs
 
 
 def _attention(arch: Architecture, tensor: int, transformer_engine: bool) -> Iterator[tuple[str, int]]:
-    bias = arch.attention_output_bias or arch.mlp_bias  # megatron-core has one switch for all but qkv
     if arch.attention_sinks:
         yield "core_attention.softmax_offset", arch.num_heads // tensor
     for linear in attention_linears(arch):
         # Transformer Engine's MLA keeps the down projections whole on every tensor rank.
         whole = transformer_engine and linear.name in ("linear_q_down_proj", "linear_kv_down_proj")
-        biased = arch.mla is None and (bias or (arch.qkv_bias and linear.name == "linear_qkv"))
-        yield from _linear("", linear, tensor, biased or (bias and linear.name == "linear_proj"), whole)
+        yield from _linear("", linear, tensor, whole)
     if arch.mla is not None:
         if arch.mla.q_rank is not None:
             yield "q_layernorm.weight", arch.mla.q_rank
@@ -69,25 +67,23 @@ def _attention(arch: Architecture, tensor: int, transformer_engine: bool) -> Ite
 
 
 def _mlp(arch: Architecture, layer: int, layout: Layout) -> Iterator[Parameter]:
-    bias = arch.attention_output_bias or arch.mlp_bias
     moe = arch.moe
     if moe is None or not arch.is_moe_layer(layer):
         for linear in mlp_linears(arch, arch.ffn_size):
-            yield from (Parameter(*p) for p in _linear("mlp.", linear, layout.tensor, bias, False))
+            yield from (Parameter(*p) for p in _linear("mlp.", linear, layout.tensor))
         return
     yield Parameter("mlp.router.weight", moe.num_experts * arch.hidden_size)
-    if bias:
+    if arch.attention_output_bias or arch.mlp_bias:  # megatron-core's one switch for biases is also the router's
         yield Parameter("mlp.router.bias", moe.num_experts)
     for expert in range(moe.num_experts // layout.expert):
         for linear in mlp_linears(arch, moe.expert_ffn_size):
-            prefix = f"mlp.experts.local_experts.{expert}."
-            for name, elements in _linear(prefix, linear, layout.expert_tensor, bias, False):
-                yield Parameter(name, elements, expert=layout.expert > 1)
+            for name, elements in _linear(f"mlp.experts.local_experts.{expert}.", linear, layout.expert_tensor):
+                yield Parameter(name, elements, expert=True)
     if moe.shared_ffn_size:
         if moe.shared_gate:
             yield Parameter("mlp.shared_experts.gate_weight", arch.hidden_size)
         for linear in mlp_linears(arch, moe.shared_ffn_size):
-            yield from (Parameter(*p) for p in _linear("mlp.shared_experts.", linear, layout.tensor, bias, False))
+            yield from (Parameter(*p) for p in _linear("mlp.shared_experts.", linear, layout.tensor))
 
 
 def layer_parameters(arch: Architecture, layer: int, layout: Layout, transformer_engine: bool) -> Iterator[Parameter]:
@@ -129,7 +125,8 @@ def buckets(
 
     multiple = math.lcm(ranks, BUCKET_MULTIPLE)
     done: list[tuple[int, int, list[tuple[int, int]]]] = []
-    start, end, members = 0, 0, []
+    start = end = 0
+    members: list[tuple[int, int]] = []
     for p in reversed(parameters):
         at = up(end, ALIGNMENT)
         if p.shared_embedding and members:

@@ -88,7 +88,7 @@ def estimate(
         work.row_length, work.global_batch, micro_batch, work.precision, work.balance, recompute, work.task == "lora"
     )
     lora = work.lora_rank if work.task == "lora" else None
-    trained = trained_elements(arch, layout)
+    trained: tuple[float, float] = trained_elements(arch, layout)
     if lora is not None:
         trained = (arch.num_layers / layout.pipeline * lora_weights(arch, lora) / layout.tensor, 0)
     time = step_time(arch, layout, job, gpu, trained)
@@ -287,9 +287,8 @@ def layout_warnings(arch: Architecture, e: Estimate, work: Workload, gpu: Gpu) -
             )
     for problem in problems(layout, arch):
         found.append(f"training refuses this layout: {problem}")
-    problem = batch_problem(layout, work.global_batch, e.micro_batch)
-    if problem is not None:
-        found.append(f"training refuses this batch: {problem}")
+    if (refused := batch_problem(layout, work.global_batch, e.micro_batch)) is not None:
+        found.append(f"training refuses this batch: {refused}")
     if e.seconds["bubble"] > 0.25 * e.step_seconds:
         found.append("more than a quarter of the step is pipeline bubble: use more microbatches or fewer stages")
     if e.fits and e.memory_gib["total"] > 0.92 * gpu.memory_gib:
