@@ -157,7 +157,7 @@ def _inputs(directory: Path, files: Iterable[Path], options: ConvertOptions) -> 
     return {"source": str(directory.resolve()), "source files": stats, "options": repr(options)}
 
 
-def _with_dtype(config: HfConfig, dtype: torch.dtype | None, always: bool = True) -> HfConfig:
+def _with_dtype(config: HfConfig, dtype: torch.dtype | None) -> HfConfig:
     if dtype is None:
         return config
     kept = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
@@ -289,7 +289,3 @@ def check_paths(source: Path, target: Path, overwrite: bool) -> None:
     if source.resolve() == target.resolve():
         raise UserError(f"{target}: is the source as well")
     check_target(target, overwrite)
-
-
-def with_dtype(options: ConvertOptions, dtype: torch.dtype) -> ConvertOptions:
-    return replace(options, dtype=dtype)

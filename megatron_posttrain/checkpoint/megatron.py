@@ -243,7 +243,7 @@ def load_megatron(modules: Sequence[nn.Module], directory: Path | str) -> None:
         for module in modules:
             wanted = module.sharded_state_dict()  # type: ignore[operator]
             loaded: Mapping[str, Any]
-            loaded, missing, _ = dist_checkpointing.load(wanted, str(directory), strict="return_all")
-            if missing:
-                raise UserError(f"{directory}: lacks {sorted(missing)[0]!r} ({len(missing)} such)")
+            loaded, _, absent = dist_checkpointing.load(wanted, str(directory), strict="return_all")
+            if absent:
+                raise UserError(f"{directory}: lacks {sorted(absent)[0]!r} ({len(absent)} such)")
             module.load_state_dict(loaded, strict=False)

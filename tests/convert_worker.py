@@ -1,0 +1,56 @@
+"""Run under torchrun by test_convert.py: converts every model with all processes, and loads it in parallel.
+
+convert_worker.py JOBS.json: [{"model", "layout": {...}, "out"}]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from megatron_posttrain.checkpoint.convert import ConvertOptions, plan_hf_to_megatron, plan_megatron_to_hf
+from megatron_posttrain.checkpoint.megatron import load_megatron
+from megatron_posttrain.checkpoint.stream import StreamOptions
+from megatron_posttrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_posttrain.models.build import build_model
+from megatron_posttrain.models.sharded import export_hf
+from megatron_posttrain.parallel.groups import make_groups, start_distributed
+from megatron_posttrain.parallel.layout import Layout, check_layout
+from megatron_posttrain.platform import platform
+
+SMALL = ConvertOptions(shard_bytes=20_000)  # several files, so that every process has some
+
+
+def main() -> None:
+    from megatron.core import parallel_state
+
+    torch.set_num_threads(1)
+    start_distributed()
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        source, out = Path(job["model"]), Path(job["out"])
+        there = plan_hf_to_megatron(source, SMALL)
+        there.run(out / "megatron4", StreamOptions(quiet=True))
+        plan_megatron_to_hf(out / "megatron4", SMALL).run(out / "hf4", StreamOptions(quiet=True))
+
+        layout = Layout.from_config(ParallelConfig(**job["layout"]), dist.get_world_size())
+        check_layout(layout, there.arch)
+        groups = make_groups(layout, 0)
+        model = ModelConfig(path=str(source))
+        chunks, _ = build_model(there.arch, layout, model, PrecisionConfig(dtype=job["dtype"]))
+        load_megatron(chunks, out / "megatron4")
+        with platform().megatron():
+            tensors = dict(export_hf(chunks, there.arch, groups))
+        if dist.get_rank() == 0:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / "loaded.safetensors")
+        parallel_state.destroy_model_parallel()
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
