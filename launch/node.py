@@ -57,9 +57,7 @@ def say(text: str) -> None:
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = get_args_parser()
     parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
-    parser.set_defaults(
-        nnodes="1", nproc_per_node=None, log_dir="runs/logs", signals_to_handle="SIGINT,SIGHUP,SIGQUIT"
-    )
+    parser.set_defaults(nnodes="1", nproc_per_node=None, log_dir="runs/logs", signals_to_handle="SIGINT,SIGHUP,SIGQUIT")
     group = parser.add_argument_group("launch")
     group.add_argument(
         "--slurm",
@@ -78,6 +76,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         default=60.0,
         help="seconds of silence before a node is lost (default 60)",
     )
+    group.add_argument("--chdir", metavar="DIR", help="run there (default: the current directory)")
     args = parser.parse_args(argv)
     name = args.training_script
     if not (args.module or args.no_python or name.endswith(".py")):
@@ -85,12 +84,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             raise UserError(f"no command '{name}'{nearest(name, COMMANDS)} (one of {', '.join(COMMANDS)})")
         args.module, args.training_script = True, "megatron_posttrain"
         args.training_script_args = [name, *args.training_script_args]
+    change_directory(args)
     if args.slurm:
         take_from_slurm(args)
     if not args.nnodes.isdigit() or int(args.nnodes) < 1:
-        raise UserError(
-            f"--nnodes is '{args.nnodes}'; a parallel layout needs one number of nodes, 1 or more"
-        )
+        raise UserError(f"--nnodes is '{args.nnodes}'; a parallel layout needs one number of nodes, 1 or more")
     if args.rdzv_backend not in ("static", "c10d"):
         raise UserError(f"--rdzv-backend is '{args.rdzv_backend}'; it can be static or c10d")
     if args.rdzv_backend == "c10d" and int(args.nnodes) > 1 and not args.rdzv_endpoint:
@@ -100,14 +98,20 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def change_directory(args: argparse.Namespace) -> None:
+    if args.chdir:
+        try:
+            os.chdir(args.chdir)
+        except OSError as error:
+            raise UserError(f"--chdir is {args.chdir}: {error.strerror} on {HOST}") from None
+
+
 def take_from_slurm(args: argparse.Namespace) -> None:
     environment = os.environ
     needed = ("SLURM_JOB_ID", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS", "SLURM_NODEID")
     absent = [name for name in needed if name not in environment]
     if absent:
-        raise UserError(
-            f"--slurm, but {', '.join(absent)} is not set: start this with srun inside a Slurm job"
-        )
+        raise UserError(f"--slurm, but {', '.join(absent)} is not set: start this with srun inside a Slurm job")
     nodes, tasks = environment["SLURM_STEP_NUM_NODES"], environment["SLURM_STEP_NUM_TASKS"]
     if nodes != tasks:
         raise UserError(
@@ -115,9 +119,7 @@ def take_from_slurm(args: argparse.Namespace) -> None:
             "itself: use --ntasks-per-node=1, and --nproc-per-node for the workers"
         )
     if args.nnodes not in ("1", nodes):
-        raise UserError(
-            f"--nnodes is {args.nnodes}, but Slurm gave {nodes} nodes: leave --nnodes out, or equal"
-        )
+        raise UserError(f"--nnodes is {args.nnodes}, but Slurm gave {nodes} nodes: leave --nnodes out, or equal")
     args.nnodes, args.node_rank = nodes, int(environment["SLURM_NODEID"])
     # srun's own address is that of the batch script's node, the first of the job and of the step.
     args.master_addr = environment.get("HEAD_ADDRESS") or environment["SLURM_LAUNCH_NODE_IPADDR"]
@@ -234,6 +236,9 @@ class Node:
         failures = self._launch()
         self.ended.set()
         status, text = self._outcome(failures)
+        if self.roll_call is None or self.roll_call.serves:
+            # For the batch script: srun's own status is that of the node that it ended first.
+            self.stop_file.with_name("status").write_text(f"{status}\n")
         return self._conclude(status, text)
 
     def _launch(self) -> dict[int, ProcessFailure]:
@@ -323,6 +328,7 @@ class Node:
             if failed and (silent := roll_call.silent(6.0)):
                 return f"{silent} died, froze or lost its network"
             time.sleep(0.2)
+        roll_call.leave(15.0)
         bad = [end["text"] for end in outcomes if end["status"] not in (0, STOPPED)]
         return bad[0] if bad and roll_call.serves else ""
 
@@ -336,9 +342,7 @@ def leave_after(seconds: float, status: int) -> None:
 
 def main() -> int:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1"
-    )  # else every rank takes all cores; torchrun says so at length
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # else every rank takes all cores; torchrun says so at length
     if "LOGLEVEL" not in os.environ:  # torchrun's variable; its messages repeat what is said here
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:

@@ -77,9 +77,7 @@ class RollCall:
         UserError: unreachable head, port in use, nodes that do not agree or do not come.
     """
 
-    def __init__(
-        self, card: Card, head: str, port: int, *, join_timeout: float, stopped: Callable[[], bool]
-    ) -> None:
+    def __init__(self, card: Card, head: str, port: int, *, join_timeout: float, stopped: Callable[[], bool]) -> None:
         # A connection that is refused is told in one line below; c10d's own warnings come by the dozen.
         logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
         self.card, self.head, self.port = card, head, port
@@ -196,9 +194,7 @@ class RollCall:
         try:
             while not self.store.check(["roll/problem"]):
                 if self._remaining() < -grace:
-                    return (
-                        f"the head node {self.head} did not answer within {self.join_timeout + grace:.0f} s"
-                    )
+                    return f"the head node {self.head} did not answer within {self.join_timeout + grace:.0f} s"
                 self._pause(0.1)
             return self.store.get("roll/problem").decode()
         except DistError:
@@ -275,6 +271,16 @@ class RollCall:
         ended = int(self.store.add("roll/outcomes", 0))
         return [json.loads(self.store.get(f"roll/outcome/{i}")) for i in range(ended)]
 
+    def leave(self, seconds: float) -> None:
+        """The head leaves last: srun ends the other nodes' launchers as soon as one has failed."""
+        if self.serves:
+            self.store.set("roll/leave", "")
+            time.sleep(1.0)
+            return
+        deadline = time.monotonic() + seconds
+        while not self.store.check(["roll/leave"]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+
 
 def disagreement(cards: list[Card]) -> str:
     """What the last card says that the earlier ones contradict, or the empty string."""
@@ -284,10 +290,10 @@ def disagreement(cards: list[Card]) -> str:
         if ours != theirs:
             return f"the nodes differ in {field}: '{ours}' on {first.name}, '{theirs}' on {last.name}: start all alike"
     if not 0 <= last.rank < first.nodes:
-        return f"{last.host} has node rank {last.rank}, but with {first.nodes} nodes they go from 0 to {first.nodes - 1}"
+        return (
+            f"{last.host} has node rank {last.rank}, but with {first.nodes} nodes they go from 0 to {first.nodes - 1}"
+        )
     for other in cards[:-1]:
         if other.rank == last.rank:
-            return (
-                f"{other.host} and {last.host} both have node rank {last.rank}: give each its own --node-rank"
-            )
+            return f"{other.host} and {last.host} both have node rank {last.rank}: give each its own --node-rank"
     return ""

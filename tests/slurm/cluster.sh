@@ -7,7 +7,7 @@
 #   tests/slurm/cluster.sh revive N  start the daemon of node N again (after a test killed it)
 #
 # Settings by environment: SLURM_DIR (state, logs; default /tmp/posttrain-slurm), NODES=2, CPUS=4 a node,
-# BASE_PORT=16817 (this and the next 20 are used), KILL_WAIT=30, SLURMD_TIMEOUT=20 (seconds).
+# BASE_PORT=16817 (this and the next 20 are used), KILL_WAIT=20, SLURMD_TIMEOUT=10 (seconds).
 # To talk to it: export SLURM_CONF=$SLURM_DIR/etc/slurm.conf
 # Exit status: 0 done, 1 failed, 77 cannot run here (not root, or no Debian packages).
 set -euo pipefail
@@ -16,8 +16,8 @@ DIR=${SLURM_DIR:-/tmp/posttrain-slurm}
 NODES=${NODES:-2}
 CPUS=${CPUS:-4}
 BASE_PORT=${BASE_PORT:-16817}
-KILL_WAIT=${KILL_WAIT:-30}
-SLURMD_TIMEOUT=${SLURMD_TIMEOUT:-20}
+KILL_WAIT=${KILL_WAIT:-20}
+SLURMD_TIMEOUT=${SLURMD_TIMEOUT:-10}
 DBD_PORT=$((BASE_PORT + 1))
 SQL_PORT=$((BASE_PORT + 2))
 HOST=$(hostname -s)
@@ -173,7 +173,7 @@ idle_nodes() { [[ $(sinfo -h -N -o %T | grep -c '^idle$') -ge $NODES ]]; }
 controller_up() { [[ $(scontrol ping) == *"is UP"* ]]; }
 
 start_node() { # N
-  alive "slurmd-node$1" || slurmd -N "node$1"
+  alive "slurmd-node$1" || timeout 30 slurmd -N "node$1"
   scontrol update "nodename=node$1" state=resume 2>/dev/null || true # fails when the node needs no resuming
 }
 
@@ -198,7 +198,7 @@ start() {
 }
 
 stop() {
-  if alive slurmctld; then scancel --state=RUNNING,PENDING,SUSPENDED || true; fi
+  if alive slurmctld; then scancel --user=root || true; fi
   local file
   for file in "$DIR"/run/slurmd-*.pid; do
     [[ -e $file ]] && stop_daemon "$(basename "$file" .pid)"

@@ -1,0 +1,29 @@
+# shellcheck shell=bash
+# The part of a batch script that saves and requeues. train.sbatch sources it; NeMo-Run's executor copies it into
+# the scripts it makes. Needs $logs, the log folder that node.py is given.
+
+attempt=${logs:?}/attempt_${SLURM_RESTART_COUNT:-0}
+mkdir -p "$attempt"
+
+out_of_time=
+trap 'out_of_time=yes; touch "$attempt/stop"; echo "launch: the time limit is near, asking for a checkpoint"' USR1
+# From scancel or a preemption. The workers get it too, and Slurm itself decides whether the job is queued again.
+trap 'echo "launch: Slurm ends this attempt"' TERM
+
+# srun in the background, because bash runs a trap only between commands, and `wait` ends early for one.
+srun() {
+  command srun "$@" &
+  local step=$! status=0
+  wait "$step" || status=$?
+  while kill -0 "$step" 2>/dev/null; do
+    status=0
+    wait "$step" || status=$?
+  done
+  # What the first node says; srun's status can be that of a task which it ended itself.
+  if [[ -s $attempt/status ]]; then status=$(<"$attempt/status"); fi
+  if [[ $status == 75 && -n $out_of_time ]]; then
+    echo "launch: a checkpoint is saved, the job goes back to the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+  return "$status"
+}
