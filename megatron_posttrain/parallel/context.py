@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def local_index(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
         return torch.arange(int(cu_seqlens[-1]))
     bounds = cu_seqlens.tolist()
     parts = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         chunk = (end - start) // (2 * size)
         for number in (rank, 2 * size - 1 - rank):
             parts.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
