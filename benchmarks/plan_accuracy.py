@@ -84,7 +84,7 @@ def _row(raw: dict[str, str], tasks: Sequence[str]) -> Row | None:
         gpus, tensor=_number(raw["tp"]), pipeline=_number(raw["pp"]), virtual_pipeline=_number(raw["vp"]),
         context=_number(raw["cp"]), expert=_number(raw["ep"]),
     )  # fmt: skip
-    routing = {"natural": "natural", "token-drop": "token-drop"}.get(raw["routing"], "balanced")
+    routing = "natural" if raw["routing"] == "natural" else "balanced"
     job = st.Training(
         length, int(raw["gbs"]), _number(raw["mbs"]), precision, routing,
         lora=raw["task"].startswith("lora"),

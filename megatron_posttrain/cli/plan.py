@@ -50,9 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--routing",
-        choices=("auto", "balanced", "natural", "token-drop"),
+        choices=("auto", "balanced", "natural"),
         default="auto",
-        help="how tokens fall on experts; auto: balanced for pretrain, natural for the rest",
+        help="how tokens fall on experts: balanced by force or by dropping some; auto: so for pretrain, natural else",
     )
     add("--lora-rank", type=int, default=16, help="of the adapters, for --task lora")
     add("--mean-length", type=int, help="grpo: mean tokens of a sample with its prompt; left out: 3/4 of the longest")
@@ -139,13 +139,7 @@ def entry(e: Estimate) -> dict[str, Any]:
 
 
 def _print(
-    name: str,
-    arch: Architecture,
-    gpu: Gpu,
-    work: Workload,
-    found: Sequence[Estimate],
-    considered: int,
-    several: bool,
+    name: str, arch: Architecture, gpu: Gpu, work: Workload, found: Sequence[Estimate], considered: int, several: bool
 ) -> None:
     from rich.console import Console
 

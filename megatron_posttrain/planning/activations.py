@@ -153,10 +153,7 @@ def _layer_tensors(arch: Architecture, layer: int, split: Layout, shapes: Shapes
 def layer_tensors(arch: Architecture, layer: int, layout: Layout, shapes: Shapes) -> dict[str, float]:
     """Bytes that one layer keeps for one micro batch on one rank, by tensor."""
     split = Layout(
-        tensor=layout.tensor,
-        context=layout.context,
-        expert_tensor=layout.expert_tensor,
-        sequence=layout.sequence,
+        tensor=layout.tensor, context=layout.context, expert_tensor=layout.expert_tensor, sequence=layout.sequence
     )
     tensors = _layer_tensors(arch, layer, split, shapes)
     if shapes.recompute == "full":

@@ -11,29 +11,10 @@ gradients of frozen layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.planning.layers import attention_dims, attention_linears, mlp_linears, window_of
-
-
-@dataclass(frozen=True)
-class Flops:
-    """FLOPs of a batch by part. `backward` is without the recomputation of activations."""
-
-    linear: float
-    attention: float
-    output: float
-    backward: float
-
-    @property
-    def forward(self) -> float:
-        return self.linear + self.attention + self.output
-
-    @property
-    def total(self) -> float:
-        return self.forward + self.backward
 
 
 def attention_pairs(lengths: Sequence[int], window: int | None = None, causal: bool = True) -> int:
@@ -63,7 +44,7 @@ def lora_weights(arch: Architecture, rank: int) -> int:
 
 def training_flops(
     arch: Architecture, lengths: Sequence[int], *, lora_rank: int | None = None, causal: bool = True
-) -> Flops:
+) -> float:
     """Forward and backward FLOPs of packed sequences of `lengths` tokens, in total over all of them.
 
     `causal=False` counts every pair, as kernels that do not skip the masked half (and profilers) do.
@@ -75,23 +56,19 @@ def training_flops(
     attention = 2.0 * pairs * sum(attention_dims(arch))
     output = 2.0 * tokens * arch.hidden_size * arch.vocab_size
     if lora_rank is None:
-        return Flops(linear, attention, output, 2 * (linear + attention + output))
+        return 3 * (linear + attention + output)
     adapters = 2.0 * tokens * arch.num_layers * lora_weights(arch, lora_rank)
-    return Flops(linear + adapters, attention, output, linear + 2 * adapters + 2 * attention + output)
+    return 2 * (linear + output) + 3 * (adapters + attention)
 
 
 @lru_cache(maxsize=1024)
 def flops_per_token(arch: Architecture, sequence_length: int, lora_rank: int | None = None) -> float:
     """Training FLOPs of one token of sequences of `sequence_length`."""
-    return training_flops(arch, [sequence_length], lora_rank=lora_rank).total / sequence_length
+    return training_flops(arch, [sequence_length], lora_rank=lora_rank) / sequence_length
 
 
 def tflops_per_gpu(
-    arch: Architecture,
-    lengths: Sequence[int],
-    seconds: float,
-    gpus: int,
-    lora_rank: int | None = None,
+    arch: Architecture, lengths: Sequence[int], seconds: float, gpus: int, lora_rank: int | None = None
 ) -> float:
     """Model TFLOP/s/GPU of a step that trained on packed sequences of `lengths` tokens in `seconds`."""
-    return training_flops(arch, lengths, lora_rank=lora_rank).total / seconds / gpus / 1e12
+    return training_flops(arch, lengths, lora_rank=lora_rank) / seconds / gpus / 1e12

@@ -66,14 +66,7 @@ EFFICIENCIES["ampere"] = EFFICIENCIES["hopper"]  # nothing published to fit
 
 # Power and clocks: time against the generation's, on everything but links and the fixed cost of layers. One published
 # row is not enough to tell an H200 from an H100.
-SUSTAINED: dict[str, float] = {
-    "H100": 0.9,
-    "H200": 0.9,
-    "B200": 1.15,
-    "B300": 1.09,
-    "GB200": 1.03,
-    "GB300": 0.9,
-}
+SUSTAINED: dict[str, float] = {"H100": 0.9, "H200": 0.9, "B200": 1.15, "B300": 1.09, "GB200": 1.03, "GB300": 0.9}
 
 
 def scaled(e: Efficiency, factor: float) -> Efficiency:

@@ -6,13 +6,7 @@ import json
 from pathlib import Path
 
 from megatron_posttrain.errors import UserError, nearest
-from megatron_posttrain.models.architecture import (
-    Architecture,
-    HfConfig,
-    MixtureOfExperts,
-    MultiLatentAttention,
-    Rope,
-)
+from megatron_posttrain.models.architecture import Architecture, HfConfig, MixtureOfExperts, MultiLatentAttention, Rope
 
 
 def _qwen3(layers: int, hidden: int, heads: int, ffn: int, tied: bool, groups: int = 8) -> Architecture:

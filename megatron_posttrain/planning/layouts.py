@@ -107,12 +107,7 @@ def enumerate_layouts(
             for context in contexts:
                 for expert in experts:
                     layout = make_layout(
-                        gpus,
-                        tensor=tensor,
-                        pipeline=pipeline,
-                        virtual_pipeline=virtual,
-                        context=context,
-                        expert=expert,
+                        gpus, tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context, expert=expert
                     )
                     if next(problems(layout, relaxed), None) is not None:
                         continue

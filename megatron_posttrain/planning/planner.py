@@ -38,7 +38,7 @@ class Workload:
     precision: str = "bf16"  # bf16 | fp8 | mxfp8
     micro_batch: int | None = None  # None: the best
     recompute: str = "auto"  # auto | none | selective | full
-    routing: str = "auto"  # auto | balanced | natural | token-drop
+    routing: str = "auto"  # auto | balanced | natural
     lora_rank: int = 16
     mean_length: int | None = None
     rollout_tensor: int | None = None
@@ -100,7 +100,8 @@ def estimate(
     }
     rollout = None
     if work.task == "grpo":
-        rollout = plan_rollout(arch, layout.world_size, gpu, _rollout(work))
+        samples = Rollout(work.global_batch, work.row_length, work.sequence_length, work.rollout_tensor)
+        rollout = plan_rollout(arch, layout.world_size, gpu, samples)
         for part in ("compute", "exposed_communication", "bubble"):
             seconds[part] *= 1 + LOGPROB_PASS
         seconds |= {"rollout": rollout.seconds, "refit": rollout.refit_seconds}
@@ -111,10 +112,6 @@ def estimate(
         tokens * flops_per_token(arch, work.row_length, lora) / 1e12, memory["total"] <= gpu.memory_gib, stage,
         rollout.tensor if rollout else 1,
     )  # fmt: skip
-
-
-def _rollout(work: Workload) -> Rollout:
-    return Rollout(work.global_batch, work.row_length, work.sequence_length, work.rollout_tensor)
 
 
 def _fullest_stage(

@@ -19,13 +19,7 @@ from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.flops import attention_pairs
 from megatron_posttrain.planning.gpus import Efficiency, Gpu, constants_of
-from megatron_posttrain.planning.layers import (
-    Linear,
-    attention_dims,
-    attention_linears,
-    mlp_linears,
-    window_of,
-)
+from megatron_posttrain.planning.layers import Linear, attention_dims, attention_linears, mlp_linears, window_of
 from megatron_posttrain.planning.layouts import chunk_layers, expert_data
 
 Work = np.ndarray  # ideal seconds by resource, in the order of RESOURCES
@@ -54,7 +48,7 @@ class Training:
     global_batch: int  # sequences
     micro_batch: int
     precision: str = "bf16"  # bf16 | fp8 | mxfp8
-    routing: str = "balanced"  # balanced | natural | token-drop
+    routing: str = "balanced"  # balanced | natural
     recompute: str = "none"  # none | selective | full
     lora: bool = False
     document_length: int | None = None  # mean length of packed sequences; None: one a row
