@@ -17,8 +17,9 @@ from megatron_posttrain.gpu_check.harness import Check, Facts, Setting, Skip, se
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.build import build_model
 from megatron_posttrain.models.sharded import Exporter, load_hf
-from megatron_posttrain.planning.flops import training_flops
+from megatron_posttrain.planning.flops import attention_pairs, layer_weights
 from megatron_posttrain.planning.known_models import KNOWN_MODELS
+from megatron_posttrain.planning.layers import attention_dims
 from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.cuda import fp8_recipes
 from megatron_posttrain.training.optimizer import make_optimizer, wrap_for_data_parallel
@@ -105,8 +106,8 @@ def layer_measure(name: str, length: int, implementation: str, fp8: str | None) 
         arch, n = single_layer(name, setting.toy), 64 if setting.toy else length
         subjects.groups()
         seconds = seconds_of(Layer.make(arch, implementation, fp8).step(n), setting.toy)
-        flops = training_flops(arch, [n])
-        tflops = 3 * (flops.linear + flops.attention) / seconds / 1e12
+        attention = 2 * attention_pairs([n]) * sum(attention_dims(arch))
+        tflops = 3 * (2 * n * layer_weights(arch, 0) + attention) / seconds / 1e12
         share = tflops / matmul_tflops(setting.toy)
         return {"milliseconds": 1e3 * seconds, "tflops": tflops, "share_of_bf16_matmul": share, "tokens": n}
 
