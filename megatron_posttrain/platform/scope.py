@@ -16,7 +16,8 @@ def replaced(replacements: Iterable[Replacement]) -> Iterator[None]:
     """Sets attributes for the length of the scope."""
     undo: list[Replacement] = []
     try:
-        for owner, name, value in replacements:
+        # All of them first: making them may import modules, which must see torch whole.
+        for owner, name, value in list(replacements):
             undo.append((owner, name, vars(owner).get(name, _ABSENT)))
             setattr(owner, name, value)
         yield
