@@ -127,7 +127,7 @@ def _result(
     # A step is done when its slowest rank is.
     seconds = [max(rank["steps"][n]["seconds"] for rank in ranks) for n in range(options.steps)]
     flat = [n for row in lengths for n in row]
-    flops = training_flops(arch, flat, lora_rank=config.lora.rank if config.lora else None).total
+    flops = training_flops(arch, flat, lora_rank=config.lora.rank if config.lora else None)
     probes = [rank["matmul_tflops"] for rank in ranks]
     return {
         "command": "sft",
