@@ -51,9 +51,7 @@ def name(kind: str, processes: int, layout: dict[str, Any]) -> str:
     return "-".join([kind, str(processes), *(f"{k}{v}" for k, v in layout.items())])
 
 
-CASES = [
-    (kind, processes, layout) for processes, kinds in LAYOUTS.items() for kind in kinds for layout in kinds[kind]
-]
+CASES = [(kind, processes, layout) for processes, kinds in LAYOUTS.items() for kind in kinds for layout in kinds[kind]]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Draws a quickstart run as an SVG: loss of SFT, reward of GRPO, held-out accuracies.
 
-    python examples/quickstart/picture.py RUN_DIR picture.svg
+python examples/quickstart/picture.py RUN_DIR picture.svg
 """
 
 from __future__ import annotations

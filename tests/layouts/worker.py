@@ -1,6 +1,6 @@
 """Run under torchrun by test_layouts.py: scores and trains one model under several layouts in one job.
 
-    worker.py JOBS.json: [{"model", "layout": {...}, "steps", "options": {...}, "out"}]
+worker.py JOBS.json: [{"model", "layout": {...}, "steps", "options": {...}, "out"}]
 """
 
 from __future__ import annotations
