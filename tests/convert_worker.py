@@ -1,6 +1,6 @@
 """Run under torchrun by test_convert.py: converts every model with all processes, and loads it in parallel.
 
-convert_worker.py JOBS.json: [{"model", "layout": {...}, "out"}]
+convert_worker.py JOBS.json: [{"model", "layout": {...}, "dtype", "save", "out"}]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SMALL = ConvertOptions(shard_bytes=20_000)  # several files, so that every proce
 
 
 def main() -> None:
-    from megatron.core import parallel_state
+    from megatron.core import dist_checkpointing, parallel_state
 
     torch.set_num_threads(1)
     start_distributed()
@@ -43,6 +43,12 @@ def main() -> None:
         model = ModelConfig(path=str(source))
         chunks, _ = build_model(there.arch, layout, model, PrecisionConfig(dtype=job["dtype"]))
         load_megatron(chunks, out / "megatron4")
+        if job["save"]:
+            if dist.get_rank() == 0:
+                (out / "saved").mkdir()
+            dist.barrier()
+            with platform().megatron():
+                dist_checkpointing.save(chunks[0].sharded_state_dict(), str(out / "saved"))
         with platform().megatron():
             tensors = dict(export_hf(chunks, there.arch, groups))
         if dist.get_rank() == 0:

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_posttrain.errors import UserError
 
 STEP_BYTES = 1 << 26  # converted, checked and written at a time
-STATE = "conversion.json"
+STATE = "plan.json"
 
 
 @dataclass
