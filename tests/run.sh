@@ -8,6 +8,6 @@ if [ $# -eq 0 ]; then
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .
     .venv/bin/mypy
-    .venv/bin/shellcheck tools/*.sh tests/run.sh examples/*.sh .ci/run
+    git ls-files -z '*.sh' '*.sbatch' .ci/run | xargs -0 .venv/bin/shellcheck
 fi
 exec .venv/bin/python -m pytest "$@"
