@@ -4,6 +4,7 @@
 
 attempt=${logs:?}/attempt_${SLURM_RESTART_COUNT:-0}
 mkdir -p "$attempt"
+rm -f "$attempt/stop" "$attempt/status" # of another job, if this folder was given before
 
 out_of_time=
 trap 'out_of_time=yes; touch "$attempt/stop"; echo "launch: the time limit is near, asking for a checkpoint"' USR1

@@ -62,18 +62,23 @@ wait_for() { # SECONDS DESCRIPTION COMMAND...
   return 1
 }
 
-stop_daemon() { # by its pid file only
-  local file pid
-  file=$(pid_file "$1")
-  [[ -s $file ]] || return 0
-  pid=$(<"$file")
-  kill "$pid" 2>/dev/null || true
-  for ((i = 0; i < 75; i++)); do
-    kill -0 "$pid" 2>/dev/null || break
-    sleep 0.2
+stop_daemons() { # NAME...: by their pid files only, all at once
+  local name file pid pids=()
+  for name in "$@"; do
+    file=$(pid_file "$name")
+    [[ -s $file ]] || continue
+    pid=$(<"$file")
+    kill "$pid" 2>/dev/null && pids+=("$pid")
+    rm -f "$file"
   done
-  if kill -0 "$pid" 2>/dev/null; then kill -KILL "$pid" || true; fi
-  rm -f "$file"
+  for pid in "${pids[@]}"; do
+    for ((i = 0; i < 75; i++)); do
+      # A zombie is gone too, though whoever inherited it has not noticed.
+      [[ -e /proc/$pid/stat && $(cut -d' ' -f3 "/proc/$pid/stat" 2>/dev/null) != Z ]] || continue 2
+      sleep 0.2
+    done
+    kill -KILL "$pid" 2>/dev/null || true
+  done
 }
 
 write_configuration() {
@@ -198,12 +203,14 @@ start() {
 }
 
 stop() {
+  local file nodes=()
   if alive slurmctld; then scancel --user=root || true; fi
-  local file
   for file in "$DIR"/run/slurmd-*.pid; do
-    [[ -e $file ]] && stop_daemon "$(basename "$file" .pid)"
+    [[ -e $file ]] && nodes+=("$(basename "$file" .pid)")
   done
-  for daemon in slurmctld slurmdbd mariadbd munged; do stop_daemon "$daemon"; done
+  stop_daemons "${nodes[@]}"
+  stop_daemons slurmctld slurmdbd
+  stop_daemons mariadbd munged
 }
 
 status() {

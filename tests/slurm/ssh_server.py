@@ -1,10 +1,13 @@
 """A small ssh server for tests: one public key may log in, commands run in bash as this user.
 
     python tests/slurm/ssh_server.py PORT HOST_KEY AUTHORIZED_KEY     (private key file, public key file)
+
+Files can be fetched by SFTP, not written.
 """
 
 from __future__ import annotations
 
+import io
 import socket
 import subprocess
 import sys
@@ -35,11 +38,31 @@ class Session(paramiko.ServerInterface):
         return True
 
 
+class Files(paramiko.SFTPServerInterface):
+    def stat(self, path: str) -> paramiko.SFTPAttributes | int:
+        try:
+            return paramiko.SFTPAttributes.from_stat(Path(path).stat())
+        except OSError as error:
+            return paramiko.SFTPServer.convert_errno(error.errno or 0)
+
+    lstat = stat
+
+    def open(self, path: str, flags: int, attr: paramiko.SFTPAttributes) -> paramiko.SFTPHandle | int:
+        handle = paramiko.SFTPHandle(flags)
+        try:
+            handle.readfile = io.BytesIO(Path(path).read_bytes())  # type: ignore[attr-defined]
+        except OSError as error:
+            return paramiko.SFTPServer.convert_errno(error.errno or 0)
+        return handle
+
+
 def execute(channel: paramiko.Channel, command: str) -> None:
     """Runs `command`, its three streams being the channel's."""
     pipe = subprocess.PIPE
     process = subprocess.Popen(["bash", "-c", command], stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0)
-    assert process.stdin and process.stdout and process.stderr
+    assert process.stdin
+    assert process.stdout
+    assert process.stderr
 
     def feed() -> None:
         assert process.stdin
@@ -73,6 +96,7 @@ def main() -> None:
             connection, _ = listener.accept()
             transport = paramiko.Transport(connection)
             transport.add_server_key(paramiko.Ed25519Key(filename=host_key))
+            transport.set_subsystem_handler("sftp", paramiko.SFTPServer, Files)
             transport.start_server(server=Session(authorized), event=threading.Event())
 
 
