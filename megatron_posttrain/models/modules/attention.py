@@ -88,11 +88,24 @@ class PackedAttention(torch.nn.Module):
         self.window = config.window_size[0] + 1 if windowed else None  # tokens visible, itself included
         self.softmax_offset: torch.nn.Parameter | None = None
         if config.softmax_type == "learnable":
+            from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+
             heads = config.num_attention_heads // pg_collection.tp.size()
             self.softmax_offset = torch.nn.Parameter(
                 torch.empty(heads, dtype=config.params_dtype, device=torch.cuda.current_device())
             )
             config.init_method(self.softmax_offset)
+            # Each tensor rank has its own heads' sinks: all count in the gradient norm, all are saved.
+            set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """For megatron-core's checkpoints: the sinks are split over tensor ranks."""
+        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"softmax_offset": 0}, sharded_offsets)
 
     def forward(
         self,
