@@ -108,9 +108,9 @@ def main(argv: Sequence[str]) -> int:
     name, stages = stages_of(args)
     if args.detach and cluster.executor == "local":
         raise UserError("--detach needs executor: slurm; with executor: local this process is the scheduler")
-    run = executors.nemo_run(cluster)
     if not args.dry_run:
         check(cluster, file)
+    run = executors.nemo_run(cluster)
     for group in experiments(args, cluster, stages):
         with run.Experiment(args.name or name, enable_goodbye_message=False) as experiment:
             for stage in group:
