@@ -11,14 +11,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def torchrun(
-    processes: int, *arguments: str, check: bool = True, timeout: int = 280
+    processes: int, *arguments: str, check: bool = True, timeout: int = 600
 ) -> subprocess.CompletedProcess[str]:
     """`torchrun --nproc-per-node N ARGUMENTS` in the repository's root."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return execute([*command, *arguments], check=check, timeout=timeout)
 
 
-def command(*arguments: str, check: bool = True, timeout: int = 280) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, check: bool = True, timeout: int = 600) -> subprocess.CompletedProcess[str]:
     """`megatron-posttrain ARGUMENTS` as one process."""
     return execute([sys.executable, "-m", "megatron_posttrain", *arguments], check=check, timeout=timeout)
 

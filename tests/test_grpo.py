@@ -27,7 +27,7 @@ def steady(record: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in record.items() if not k.endswith(("_seconds", "per_second"))}
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_grpo_trains_resumes_and_exports(tmp_path: Path) -> None:
     assets = make_assets(tmp_path)
     run = tmp_path / "run"

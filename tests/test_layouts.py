@@ -84,7 +84,7 @@ def facts(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> d
     }
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: name(*case))
 class TestLayout:
     def test_logprobs_equal_transformers(self, case: Any, facts: Any, expected: Any) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.launch import ROOT, torchrun
@@ -45,13 +46,14 @@ def kill_after_step(step: int, line: list[str], run: Path) -> None:
             break
         time.sleep(0.02)
     assert job.poll() is None, "the run ended before it could be killed"
-    for child in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split():
-        os.kill(int(child), signal.SIGKILL)
-    os.kill(job.pid, signal.SIGKILL)
+    # The ranks' own helpers too (a checkpoint save starts some): they would outlive their parents.
+    for process in [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     job.wait()
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_killed_run_resumes_bitwise(tmp_path: Path, dtype: str) -> None:
     assets = make_assets(tmp_path)
@@ -66,7 +68,7 @@ def test_killed_run_resumes_bitwise(tmp_path: Path, dtype: str) -> None:
         assert file.read_bytes() == (killed / "hf" / file.name).read_bytes()
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_resumes_under_another_layout(tmp_path: Path) -> None:
     assets = make_assets(tmp_path)
     run, whole = tmp_path / "run", tmp_path / "whole"
