@@ -13,6 +13,7 @@ import contextlib
 import errno
 import json
 import logging
+import os
 import socket
 import threading
 import time
@@ -102,8 +103,9 @@ class RollCall:
             except OSError as error:
                 # Two nodes on one machine both find the head's address local: the second one joins.
                 if error.errno != errno.EADDRINUSE or self.card.rank == 0:
+                    reason = os.strerror(error.errno or 0)
                     raise UserError(
-                        f"port {self.port} of {self.card.host} cannot be opened ({error.strerror}): {ANOTHER_PORT}"
+                        f"port {self.port} of {self.card.host} cannot be opened ({reason}): {ANOTHER_PORT}"
                     ) from None
                 self.serves = False
         self._wait_for_head()
@@ -222,7 +224,7 @@ class RollCall:
         keys = [f"roll/beat/{member.rank}" for member in self.members]
         counts = [b""] * len(keys)
         with contextlib.suppress(DistError):  # the head is gone: nothing is noted any more, `_guard` tells
-            store = self.store.clone()  # the main thread's connection may be blocked in a call
+            store = self.store.clone()  # type: ignore[attr-defined]  # the main thread's connection may be blocked in a call
             while True:
                 time.sleep(1.0)
                 store.add(f"roll/beat/{self.card.rank}", 1)  # blocks for ever, if the head is frozen
@@ -283,16 +285,15 @@ class RollCall:
 
 
 def disagreement(cards: list[Card]) -> str:
-    """What the last card says that the earlier ones contradict, or the empty string."""
-    first, last = cards[0], cards[-1]
+    """What the card that came last contradicts, or the empty string."""
+    last = cards[-1]
+    one, two = sorted((cards[0], last), key=lambda card: card.rank)
     for field in MUST_AGREE:
-        ours, theirs = getattr(first, field), getattr(last, field)
+        ours, theirs = getattr(one, field), getattr(two, field)
         if ours != theirs:
-            return f"the nodes differ in {field}: '{ours}' on {first.name}, '{theirs}' on {last.name}: start all alike"
-    if not 0 <= last.rank < first.nodes:
-        return (
-            f"{last.host} has node rank {last.rank}, but with {first.nodes} nodes they go from 0 to {first.nodes - 1}"
-        )
+            return f"the nodes differ in {field}: '{ours}' on {one.name}, '{theirs}' on {two.name}: start all alike"
+    if not 0 <= last.rank < last.nodes:
+        return f"{last.host} has node rank {last.rank}, but with {last.nodes} nodes they go from 0 to {last.nodes - 1}"
     for other in cards[:-1]:
         if other.rank == last.rank:
             return f"{other.host} and {last.host} both have node rank {last.rank}: give each its own --node-rank"

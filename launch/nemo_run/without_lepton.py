@@ -2,15 +2,14 @@
 
 NeMo-Run 0.11.1 imports `leptonai.api.v1` whenever it is imported, for a cloud that nothing here uses.
 leptonai 0.47 has no such module any more, and the versions that have it pin packages that vLLM cannot live
-with, so leptonai is not installed. `install()` puts an import stand-in in its place, and does nothing where
-leptonai can be imported. It can go when NeMo-Run imports its clouds lazily; `tests/test_launch.py` covers it.
+with. `install()` lets an import stand-in answer for what is missing of leptonai, and only for that. It can go
+when NeMo-Run imports its clouds lazily; `tests/test_launch.py` covers it.
 """
 
 from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 import types
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ class Absent(type):
         return cls
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("leptonai is not installed: NeMo-Run's Lepton executor cannot be used here")
+        raise RuntimeError("not in the installed leptonai, if any: NeMo-Run's Lepton executor cannot be used")
 
 
 class Missing(metaclass=Absent):
@@ -58,9 +57,5 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install() -> None:
-    try:
-        usable = importlib.util.find_spec("leptonai.api.v1") is not None
-    except ModuleNotFoundError:
-        usable = False
-    if not usable:
-        sys.meta_path.insert(0, Finder())
+    """Last in the order of finders, so that a leptonai which has the module is used as it is."""
+    sys.meta_path.append(Finder())

@@ -28,7 +28,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, on_signal)
     options = {"steps": "5", "seconds": "0.2", "output": "out", "fail": ""}
-    options.update(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
+    options.update(word.partition("=")[::2] for word in sys.argv[1:] if "=" in word)
     output = Path(options["output"])
     output.mkdir(parents=True, exist_ok=True)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=600))
