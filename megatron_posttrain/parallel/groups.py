@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
-import socket
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,18 +22,13 @@ def start_distributed() -> None:
     if dist.is_initialized():
         return
     device = platform()
+    alone: dict[str, Any] = {}
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        # In memory: a port that was free a moment ago may be somebody else's now.
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     device.initialize(int(os.environ.get("LOCAL_RANK", "0")))
-    # MASTER_PORT names the rendezvous of this job; 0 as a timeout would wait for ever.
-    dist.init_process_group(device.backend, timeout=COLLECTIVE_TIMEOUT)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    dist.init_process_group(device.backend, timeout=COLLECTIVE_TIMEOUT, **alone)
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ def full_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
 
 
 def export(engine: Engine, source: Path, directory: Path) -> None:
-    """Collective: writes `directory`, with the tokenizer and other files of `source`."""
+    """Collective: writes `directory` anew, with the tokenizer and other files of `source`."""
     tensors = full_tensors(engine)
     if dist.get_rank() == 0:
-        write_directory(directory, engine.arch, tensors, source=source)
+        write_directory(directory, engine.arch, tensors, source=source, overwrite=True)
     else:
         for _ in tensors:
             pass
