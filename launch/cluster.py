@@ -26,7 +26,7 @@ class Tunnel(Section):
     identity: str | None = Field(None, description="private key; null: what ssh takes by itself")
 
     def command(self) -> list[str]:
-        identity = ["-i", self.identity] if self.identity else []
+        identity = ["-i", str(Path(self.identity).expanduser())] if self.identity else []
         options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-p", str(self.port)]
         return ["ssh", *options, *identity, f"{self.user}@{self.host}"]
 
