@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 
-from torch.distributed import DistError, TCPStore
+from torch.distributed import DistError, DistNetworkError, TCPStore
 
 from megatron_posttrain.errors import UserError
 
@@ -99,13 +99,16 @@ class RollCall:
         if self.serves:
             try:
                 socket.create_server(("", self.port)).close()
-                return self._open()
-            except OSError as error:
+                store = self._open()
+                # Two nodes that opened it at the same moment, inside one process: one of them is the head.
+                self.serves = store.add("roll/heads", 1) == 1
+                return store
+            except (OSError, DistNetworkError) as error:
                 # Two nodes on one machine both find the head's address local: the second one joins.
-                if error.errno != errno.EADDRINUSE or self.card.rank == 0:
-                    reason = os.strerror(error.errno or 0)
+                number = getattr(error, "errno", None) or errno.EADDRINUSE
+                if number != errno.EADDRINUSE or self.card.rank == 0:
                     raise UserError(
-                        f"port {self.port} of {self.card.host} cannot be opened ({reason}): {ANOTHER_PORT}"
+                        f"port {self.port} of {self.card.host} cannot be opened ({os.strerror(number)}): {ANOTHER_PORT}"
                     ) from None
                 self.serves = False
         self._wait_for_head()
@@ -126,6 +129,8 @@ class RollCall:
                 store.set("roll/run_id", self.card.run_id)
             run_id = store.get("roll/run_id").decode()
         except DistError as error:
+            if self.serves and isinstance(error, DistNetworkError):
+                raise  # somebody else has opened the port in the meantime
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"{self.head}:{self.port} answers, but not as the head of a run ({reason}): {ANOTHER_PORT}"

@@ -23,7 +23,7 @@ def start_distributed() -> None:
         return
     device = platform()
     alone: dict[str, Any] = {}
-    if "RANK" not in os.environ:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         # In memory: a port that was free a moment ago may be somebody else's now.
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
