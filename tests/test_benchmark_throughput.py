@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_posttrain.benchmarking.compare import bootstrap_ratio, plot_scaling, scaling_points
-from megatron_posttrain.benchmarking.throughput import row_lengths, stragglers
+from benchmarks.throughput.compare import bootstrap_ratio, plot_scaling, scaling_points
+from benchmarks.throughput.sft import row_lengths, stragglers
 from megatron_posttrain.config.schema import SftConfig
 from tests.launch import torchrun
 from tools.benchmark_throughput import main

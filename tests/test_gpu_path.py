@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import megatron_posttrain
+from benchmarks import gpu_check
 from megatron_posttrain.config.load import load_config
 from megatron_posttrain.config.schema import CONFIGS, ModelConfig, PrecisionConfig
 from megatron_posttrain.errors import UserError
@@ -47,7 +48,8 @@ def transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_all_modules_import() -> None:
     found = pkgutil.walk_packages(megatron_posttrain.__path__, "megatron_posttrain.")
-    wanted = [m.name for m in found if any(room in m.name for room in ("platform", "models", "gpu_check"))]
+    wanted = [m.name for m in found if any(room in m.name for room in ("platform", "models"))]
+    wanted += [m.name for m in pkgutil.walk_packages(gpu_check.__path__, "benchmarks.gpu_check.")]
     assert "megatron_posttrain.platform.cuda" in wanted
     for name in wanted:
         importlib.import_module(name)
@@ -122,7 +124,7 @@ def test_varlen_attention_is_what_the_kernel_check_expects() -> None:
     assert not kernels.grouped_matmul(torch.bfloat16)
 
 
-def gpu_check(*arguments: str, status: int = 0) -> str:
+def run_gpu_check(*arguments: str, status: int = 0) -> str:
     done = execute([sys.executable, "tools/gpu_check.py", *arguments], check=False, timeout=280)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -130,7 +132,7 @@ def gpu_check(*arguments: str, status: int = 0) -> str:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpu_check_without_gpu_skips_with_reasons(tmp_path: Path) -> None:
-    gpu_check("--output", str(tmp_path / "results.json"))
+    run_gpu_check("--output", str(tmp_path / "results.json"))
     found = json.loads((tmp_path / "results.json").read_text())
     assert len(found["results"]) > 30
     assert {r["status"] for r in found["results"]} == {"skipped"}
@@ -138,7 +140,7 @@ def test_gpu_check_without_gpu_skips_with_reasons(tmp_path: Path) -> None:
 
 
 def test_gpu_check_toy_runs(tmp_path: Path) -> None:
-    said = gpu_check("--toy", "--output", str(tmp_path / "results.json"))
+    said = run_gpu_check("--toy", "--output", str(tmp_path / "results.json"))
     assert "say nothing about speed" in said
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["machine"]["toy"]
@@ -155,4 +157,6 @@ def test_gpu_check_toy_runs(tmp_path: Path) -> None:
 
 
 def test_gpu_check_refuses_unknown_items() -> None:
-    assert "--only peeks: no item has this in its name; did you mean 'peaks'" in gpu_check("--only", "peeks", status=2)
+    assert "--only peeks: no item has this in its name; did you mean 'peaks'" in run_gpu_check(
+        "--only", "peeks", status=2
+    )

@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from megatron_posttrain.errors import UserError
 
 FILE_WIDTH = 130  # columns, where the output is no terminal
@@ -68,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def benchmark(args: argparse.Namespace) -> int:
-    from megatron_posttrain.benchmarking.throughput import Options, machine
+    from benchmarks.throughput.sft import Options, machine
     from megatron_posttrain.config.load import load_config
     from megatron_posttrain.config.schema import GrpoConfig, SftConfig
     from megatron_posttrain.training.run import finish, quiet_libraries
@@ -79,7 +81,7 @@ def benchmark(args: argparse.Namespace) -> int:
     if args.command == "grpo" or (args.command is None and is_grpo(args)):
         if args.sweep:
             raise UserError("--sweep: vLLM can be started once in a process, so GRPO takes one layout at a time")
-        from megatron_posttrain.benchmarking.grpo import measure_grpo
+        from benchmarks.throughput.grpo import measure_grpo
 
         config = load_config(GrpoConfig, args.config, args.overrides)
         result = measure_grpo(config, options)
@@ -105,7 +107,7 @@ def is_grpo(args: argparse.Namespace) -> bool:
 
 
 def measure_sft(config: Any, sweep: str | None, options: Any) -> list[dict[str, Any]]:
-    from megatron_posttrain.benchmarking.throughput import measure
+    from benchmarks.throughput.sft import measure
     from megatron_posttrain.parallel.groups import start_distributed
     from megatron_posttrain.planning.known_models import load_architecture
     from megatron_posttrain.training.prepare import model_directory
@@ -166,7 +168,7 @@ def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 def show_results(results: list[dict[str, Any]]) -> None:
-    from megatron_posttrain.benchmarking.compare import name_of
+    from benchmarks.throughput.compare import name_of
 
     phases = list(results[0]["phase_seconds"])
     rows = []
@@ -198,7 +200,7 @@ def show_results(results: list[dict[str, Any]]) -> None:
 
 
 def show_comparison(a: str, b: str, tolerance: float) -> int:
-    from megatron_posttrain.benchmarking.compare import CONFIDENCE, compare
+    from benchmarks.throughput.compare import CONFIDENCE, compare
 
     found = compare(a, b)
     rows, regressed = [], False
@@ -215,7 +217,7 @@ def show_comparison(a: str, b: str, tolerance: float) -> int:
 
 
 def show_scaling(files: list[str], html: str | None) -> int:
-    from megatron_posttrain.benchmarking.compare import plot_scaling, scaling_points
+    from benchmarks.throughput.compare import plot_scaling, scaling_points
 
     points = scaling_points(files)
     rows = [

@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.gpu_check.harness import Outcome, Setting, report, run_all
 from megatron_posttrain.errors import UserError, nearest
-from megatron_posttrain.gpu_check.harness import Outcome, Setting, report, run_all
 
 
 def main() -> int:
@@ -31,8 +31,8 @@ def main() -> int:
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # megatron-core tells what is not installed; the results say it once
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    from megatron_posttrain.gpu_check.checks import CHECKS
-    from megatron_posttrain.gpu_check.measure import MEASURES
+    from benchmarks.gpu_check.checks import CHECKS
+    from benchmarks.gpu_check.measure import MEASURES
 
     chosen = [(name, check) for name, check in (*CHECKS, *MEASURES) if options.only in name]
     try:

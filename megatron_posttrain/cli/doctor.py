@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         check_disk(findings, Path("runs"), None)
     if args.bandwidth:
-        from megatron_posttrain.benchmarking.bandwidth import check_bandwidth
+        from megatron_posttrain.doctor.bandwidth import check_bandwidth
 
         check_bandwidth(findings, args.bandwidth_mib)
     if os.environ.get("RANK", "0") == "0":

@@ -1,6 +1,6 @@
 """Run by a check as a process that sees no GPU: log-probs of given weights, torch layers, fp32.
 
-python -m megatron_posttrain.gpu_check.reference INPUT.pt OUTPUT.pt
+python -m benchmarks.gpu_check.reference INPUT.pt OUTPUT.pt
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from megatron_posttrain.gpu_check import subjects
+from benchmarks.gpu_check import subjects
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.sequences import sequence_logprobs
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_posttrain.gpu_check import subjects
-from megatron_posttrain.gpu_check.harness import Check, Facts, Setting, Skip
+from benchmarks.gpu_check import subjects
+from benchmarks.gpu_check.harness import Check, Facts, Setting, Skip
 from megatron_posttrain.models.modules import kernels
 from megatron_posttrain.models.modules.attention import PackedAttention
 from megatron_posttrain.platform import platform
@@ -129,7 +129,7 @@ def parity_check(implementation: str, name: str) -> Check:
         with tempfile.TemporaryDirectory() as directory:
             given, told = Path(directory) / "in.pt", Path(directory) / "out.pt"
             torch.save((name, hidden, weights), given)
-            _process("-m", "megatron_posttrain.gpu_check.reference", given, told, CUDA_VISIBLE_DEVICES="")
+            _process("-m", "benchmarks.gpu_check.reference", given, told, CUDA_VISIBLE_DEVICES="")
             expected = torch.load(told, weights_only=True)
         difference = (torch.cat(found) - torch.cat(expected)).abs()
         mean = float(difference.mean())

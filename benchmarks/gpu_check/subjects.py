@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_check.harness import Setting, Skip
 from megatron_posttrain.algorithms.losses import cross_entropy_sum
 from megatron_posttrain.config.schema import SftConfig
 from megatron_posttrain.data.batch import PackedBatch, Sequence
-from megatron_posttrain.gpu_check.harness import Setting, Skip
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.sharded import local_tensors

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_check import subjects
+from benchmarks.gpu_check.harness import Check, Facts, Setting, Skip, seconds_of
 from megatron_posttrain.checkpoint.hf import HfReader, check_directory
-from megatron_posttrain.gpu_check import subjects
-from megatron_posttrain.gpu_check.harness import Check, Facts, Setting, Skip, seconds_of
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.build import build_model
 from megatron_posttrain.models.sharded import Exporter, load_hf

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron_posttrain.benchmarking.throughput import Options
+from benchmarks.throughput.sft import Options
 from megatron_posttrain.config.schema import GrpoConfig
 from megatron_posttrain.planning.flops import flops_per_token
 from megatron_posttrain.planning.layouts import sizes_of

@@ -1,0 +1,1 @@
+"""What tools/benchmark_throughput.py measures and compares."""

@@ -1,1 +1,0 @@
-"""Measurements of throughput and links, and their comparison."""
