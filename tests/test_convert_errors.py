@@ -161,6 +161,23 @@ def tool(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     return run
 
 
+def test_custom_code_is_left_behind_unless_asked_for(copy: Path, tmp_path: Path, tool: Tool) -> None:
+    (copy / "modeling_custom.py").write_text("raise SystemExit('was run')\n")
+    config = json.loads((copy / "config.json").read_text()) | {"auto_map": {"AutoModel": "modeling_custom.Model"}}
+    (copy / "config.json").write_text(json.dumps(config))
+    for asked, there in ((["--custom-code"], True), ([], False)):
+        megatron, hf = tmp_path / f"megatron-{there}", tmp_path / f"hf-{there}"
+        for script, words in (
+            ("convert_hf_to_megatron", ["--hf", copy, "--megatron", megatron]),
+            ("convert_megatron_to_hf", ["--megatron", megatron, "--hf", hf, "--source", copy]),
+        ):
+            status, said = tool(script, *words, "--quiet", *asked)
+            assert status == 0
+            assert ("modeling_custom.py: custom code, left behind (--custom-code carries it)" in said) is not there
+        assert (hf / "modeling_custom.py").exists() is there
+        assert ("auto_map" in json.loads((hf / "config.json").read_text())) is there
+
+
 def differences(a: Path, b: Path, tolerance: float | None = None) -> list[tuple[str, str]]:
     return [(found.kind, found.name) for found in compare(a, b, tolerance) if isinstance(found, Difference)]
 

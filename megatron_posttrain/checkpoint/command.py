@@ -78,6 +78,8 @@ def run(args: argparse.Namespace, source: Path, target: Path, plan: Callable[[],
         if ranks()[0] == 0:
             size = conversion.bytes_out / 1e9
             print(f"{target}: {size:.2f} GB in {seconds:.1f} s, {size / max(seconds, 1e-9):.3f} GB/s")
+            for name in conversion.left_behind:
+                print(f"{name}: custom code, left behind (--custom-code carries it)")
         return 0
 
     return guarded(work)
@@ -111,4 +113,6 @@ def describe(conversion: Conversion, target: Path) -> str:
         ("anonymous memory", f"at most {conversion.memory_bound() / 1e9:.2f} GB a process"),
         ("free disk", f"{free / 1e9:.2f} GB, {fits}"),
     ]
+    if conversion.left_behind:
+        rows.append(("left behind", f"{', '.join(conversion.left_behind)} (--custom-code carries custom code)"))
     return "\n".join(f"{label:18}{value}" for label, value in rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class Conversion:
     inputs: dict[str, Any]  # that have to be the same for a run to be resumed
     finish: Callable[[Path], None]
     bytes_in: int
+    left_behind: list[str] = field(default_factory=list)  # Python files that are not carried along
 
     @property
     def items(self) -> list[Item]:
@@ -139,7 +140,12 @@ def plan_hf_to_megatron(directory: Path, options: ConvertOptions, weights: bool 
 
     files = {reader.entry(name).file for name in reader.names()}
     bytes_in = sum(reader.entry(name).stop - reader.entry(name).start for name in reader.names())
-    return Conversion(arch, planned.files, _inputs(directory, files, options), finish, bytes_in)
+    inputs = _inputs(directory, files, options)
+    return Conversion(arch, planned.files, inputs, finish, bytes_in, _left_behind(directory, options))
+
+
+def _left_behind(directory: Path, options: ConvertOptions) -> list[str]:
+    return [] if options.custom_code else sorted(path.name for path in directory.glob("*.py"))
 
 
 def _bytes_in(arch: Architecture, config: HfConfig) -> int:
@@ -214,7 +220,8 @@ def plan_megatron_to_hf(directory: Path, options: ConvertOptions) -> Conversion:
 
     sources = {directory / chunk.file for stored in reader.reader.tensors.values() for chunk in stored.chunks}
     bytes_in = sum(math.prod(plan.local_shape(1)) * reader.dtype(plan).itemsize for plan in registry.tensors(arch))
-    return Conversion(arch, list(files.values()), _inputs(directory, sources, options), finish, bytes_in)
+    inputs = _inputs(directory, sources, options)
+    return Conversion(arch, list(files.values()), inputs, finish, bytes_in, _left_behind(source, options))
 
 
 def _fused(directory: Path, source: Path, arch: Architecture, options: ConvertOptions) -> bool:
