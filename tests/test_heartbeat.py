@@ -9,7 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from pydantic import ValidationError
+
+from megatron_posttrain.config.schema import SftConfig
+from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.training.heartbeat import Heartbeat, spans
+from megatron_posttrain.training.run import Run
 from tests.launch import ROOT
 
 RANK = """
@@ -24,7 +30,7 @@ def stuck_in_the_loader():
 def waits_for_its_fellows():
     threading.Event().wait(600)
 
-beat = Heartbeat(directory, rank, ranks, floor=2.0, unknown=2.0)
+beat = Heartbeat(directory, rank, ranks, hang_seconds=2.0)
 while len(list(directory.glob("rank_*.json"))) < ranks:
     time.sleep(0.05)
 beat.start()
@@ -80,20 +86,35 @@ def test_ranks_are_named_with_phase_and_stack(tmp_path: Path) -> None:
 
 
 def test_a_healthy_run_leaves_its_last_phase(tmp_path: Path) -> None:
-    beat = Heartbeat(tmp_path, 0, 1, floor=60.0, unknown=60.0)
+    beat = Heartbeat(tmp_path, 0, 1)
+    assert beat.limit == 1500.0  # how long steps take is not known yet
     beat.start()
     for step in range(1, 6):
         beat.step(step)
         beat.enter("train")
         beat.enter("optimizer")
         beat.leave()
+        assert beat.limit == (600.0 if step > 3 else 1500.0)
         beat.leave()
-    assert beat.limit == 60.0
     beat.stop()
     facts = json.loads((tmp_path / "rank_0.json").read_text())
     assert facts["step"] == 5
     assert facts["phase"] == "done"
     assert not (tmp_path / "hang").exists()
+
+
+def test_limit_is_the_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # pytest keeps its own
+    tree = {"model": {"path": "m"}, "data": {"train": "d"}, "output": str(tmp_path)}
+    config = SftConfig.model_validate(tree | {"logging": {"hang_seconds": 7.5, "tensorboard": False}})
+    start_distributed()
+    with Run(config, 9, 0) as run:
+        for step in range(1, 6):
+            assert run._heartbeat.limit == 7.5
+            run.log(step, {"step_seconds": 0.0})
+    for wrong in (0, -1, float("inf"), "soon"):
+        with pytest.raises(ValidationError, match="hang_seconds"):
+            SftConfig.model_validate(tree | {"logging": {"hang_seconds": wrong}})
 
 
 def test_spans() -> None:

@@ -107,6 +107,12 @@ class CheckpointConfig(Section):
 class LoggingConfig(Section):
     every: PositiveInt = Field(1, description="steps between progress lines")
     tensorboard: bool = True
+    hang_seconds: PositiveFloat | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="seconds after which a phase of a step, a checkpoint or an export is called a hang and the job ends; "
+        "null: 20 times the longest recent step, at least 600 (1500 in the first steps and outside of phases)",
+    )
 
 
 class RolloutConfig(Section):

@@ -29,14 +29,14 @@ FRAMES, GROUPS = 6, 4  # of the diagnosis: it should fit the end of a log
 
 
 class Heartbeat:
-    """One rank's. `floor` and `unknown` in seconds."""
+    """One rank's. `hang_seconds`: what a phase may take, whatever it is; None: judged by how long steps took."""
 
     def __init__(
-        self, directory: Path, rank: int, ranks: int, step: int = 1, *, floor: float = FLOOR, unknown: float = UNKNOWN
+        self, directory: Path, rank: int, ranks: int, step: int = 1, *, hang_seconds: float | None = None
     ) -> None:
         self.directory, self.rank, self.ranks, self.current_step = directory, rank, ranks, step
-        self.floor, self.unknown = floor, unknown
-        self._poll = min(5.0, floor / 4)
+        self.hang_seconds = hang_seconds
+        self._poll = min(5.0, (hang_seconds or FLOOR) / 4)
         self._phases: list[str] = []
         self._changes = 0
         self._durations: deque[float] = deque(maxlen=20)
@@ -84,9 +84,10 @@ class Heartbeat:
     @property
     def limit(self) -> float:
         """Seconds that the current phase may take."""
-        if len(self._durations) < 3 or not self._phases:
-            return max(self.unknown, FACTOR * max(self._durations, default=0.0))
-        return max(self.floor, FACTOR * max(self._durations))
+        if self.hang_seconds is not None:
+            return self.hang_seconds
+        known = len(self._durations) >= 3 and self._phases
+        return max(FLOOR if known else UNKNOWN, FACTOR * max(self._durations, default=0.0))
 
     @property
     def _place(self) -> str:

@@ -40,8 +40,10 @@ class Run:
         self._tensorboard: Any = None
         if self.is_main:
             self._open(first_step)
-        beats = self.directory / "heartbeats"
-        self._heartbeat = Heartbeat(beats, dist.get_rank(), dist.get_world_size(), first_step + 1)
+        beats, hang_seconds = self.directory / "heartbeats", config.logging.hang_seconds
+        self._heartbeat = Heartbeat(
+            beats, dist.get_rank(), dist.get_world_size(), first_step + 1, hang_seconds=hang_seconds
+        )
         dist.barrier()
         self._heartbeat.start()
         set_current(self._heartbeat)
