@@ -110,7 +110,7 @@ class LoggingConfig(Section):
     hang_seconds: PositiveFloat | None = Field(
         None,
         allow_inf_nan=False,
-        description="seconds after which a phase of a step, a checkpoint or an export is called a hang and the job ends; "
+        description="seconds after which a step's phase, a checkpoint or an export is called a hang: the job ends; "
         "null: 20 times the longest recent step, at least 600 (1500 in the first steps and outside of phases)",
     )
 
