@@ -271,7 +271,7 @@ def test_microbatches_in_flight_by_simulation(pipeline: int, chunks: int, microb
 
 @pytest.mark.parametrize(("layers", "chunks"), [(126, 64), (94, 32), (61, 16), (48, 24), (5, 4)])
 def test_every_layer_is_in_one_chunk(layers: int, chunks: int) -> None:
-    found = chunk_layers(layers, chunks)
+    found = chunk_layers(Layout(pipeline=chunks), layers)
     assert [n for chunk in found for n in chunk] == list(range(layers))
     sizes = [len(chunk) for chunk in found]
     assert max(sizes) - min(sizes) <= 1

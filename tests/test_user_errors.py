@@ -140,7 +140,8 @@ def test_layout_that_does_not_divide(
     assert "4 attention heads are not divisible by tensor=3" in text
     assert "Nearest layouts that work on 8 ranks: tensor=2 data=4" in text
     text = refused(capsys, *base(assets, tmp_path), "parallel.pipeline=4")
-    assert "2 layers are not divisible" in text
+    assert "2 layers are fewer than pipeline x virtual_pipeline = 4" in text
+    assert "Nearest layouts that work on 8 ranks: pipeline=2 " in text
 
 
 def test_batch_that_does_not_divide(

@@ -17,7 +17,7 @@ from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.modules import kernels
 from megatron_posttrain.models.rope import concentration, inverse_frequencies
 from megatron_posttrain.models.spec import block_spec
-from megatron_posttrain.parallel.layout import Layout
+from megatron_posttrain.parallel.layout import Layout, stage_layers
 from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.cuda import fp8_recipes
 
@@ -59,7 +59,7 @@ def config_options(
 ) -> dict[str, Any]:
     """The fields of megatron-core's config that are not left at their defaults."""
     transformer_engine = use_transformer_engine(model)
-    options = _sizes(arch) | _parallelism(layout, precision) | _fusions(arch, transformer_engine)
+    options = _sizes(arch) | _parallelism(arch, layout, precision) | _fusions(arch, transformer_engine)
     if arch.moe is not None:
         if arch.mlp_bias and layout.expert_tensor > 1:
             raise UserError(
@@ -160,12 +160,15 @@ def _sizes(arch: Architecture) -> dict[str, Any]:
     return options
 
 
-def _parallelism(layout: Layout, precision: PrecisionConfig) -> dict[str, Any]:
+def _parallelism(arch: Architecture, layout: Layout, precision: PrecisionConfig) -> dict[str, Any]:
     dtype = DTYPES[precision.dtype]
+    # In megatron-core's language: E embedding, t transformer layer, | next chunk, L loss.
+    stages = "E" + "|".join("t" * count for count in stage_layers(layout, arch.num_layers)) + "L"
     return {
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
         "virtual_pipeline_model_parallel_size": layout.virtual_pipeline,
+        "pipeline_model_parallel_layout": stages if layout.pipeline > 1 else None,
         "context_parallel_size": layout.context,
         "expert_model_parallel_size": layout.expert,
         "expert_tensor_parallel_size": layout.expert_tensor,

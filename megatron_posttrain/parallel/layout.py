@@ -62,6 +62,18 @@ class Layout:
         return " ".join([*parts, f"data={max(self.data, 1)}"])
 
 
+def stage_layers(layout: Layout, num_layers: int) -> list[int]:
+    """Layers of each model chunk, in the order of the model; chunk c is on stage c % pipeline.
+
+    As even as possible. What is left over goes to the middle first, then to the chunk with the embedding, and
+    never to the one with the output head, whose logits cost most.
+    """
+    chunks = layout.pipeline * layout.chunks
+    size, extra = divmod(num_layers, chunks)
+    larger = [*range(1, chunks - 1), 0][:extra]
+    return [size + (chunk in larger) for chunk in range(chunks)]
+
+
 def problems(layout: Layout, arch: Architecture | None) -> Iterator[str]:
     """Why `layout` cannot run, one reason each; nothing when it can. `arch` None checks the ranks only."""
     if layout.world_size % layout.model:
@@ -90,8 +102,8 @@ def _model_problems(layout: Layout, arch: Architecture) -> Iterator[str]:
     if arch.ffn_size % t:
         yield f"the MLP width {arch.ffn_size} is not divisible by tensor={t}"
     chunks = layout.pipeline * layout.chunks
-    if arch.num_layers % chunks:
-        yield f"{arch.num_layers} layers are not divisible by pipeline x virtual_pipeline = {chunks}"
+    if arch.num_layers < chunks:
+        yield f"{arch.num_layers} layers are fewer than pipeline x virtual_pipeline = {chunks}"
     moe = arch.moe
     if moe is None:
         if layout.expert > 1 or layout.expert_tensor > 1:
@@ -121,9 +133,9 @@ def nearest_layouts(layout: Layout, arch: Architecture | None, count: int = 3) -
     """Valid layouts on the same ranks, fewest and smallest changes first."""
     sizes = [n for n in range(1, layout.world_size + 1) if layout.world_size % n == 0]
     experts = sizes if arch is None or arch.moe is not None else [1]
+    virtual = dict.fromkeys((layout.virtual_pipeline, None))
     found: list[tuple[float, int, Layout]] = []
-    for t, p, c, e, et in itertools.product(sizes, sizes, sizes, experts, experts):
-        vp = layout.virtual_pipeline if p > 1 else None
+    for t, p, vp, c, e, et in itertools.product(sizes, sizes, virtual, sizes, experts, experts):
         other = replace(layout, tensor=t, pipeline=p, virtual_pipeline=vp, context=c, expert=e, expert_tensor=et)
         if next(problems(other, arch), None) is None:
             found.append((_distance(layout, other), len(found), other))
@@ -131,5 +143,6 @@ def nearest_layouts(layout: Layout, arch: Architecture | None, count: int = 3) -
 
 
 def _distance(a: Layout, b: Layout) -> float:
-    pairs = [(getattr(a, n), getattr(b, n)) for n in ("tensor", "pipeline", "context", "expert", "expert_tensor")]
+    names = ("tensor", "pipeline", "chunks", "context", "expert", "expert_tensor")
+    pairs = [(getattr(a, n), getattr(b, n)) for n in names]
     return sum((x != y) + max(x, y) / min(x, y) for x, y in pairs)

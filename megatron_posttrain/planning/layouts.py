@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.parallel.layout import Layout, problems
+from megatron_posttrain.parallel.layout import Layout, problems, stage_layers
 
 LAYOUT_KEYS = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -47,12 +47,9 @@ def parse_layout(text: str, gpus: int) -> Layout:
 
 
 def hard_problem(layout: Layout, arch: Architecture) -> str | None:
-    """Why the layout means nothing for the model. Uneven pipeline stages and cut key-value heads, which
-    training refuses, still have a memory and a time."""
-    relaxed = replace(arch, num_layers=layout.pipeline * layout.chunks, num_query_groups=arch.num_heads)
-    if layout.pipeline * layout.chunks > arch.num_layers:
-        return f"pipeline x virtual_pipeline = {layout.pipeline * layout.chunks} is more than {arch.num_layers} layers"
-    return next(problems(layout, relaxed), None)
+    """Why the layout means nothing for the model. Cut key-value heads, which training refuses, still have a
+    memory and a time."""
+    return next(problems(layout, replace(arch, num_query_groups=arch.num_heads)), None)
 
 
 def batch_problem(layout: Layout, global_batch: int, micro_batch: int) -> str | None:
@@ -66,17 +63,10 @@ def batch_problem(layout: Layout, global_batch: int, micro_batch: int) -> str | 
 
 
 @lru_cache(maxsize=4096)
-def chunk_layers(num_layers: int, chunks: int) -> tuple[range, ...]:
-    """Layers of each of `chunks` model chunks, in the order of the model; chunk c is on stage c % pipeline.
-
-    Where layers do not divide evenly, the chunks with the embedding and the output layer take fewer.
-    """
-    size, extra = divmod(num_layers, chunks)
-    sizes = [size] * chunks
-    for chunk in (*range(1, chunks - 1), 0)[:extra]:
-        sizes[chunk] += 1
-    starts = [sum(sizes[:i]) for i in range(chunks + 1)]
-    return tuple(range(a, b) for a, b in itertools.pairwise(starts))
+def chunk_layers(layout: Layout, num_layers: int) -> tuple[range, ...]:
+    """Numbers of the layers of each model chunk, see `stage_layers`."""
+    ends = itertools.accumulate(stage_layers(layout, num_layers), initial=0)
+    return tuple(range(a, b) for a, b in itertools.pairwise(ends))
 
 
 def enumerate_layouts(
@@ -87,21 +77,17 @@ def enumerate_layouts(
     global_batch: int,
     sequence_length: int,
     micro_batches: Sequence[int] = MICRO_BATCHES,
-    uneven: bool = False,
 ) -> Iterator[tuple[Layout, int]]:
     """(layout, micro batch size) pairs that training accepts on `gpus` GPUs.
 
     Args:
         domain: GPUs that share NVLink; tensor parallelism stays inside, the rest may leave it.
-        uneven: also pipelines whose stages hold unequal numbers of layers.
     """
     powers = [1 << k for k in range(gpus.bit_length()) if gpus % (1 << k) == 0]
     moe = arch.moe
     experts = [1] if moe is None else [e for e in powers if moe.num_experts % e == 0]
     depths = [(p, v) for p in powers if p <= 64 for v in range(1, 13) if (p > 1 or v == 1)]
-    depths = [(p, v) for p, v in depths if arch.num_layers >= p * v and (uneven or arch.num_layers % (p * v) == 0)]
     contexts = [c for c in powers if c == 1 or sequence_length // c >= FEWEST_TOKENS]
-    relaxed = replace(arch, num_layers=0)  # divisible by any depth
     for tensor in (p for p in powers if p <= min(domain, 16)):
         for pipeline, virtual in depths:
             for context in contexts:
@@ -109,7 +95,7 @@ def enumerate_layouts(
                     layout = make_layout(
                         gpus, tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context, expert=expert
                     )
-                    if next(problems(layout, relaxed), None) is not None:
+                    if next(problems(layout, arch), None) is not None:
                         continue
                     for micro_batch in micro_batches:
                         if batch_problem(layout, global_batch, micro_batch) is None:

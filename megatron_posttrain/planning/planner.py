@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.parallel.layout import Layout, problems
+from megatron_posttrain.parallel.layout import Layout, problems, stage_layers
 from megatron_posttrain.planning.activations import Shapes, logits_bytes, stage_activations
 from megatron_posttrain.planning.flops import flops_per_token, lora_weights
 from megatron_posttrain.planning.gpus import Gpu
@@ -90,7 +90,7 @@ def estimate(
     lora = work.lora_rank if work.task == "lora" else None
     trained: tuple[float, float] = trained_elements(arch, layout)
     if lora is not None:
-        trained = (arch.num_layers / layout.pipeline * lora_weights(arch, lora) / layout.tensor, 0)
+        trained = (max(_adapters(arch, layout, stage, lora) for stage in range(layout.pipeline)), 0)
     time = step_time(arch, layout, job, gpu, trained)
     seconds = {
         "compute": time.compute,
@@ -155,7 +155,7 @@ def _stage_memory(
         "optimizer": 12.0 * (dense / replicas + experts / expert_data(layout)),
     }
     if job.lora:
-        adapters = arch.num_layers / layout.pipeline * lora_weights(arch, work.lora_rank) / layout.tensor
+        adapters = _adapters(arch, layout, stage, work.lora_rank)
         memory["weights"] += 2 * adapters
         memory |= {"gradients": 4 * adapters, "optimizer": 12 * adapters / replicas}
     elif exact:
@@ -170,6 +170,12 @@ def _stage_memory(
     routed = 2 * tokens / layout.tensor * arch.moe.top_k if arch.moe is not None and layout.expert > 1 else 0.0
     memory["communication"] = LIBRARIES_GIB * GIB + gathered + routed
     return memory
+
+
+def _adapters(arch: Architecture, layout: Layout, stage: int, rank: int) -> float:
+    """LoRA parameters of a stage's rank."""
+    layers = sum(stage_layers(layout, arch.num_layers)[stage :: layout.pipeline])
+    return layers * lora_weights(arch, rank) / layout.tensor
 
 
 def check_precision(work: Workload, gpu: Gpu) -> None:
@@ -205,15 +211,10 @@ def plan_layout(arch: Architecture, layout: Layout, work: Workload, gpu: Gpu) ->
 def plan(arch: Architecture, gpus: int, work: Workload, gpu: Gpu) -> list[Estimate]:
     """Every layout that training accepts, each with its best micro batch size: those that fit first, then by speed.
 
-    Uneven pipeline stages are considered only where nothing else fits. Raises UserError when the model and the
-    batch admit no layout at all.
+    Raises UserError when the model and the batch admit no layout at all.
     """
     check_precision(work, gpu)
-    ranked: list[Estimate] = []
-    for uneven in (False, True):
-        ranked = _search(arch, gpus, work, gpu, uneven)
-        if ranked and ranked[0].fits:
-            break
+    ranked = _search(arch, gpus, work, gpu)
     if not ranked:
         raise UserError(
             f"--gpus {gpus}: no layout divides the GPUs, the model and a global batch of {work.global_batch}; "
@@ -228,12 +229,12 @@ def plan(arch: Architecture, gpus: int, work: Workload, gpu: Gpu) -> list[Estima
     return ranked
 
 
-def _search(arch: Architecture, gpus: int, work: Workload, gpu: Gpu, uneven: bool) -> list[Estimate]:
+def _search(arch: Architecture, gpus: int, work: Workload, gpu: Gpu) -> list[Estimate]:
     sizes = (work.micro_batch,) if work.micro_batch else MICRO_BATCHES
     best: dict[Layout, Estimate] = {}
     for layout, micro_batch in enumerate_layouts(
         arch, gpus, domain=gpu.group, global_batch=work.global_batch, sequence_length=work.sequence_length,
-        micro_batches=sizes, uneven=uneven,
+        micro_batches=sizes,
     ):  # fmt: skip
         for recompute in ("none", "full") if work.recompute == "auto" else (work.recompute,):
             found = estimate(arch, layout, micro_batch, recompute, work, gpu)
