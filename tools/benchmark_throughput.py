@@ -6,8 +6,9 @@
     python tools/benchmark_throughput.py --scaling n1.json n2.json n4.json --html scaling.html
 
 On many nodes the same under `torchrun` on each, or under launch/node.sh. SFT needs the model's config only (or a
-well-known name), GRPO its weights. TFLOP/s are the model's: see megatron_posttrain/planning/flops.py. Exit status:
-0 done (--compare: no regression), 1 regression, 2 bad input.
+well-known name), GRPO its weights. TFLOP/s are the model's: see megatron_posttrain/planning/flops.py. After the timed
+steps a few more are profiled: seconds of forward, backward and every kind of communication, see
+benchmarks/throughput/phases.py. Exit status: 0 done (--compare: no regression), 1 regression, 2 bad input.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_posttrain.errors import UserError
 
-FILE_WIDTH = 130  # columns, where the output is no terminal
+FILE_WIDTH = 100  # columns, where the output is no terminal
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -34,6 +36,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--command", choices=("sft", "grpo"), help="whose config it is (default: found by its keys)")
     add("--steps", type=int, default=10, help="timed steps (default: 10)")
     add("--warmup", type=int, default=3, help="steps before them (default: 3)")
+    add("--profiled-steps", type=int, default=2, help="steps after them, for the profile (default: 2; 0: none)")
     add("--mean-length", type=int, help="mean tokens of a packed sequence (default: one sequence fills a row)")
     add(
         "--sweep", metavar="LAYOUTS", help="layouts with ; between them, such as 'tensor=2;tensor=2,expert=4', or `all`"
@@ -47,8 +50,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if sum(bool(given) for given in (args.config, args.compare, args.scaling)) != 1:
         raise UserError("give one of --config FILE, --compare A.json B.json, --scaling FILE...")
-    if args.steps < 2 or args.warmup < 0 or (args.mean_length is not None and args.mean_length < 2):
-        raise UserError("--steps and --mean-length must be 2 or more, --warmup 0 or more")
+    if (
+        args.steps < 2
+        or min(args.warmup, args.profiled_steps) < 0
+        or (args.mean_length is not None and args.mean_length < 2)
+    ):
+        raise UserError("--steps and --mean-length must be 2 or more, --warmup and --profiled-steps 0 or more")
     return args
 
 
@@ -76,7 +83,7 @@ def benchmark(args: argparse.Namespace) -> int:
     from megatron_posttrain.training.run import finish, quiet_libraries
 
     quiet_libraries()
-    options = Options(args.steps, args.warmup, args.mean_length)
+    options = Options(args.steps, args.warmup, args.profiled_steps, args.mean_length)
     config: SftConfig | GrpoConfig
     if args.command == "grpo" or (args.command is None and is_grpo(args)):
         if args.sweep:
@@ -161,7 +168,7 @@ def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         console = Console(highlight=False, width=FILE_WIDTH)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
+        table.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
     for row in rows:
         table.add_row(*row)
     console.print(table)
@@ -170,33 +177,65 @@ def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 def show_results(results: list[dict[str, Any]]) -> None:
     from benchmarks.throughput.compare import name_of
 
-    phases = list(results[0]["phase_seconds"])
-    rows = []
-    for r in sorted(results, key=lambda r: -r["tokens_per_second"]):
-        rows.append([
+    results = sorted(results, key=lambda r: -r["tokens_per_second"])
+    rows = [
+        [
             name_of(r), f"{r['tokens_per_second']:,.0f}", f"{r['tokens_per_second_per_gpu']:,.0f}",
             f"{r['tflops_per_gpu']:.4g}", f"{r['mfu']:.1%}" if "mfu" in r else "-", f"{r['mean_step_seconds']:.3f}",
-            *(f"{r['phase_seconds'][p]:.3f}" for p in phases), f"{r['peak_memory_gib']:.2f}",
-        ])  # fmt: skip
-    columns = [
-        "layout",
-        "tokens/s",
-        "a rank",
-        "TFLOP/s",
-        "MFU",
-        "step s",
-        *(p.replace("_", "-") for p in phases),
-        "GiB",
+            f"{r['peak_memory_gib']:.2f}",
+        ]
+        for r in results
+    ]  # fmt: skip
+    columns = ["layout", "tokens/s", "of a rank", "TFLOP/s", "MFU", "step s", "peak GiB"]
+    show_table("Throughput of timed steps; TFLOP/s and peak memory of a rank", columns, rows)
+    show_phases("Phases of timed steps, seconds, mean of the ranks", results, results)
+    best = results[0]
+    if "mfu" in best:
+        print(f"MFU against {best['peak_tflops']:.4g} TFLOP/s a rank ({best['peak_source']})")
+    late = best["stragglers"]
+    print(
+        f"slowest rank by its own matrix multiplications: {late['slowest_rank']} on {late['host']}, "
+        f"{late['behind_median']:.1%} behind the median"
+    )
+    if best["profile"] is not None:
+        show_profile(results)
+
+
+def show_phases(title: str, results: list[dict[str, Any]], sources: list[dict[str, Any]]) -> None:
+    from benchmarks.throughput.compare import name_of
+
+    phases = max((list(source["phase_seconds"]) for source in sources), key=len)
+    rows = [
+        [name_of(r), *(f"{source['phase_seconds'].get(phase, 0.0):.3f}" for phase in phases)]
+        for r, source in zip(results, sources, strict=True)
     ]
-    show_table("Throughput; TFLOP/s and GiB of a rank, phases in seconds", columns, rows)
-    first = results[0]
-    if "stragglers" in first:
-        late = first["stragglers"]
-        print(f"MFU against {first['peak_tflops']:.4g} TFLOP/s a rank ({first['peak_source']})")
-        print(
-            f"slowest rank by its own matrix multiplications: {late['slowest_rank']} on {late['host']}, "
-            f"{late['behind_median']:.1%} behind the median"
-        )
+    show_table(title, ["layout", *(phase.replace("_", "-") for phase in phases)], rows)
+
+
+def show_profile(results: list[dict[str, Any]]) -> None:
+    from benchmarks.throughput.compare import name_of
+    from benchmarks.throughput.phases import PIPELINE
+
+    best = results[0]["profile"]
+    print("\n" + textwrap.fill(f"What follows is {best['note']}.", FILE_WIDTH) + "\n")
+    bubble = "; pipeline: messages and bubble" if "pipeline" in best["phase_seconds"] else ""
+    title = f"Phases of profiled steps, seconds, mean of the ranks{bubble}"
+    show_phases(title, results, [r["profile"] for r in results])
+    if not best["communication"]:
+        return
+    rows = [
+        [kind, f"{c['ranks']}", f"{c['calls']:g}", f"{c['bytes'] / 1e6:,.3f}", f"{c['seconds'] * 1e3:,.2f}",
+         f"{c['max_seconds'] * 1e3:,.2f}", "" if kind == PIPELINE else f"{c['waiting_seconds'] * 1e3:,.2f}",
+         "" if c["gb_per_second"] is None else f"{c['gb_per_second']:,.3f}"]
+        for kind, c in best["communication"].items()
+    ]  # fmt: skip
+    columns = ["communication", "ranks", "calls", "MB sent", "ms", "slowest", "waiting", "GB/s"]
+    # Other: gradient norm, expert balance, figures for the log.
+    show_table(f"Communication of a rank in a step of {name_of(results[0])}", columns, rows)
+    print("Ranks' own computation, without communication and waiting:")
+    for phase, s in best["spread"].items():
+        staged = f", {s['within_stage']:.2f} x that of its stage's ranks" if "pipeline" in best["phase_seconds"] else ""
+        print(f"  {phase}: rank {s['slowest_rank']} is slowest, {s['max_over_median']:.2f} x the median{staged}")
 
 
 def show_comparison(a: str, b: str, tolerance: float) -> int:

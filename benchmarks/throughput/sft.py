@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import platform as host
 import socket
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.throughput.phases import Profile, summary
 from megatron_posttrain.algorithms.losses import cross_entropy_sum
 from megatron_posttrain.config.schema import Config
 from megatron_posttrain.data.batch import PackedBatch
@@ -38,10 +40,11 @@ PACKAGES = ("torch", "megatron-core", "transformers", "megatron-posttrain")
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured. Steps; `mean_length` in tokens, None: one sequence fills a row."""
+    """What is measured. Steps, timed and then profiled; `mean_length` in tokens, None: one sequence fills a row."""
 
     steps: int = 10
     warmup: int = 3
+    profiled: int = 2
     mean_length: int | None = None
 
 
@@ -81,10 +84,15 @@ def measure(config: Config, arch: Architecture, layout: Layout, options: Options
     dist.barrier()
     local = {
         "host": socket.gethostname(),
+        "stage": groups.at.pipeline,
         "steps": mine[options.warmup :],
         "matmul_tflops": matmul_tflops(DTYPES[config.precision.dtype]),
         "peak_memory_gib": platform().peak_memory_bytes() / 2**30,
     }
+    profile = Profile()
+    for number in range(options.profiled):
+        _step(engine, config, lengths, number, profile.recording())
+    local["profile"] = profile.result(options.profiled) if options.profiled else None
     ranks: list[dict[str, Any]] = [{}] * layout.world_size
     dist.all_gather_object(ranks, local)
     del engine
@@ -93,8 +101,14 @@ def measure(config: Config, arch: Architecture, layout: Layout, options: Options
     return _result(config, arch, layout, options, lengths, ranks)
 
 
-def _step(engine: Engine, config: Config, lengths: Sequence[Sequence[int]], number: int) -> dict[str, float]:
-    """Seconds of one step on this rank, in total and by phase. All ranks start together."""
+def _step(
+    engine: Engine,
+    config: Config,
+    lengths: Sequence[Sequence[int]],
+    number: int,
+    scope: contextlib.AbstractContextManager[None] | None = None,
+) -> dict[str, float]:
+    """Seconds of one step on this rank, in total and by phase. All ranks start together, then enter `scope`."""
     training, groups = config.training, engine.groups
     counted = sum(n - 1 for row in lengths for n in row)
     generator = torch.Generator().manual_seed(training.seed + number)
@@ -104,14 +118,15 @@ def _step(engine: Engine, config: Config, lengths: Sequence[Sequence[int]], numb
 
     dist.barrier()
     platform().synchronize()
-    timer = PhaseTimer()
-    with timer("data"):
-        vocab = engine.arch.vocab_size
-        tokens: Any = [[torch.randint(vocab, (n,), generator=generator) for n in row] for row in lengths]
-        rows = [[TokenSequence(t, [1] * len(t)) for t in row] for row in tokens]
-        micro_batches = rank_micro_batches(rows, groups, training.micro_batch_size)
-    result = engine.train_step(micro_batches, loss_function, config.optimizer.lr)
-    platform().synchronize()
+    with scope or contextlib.nullcontext():
+        timer = PhaseTimer()
+        with timer("data"):
+            vocab = engine.arch.vocab_size
+            tokens: Any = [[torch.randint(vocab, (n,), generator=generator) for n in row] for row in lengths]
+            rows = [[TokenSequence(t, [1] * len(t)) for t in row] for row in tokens]
+            micro_batches = rank_micro_batches(rows, groups, training.micro_batch_size)
+        result = engine.train_step(micro_batches, loss_function, config.optimizer.lr)
+        platform().synchronize()
     seconds = {"seconds": timer.total()} | timer.seconds | result.seconds
     return seconds | {"other": seconds["seconds"] - sum(seconds[p] for p in PHASES[:-1])}
 
@@ -129,6 +144,7 @@ def _result(
     flat = [n for row in lengths for n in row]
     flops = training_flops(arch, flat, lora_rank=config.lora.rank if config.lora else None)
     probes = [rank["matmul_tflops"] for rank in ranks]
+    profiles = [rank["profile"] for rank in ranks]
     return {
         "command": "sft",
         "layout": sizes_of(layout),
@@ -146,10 +162,11 @@ def _result(
         "peak_memory_gib": max(rank["peak_memory_gib"] for rank in ranks),
         "ranks": [_rank(rank) for rank in ranks],
         "stragglers": stragglers(probes, [rank["host"] for rank in ranks]),
+        "profile": summary(profiles, options.profiled, [rank["stage"] for rank in ranks]) if options.profiled else None,
     }
 
 
-def rates(tokens: int, flops: float, seconds: float, world_size: int) -> dict[str, float]:
+def rates(tokens: float, flops: float, seconds: float, world_size: int) -> dict[str, float]:
     """Of a mean step."""
     return {
         "mean_step_seconds": seconds,
@@ -182,7 +199,8 @@ def _rank(rank: dict[str, Any]) -> dict[str, Any]:
 def stragglers(probes: Sequence[float], hosts: Sequence[str]) -> dict[str, Any]:
     """How far the slowest rank is behind, by a matrix multiplication that waits for nobody.
 
-    A synchronous step takes every rank the same time, so phases alone do not tell who is waited for.
+    A synchronous step takes every rank the same time, so its phases do not tell who is waited for. The profile's
+    spread does, for the computation itself.
     """
     slowest = min(range(len(probes)), key=lambda rank: probes[rank])
     middle = statistics.median(probes)
