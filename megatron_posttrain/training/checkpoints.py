@@ -13,7 +13,7 @@ from megatron_posttrain.config.schema import CheckpointConfig
 from megatron_posttrain.parallel.groups import broadcast_object
 from megatron_posttrain.platform import platform
 from megatron_posttrain.training.engine import Engine
-from megatron_posttrain.training.optimizer_fixes import torch_adamw_can_resume
+from megatron_posttrain.training.optimizer_fixes import optimizer_can_resume
 
 # Any data parallel size can read what any other wrote.
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -41,7 +41,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        with platform().megatron(), torch_adamw_can_resume():
+        with platform().megatron(), optimizer_can_resume():
             dist_checkpointing.save(_sharded_state(engine, loading=False), str(partial), content_metadata=SHARDING)
         dist.barrier()
         if dist.get_rank() == 0:
@@ -66,7 +66,7 @@ class Checkpoints:
         path = broadcast_object(str(newest[0]) if newest else None)
         if path is None:
             return None
-        with platform().megatron(), torch_adamw_can_resume():
+        with platform().megatron(), optimizer_can_resume():
             loaded = dist_checkpointing.load(_sharded_state(engine, loading=True), str(path))
             for index, chunk in enumerate(engine.modules):
                 chunk.load_state_dict(loaded[_model_key(engine, index)], strict=False)

@@ -1,10 +1,13 @@
-"""megatron-core 0.16.1's DistributedOptimizer cannot be loaded with torch's AdamW; four defects, mended in a scope.
+"""megatron-core 0.16.1's optimizer cannot always be saved and loaded; defects mended in a scope.
 
-It is written for the fused Adam of Transformer Engine or apex. With torch's own (neither is installed):
+Whatever Adam it runs: a pipeline stage without experts saves no `step` for them, and what the first stage saves is
+what every stage loads. DistributedOptimizer is written for the fused Adam of Transformer Engine or apex. With
+torch's own (neither is installed):
 1. asking an optimizer that has not stepped for its state dict fails an assertion;
 2. setting states copies into a key `step` that the saved tensors do not have (KeyError);
 3. in fp32 the main parameters are leaf views, which may not be written in place outside no_grad;
-4. all states share one `step` tensor, so that AdamW would count one step a parameter.
+4. all states share one `step` tensor, so that AdamW would count one step a parameter;
+5. asking an optimizer that has no parameters for its state dict fails the same assertion.
 `tests/test_upstream_defects.py` fails when a fix is no longer needed.
 """
 
@@ -24,21 +27,46 @@ def uses_torch_adamw() -> bool:
 
 
 @contextlib.contextmanager
-def torch_adamw_can_resume() -> Iterator[None]:
-    """Scope in which a DistributedOptimizer on torch's AdamW saves and loads."""
+def optimizer_can_resume() -> Iterator[None]:
+    """Scope in which the optimizer saves and loads under every layout, on torch's AdamW too."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
 
-    if not uses_torch_adamw():
-        yield
-        return
-    originals = {name: getattr(DistributedOptimizer, name) for name in _FIXES}
-    for name, fix in _FIXES.items():
-        setattr(DistributedOptimizer, name, fix(originals[name]))
+    fixes = [(ChainedOptimizer, name, fix) for name, fix in _CHAINED_FIXES.items()]
+    if uses_torch_adamw():
+        fixes += [(DistributedOptimizer, name, fix) for name, fix in _FIXES.items()]
+    originals = [getattr(owner, name) for owner, name, _ in fixes]
+    for (owner, name, fix), original in zip(fixes, originals, strict=True):
+        setattr(owner, name, fix(original))
     try:
         yield
     finally:
-        for name, original in originals.items():
-            setattr(DistributedOptimizer, name, original)
+        for (owner, name, _), original in zip(fixes, originals, strict=True):
+            setattr(owner, name, original)
+
+
+def _same_step(original: Any) -> Any:
+    def sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = original(self, *args, **kwargs)
+        if len(self.chained_optimizers) > 1:
+            groups = [group for part in found.values() for group in part["optimizer"]["param_groups"]]
+            step = max(group.get("step", 0) for group in groups)
+            for group in groups:
+                group["step"] = step
+        return found
+
+    return sharded_state_dict
+
+
+def _state_dict(original: Any) -> Any:
+    def state_dict(self: Any) -> Any:
+        groups = self.optimizer.param_groups
+        if any(group["params"] for group in groups):
+            return original(self)
+        groups = [{k: v for k, v in group.items() if k != "params"} | {"step": 0} for group in groups]
+        return {"optimizer": {"param_groups": groups}}
+
+    return state_dict
 
 
 def _sharded_state_dict(original: Any) -> Any:
@@ -73,7 +101,9 @@ def _load_state_dict(original: Any) -> Any:
     return load_state_dict
 
 
+_CHAINED_FIXES = {"sharded_state_dict": _same_step}
 _FIXES = {
+    "state_dict": _state_dict,
     "sharded_state_dict": _sharded_state_dict,
     "_set_main_param_and_optimizer_states": _set_main_param_and_optimizer_states,
     "load_state_dict": _load_state_dict,
