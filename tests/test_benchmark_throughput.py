@@ -9,13 +9,22 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import megatron.core.pipeline_parallel.schedules as schedules
 import pytest
+import torch
+import torch.distributed as dist
 import yaml
 
+from benchmarks.throughput import grpo as grpo_benchmark
 from benchmarks.throughput.compare import bootstrap_ratio, plot_scaling, scaling_points
-from benchmarks.throughput.sft import row_lengths, stragglers
+from benchmarks.throughput.phases import Profile, spread
+from benchmarks.throughput.sft import Options, row_lengths, stragglers
 from megatron_posttrain.config.schema import SftConfig
+from megatron_posttrain.parallel.groups import start_distributed
+from megatron_posttrain.training import heartbeat
+from megatron_posttrain.training.run import Run
 from tests.launch import torchrun
+from tests.models import make_assets
 from tools.benchmark_throughput import main
 
 HF_CONFIG: dict[str, Any] = {
@@ -30,6 +39,13 @@ HF_CONFIG: dict[str, Any] = {
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
+}
+EXPERTS: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
 }
 TREE: dict[str, Any] = {
     "precision": {"dtype": "fp32"},
@@ -72,11 +88,18 @@ def test_measured_under_torchrun(tmp_path: Path) -> None:
     config, output = tmp_path / "bench.yaml", tmp_path / "out" / "result.json"
     config.write_text(yaml.safe_dump(TREE | {"model": {"path": str(tmp_path)}}))
     options = ["--config", str(config), "--steps", "2", "--warmup", "1", "--output", str(output)]
-    done = torchrun(2, "tools/benchmark_throughput.py", *options, "--sweep", "tensor=2;pipeline=2")
+    done = torchrun(2, "tools/benchmark_throughput.py", *options, "--sweep", "tensor=2;pipeline=2;context=2")
     assert "slowest rank" in done.stdout
+    assert max(len(line.rstrip()) for line in done.stdout.splitlines()) <= 100
     tree = json.loads(output.read_text())
     assert tree["machine"]["versions"]["megatron-core"].startswith("0.16")
-    assert [r["layout"]["tensor"] for r in tree["results"]] == [2, 1]
+    assert [r["layout"]["tensor"] for r in tree["results"]] == [2, 1, 1]
+    # Gradients are averaged over context ranks too; the sum of the loss's parts goes to every pipeline stage.
+    assert [kinds(r) for r in tree["results"]] == [
+        {"tensor", "other"},
+        {"pipeline", "other"},
+        {"context", "data", "other"},
+    ]
     for r in tree["results"]:
         mean = statistics.fmean(r["step_seconds"])
         assert len(r["step_seconds"]) == 2
@@ -94,6 +117,114 @@ def test_measured_under_torchrun(tmp_path: Path) -> None:
             assert min(rank["phase_seconds"].values()) >= 0
 
 
+def kinds(result: dict[str, Any]) -> set[str]:
+    return {kind.split()[0] for kind in result["profile"]["communication"]}
+
+
+def test_profile_of_a_mixture_of_experts(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(HF_CONFIG | EXPERTS))
+    config, output = tmp_path / "bench.yaml", tmp_path / "result.json"
+    config.write_text(yaml.safe_dump(TREE | {"model": {"path": str(tmp_path)}}))
+    options = ["--config", str(config), "--steps", "2", "--warmup", "1", "--output", str(output)]
+    sweep = "tensor=2,pipeline=2,expert=2;tensor=2,expert=2"
+    done = torchrun(4, "tools/benchmark_throughput.py", *options, "--sweep", sweep)
+    assert "nothing\noverlaps" in done.stdout
+    assert "forward: rank" in done.stdout
+    staged, flat = json.loads(output.read_text())["results"]
+    assert kinds(staged) == {"tensor", "pipeline", "expert", "other"}
+    assert kinds(flat) == {"tensor", "expert", "data", "other"}
+
+    # Micro-batches of 64 tokens: 4 through two stages of a layer each; or 2 on each of two data parallel ranks.
+    message = 64 // 2 * 64 * 4  # bytes: a tensor rank's half of the sequence, hidden size, fp32
+    sent = [of(rank, "pipeline parallel send/receive") for rank in staged["profile"]["ranks"]]
+    assert sum(figures["calls"] for figures in sent) == 2 * (4 * (2 - 1) * 2)  # tensor ranks x (forward, backward)
+    assert all(figures["bytes"] == 4 * (message + 3 * 8) for figures in sent)  # after the sizes, [3] int64
+    assert staged["profile"]["communication"]["pipeline parallel send/receive"]["gb_per_second"] is None
+    for result, micro_batches, layers in ((staged, 4, 1), (flat, 2, 2)):
+        for number, rank in enumerate(result["profile"]["ranks"]):
+            # Tokens and their gates to the experts, results back, and the gradient of each.
+            assert of(rank, "expert parallel all-to-all")["calls"] == micro_batches * layers * (3 + 3)
+            # Sequence parallelism (arXiv 2205.05198): attention's output in forward, its input in backward; so the
+            # embedding's output and the head's input. Gathers are the other way round, and once more for the
+            # weights' gradients of what was gathered or is gathered again.
+            first, last = (number < 2, number >= 2) if result is staged else (True, True)
+            scatters = micro_batches * (2 * layers + first + last)
+            gathers = micro_batches * (3 * layers + first + 2 * last)
+            figures = of(rank, "tensor parallel reduce-scatter")
+            assert figures["calls"] == scatters
+            assert figures["bytes"] == scatters * message  # half of a whole message, 2 x `message`
+            assert of(rank, "tensor parallel all-gather")["calls"] == gathers
+            seconds = rank["phase_seconds"]
+            assert seconds["forward"] > 0
+            assert seconds["backward"] > 0
+            assert min(seconds.values()) > -1e-9
+            assert sum(seconds.values()) == pytest.approx(rank["step_seconds"])
+    for rank in flat["profile"]["ranks"]:
+        assert of(rank, "data parallel reduce-scatter")["calls"] == 2  # experts' gradients have a group of their own
+
+
+def of(rank: dict[str, Any], kind: str) -> dict[str, float]:
+    figures: dict[str, float] = rank["communication"][kind]
+    return figures
+
+
+def wrapped() -> list[Any]:
+    group = [value for _, value in sorted(vars(dist.ProcessGroup).items()) if callable(value)]
+    return [*group, schedules.forward_step, schedules.backward_step, heartbeat.enter, heartbeat.leave, Run.log]
+
+
+def test_originals_are_restored() -> None:
+    before = wrapped()
+    start_distributed()
+    profile = Profile()
+    with profile.recording():
+        assert sum(a is not b for a, b in zip(before, wrapped(), strict=True)) >= 4 + 15
+        dist.all_reduce(torch.ones(3))
+    assert not profile.traffic  # nobody to talk to
+    with pytest.raises(ZeroDivisionError), profile.recording():
+        raise ZeroDivisionError
+    assert all(a is b for a, b in zip(before, wrapped(), strict=True))
+
+
+def test_grpo_is_profiled_after_its_timed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    start_distributed()
+    monkeypatch.setattr(Run, "log", lambda run, step, metrics: None)
+    before = wrapped()
+    recorder = grpo_benchmark.Recorder(Options(steps=2, warmup=1, profiled=1))
+    recorded = []
+    with recorder.listening():
+        for step in range(1, 5):
+            Run.log(None, step, {"step_seconds": float(step)})  # type: ignore[arg-type]
+            recorded.append(heartbeat.enter is not before[-3])
+    assert recorded == [False, False, True, False]
+    assert [s["step_seconds"] for s in recorder.steps] == [1.0, 2.0, 3.0, 4.0]
+    assert all(a is b for a, b in zip(before, wrapped(), strict=True))
+
+
+@pytest.mark.slow
+def test_grpo_tells_of_every_rank(tmp_path: Path) -> None:
+    assets, config, output = make_assets(tmp_path), tmp_path / "grpo.yaml", tmp_path / "result.json"
+    tree = {
+        "model": {"path": str(assets / "model")},
+        "parallel": {"tensor": 2},
+        "data": {"train": "not-read.jsonl", "sequence_length": 96},
+        "training": {"global_batch_size": 16, "micro_batch_size": 8},
+        "rollout": {"prompts_per_step": 4, "samples_per_prompt": 4, "max_tokens": 16},
+        "rewards": [{"name": "math", "weight": 1.0}],
+    }
+    config.write_text(yaml.safe_dump(TREE | tree))
+    options = ["--config", str(config), "--steps", "2", "--warmup", "1", "--output", str(output)]
+    torchrun(2, "tools/benchmark_throughput.py", *options)
+    (found,) = json.loads(output.read_text())["results"]
+    for rank in found["ranks"]:
+        assert set(rank["phase_seconds"]) == {"rollout", "train", "refit", "other"}
+        assert rank["peak_memory_gib"] > 0.1
+    assert set(found["profile"]["spread"]) == {"rollout", "forward", "backward"}
+    for rank in found["profile"]["ranks"]:
+        assert min(rank["phase_seconds"][p] for p in ("rollout", "forward", "backward", "optimizer", "refit")) > 0
+        assert sum(rank["phase_seconds"].values()) == pytest.approx(rank["step_seconds"])
+
+
 def test_rows_are_full() -> None:
     config = SftConfig.model_validate(TREE | {"model": {"path": "x"}})
     assert row_lengths(config, None) == [[64]] * 4
@@ -106,6 +237,8 @@ def test_rows_are_full() -> None:
 def test_straggler_is_named() -> None:
     found = stragglers([2.0, 2.0, 1.5, 2.0], ["a", "a", "b", "b"])
     assert found == {"slowest_rank": 2, "host": "b", "behind_median": 0.25}
+    found = spread([1.0, 2.0, 4.0, 8.0], stages=[0, 0, 1, 1])
+    assert found == {"max_over_median": 8 / 3, "slowest_rank": 3, "within_stage": 8 / 6}
 
 
 def test_interval_is_that_of_the_delta_method() -> None:

@@ -216,11 +216,11 @@ def show_profile(results: list[dict[str, Any]]) -> None:
     from benchmarks.throughput.compare import name_of
     from benchmarks.throughput.phases import PIPELINE
 
-    best = results[0]["profile"]
+    best = results[0]["profile"]  # of the fastest layout
     print("\n" + textwrap.fill(f"What follows is {best['note']}.", FILE_WIDTH) + "\n")
-    bubble = "; pipeline: messages and bubble" if "pipeline" in best["phase_seconds"] else ""
-    title = f"Phases of profiled steps, seconds, mean of the ranks{bubble}"
-    show_phases(title, results, [r["profile"] for r in results])
+    profiles = [r["profile"] for r in results]
+    bubble = "; pipeline: messages and bubble" if any("pipeline" in p["phase_seconds"] for p in profiles) else ""
+    show_phases(f"Phases of profiled steps, seconds, mean of the ranks{bubble}", results, profiles)
     if not best["communication"]:
         return
     rows = [
@@ -230,8 +230,8 @@ def show_profile(results: list[dict[str, Any]]) -> None:
         for kind, c in best["communication"].items()
     ]  # fmt: skip
     columns = ["communication", "ranks", "calls", "MB sent", "ms", "slowest", "waiting", "GB/s"]
-    # Other: gradient norm, expert balance, figures for the log.
     show_table(f"Communication of a rank in a step of {name_of(results[0])}", columns, rows)
+    print("other: gradient norm, balance of experts, what is logged")
     print("Ranks' own computation, without communication and waiting:")
     for phase, s in best["spread"].items():
         staged = f", {s['within_stage']:.2f} x that of its stage's ranks" if "pipeline" in best["phase_seconds"] else ""
