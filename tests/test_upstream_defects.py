@@ -18,7 +18,7 @@ from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.platform import cpu, platform, scope
 from megatron_posttrain.training import optimizer_fixes
 from megatron_posttrain.training.batches import rank_micro_batches
-from megatron_posttrain.training.checkpoints import Checkpoints
+from megatron_posttrain.training.checkpoints import Checkpoints, _sharded_state
 from megatron_posttrain.training.engine import Engine
 from tests.models import make_qwen3
 
@@ -84,6 +84,27 @@ def test_all_states_share_a_step_without_its_fix(
     without(monkeypatch, "load_state_dict")
     checkpoints(tmp_path).resume(engine)
     assert len({s.data_ptr() for s in steps(engine)}) < len(fixed)
+
+
+def test_a_stage_without_experts_has_no_step_without_its_fixes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(engine)
+    experts = engine.optimizer.chained_optimizers[1]
+    experts.optimizer.state.clear()
+    experts.buffers, experts.gbuf_ranges = [], []
+    for group in experts.optimizer.param_groups:
+        group["params"] = []
+
+    def saved_steps() -> set[float]:
+        with platform().megatron(), optimizer_fixes.optimizer_can_resume():
+            state = _sharded_state(engine, loading=False)["optimizer"]
+        return {group["step"] for part in state.values() for group in part["optimizer"]["param_groups"]}
+
+    assert saved_steps() == {1}
+    monkeypatch.setattr(optimizer_fixes, "_CHAINED_FIXES", {})
+    assert saved_steps() == {0, 1}
+    without(monkeypatch, "state_dict")
+    with pytest.raises(AssertionError):
+        saved_steps()
 
 
 def test_experts_are_marked_as_such_only_by_us(tmp_path: Path, engine: Engine) -> None:
