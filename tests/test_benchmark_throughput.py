@@ -74,7 +74,8 @@ def result(seconds: list[float], ranks: int = 2, tokens: int = 1000) -> dict[str
 
 def write(path: Path, *results: dict[str, Any]) -> str:
     machine = {"device": {"name": "CPU"}, "versions": {}, "hosts": ["one"]}
-    path.write_text(json.dumps({"machine": machine, "results": results}))
+    config = {"model": {"path": path.parent.name}}
+    path.write_text(json.dumps({"config": config, "machine": machine, "results": results}))
     return str(path)
 
 
@@ -286,6 +287,11 @@ def test_scaling_table_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert [p.efficiency for p in points] == pytest.approx([1, 1, 1])
     page = tmp_path / "scaling.html"
     assert main(["--scaling", *files, "--html", str(page)]) == 0
-    assert "100%" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "100%" in said
+    assert "not the same" not in said
+    longer = write(tmp_path / "longer.json", result([0.5, 0.6], ranks=8) | {"sequence_length": 128})
+    assert main(["--scaling", *files, longer]) == 0
+    assert "not the same in all results: sequence_length\n" in capsys.readouterr().out
     assert "src=" not in page.read_text()[:2000]  # the plot needs no network
     plot_scaling(points[:1], tmp_path / "one.html")

@@ -168,7 +168,7 @@ def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         console = Console(highlight=False, width=FILE_WIDTH)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
+        table.add_column(column, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
     for row in rows:
         table.add_row(*row)
     console.print(table)
@@ -256,16 +256,19 @@ def show_comparison(a: str, b: str, tolerance: float) -> int:
 
 
 def show_scaling(files: list[str], html: str | None) -> int:
-    from benchmarks.throughput.compare import plot_scaling, scaling_points
+    from benchmarks.throughput.compare import mixed_settings, plot_scaling, scaling_points
 
     points = scaling_points(files)
     rows = [
-        [str(p.ranks), p.name, f"{p.tokens_per_second:,.0f}", f"{p.per_rank:,.0f}", f"{p.efficiency:.0%}"]
+        [p.name, str(p.ranks), f"{p.tokens_per_second:,.0f}", f"{p.per_rank:,.0f}", f"{p.efficiency:.0%}"]
         for p in points
     ]
     show_table(
-        "Scaling: the fastest layout at each size", ["ranks", "layout", "tokens/s", "a rank", "efficiency"], rows
+        "Scaling: the fastest layout at each size", ["layout", "ranks", "tokens/s", "a rank", "efficiency"], rows
     )
+    different = mixed_settings(files)
+    if different:
+        print(f"not the same in all results: {', '.join(different)}")
     if html:
         plot_scaling(points, Path(html))
         print(f"wrote {html}")

@@ -50,7 +50,7 @@ def read_results(path: str | Path) -> dict[str, Any]:
         tree = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
-    results = tree.get("results") if isinstance(tree, dict) else None
+    results = tree.get("results") if isinstance(tree, dict) and {"config", "machine"} <= tree.keys() else None
     if not results or any(key not in result for result in results for key in NEEDED):
         raise UserError(f"{path}: not a result file of benchmark_throughput.py")
     return tree
@@ -123,6 +123,18 @@ def scaling_points(paths: Sequence[str | Path]) -> list[Point]:
               r["tokens_per_second_per_gpu"] / first)
         for r in ordered
     ]  # fmt: skip
+
+
+def mixed_settings(paths: Sequence[str | Path]) -> list[str]:
+    """What is not the same in all results, sizes and layouts apart."""
+    found: dict[str, set[str]] = {}
+    for path in paths:
+        tree = read_results(path)
+        own = {"model": tree["config"]["model"]["path"], "device": tree["machine"]["device"]["name"]}
+        for result in tree["results"]:
+            for key in {*own, *SETTINGS} - {"world_size", "layout"}:
+                found.setdefault(key, set()).add(str((result | own)[key]))
+    return sorted(key for key, values in found.items() if len(values) > 1)
 
 
 def plot_scaling(points: Sequence[Point], file: Path) -> None:
