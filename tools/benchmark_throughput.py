@@ -77,12 +77,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def benchmark(args: argparse.Namespace) -> int:
-    from benchmarks.throughput.sft import Options, machine
-    from megatron_posttrain.config.load import load_config
-    from megatron_posttrain.config.schema import GrpoConfig, SftConfig
     from megatron_posttrain.training.run import finish, quiet_libraries
 
     quiet_libraries()
+    from benchmarks.throughput.sft import Options, machine
+    from megatron_posttrain.config.load import load_config
+    from megatron_posttrain.config.schema import GrpoConfig, SftConfig
+
     options = Options(args.steps, args.warmup, args.profiled_steps, args.mean_length)
     config: SftConfig | GrpoConfig
     if args.command == "grpo" or (args.command is None and is_grpo(args)):
