@@ -110,6 +110,11 @@ def build_model(
                     # Summed over the ranks that hold the same expert. megatron-core 0.16.1 says so only with
                     # expert > 1, and then loses tensor ranks' parts where expert_tensor < tensor.
                     parameter.allreduce = False  # type: ignore[attr-defined]
+            for module in chunk.modules():
+                if hasattr(module, "_apply_expert_bias"):
+                    # Counts tokens to move the correction biases, which stay here, and with a mask of padding
+                    # fails: 0.16.1 (router 542) combines [tokens, experts] with [tokens].
+                    module._apply_expert_bias = lambda *_, **__: None
             _drop_biases(chunk, arch)
             chunks.append(chunk.to(platform().device))
     return chunks, config

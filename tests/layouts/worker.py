@@ -80,12 +80,14 @@ def run(job: dict[str, Any]) -> None:
 
 def main() -> None:
     from megatron.core import parallel_state
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
     torch.set_num_threads(1)
     start_distributed()
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run(job)
         parallel_state.destroy_model_parallel()
+        get_moe_layer_wise_logging_tracker().clear()  # sized by the first model's layers
         dist.barrier()
     dist.destroy_process_group()
 
