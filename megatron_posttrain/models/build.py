@@ -105,19 +105,40 @@ def build_model(
             if arch.mla is None:
                 frequencies = inverse_frequencies(arch.rope, arch.head_dim)
                 chunk.rotary_pos_emb.inv_freq = frequencies.to(platform().device)
-            for name, parameter in chunk.named_parameters():
-                if ".experts." in name:
-                    # Summed over the ranks that hold the same expert. megatron-core 0.16.1 says so only with
-                    # expert > 1, and then loses tensor ranks' parts where expert_tensor < tensor.
-                    parameter.allreduce = False  # type: ignore[attr-defined]
-            for module in chunk.modules():
-                if hasattr(module, "_apply_expert_bias"):
-                    # Counts tokens to move the correction biases, which stay here, and with a mask of padding
-                    # fails: 0.16.1 (router 542) combines [tokens, experts] with [tokens].
-                    module._apply_expert_bias = lambda *_, **__: None
+            _mend_gradients(chunk, layout.sequence_parallel and not use_transformer_engine(model))
             _drop_biases(chunk, arch)
             chunks.append(chunk.to(platform().device))
     return chunks, config
+
+
+def _mend_gradients(chunk: torch.nn.Module, split_features: bool) -> None:
+    """What megatron-core 0.16.1 gets wrong. `split_features`: tensor ranks share MLA's down-projections."""
+    for name, parameter in chunk.named_parameters():
+        if ".experts." in name:
+            # Summed over the ranks that hold the same expert. megatron-core says so only with expert > 1, and
+            # then loses tensor ranks' parts where expert_tensor < tensor.
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            # That sum has the tensor ranks' tokens; biases would have them a second time.
+            parameter.sequence_parallel = False  # type: ignore[attr-defined]
+    for name, module in chunk.named_modules():
+        if hasattr(module, "_apply_expert_bias"):
+            # Counts tokens to move the correction biases, which stay here, and fails on a mask of padding
+            # (router 542: [tokens, experts] with [tokens]).
+            module._apply_expert_bias = lambda *_, **__: None
+        if split_features and name.endswith("linear_kv_down_proj"):
+            module.register_forward_hook(_split_by_sequence)
+
+
+def _split_by_sequence(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+    """[s, b, features / tensor] -> [s / tensor, b, features], as Transformer Engine's layer gives it.
+
+    What megatron-core 0.16.1 (multi_latent_attention 607) makes of the former loses the gradients that the rotary
+    part of the key, which all heads share, has from the heads of other tensor ranks.
+    """
+    from megatron.core.tensor_parallel import mappings
+
+    whole = mappings.gather_from_tensor_model_parallel_region(output[0])
+    return mappings.scatter_to_sequence_parallel_region(whole), output[1]
 
 
 def _drop_biases(chunk: torch.nn.Module, arch: Architecture) -> None:
