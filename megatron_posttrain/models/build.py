@@ -120,6 +120,8 @@ def _mend_gradients(chunk: torch.nn.Module, split_features: bool) -> None:
             parameter.allreduce = False  # type: ignore[attr-defined]
             # That sum has the tensor ranks' tokens; biases would have them a second time.
             parameter.sequence_parallel = False  # type: ignore[attr-defined]
+            # Every rank's counts in the gradient norm; biases would pass for copies of tensor rank 0's.
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
     for name, module in chunk.named_modules():
         if hasattr(module, "_apply_expert_bias"):
             # Counts tokens to move the correction biases, which stay here, and fails on a mask of padding
