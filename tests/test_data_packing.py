@@ -88,6 +88,28 @@ def test_pack_batch_token_by_token(lengths, multiple):
     assert batch.real_tokens == sum(lengths)
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.sampled_from([1, 2, 4]), st.sampled_from([1, 4, 16, 24]))
+def test_padded_to_adds_only_padding(lengths, multiple, row_multiple):
+    before = pack_batch([sequence(length, index) for index, length in enumerate(lengths)], multiple=multiple)
+    after = before.padded_to(row_multiple)
+    total = len(before.tokens)
+    assert len(after.tokens) % row_multiple == 0
+    assert len(after.tokens) - total < row_multiple
+    assert after.cu_seqlens[:-1].tolist() == before.cu_seqlens[:-1].tolist()
+    assert after.cu_seqlens[-1] == len(after.tokens)
+    assert after.padding[total:].all()
+    assert after.padding[:total].tolist() == before.padding.tolist()
+    for name in ("tokens", "labels", "loss_mask", "position_ids"):
+        assert getattr(after, name)[:total].tolist() == getattr(before, name).tolist()
+        assert len(getattr(after, name)) == len(after.tokens)
+    assert not after.loss_mask[total:].any()
+    assert len(after.extras["advantages"]) == len(after.tokens)
+    starts = after.cu_seqlens.tolist()
+    assert after.position_ids[starts[-2] :].tolist() == list(range(starts[-1] - starts[-2]))
+    assert after.max_seqlen == max(b - a for a, b in itertools.pairwise(starts))
+
+
 def test_pack_batch_types_and_moves():
     batch = pack_batch([sequence(3), Sequence([1, 2], [0, 1])], multiple=4)
     assert batch.tokens.dtype == batch.labels.dtype == batch.position_ids.dtype == torch.int64

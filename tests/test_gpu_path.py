@@ -92,6 +92,26 @@ class TestTransformerEngineOptions:
         with pytest.raises(UserError, match=r"needs precision\.dtype bf16, found fp32"):
             options("Qwen3-8B", "delayed", dtype="fp32")
 
+    def test_ends_in_bf16(self) -> None:
+        def ends(recipe: str) -> dict[str, Any]:
+            precision = PrecisionConfig.model_validate({"fp8": recipe, "bf16_ends": 2})
+            return config_options(KNOWN_MODELS["Qwen3-8B"], Layout(), ModelConfig(path="none"), precision)
+
+        found = ends("tensorwise")
+        names = ("first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+        assert [found[name] for name in names] == [True, 2, 2]
+        with pytest.raises(UserError, match=r"precision\.bf16_ends: .* none for the delayed recipe"):
+            ends("delayed")
+
+    def test_deepep(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        moe = ModelConfig.model_validate({"path": "none", "moe": {"dispatcher": "deepep"}})
+        of = (KNOWN_MODELS["Qwen3-30B-A3B"], Layout(8, expert=8), moe, PrecisionConfig())
+        with pytest.raises(UserError, match="deepep needs CUDA and the package deep_ep; allowed here: alltoall"):
+            config_options(*of)
+        monkeypatch.setattr(CudaPlatform, "has_deepep", lambda self: True)
+        found = config_options(*of)
+        assert (found["moe_token_dispatcher_type"], found["moe_flex_dispatcher_backend"]) == ("flex", "deepep")
+
     def test_fused_rope_only_where_it_keeps_yarn(self) -> None:
         """Its kernel for packed rows drops the factor on cosine and sine."""
         names = ("Qwen3-8B", "gpt-oss-20b", "DeepSeek-V3")
@@ -109,6 +129,13 @@ def test_fp8_and_transformer_engine_are_refused_without_it() -> None:
         options("Qwen3-8B", "delayed")
     with pytest.raises(UserError, match=r"model.implementation: transformer_engine is not installed"):
         options("Qwen3-8B", implementation="transformer_engine")
+
+
+def test_bf16_ends_are_refused_without_fp8() -> None:
+    with pytest.raises(UserError, match=r"precision.bf16_ends: 1 needs precision.fp8"):
+        config_options(
+            KNOWN_MODELS["Qwen3-8B"], Layout(), ModelConfig(path="none"), PrecisionConfig(dtype="bf16", bf16_ends=1)
+        )
 
 
 def test_recipes_by_gpu() -> None:

@@ -24,7 +24,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def steady(record: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in record.items() if not k.endswith(("_seconds", "per_second"))}
+    return {k: v for k, v in record.items() if not k.endswith(("_seconds", "per_second", "_memory_gib"))}
 
 
 @pytest.mark.timeout(900)
@@ -73,6 +73,8 @@ def test_mistakes_in_rollout_settings(tmp_path: Path) -> None:
     base += ["training.steps=1", "training.global_batch_size=256", "precision.dtype=fp32"]
     for extra, said in (
         (["rollout.max_tokens=4096"], "leaves no room for a prompt"),
+        (["rollout.max_tokens=64", "rollout.quantization=fp8"], "fp8 runs on CUDA only; allowed here: null"),
+        (["rollout.max_tokens=64", "rollout.offload=true", "precision.dtype=fp32"], "needs precision.dtype bf16"),
         (["rollout.max_tokens=64", "training.global_batch_size=100"], "does not divide the samples"),
         (["rollout.max_tokens=64", "rewards=[{name: maths}]"], "did you mean 'math'"),
     ):

@@ -1,5 +1,6 @@
-"""GRPO (arXiv 2402.03300): rollouts -> rewards -> group advantages -> old log-probs -> update -> refit.
+"""GRPO (arXiv 2402.03300): refit -> rollouts -> rewards -> group advantages -> old log-probs -> update.
 
+The refit comes first in a step: a checkpoint is then saved while the trainer has the memory for itself.
 SPMD: every rank holds its shard of the trainer and a rank of a vLLM engine; there is no controller.
 """
 
@@ -25,6 +26,7 @@ from megatron_posttrain.data.rows import read_rows
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.build import DTYPES
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
+from megatron_posttrain.platform import platform
 from megatron_posttrain.rewards.registry import load_rewards
 from megatron_posttrain.rollout.engine import RolloutEngine
 from megatron_posttrain.rollout.refit import Refit, prove
@@ -53,11 +55,15 @@ def grpo(config: GrpoConfig) -> int:
     reference = Engine(config, prepared.arch, groups, train=False) if config.algorithm.kl_coefficient else None
     checkpoints = Checkpoints(config.output_dir, config.checkpoint)
     state = checkpoints.resume(engine) or {"step": 0}
+    if config.rollout.offload:
+        engine.offload()  # vLLM asks for its share of the memory when it is made
     rollout = make_rollout_engine(config, prepared)
     canary = [p.token_ids for p in prompts.prompts[:CANARY_PROMPTS]]
 
     def refit(version: int) -> None:
         """New weights into the engine, and the proof that it holds them: a hard stop when it does not."""
+        if config.rollout.offload:
+            engine.offload()
         Refit(rollout).update(full_tensors(engine), version)
         scores = partial(_canary_logprobs, engine, token_budget(config))
         prove(rollout, canary, scores, config.rollout.proof_tolerance)
@@ -66,13 +72,16 @@ def grpo(config: GrpoConfig) -> int:
         run.say(f"{prompts.message}; {steps} steps on {prepared.layout}, {rollout.replicas} rollout replicas")
         if state["step"]:
             run.say(f"resumed after step {state['step']}")
-        refit(state["step"])
         for step in range(state["step"], steps):
             timer = PhaseTimer()
+            with timer("refit"):
+                refit(step)
             with timer("rollout"):
                 batch = prompts.batch(step, config.rollout.prompts_per_step)
                 samples = collect_samples(rollout, prepared.tokenizer, batch, rewards, config, step)
                 rollout.sleep()
+                if config.rollout.offload:
+                    engine.restore()
             with timer("train"):
                 samples.advantages = group_advantages(
                     torch.tensor(samples.rewards),
@@ -83,8 +92,6 @@ def grpo(config: GrpoConfig) -> int:
                 score_samples(samples, engine, reference, config)
                 lr = learning_rate(config.optimizer, step, steps)
                 metrics = update(engine, samples, config, lr)
-            with timer("refit"):
-                refit(step + 1)
             seconds = timer.total()
             run.log(
                 step + 1,
@@ -95,7 +102,8 @@ def grpo(config: GrpoConfig) -> int:
                     "tokens_per_second": samples.tokens / seconds,
                     "step_seconds": seconds,
                 }
-                | {f"{phase}_seconds": value for phase, value in timer.seconds.items()},
+                | {f"{phase}_seconds": value for phase, value in timer.seconds.items()}
+                | {f"{phase}_memory_gib": value for phase, value in timer.memory_gib.items()},
             )
             if run.is_main:
                 write_rollouts(config.output_dir / "rollouts" / f"step_{step + 1:06d}.jsonl", samples)
@@ -192,6 +200,10 @@ def check(config: GrpoConfig, prepared: Prepared) -> PromptDataset:
             f"training.global_batch_size={training.global_batch_size} does not divide the samples of a step, "
             f"rollout.prompts_per_step x samples_per_prompt = {samples}; for one update a step set it to {samples}"
         )
+    if rollout.offload and config.precision.dtype != "bf16":
+        raise UserError(f"rollout.offload needs precision.dtype bf16, found {config.precision.dtype}")
+    if rollout.quantization is not None and platform().name != "cuda":
+        raise UserError(f"rollout.quantization: {rollout.quantization} runs on CUDA only; allowed here: null")
     if prepared.layout.world_size % rollout.tensor:
         raise UserError(f"rollout.tensor={rollout.tensor} does not divide the {prepared.layout.world_size} ranks")
     longest_prompt = config.data.sequence_length - rollout.max_tokens
@@ -222,6 +234,7 @@ def make_rollout_engine(config: GrpoConfig, prepared: Prepared) -> RolloutEngine
         kv_cache_bytes=None if cache is None else int(cache * 2**30),
         seed=config.training.seed,
         gpu_memory_utilization=config.rollout.gpu_memory_fraction,
+        quantization=config.rollout.quantization,
     )
 
 

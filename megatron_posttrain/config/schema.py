@@ -29,6 +29,9 @@ class MoeConfig(Section):
     aux_loss_coefficient: NonNegativeFloat | None = Field(
         None, description="weight of the balancing loss; null: what the checkpoint's config says"
     )
+    dispatcher: Literal["alltoall", "deepep"] = Field(
+        "alltoall", description="how tokens reach their experts; deepep needs the package deep_ep and CUDA"
+    )
 
 
 class ModelConfig(Section):
@@ -50,12 +53,18 @@ class ParallelConfig(Section):
     expert: PositiveInt = Field(1, description="expert parallel ranks")
     expert_tensor: PositiveInt = Field(1, description="tensor parallel ranks inside an expert")
     sequence: bool = Field(True, description="sequence parallelism; takes effect where tensor > 1")
+    overlap: bool | None = Field(
+        None, description="reduce gradients during backward, gather weights during forward; null: on CUDA"
+    )
 
 
 class PrecisionConfig(Section):
     dtype: Literal["fp32", "bf16"] = Field("bf16", description="of weights and activations; main weights are fp32")
     fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = Field(
         None, description="FP8 recipe; needs Transformer Engine"
+    )
+    bf16_ends: NonNegativeInt = Field(
+        0, description="with fp8: layers at the start, and as many at the end, that stay in bf16"
     )
 
 
@@ -125,6 +134,12 @@ class RolloutConfig(Section):
         None, description="cache of one engine rank, GiB; null: 0.25 on CPU, sized by vLLM on CUDA"
     )
     gpu_memory_fraction: Fraction = Field(0.5, description="of a GPU, for vLLM weights and cache")
+    offload: bool = Field(
+        False, description="while vLLM is awake: optimizer states in host memory, gradients given back (bf16)"
+    )
+    quantization: Literal["fp8"] | None = Field(
+        None, description="of vLLM's linear layers, in every refit; CUDA; null: as the trainer's weights"
+    )
     proof_tolerance: PositiveFloat | None = Field(
         None,
         description="largest canary log-prob difference after a refit; null: 1e-3 in fp32, 0.25 (mean) in bf16",

@@ -55,6 +55,29 @@ class PackedBatch:
         lengths = self.cu_seqlens.diff().long()
         return torch.arange(len(self.tokens), device=ends.device) >= ends.repeat_interleave(lengths)
 
+    def padded_to(self, multiple: int) -> PackedBatch:
+        """The same batch with T a multiple of `multiple`: the last sequence has more padding."""
+        more = -len(self.tokens) % multiple
+        if not more:
+            return self
+
+        def longer(values: Tensor) -> Tensor:
+            return torch.cat([values, values.new_zeros(more)])
+
+        last = int(self.cu_seqlens[-1] - self.cu_seqlens[-2]) + more
+        cu_seqlens = self.cu_seqlens.clone()
+        cu_seqlens[-1] += more
+        return replace(
+            self,
+            tokens=longer(self.tokens),
+            labels=longer(self.labels),
+            loss_mask=longer(self.loss_mask),
+            position_ids=torch.cat([self.position_ids, torch.arange(last - more, last)]),
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max(self.max_seqlen, last),
+            extras={name: longer(values) for name, values in self.extras.items()},
+        )
+
     def per_sequence(self, values: Tensor) -> list[Tensor]:
         """Cut per-label values [T] into one tensor [length - 1] a sequence, without padding."""
         starts = self.cu_seqlens.tolist()

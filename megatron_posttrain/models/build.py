@@ -21,6 +21,8 @@ from megatron_posttrain.parallel.layout import Layout, stage_layers
 from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.cuda import fp8_recipes
 
+# Tokens that a rank's matrix products come in multiples of: Transformer Engine refuses others.
+FP8_TOKENS = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -66,13 +68,15 @@ def config_options(
                 f"parallel.expert_tensor: {layout.expert_tensor}, but megatron-core splits no experts with biases "
                 f"({arch.family}); allowed: 1"
             )
-        options |= _experts(arch, model, transformer_engine)
+        options |= _experts(arch, layout, model, transformer_engine)
     if model.recompute == "full":
         options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif model.recompute == "selective":
         options |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     if precision.fp8 is not None:
-        options |= _fp8(precision.fp8, precision.dtype, transformer_engine)
+        options |= _fp8(precision, transformer_engine)
+    elif precision.bf16_ends:
+        raise UserError(f"precision.bf16_ends: {precision.bf16_ends} needs precision.fp8")
     if arch.mla is not None:
         options |= _latent_attention(arch)
     return options
@@ -229,16 +233,19 @@ def _fusions(arch: Architecture, transformer_engine: bool) -> dict[str, Any]:
     }
 
 
-def _fp8(recipe: str, dtype: str, transformer_engine: bool) -> dict[str, Any]:
+def _fp8(precision: PrecisionConfig, transformer_engine: bool) -> dict[str, Any]:
     """Linear layers and experts in FP8; router, logits, norms and attention stay as they are.
 
     Per-tensor scales have e5m2's range for gradients; scales per block (DeepSeek-V3, arXiv 2412.19437, 3.3;
     OCP MX) are fine enough for e4m3 everywhere.
     """
+    recipe, ends = precision.fp8, precision.bf16_ends
     if not transformer_engine:
         raise UserError(f"precision.fp8: {recipe} needs Transformer Engine, which is not in use here; allowed: null")
-    if dtype != "bf16":
-        raise UserError(f"precision.fp8: {recipe} needs precision.dtype bf16, found {dtype}")
+    if precision.dtype != "bf16":
+        raise UserError(f"precision.fp8: {recipe} needs precision.dtype bf16, found {precision.dtype}")
+    if ends and recipe == "delayed":
+        raise UserError("precision.bf16_ends: megatron-core has none for the delayed recipe; allowed: 0")
     if platform().name == "cuda":
         capability = torch.cuda.get_device_capability()
         if recipe not in (allowed := fp8_recipes(capability)):
@@ -249,10 +256,13 @@ def _fp8(recipe: str, dtype: str, transformer_engine: bool) -> dict[str, Any]:
     options: dict[str, Any] = {"fp8": "e4m3" if recipe in ("blockwise", "mxfp8") else "hybrid", "fp8_recipe": recipe}
     if recipe == "delayed":
         options |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+    if ends:
+        options |= {"first_last_layers_bf16": True}
+        options |= {"num_layers_at_start_in_bf16": ends, "num_layers_at_end_in_bf16": ends}
     return options
 
 
-def _experts(arch: Architecture, model: ModelConfig, transformer_engine: bool) -> dict[str, Any]:
+def _experts(arch: Architecture, layout: Layout, model: ModelConfig, transformer_engine: bool) -> dict[str, Any]:
     moe = arch.moe
     assert moe is not None
     balancing = model.moe.load_balancing
@@ -278,7 +288,15 @@ def _experts(arch: Architecture, model: ModelConfig, transformer_engine: bool) -
         "moe_router_dtype": "fp32",  # in bf16 experts flip between trainer and engine
         "moe_grouped_gemm": transformer_engine,
         "moe_permute_fusion": transformer_engine,
-    }
+    } | (_deepep(layout) if model.moe.dispatcher == "deepep" else {})
+
+
+def _deepep(layout: Layout) -> dict[str, Any]:
+    if not platform().has_deepep():
+        raise UserError("model.moe.dispatcher: deepep needs CUDA and the package deep_ep; allowed here: alltoall")
+    if layout.tensor * layout.expert == 1:
+        raise UserError("model.moe.dispatcher: deepep needs parallel.tensor or parallel.expert of 2 or more")
+    return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}
 
 
 def _latent_attention(arch: Architecture) -> dict[str, Any]:

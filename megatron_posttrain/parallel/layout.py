@@ -26,7 +26,7 @@ class Layout:
 
     @classmethod
     def from_config(cls, parallel: ParallelConfig, world_size: int) -> Layout:
-        return cls(world_size=world_size, **parallel.model_dump())
+        return cls(world_size=world_size, **parallel.model_dump(exclude={"overlap"}))
 
     @property
     def model(self) -> int:

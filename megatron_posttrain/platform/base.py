@@ -27,4 +27,9 @@ class Platform(Protocol):
 
     def reset_peak_memory(self) -> None: ...
 
+    def used_memory_bytes(self) -> int:
+        """Held now: of the device by everybody, vLLM and libraries included, on CUDA; resident memory on CPU."""
+
     def has_transformer_engine(self) -> bool: ...
+
+    def has_deepep(self) -> bool: ...

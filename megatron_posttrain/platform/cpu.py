@@ -12,6 +12,7 @@ import logging
 import os
 import resource
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,7 +62,13 @@ class CpuPlatform:
     def reset_peak_memory(self) -> None:
         pass  # Linux keeps one high-water mark a process
 
+    def used_memory_bytes(self) -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
     def has_transformer_engine(self) -> bool:
+        return False
+
+    def has_deepep(self) -> bool:
         return False
 
 

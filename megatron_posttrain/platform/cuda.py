@@ -35,9 +35,16 @@ class CudaPlatform:
     def reset_peak_memory(self) -> None:
         torch.cuda.reset_peak_memory_stats()
 
+    def used_memory_bytes(self) -> int:
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
     def has_transformer_engine(self) -> bool:
         # The second is its extension for torch, which the package alone does not bring.
         return all(importlib.util.find_spec(name) for name in ("transformer_engine", "transformer_engine_torch"))
+
+    def has_deepep(self) -> bool:
+        return importlib.util.find_spec("deep_ep") is not None
 
 
 def fp8_recipes(capability: tuple[int, int]) -> tuple[str, ...]:

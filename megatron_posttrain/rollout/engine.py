@@ -59,6 +59,7 @@ class RolloutEngine:
         kv_cache_bytes: cache of this rank; None: 256 MiB on CPU, on CUDA by `gpu_memory_utilization`.
         max_num_seqs: requests that run at once; more of them wait.
         gpu_memory_utilization: fraction of the GPU for weights and cache together; CUDA only.
+        quantization: vLLM's name of what its linear layers are quantised to at every refit; CUDA only.
 
     Raises:
         ValueError: `tensor` does not divide the world, or vLLM cannot run the model so.
@@ -75,6 +76,7 @@ class RolloutEngine:
         max_num_seqs: int = 256,
         seed: int = 0,
         gpu_memory_utilization: float = 0.5,
+        quantization: str | None = None,
     ) -> None:
         start_distributed()  # in a process without torchrun: a world of one
         if dist.get_world_size() % tensor:
@@ -88,6 +90,7 @@ class RolloutEngine:
             "tensor_parallel_size": tensor,
             "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,
+            "quantization": quantization,
             "seed": seed,
             "distributed_executor_backend": "external_launcher",
             "skip_tokenizer_init": True,

@@ -41,6 +41,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
+        engine.gather_weights()
         with platform().megatron(), optimizer_can_resume():
             dist_checkpointing.save(_sharded_state(engine, loading=False), str(partial), content_metadata=SHARDING)
         dist.barrier()

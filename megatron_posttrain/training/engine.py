@@ -16,12 +16,12 @@ from megatron_posttrain.checkpoint.hf import HfReader
 from megatron_posttrain.config.schema import Config
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.models.build import build_model
+from megatron_posttrain.models.build import FP8_TOKENS, build_model
 from megatron_posttrain.models.sharded import Exporter, load_hf
 from megatron_posttrain.parallel.context import gather_tokens, local_index
 from megatron_posttrain.parallel.groups import Groups
 from megatron_posttrain.platform import platform
-from megatron_posttrain.training.optimizer import make_optimizer, wrap_for_data_parallel
+from megatron_posttrain.training.optimizer import make_optimizer, overlaps, wrap_for_data_parallel
 from megatron_posttrain.training.timing import PhaseTimer
 from megatron_posttrain.training.token_logprobs import token_logprobs
 
@@ -69,10 +69,40 @@ class Engine:
                 self.chunks = wrap_for_data_parallel(self.modules, self.model_config, config)
                 self.optimizer = make_optimizer(self.chunks, self.model_config, config)
 
+    @property
+    def row_multiple(self) -> int:
+        """Tokens that a micro-batch is padded to a multiple of, so that FP8 kernels take every rank's share."""
+        fp8, layout = self.config.precision.fp8, self.groups.layout
+        if fp8 is None:
+            return 1
+        return FP8_TOKENS[fp8] * layout.context * (layout.tensor if layout.sequence_parallel else 1)
+
     @functools.cached_property
     def exporter(self) -> Exporter:
         """Whole tensors from the shards; made once, collectively, because it asks who owns what."""
         return Exporter(self.modules, self.arch, self.groups)
+
+    def gather_weights(self) -> None:
+        """Collective; before weights are read other than by a forward pass, to which overlap leaves the gathering
+        of what the optimizer has written."""
+        if self.optimizer is not None and overlaps(self.config):
+            with platform().megatron():
+                for chunk in self.chunks:
+                    chunk.start_param_sync(force_sync=True)
+
+    def offload(self) -> None:
+        """Frees what only a training step needs: drops gradients, moves optimizer states to host memory. bf16 only:
+        fp32 main weights are the weights themselves. `restore` undoes it; both may be repeated."""
+        with platform().megatron():
+            for chunk in self.chunks:
+                chunk.offload_grad_buffers()
+            self.optimizer.offload_to_cpu()
+
+    def restore(self) -> None:
+        with platform().megatron():
+            for chunk in self.chunks:
+                chunk.restore_grad_buffers()
+            self.optimizer.restore_from_cpu()
 
     # ---- a training step -------------------------------------------------------------------------------
 
@@ -120,7 +150,7 @@ class Engine:
         group = self.groups.pipeline
         if group.size() == 1:
             return kept
-        sizes = [len(b.tokens) for b in batches]
+        sizes = [len(b.padded_to(self.row_multiple).tokens) for b in batches]
         if self.groups.last_stage:
             flat = torch.stack([torch.cat([o.logprobs for o in kept]), torch.cat([o.entropy for o in kept])])
         else:
@@ -137,6 +167,7 @@ class Engine:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         layout = self.groups.layout
+        batches = [batch.padded_to(self.row_multiple) for batch in batches]
         rows = max(len(b.tokens) for b in batches)
         iterators: list[Iterator[PackedBatch]] = [iter(batches) for _ in self.chunks]
         return get_forward_backward_func()(

@@ -15,6 +15,7 @@ from megatron_posttrain.training.engine import Engine
 
 def full_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     """Collective: every Hugging Face tensor, whole, in one order on every rank; a bucket in memory at a time."""
+    engine.gather_weights()
     with platform().megatron():
         yield from engine.exporter.hf_tensors()
 

@@ -8,27 +8,54 @@ from typing import Any
 import torch
 
 from megatron_posttrain.config.schema import Config
+from megatron_posttrain.models.modules.experts import GroupedExperts
 from megatron_posttrain.platform import platform
+
+BUCKET_ELEMENTS = 40_000_000  # of one message of gradients or weights
 
 
 def wrap_for_data_parallel(modules: Sequence[torch.nn.Module], model_config: Any, config: Config) -> list[Any]:
     """Each chunk in megatron-core's DistributedDataParallel; gradients are kept and summed in fp32."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    overlap = platform().name == "cuda"
+    overlap = overlaps(config)
     options = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap,
         use_distributed_optimizer=True,
         # Buckets let communication start early; without overlap one bucket is one message.
-        bucket_size=None if not overlap else 40_000_000,
+        bucket_size=BUCKET_ELEMENTS if overlap else None,
     )
-    return [
+    chunks = [
         # Only the first chunk's buckets of an interleaved pipeline are worth overlapping.
         DistributedDataParallel(model_config, options, module, disable_bucketing=index > 0)
         for index, module in enumerate(modules)
     ]
+    if overlap:
+        for chunk in chunks:
+            _gather_for_grouped_experts(chunk)
+    return chunks
+
+
+def overlaps(config: Config) -> bool:
+    """Whether data parallel communication overlaps with forward and backward."""
+    chosen = config.parallel.overlap
+    return platform().name == "cuda" if chosen is None else chosen
+
+
+def _gather_for_grouped_experts(chunk: Any) -> None:
+    """megatron-core waits for a weight where the module that owns it is called; grouped experts call none."""
+    buckets = chunk.param_to_bucket_group
+
+    def wait(module: torch.nn.Module, *unused: Any) -> None:
+        for parameter in module.parameters():
+            if parameter in buckets:
+                buckets[parameter].finish_param_sync()
+
+    for module in chunk.modules():
+        if isinstance(module, GroupedExperts):
+            module.register_forward_pre_hook(wait)
 
 
 def make_optimizer(chunks: Sequence[Any], model_config: Any, config: Config) -> Any:
@@ -50,7 +77,7 @@ def make_optimizer(chunks: Sequence[Any], model_config: Any, config: Config) -> 
             bf16=config.precision.dtype == "bf16",
             params_dtype=model_config.params_dtype,
             use_distributed_optimizer=True,
-            overlap_param_gather=platform().name == "cuda",
+            overlap_param_gather=overlaps(config),
         ),
         list(chunks),
     )
@@ -58,7 +85,7 @@ def make_optimizer(chunks: Sequence[Any], model_config: Any, config: Config) -> 
         group["weight_decay"] = o.weight_decay * group.get("wd_mult", 1.0)
     model_config.finalize_model_grads_func = finalize_model_grads
     model_config.grad_scale_func = optimizer.scale_loss
-    if platform().name == "cuda":
+    if overlaps(config):
         no_sync = [chunk.no_sync for chunk in chunks]
         model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return optimizer

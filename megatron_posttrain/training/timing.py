@@ -13,6 +13,7 @@ class PhaseTimer:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.memory_gib: dict[str, float] = {}  # held at the end of the phase
         self._phase = ""
         self._since = 0.0
         self._start = time.perf_counter()
@@ -29,6 +30,7 @@ class PhaseTimer:
         platform().synchronize()
         spent = time.perf_counter() - self._since
         self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + spent
+        self.memory_gib[self._phase] = platform().used_memory_bytes() / 2**30
         heartbeat.leave()
 
     def total(self) -> float:

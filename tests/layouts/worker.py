@@ -1,6 +1,9 @@
 """Run under torchrun by test_layouts.py: scores and trains one model under several layouts in one job.
 
 worker.py JOBS.json: [{"model", "layout": {...}, "steps", "options": {...}, "out"}]
+`grouped`: experts by grouped products, as on CUDA; `bucket`: elements of one message of overlapped communication;
+`row_multiple`: tokens of a micro-batch, as for FP8; `offload`: free what only a step needs, after every step;
+`trained`: export the trained weights too.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -17,8 +21,10 @@ from megatron_posttrain.algorithms.losses import cross_entropy_sum
 from megatron_posttrain.checkpoint.hf import check_directory
 from megatron_posttrain.config.schema import SftConfig
 from megatron_posttrain.data.batch import Sequence
+from megatron_posttrain.models.modules import kernels
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
 from megatron_posttrain.parallel.layout import Layout, check_layout
+from megatron_posttrain.training import optimizer
 from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.export import export
@@ -68,14 +74,29 @@ def run(job: dict[str, Any]) -> None:
             lambda output, b, n=counted: (cross_entropy_sum(output.logprobs, b.loss_mask) / n, {}),
             config.optimizer.lr,
         )
+        if job.get("offload"):
+            engine.offload()
+            assert all(buffer.grad_data.untyped_storage().size() == 0 for c in engine.chunks for buffer in c.buffers)
+            engine.restore()
         losses.append(result.loss)
         norms.append(result.grad_norm)
+    if job.get("trained"):
+        export(engine, Path(job["model"]), Path(job["out"]) / "trained")
     if dist.get_rank() == 0:
         out = Path(job["out"])
         out.mkdir(parents=True, exist_ok=True)
         facts = {"losses": losses, "grad_norms": norms}
         facts |= {"packed": [x.tolist() for x in packed], "alone": [x.tolist() for x in alone]}
         (out / "facts.json").write_text(json.dumps(facts))
+
+
+def patched(job: dict[str, Any]) -> None:
+    with (
+        patch.object(kernels, "grouped_matmul", lambda dtype: job.get("grouped", False)),
+        patch.object(Engine, "row_multiple", job.get("row_multiple", 1)),
+        patch.object(optimizer, "BUCKET_ELEMENTS", job.get("bucket", optimizer.BUCKET_ELEMENTS)),
+    ):
+        run(job)
 
 
 def main() -> None:
@@ -85,7 +106,7 @@ def main() -> None:
     torch.set_num_threads(1)
     start_distributed()
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        run(job)
+        patched(job)
         parallel_state.destroy_model_parallel()
         get_moe_layer_wise_logging_tracker().clear()  # sized by the first model's layers
         dist.barrier()
