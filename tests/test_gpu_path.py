@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import pkgutil
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,20 @@ import torch
 
 import megatron_posttrain
 from benchmarks import gpu_check
-from megatron_posttrain.config.load import load_config
-from megatron_posttrain.config.schema import CONFIGS, ModelConfig, PrecisionConfig
+from megatron_posttrain.cli.main import main
+from megatron_posttrain.config.schema import ModelConfig, PrecisionConfig
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import build
 from megatron_posttrain.models.build import config_options
 from megatron_posttrain.models.modules import kernels
-from megatron_posttrain.parallel.layout import Layout, check_layout
+from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.known_models import KNOWN_MODELS
 from megatron_posttrain.platform.cuda import CudaPlatform, fp8_recipes
 from tests.launch import ROOT, execute
 
-GPUS = {"qwen3_30b_a3b_grpo": 16}  # 8 where not named
-MODELS = {"sft": "Qwen3-8B", "grpo": "Qwen3-8B"}  # the base of their paths; others are Qwen3-30B-A3B
+EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+# Where the path is an earlier stage's output, or the quickstart's own small model
+MODELS = {"grpo.yaml": "Qwen3-8B", "qwen3_30b_a3b_grpo.yaml": "Qwen3-30B-A3B"}
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 
 
@@ -55,14 +57,14 @@ def test_all_modules_import() -> None:
         importlib.import_module(name)
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda f: f.stem)
-def test_example_fits_its_gpus(file: Path) -> None:
-    schema = CONFIGS["grpo" if "grpo" in file.stem else "sft"]
-    config = load_config(schema, file)
-    arch = KNOWN_MODELS[MODELS.get(file.stem, "Qwen3-30B-A3B")]
-    layout = Layout.from_config(config.parallel, GPUS.get(file.stem, 8))
-    check_layout(layout, arch)
-    config_options(arch, layout, config.model, config.precision)
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda f: str(f.relative_to(ROOT / "examples")))
+def test_example_passes_doctor_on_eight_gpus(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = str(file.relative_to(ROOT / "examples"))
+    model = ["--model", MODELS[name]] if name in MODELS else []
+    assert main(["doctor", "--config", str(file), "--assume", "8xH100", *model]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"ok +layout", said)
+    assert re.search(r"ok +memory", said) or name.startswith("quickstart/")
 
 
 def options(name: str, fp8: str | None = None, implementation: str = "auto", dtype: str = "bf16") -> dict[str, Any]:

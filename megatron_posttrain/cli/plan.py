@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lora-rank", type=int, default=16, help="of the adapters, for --task lora")
     add("--mean-length", type=int, help="grpo: mean tokens of a sample with its prompt; left out: 3/4 of the longest")
     add("--rollout-tensor", type=int, help="grpo: GPUs of a vLLM engine; left out: the fewest that hold the weights")
+    add("--offload", action="store_true", help="grpo: optimizer states in host memory while vLLM is awake")
     add("--domain", type=int, help="GPUs that share NVLink; left out: the GPU's usual system")
     add("--nvlink-gb-per-s", type=float, help="GB/s a GPU and direction inside it")
     add("--network-gb-per-s", type=float, help="GB/s a GPU and direction between them")
@@ -73,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     work = Workload(
         args.task, args.sequence_length, args.global_batch_size, args.precision, args.micro_batch_size,
         args.recompute, args.routing, args.lora_rank, args.mean_length, args.rollout_tensor,
+        args.offload,
     )  # fmt: skip
     _check(work)
     if len(counts) > 1 and args.layout:

@@ -260,8 +260,9 @@ class JobCheck:
 def workload(config: Config) -> Workload:
     """The planner's view of a config."""
     samples = config.training.global_batch_size
-    tensor = None
+    tensor, offload = None, False
     if isinstance(config, GrpoConfig):
+        offload = config.rollout.offload
         samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
         tensor = config.rollout.tensor
     return Workload(
@@ -273,6 +274,7 @@ def workload(config: Config) -> Workload:
         config.model.recompute,
         lora_rank=config.lora.rank if config.lora else 16,
         rollout_tensor=tensor,
+        offload=offload,
     )
 
 

@@ -24,6 +24,7 @@ from megatron_posttrain.planning.step_time import Training, step_time
 
 GIB = 2.0**30
 LIBRARIES_GIB = 1.5  # NCCL channels, cuBLAS and attention workspaces, allocator fragments
+PAGEABLE_BYTES_PER_S = 8e9  # host memory to GPU and back; assumed, not fitted
 MEAN_SHARE = 0.75  # of the longest: mean length of a sample, when it is not given
 LOGPROB_PASS = 1 / 3  # GRPO's forward pass for the old log-probs, against forward and backward
 
@@ -42,6 +43,7 @@ class Workload:
     lora_rank: int = 16
     mean_length: int | None = None
     rollout_tensor: int | None = None
+    offload: bool = False  # grpo: optimizer states and gradients, while vLLM is awake
 
     @property
     def balance(self) -> str:
@@ -106,6 +108,8 @@ def estimate(
             seconds[part] *= 1 + LOGPROB_PASS
         seconds |= {"rollout": rollout.seconds, "refit": rollout.refit_seconds}
     memory, stage = _fullest_stage(arch, layout, job, work, gpu, rollout, exact)
+    if work.offload:
+        seconds["offload"] = 2 * memory["optimizer"] * GIB / PAGEABLE_BYTES_PER_S
     tokens = work.global_batch * work.row_length / layout.world_size / sum(seconds.values())
     return Estimate(
         layout, micro_batch, recompute, seconds, memory, tokens,
@@ -132,6 +136,8 @@ def _fullest_stage(
             memory["rollout_weights"], memory["rollout_cache"] = rollout.weights_bytes, rollout.cache_bytes
     for memory, _ in found:
         training = memory["activations"] + memory["logits"]
+        if work.offload:
+            training += memory["optimizer"] + memory["gradients"]
         asleep = min(training, memory.get("rollout_weights", 0.0) + memory.get("rollout_cache", 0.0))
         memory["total"] = sum(memory.values()) - asleep
     memory, stage = max(found, key=lambda pair: pair[0]["total"])

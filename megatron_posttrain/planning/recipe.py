@@ -36,7 +36,7 @@ def config_of(model: str, e: Estimate, work: Workload) -> dict[str, Any]:
             "prompts_per_step": work.global_batch // samples,
             "samples_per_prompt": samples,
             "tensor": e.rollout_tensor,
-        }
+        } | ({"offload": True} if work.offload else {})
     return {name: section for name, section in tree.items() if section != {}}
 
 
