@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from megatron_posttrain.errors import UserError
 
+THREADS = 2  # of a process alone: most of the time is the kernel's copying, for which one core is too slow
 STEP_BYTES = 1 << 26  # converted, checked and written at a time
 STATE = "plan.json"
 
@@ -66,13 +69,15 @@ class Progress:
         self.total, self.done, self.quiet = total, 0, quiet
         self.start = self.last = time.monotonic()
         self.every = 2.0 if sys.stderr.isatty() else 30.0
+        self._lock = threading.Lock()
 
     def add(self, nbytes: int) -> None:
-        self.done += nbytes
-        now = time.monotonic()
-        if not self.quiet and now - self.last >= self.every:
-            self.last = now
-            print(self.line(now), file=sys.stderr, flush=True)
+        with self._lock:
+            self.done += nbytes
+            now = time.monotonic()
+            if not self.quiet and now - self.last >= self.every:
+                self.last = now
+                print(self.line(now), file=sys.stderr, flush=True)
 
     def line(self, now: float) -> str:
         speed = self.done / max(now - self.start, 1e-9)
@@ -111,7 +116,7 @@ def write_stream(
 
     def work() -> None:
         for file in mine:
-            _write_file(partial / file.name, file, options.check_finite, progress)
+            _write_file(partial / file.name, file, options.check_finite, progress, THREADS if world == 1 else 1)
 
     error = _attempt(work)
     _agree(error, world)
@@ -197,11 +202,14 @@ def _prepare(
     state.write_text(json.dumps(plan))
 
 
-def _write_file(path: Path, file: OutputFile, check_finite: bool, progress: Progress) -> None:
+def _write_file(path: Path, file: OutputFile, check_finite: bool, progress: Progress, threads: int) -> None:
     unfinished = path.with_name(path.name + ".part")
-    try:
-        with unfinished.open("wb", buffering=0) as out:
-            for part in file.parts:
+
+    def write(share: tuple[int, list[bytes | Item]]) -> None:
+        start, parts = share
+        with unfinished.open("r+b", buffering=0) as out:
+            out.seek(start)
+            for part in parts:
                 if isinstance(part, bytes):
                     _write_all(out, memoryview(part))
                     continue
@@ -210,11 +218,28 @@ def _write_file(path: Path, file: OutputFile, check_finite: bool, progress: Prog
                     _write_tensor(out, block, part, check_finite, progress)
                 if (written := out.tell() - before) != part.nbytes:
                     raise ValueError(f"tensor '{part.name}': {written} bytes, planned were {part.nbytes}")
+
+    try:
+        unfinished.write_bytes(b"")
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(write, _shares_of(file, threads)))  # raises what a thread raised
         unfinished.rename(path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         kept = f"; finished files are kept in {path.parent}, --resume continues"
         raise UserError(f"{path}: {error.strerror}{kept}") from error
+
+
+def _shares_of(file: OutputFile, threads: int) -> list[tuple[int, list[bytes | Item]]]:
+    """The parts in `threads` runs of about equal bytes, each with its first byte's place in the file."""
+    shares: list[tuple[int, list[bytes | Item]]] = []
+    at = 0
+    for part in file.parts:
+        if len(shares) <= at * threads // file.nbytes:
+            shares.append((at, []))
+        shares[-1][1].append(part)
+        at += len(part) if isinstance(part, bytes) else part.nbytes
+    return shares
 
 
 def _write_tensor(out: Any, block: Tensor, item: Item, check_finite: bool, progress: Progress) -> None:

@@ -36,7 +36,7 @@ install_packages() {
   command -v apt-get >/dev/null || cannot "${missing[*]} missing and no apt-get to install them with"
   echo "cluster.sh: installing Slurm from Debian's packages (missing: ${missing[*]})"
   export DEBIAN_FRONTEND=noninteractive
-  if ! { apt-get update && apt-get install -y --no-install-recommends \
+  if ! { timeout 60 apt-get update && timeout 300 apt-get install -y --no-install-recommends \
     slurm-wlm slurm-wlm-basic-plugins slurmdbd munge mariadb-server; } >"${TMPDIR:-/tmp}/slurm-install.log" 2>&1; then
     cannot "apt-get could not install Slurm: $(tail -n 1 "${TMPDIR:-/tmp}/slurm-install.log")"
   fi
