@@ -88,7 +88,7 @@ def size_of(directory: Path) -> int:
 
 
 def direction(source: Path, target: Path, command: list[str], copy: Path, bound: int, rounds: int) -> dict[str, Any]:
-    """`cp` of the source and the conversion in turns, `cp` first and last; each ratio is to the two copies around it."""
+    """`cp` of the source and the conversion in turns; each ratio is to the mean of the copies before and after."""
     copies, conversions, peak = [], [], 0
 
     def copy_once() -> None:
