@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from megatron_posttrain.training import optimizer_fixes
 from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.checkpoints import Checkpoints, _sharded_state
 from megatron_posttrain.training.engine import Engine
+from tests.family_checks import tiny_model
+from tests.family_configs import tiny_configs
+from tests.launch import torchrun
+from tests.layouts import reference
 from tests.models import make_qwen3
 
 
@@ -128,6 +133,38 @@ def test_training_on_cpu_fails_without_stand_in(engine: Engine, monkeypatch: pyt
     monkeypatch.setattr(cpu, "_replacements", lambda: iter(kept))
     with pytest.raises((AssertionError, RuntimeError, NameError, AttributeError, TypeError, ValueError)):
         train(engine)
+
+
+@pytest.fixture(scope="module")
+def unmended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Any], float]]:
+    """By workaround: what a step without it gave under tensor=2, and the gradient norm that transformers finds."""
+    root = tmp_path_factory.mktemp("unmended")
+    cases = {
+        "_mark_experts": "gpt-oss",
+        "_keep_correction_biases": "deepseek-v3",
+        "_split_down_projections": "deepseek-v3",
+    }
+    jobs = []
+    for name, kind in cases.items():
+        if not (root / kind).exists():
+            tiny_model(tiny_configs()[kind], torch.float32).save_pretrained(root / kind)
+        jobs.append(
+            {"model": f"{root / kind}", "layout": {"tensor": 2}, "steps": 1, "without": name, "out": f"{root / name}"}
+        )
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    torchrun(2, "-m", "tests.layouts.worker", str(root / "jobs.json"))
+    norms = {kind: reference.train(str(root / kind), 1)[1][0] for kind in cases.values()}
+    return {name: (json.loads((root / name / "facts.json").read_text()), norms[kind]) for name, kind in cases.items()}
+
+
+@pytest.mark.parametrize("name", ["_mark_experts", "_split_down_projections"])
+def test_gradients_are_wrong_without(unmended: dict[str, Any], name: str) -> None:
+    facts, expected = unmended[name]
+    assert facts["grad_norms"][0] != pytest.approx(expected, rel=1e-4)
+
+
+def test_padded_rows_fail_without_correction_biases_kept(unmended: dict[str, Any]) -> None:
+    assert "must match the size" in unmended["_keep_correction_biases"][0]["failed"]
 
 
 @pytest.mark.skipif(platform().has_transformer_engine(), reason="Transformer Engine is installed")

@@ -109,14 +109,19 @@ def build_model(
             if arch.mla is None:
                 frequencies = inverse_frequencies(arch.rope, arch.head_dim)
                 chunk.rotary_pos_emb.inv_freq = frequencies.to(platform().device)
-            _mend_gradients(chunk, layout.sequence_parallel and not use_transformer_engine(model))
+            _mark_experts(chunk)
+            _keep_correction_biases(chunk)
+            if layout.sequence_parallel and not use_transformer_engine(model):
+                _split_down_projections(chunk)
             _drop_biases(chunk, arch)
             chunks.append(chunk.to(platform().device))
     return chunks, config
 
 
-def _mend_gradients(chunk: torch.nn.Module, split_features: bool) -> None:
-    """What megatron-core 0.16.1 gets wrong. `split_features`: tensor ranks share MLA's down-projections."""
+# What megatron-core 0.16.1 gets wrong in gradients; tests/test_upstream_defects.py fails when one is not needed.
+
+
+def _mark_experts(chunk: torch.nn.Module) -> None:
     for name, parameter in chunk.named_parameters():
         if ".experts." in name:
             # Summed over the ranks that hold the same expert. megatron-core says so only with expert > 1, and
@@ -126,12 +131,20 @@ def _mend_gradients(chunk: torch.nn.Module, split_features: bool) -> None:
             parameter.sequence_parallel = False  # type: ignore[attr-defined]
             # Every rank's counts in the gradient norm; biases would pass for copies of tensor rank 0's.
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-    for name, module in chunk.named_modules():
+
+
+def _keep_correction_biases(chunk: torch.nn.Module) -> None:
+    """Stock routers count tokens to move them, which fails on a mask of padding (router 542: [tokens, experts] with
+    [tokens]); here they stay as they are."""
+    for module in chunk.modules():
         if hasattr(module, "_apply_expert_bias"):
-            # Counts tokens to move the correction biases, which stay here, and fails on a mask of padding
-            # (router 542: [tokens, experts] with [tokens]).
-            module._apply_expert_bias = lambda *_, **__: None
-        if split_features and name.endswith("linear_kv_down_proj"):
+            module._apply_expert_bias = lambda *_, **__: None  # type: ignore[assignment]
+
+
+def _split_down_projections(chunk: torch.nn.Module) -> None:
+    """MLA's, of torch layers, under sequence parallelism."""
+    for name, module in chunk.named_modules():
+        if name.endswith("linear_kv_down_proj"):
             module.register_forward_hook(_split_by_sequence)
 
 
