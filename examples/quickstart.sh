@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone: a small Qwen3-MoE model learns two-digit addition by SFT, then by GRPO with vLLM
-# rollouts, under tensor x pipeline x expert parallelism in four processes. About ten minutes on two cores.
+# rollouts, under tensor x pipeline x expert parallelism in four processes. About four minutes on two idle cores.
 #   bash examples/quickstart.sh [key.sub=value ...]      SEED=1 RUN=runs/other for another seed and place
 set -euo pipefail
 cd "$(dirname "$0")/.."
