@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.models.registry import parameter_count
 from megatron_posttrain.planning.flops import layer_weights
 from megatron_posttrain.planning.gpus import Gpu, constants_of
-from megatron_posttrain.planning.layers import attention_linears, mlp_linears
+from megatron_posttrain.planning.layers import mlp_linears
 
 WEIGHTS_SHARE = 0.45  # of a GPU's memory at most for an engine's weights; the trainer's state needs the rest
 DECODE_LAYER_SECONDS = 300e-6  # launches, sampling and all-reduces of one layer and one token step
@@ -33,17 +35,10 @@ class RolloutPlan:
     cache_bytes: float  # a GPU, for all samples of an engine at their mean length
 
 
+@lru_cache(maxsize=64)
 def weight_elements(arch: Architecture) -> int:
-    """Parameters, embeddings included, norms and biases left out."""
-    layers = 0
-    for layer in range(arch.num_layers):
-        layers += sum(x.weights for x in attention_linears(arch))
-        if arch.moe is not None and arch.is_moe_layer(layer):
-            experts = arch.moe.num_experts * arch.moe.expert_ffn_size + arch.moe.shared_ffn_size
-            layers += sum(x.weights for x in mlp_linears(arch, experts))
-        else:
-            layers += sum(x.weights for x in mlp_linears(arch, arch.ffn_size))
-    return layers + (2 - arch.tied_embeddings) * arch.vocab_size * arch.hidden_size
+    """All parameters but those of multi-token prediction, which training drops."""
+    return parameter_count(replace(arch, num_mtp_layers=0))
 
 
 def _cache_bytes_per_token(arch: Architecture) -> float:
