@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from megatron_posttrain.config.schema import SftConfig
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.models.build import build_model, config_options
+from megatron_posttrain.models.build import build_model
 from megatron_posttrain.models.modules import kernels
 from megatron_posttrain.models.modules.experts import GroupedExperts, strided
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
-from megatron_posttrain.parallel.layout import Layout
+from megatron_posttrain.parallel.layout import Layout, check_layout
 from megatron_posttrain.planning.known_models import KNOWN_MODELS
 from megatron_posttrain.platform import platform
 from megatron_posttrain.training.optimizer import wrap_for_data_parallel
@@ -141,5 +141,5 @@ def test_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_biased_experts_are_grouped_on_cpu_too() -> None:
     """Stock cannot train them on one rank, and refuses them under expert tensor parallelism."""
     assert type(build("gpt-oss-20b")[0].decoder.layers[0].mlp.experts) is GroupedExperts
-    with pytest.raises(UserError, match=r"parallel\.expert_tensor: 2, but .* allowed: 1"):
-        config_options(architecture("gpt-oss-20b"), Layout(expert_tensor=2), config().model, config().precision)
+    with pytest.raises(UserError, match="splits no experts with biases, so expert_tensor must be 1"):
+        check_layout(Layout(2, expert_tensor=2), architecture("gpt-oss-20b"))

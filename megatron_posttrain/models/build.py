@@ -63,11 +63,6 @@ def config_options(
     transformer_engine = use_transformer_engine(model)
     options = _sizes(arch) | _parallelism(arch, layout, precision) | _fusions(arch, transformer_engine)
     if arch.moe is not None:
-        if arch.mlp_bias and layout.expert_tensor > 1:
-            raise UserError(
-                f"parallel.expert_tensor: {layout.expert_tensor}, but megatron-core splits no experts with biases "
-                f"({arch.family}); allowed: 1"
-            )
         options |= _experts(arch, layout, model, transformer_engine)
     if model.recompute == "full":
         options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

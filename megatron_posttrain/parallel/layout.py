@@ -113,6 +113,8 @@ def _model_problems(layout: Layout, arch: Architecture) -> Iterator[str]:
         yield f"{moe.num_experts} experts are not divisible by expert={layout.expert}"
     if moe.expert_ffn_size % layout.expert_tensor:
         yield f"the expert width {moe.expert_ffn_size} is not divisible by expert_tensor={layout.expert_tensor}"
+    if arch.mlp_bias and layout.expert_tensor > 1:
+        yield "megatron-core splits no experts with biases, so expert_tensor must be 1"
     if moe.shared_ffn_size % t:
         yield f"the shared expert width {moe.shared_ffn_size} is not divisible by tensor={t}"
     if t > 1 and not layout.sequence:

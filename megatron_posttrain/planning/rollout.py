@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.models.registry import parameter_count
+from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.flops import layer_weights
 from megatron_posttrain.planning.gpus import Gpu, constants_of
 from megatron_posttrain.planning.layers import mlp_linears
+from megatron_posttrain.planning.parameters import rank_state
 
 WEIGHTS_SHARE = 0.45  # of a GPU's memory at most for an engine's weights; the trainer's state needs the rest
 DECODE_LAYER_SECONDS = 300e-6  # launches, sampling and all-reduces of one layer and one token step
@@ -38,7 +39,8 @@ class RolloutPlan:
 @lru_cache(maxsize=64)
 def weight_elements(arch: Architecture) -> int:
     """All parameters but those of multi-token prediction, which training drops."""
-    return parameter_count(replace(arch, num_mtp_layers=0))
+    state = rank_state(arch, Layout(), 0)
+    return state.dense_elements + state.expert_elements
 
 
 def _cache_bytes_per_token(arch: Architecture) -> float:
