@@ -27,6 +27,10 @@ CASES: dict[str, tuple[PreTrainedConfig, dict[str, int]]] = {
         Qwen3MoeConfig(**SIZES | {"num_hidden_layers": 5}, **EXPERTS),
         {"pipeline": 2, "virtual_pipeline": 2},
     ),
+    "ends without layers": (
+        Qwen3MoeConfig(**SIZES | {"num_hidden_layers": 2}, **EXPERTS),
+        {"pipeline": 2, "virtual_pipeline": 2},
+    ),
     # No expert is on the first stage.
     "dense first 3|2": (
         DeepseekV3Config(**LATENT | {"num_hidden_layers": 5, "first_k_dense_replace": 3}, q_lora_rank=20),
@@ -50,7 +54,8 @@ def test_stages_differ_by_one_layer_and_the_ends_have_the_fewer(pipeline: int, c
 
 
 @pytest.mark.parametrize(
-    ("layers", "pipeline", "first", "middle", "last"), [(94, 4, 23, 24, 23), (126, 16, 7, 8, 7), (61, 16, 3, 4, 3)]
+    ("layers", "pipeline", "first", "middle", "last"),
+    [(94, 4, 23, 24, 23), (126, 16, 7, 8, 7), (61, 16, 3, 4, 3), (126, 128, 0, 1, 0)],
 )
 def test_published_models(layers: int, pipeline: int, first: int, middle: int, last: int) -> None:
     found = stage_layers(Layout(pipeline=pipeline), layers)

@@ -139,9 +139,9 @@ def test_layout_that_does_not_divide(
     assert "8 ranks are not divisible by tensor x pipeline x context = 3 x 1 x 1 = 3" in text
     assert "4 attention heads are not divisible by tensor=3" in text
     assert "Nearest layouts that work on 8 ranks: tensor=2 data=4" in text
-    text = refused(capsys, *base(assets, tmp_path), "parallel.pipeline=4")
-    assert "2 layers are fewer than pipeline x virtual_pipeline = 4" in text
-    assert "Nearest layouts that work on 8 ranks: pipeline=2 " in text
+    text = refused(capsys, *base(assets, tmp_path), "parallel.pipeline=8")
+    assert "2 layers do not fill pipeline x virtual_pipeline = 8 chunks" in text
+    assert "Nearest layouts that work on 8 ranks: pipeline=4 " in text
 
 
 def test_batch_that_does_not_divide(

@@ -66,7 +66,7 @@ def stage_layers(layout: Layout, num_layers: int) -> list[int]:
     """Layers of each model chunk, in the order of the model; chunk c is on stage c % pipeline.
 
     As even as possible. What is left over goes to the middle first, then to the chunk with the embedding, and
-    never to the one with the output head, whose logits cost most.
+    never to the one with the output head, whose logits cost most. These two may have no layer at all.
     """
     chunks = layout.pipeline * layout.chunks
     size, extra = divmod(num_layers, chunks)
@@ -102,8 +102,11 @@ def _model_problems(layout: Layout, arch: Architecture) -> Iterator[str]:
     if arch.ffn_size % t:
         yield f"the MLP width {arch.ffn_size} is not divisible by tensor={t}"
     chunks = layout.pipeline * layout.chunks
-    if arch.num_layers < chunks:
-        yield f"{arch.num_layers} layers are fewer than pipeline x virtual_pipeline = {chunks}"
+    if arch.num_layers < chunks - 2:
+        yield (
+            f"{arch.num_layers} layers do not fill pipeline x virtual_pipeline = {chunks} chunks, "
+            "of which the first and the last may be empty"
+        )
     moe = arch.moe
     if moe is None:
         if layout.expert > 1 or layout.expert_tensor > 1:
