@@ -22,7 +22,7 @@ STEPS = 5
 KINDS: dict[str, dict[str, Any]] = {"dense": {}, "moe": {"grouped": True}}
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
     2: [{}],
-    4: [{"pipeline": 2, "virtual_pipeline": 2}, {"tensor": 2}],
+    4: [{"pipeline": 2, "virtual_pipeline": 2}],
 }
 
 

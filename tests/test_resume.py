@@ -21,6 +21,11 @@ STEPS = 8
 VOLATILE = ("_seconds", "tokens_per_second")
 
 
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_assets(tmp_path_factory.mktemp("assets"))
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.endswith(VOLATILE)} for line in lines]
@@ -55,8 +60,7 @@ def kill_after_step(step: int, line: list[str], run: Path) -> None:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_killed_run_resumes_bitwise(tmp_path: Path, dtype: str) -> None:
-    assets = make_assets(tmp_path)
+def test_killed_run_resumes_bitwise(assets: Path, tmp_path: Path, dtype: str) -> None:
     torchrun(2, *arguments(assets, tmp_path / "whole", dtype))
     killed = tmp_path / "killed"
     kill_after_step(5, arguments(assets, killed, dtype), killed)
@@ -69,8 +73,7 @@ def test_killed_run_resumes_bitwise(tmp_path: Path, dtype: str) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_resumes_under_another_layout(tmp_path: Path) -> None:
-    assets = make_assets(tmp_path)
+def test_resumes_under_another_layout(assets: Path, tmp_path: Path) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     torchrun(2, *arguments(assets, run, "fp32", "training.steps=4"))
     other = ["parallel.tensor=1", "parallel.expert=1", "parallel.pipeline=2"]
@@ -82,8 +85,7 @@ def test_resumes_under_another_layout(tmp_path: Path) -> None:
         assert resumed["grad_norm"] == pytest.approx(straight["grad_norm"], rel=1e-4)
 
 
-def test_stop_file_saves_and_asks_to_be_run_again(tmp_path: Path) -> None:
-    assets = make_assets(tmp_path)
+def test_stop_file_saves_and_asks_to_be_run_again(assets: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     line = [*arguments(assets, run, "fp32", "training.steps=400"), "parallel.tensor=1", "parallel.expert=1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
