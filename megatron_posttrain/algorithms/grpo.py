@@ -73,7 +73,7 @@ def grpo(config: GrpoConfig) -> int:
         if state["step"]:
             run.say(f"resumed after step {state['step']}")
         for step in range(state["step"], steps):
-            timer = PhaseTimer()
+            timer = PhaseTimer(memory=True)
             with timer("refit"):
                 refit(step)
             with timer("rollout"):

@@ -13,7 +13,7 @@ from functools import lru_cache
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.layers import attention_dims, window_of
-from megatron_posttrain.planning.layouts import chunk_layers
+from megatron_posttrain.planning.layouts import chunk_layers, depth_of
 
 LOGPROB_CHUNK = 1 << 26  # elements of logits in fp32 at a time, training/token_logprobs.py
 # Tensors as wide as an MLP that unfused kernels keep beside gate and up: activated gate, up plus offset and their
@@ -181,12 +181,12 @@ def in_flight(pipeline: int, chunks: int, stage: int, microbatches: int) -> list
 
 
 @lru_cache(maxsize=65536)
-def _layers_in_flight(arch: Architecture, layout: Layout, stage: int, microbatches: int) -> dict[int, int]:
+def _layers_in_flight(arch: Architecture, depth: Layout, stage: int, microbatches: int) -> dict[int, int]:
     """How many times a stage holds a layer's activations, by a layer that stands for its kind."""
     counts: dict[int, int] = {}
     kinds: dict[tuple[bool, int | None], int] = {}
-    layers = chunk_layers(layout, arch.num_layers)[stage :: layout.pipeline]
-    for chunk, held in zip(layers, in_flight(layout.pipeline, layout.chunks, stage, microbatches), strict=True):
+    layers = chunk_layers(depth, arch.num_layers)[stage :: depth.pipeline]
+    for chunk, held in zip(layers, in_flight(depth.pipeline, depth.chunks, stage, microbatches), strict=True):
         for layer in chunk:
             kind = kinds.setdefault((arch.is_moe_layer(layer), window_of(arch, layer)), layer)
             counts[kind] = counts.get(kind, 0) + held
@@ -204,7 +204,7 @@ def stage_activations(
         for name, size in tensors.items():
             total[name] = total.get(name, 0.0) + times * size
 
-    layers = _layers_in_flight(arch, layout, stage, microbatches)
+    layers = _layers_in_flight(arch, depth_of(layout), stage, microbatches)
     for layer, count in layers.items():
         add(layer_tensors(arch, layer, layout, shapes), count)
     if shapes.recompute == "full":

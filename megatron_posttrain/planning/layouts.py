@@ -62,10 +62,15 @@ def batch_problem(layout: Layout, global_batch: int, micro_batch: int) -> str | 
     return None
 
 
+def depth_of(layout: Layout) -> Layout:
+    """The pipeline alone, on which the spread of layers depends: what caches of it are keyed by."""
+    return Layout(pipeline=layout.pipeline, virtual_pipeline=layout.virtual_pipeline)
+
+
 @lru_cache(maxsize=4096)
-def chunk_layers(layout: Layout, num_layers: int) -> tuple[range, ...]:
+def chunk_layers(depth: Layout, num_layers: int) -> tuple[range, ...]:
     """Numbers of the layers of each model chunk, see `stage_layers`."""
-    ends = itertools.accumulate(stage_layers(layout, num_layers), initial=0)
+    ends = itertools.accumulate(stage_layers(depth, num_layers), initial=0)
     return tuple(range(a, b) for a, b in itertools.pairwise(ends))
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.layers import Linear, attention_linears, mlp_linears
-from megatron_posttrain.planning.layouts import chunk_layers, expert_data
+from megatron_posttrain.planning.layouts import chunk_layers, depth_of, expert_data
 
 ALIGNMENT = 64  # elements; param_and_grad_buffer.py, _pad_start_of_param_if_needed
 BUCKET_MULTIPLE = 128  # elements; _pad_end_of_bucket_if_needed
@@ -105,7 +105,7 @@ def chunk_parameters(
     found: list[Parameter] = []
     if chunk == 0:
         found.append(Parameter("embedding.word_embeddings.weight", embedding, shared_embedding=tied_apart))
-    for layer in chunk_layers(layout, arch.num_layers)[chunk]:
+    for layer in chunk_layers(depth_of(layout), arch.num_layers)[chunk]:
         for p in layer_parameters(arch, layer, layout, transformer_engine):
             found.append(p._replace(name=f"decoder.layers.{layer}.{p.name}"))
     if chunk == chunks - 1:
@@ -202,7 +202,7 @@ def _layer_elements(
 def stage_elements(arch: Architecture, layout: Layout, stage: int) -> tuple[int, int]:
     """(dense, expert) parameters of a pipeline stage's rank with their alignment: what `rank_state` counts, but
     for the padding of buckets, and fast enough for a search."""
-    chunks = chunk_layers(layout, arch.num_layers)
+    chunks = chunk_layers(depth_of(layout), arch.num_layers)
     sizes = (layout.tensor, layout.expert, layout.expert_tensor, True)
     kinds = Counter(arch.is_moe_layer(layer) for chunk in chunks[stage :: layout.pipeline] for layer in chunk)
     embedding = math.ceil(arch.vocab_size / layout.tensor) * arch.hidden_size

@@ -20,7 +20,7 @@ from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.flops import attention_pairs
 from megatron_posttrain.planning.gpus import Efficiency, Gpu, constants_of
 from megatron_posttrain.planning.layers import Linear, attention_dims, attention_linears, mlp_linears, window_of
-from megatron_posttrain.planning.layouts import chunk_layers, expert_data
+from megatron_posttrain.planning.layouts import chunk_layers, depth_of, expert_data
 
 Work = np.ndarray  # ideal seconds by resource, in the order of RESOURCES
 RESOURCES = ("matmul", "grouped_matmul", "attention", "memory", "layers", "nvlink", "network", "data_parallel")
@@ -161,14 +161,14 @@ def _copies(places: int, top_k: int) -> float:
 
 
 @lru_cache(maxsize=4096)
-def stage_kinds(arch: Architecture, layout: Layout) -> tuple[tuple[tuple[int, int], ...], ...]:
+def stage_kinds(arch: Architecture, depth: Layout) -> tuple[tuple[tuple[int, int], ...], ...]:
     """Per stage, (a layer that stands for its kind, how many of the kind) pairs."""
-    chunks = chunk_layers(layout, arch.num_layers)
+    chunks = chunk_layers(depth, arch.num_layers)
     first: dict[tuple[bool, int | None], int] = {}
     stages = []
-    for stage in range(layout.pipeline):
+    for stage in range(depth.pipeline):
         counts: Counter[int] = Counter()
-        for chunk in chunks[stage :: layout.pipeline]:
+        for chunk in chunks[stage :: depth.pipeline]:
             for layer in chunk:
                 counts[first.setdefault((arch.is_moe_layer(layer), window_of(arch, layer)), layer)] += 1
         stages.append(tuple(sorted(counts.items())))
@@ -181,7 +181,7 @@ def _stage_work(arch: Architecture, layout: Layout, job: Training, gpu: Gpu, sta
     split = Layout(
         tensor=layout.tensor, context=layout.context, expert=layout.expert, expert_tensor=layout.expert_tensor
     )
-    for layer, count in stage_kinds(arch, layout)[stage]:
+    for layer, count in stage_kinds(arch, depth_of(layout))[stage]:
         work += count * _layer_work(arch, layer, split, job, gpu)
     tokens = job.micro_batch * job.sequence_length / layout.context
     if stage == layout.pipeline - 1:
@@ -206,7 +206,7 @@ def step_time(arch: Architecture, layout: Layout, job: Training, gpu: Gpu, train
     """
     losses = multipliers(constants_of(gpu))
     microbatches = job.global_batch // job.micro_batch // layout.data
-    kinds = stage_kinds(arch, layout)
+    kinds = stage_kinds(arch, depth_of(layout))
     distinct = {kind: stage for stage, kind in enumerate(kinds)}.values()
     stages = [_stage_work(arch, layout, job, gpu, s) for s in {*distinct, 0, layout.pipeline - 1}]
     slowest = max(stages, key=lambda work: float(losses @ work))

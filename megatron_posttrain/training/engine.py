@@ -77,6 +77,9 @@ class Engine:
             return 1
         return FP8_TOKENS[fp8] * layout.context * (layout.tensor if layout.sequence_parallel else 1)
 
+    def _padded(self, micro_batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        return [batch.padded_to(self.row_multiple) for batch in micro_batches]
+
     @functools.cached_property
     def exporter(self) -> Exporter:
         """Whole tensors from the shards; made once, collectively, because it asks who owns what."""
@@ -112,6 +115,7 @@ class Engine:
         The losses of all micro-batches of all ranks are summed: `loss_function` divides by the global
         count, so the result does not depend on the layout.
         """
+        micro_batches = self._padded(micro_batches)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
         with platform().megatron():
@@ -134,6 +138,7 @@ class Engine:
     @torch.no_grad()
     def logprobs(self, micro_batches: Sequence[PackedBatch]) -> list[TokenOutput]:
         """Log-probs and entropies [t] of every micro-batch's labels, on every rank of the model's copy."""
+        micro_batches = self._padded(micro_batches)
         kept: list[TokenOutput] = []
 
         def keep(output: TokenOutput, batch: PackedBatch) -> tuple[Tensor, Metrics]:
@@ -150,7 +155,7 @@ class Engine:
         group = self.groups.pipeline
         if group.size() == 1:
             return kept
-        sizes = [len(b.padded_to(self.row_multiple).tokens) for b in batches]
+        sizes = [len(b.tokens) for b in batches]
         if self.groups.last_stage:
             flat = torch.stack([torch.cat([o.logprobs for o in kept]), torch.cat([o.entropy for o in kept])])
         else:
@@ -167,7 +172,6 @@ class Engine:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         layout = self.groups.layout
-        batches = [batch.padded_to(self.row_multiple) for batch in batches]
         rows = max(len(b.tokens) for b in batches)
         iterators: list[Iterator[PackedBatch]] = [iter(batches) for _ in self.chunks]
         return get_forward_backward_func()(

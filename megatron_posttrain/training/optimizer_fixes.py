@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from megatron_posttrain.platform.scope import replaced
+
 
 def uses_torch_adamw() -> bool:
     from megatron.core.optimizer import distrib_optimizer
@@ -35,14 +37,8 @@ def optimizer_can_resume() -> Iterator[None]:
     fixes = [(ChainedOptimizer, name, fix) for name, fix in _CHAINED_FIXES.items()]
     if uses_torch_adamw():
         fixes += [(DistributedOptimizer, name, fix) for name, fix in _FIXES.items()]
-    originals = [getattr(owner, name) for owner, name, _ in fixes]
-    for (owner, name, fix), original in zip(fixes, originals, strict=True):
-        setattr(owner, name, fix(original))
-    try:
+    with replaced((owner, name, fix(getattr(owner, name))) for owner, name, fix in fixes):
         yield
-    finally:
-        for (owner, name, _), original in zip(fixes, originals, strict=True):
-            setattr(owner, name, original)
 
 
 def _same_step(original: Any) -> Any:

@@ -9,11 +9,12 @@ from megatron_posttrain.training import heartbeat
 
 
 class PhaseTimer:
-    """Wall seconds by phase of one step; `with timer("rollout"): ...`."""
+    """Wall seconds by phase of one step; `with timer("rollout"): ...`. `memory`: also what is held after each."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, memory: bool = False) -> None:
+        self._memory = memory
         self.seconds: dict[str, float] = {}
-        self.memory_gib: dict[str, float] = {}  # held at the end of the phase
+        self.memory_gib: dict[str, float] = {}
         self._phase = ""
         self._since = 0.0
         self._start = time.perf_counter()
@@ -30,7 +31,8 @@ class PhaseTimer:
         platform().synchronize()
         spent = time.perf_counter() - self._since
         self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + spent
-        self.memory_gib[self._phase] = platform().used_memory_bytes() / 2**30
+        if self._memory:
+            self.memory_gib[self._phase] = platform().used_memory_bytes() / 2**30
         heartbeat.leave()
 
     def total(self) -> float:
