@@ -106,7 +106,9 @@ def build_model(
                 chunk.rotary_pos_emb.inv_freq = frequencies.to(platform().device)
             _mark_experts(chunk)
             _keep_correction_biases(chunk)
-            if layout.sequence_parallel and not use_transformer_engine(model):
+            if use_transformer_engine(model):
+                _count_down_projections_once(chunk)
+            elif layout.sequence_parallel:
                 _split_down_projections(chunk)
             _drop_biases(chunk, arch)
             chunks.append(chunk.to(platform().device))
@@ -134,6 +136,14 @@ def _keep_correction_biases(chunk: torch.nn.Module) -> None:
     for module in chunk.modules():
         if hasattr(module, "_apply_expert_bias"):
             module._apply_expert_bias = lambda *_, **__: None  # type: ignore[assignment]
+
+
+def _count_down_projections_once(chunk: torch.nn.Module) -> None:
+    """MLA's, of Transformer Engine, which every tensor rank has whole: 2.11 marks any linear layer's weight as a part of
+    one, and the gradient norm would count them on every rank."""
+    for name, parameter in chunk.named_parameters():
+        if "_down_proj." in name:
+            parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
 
 
 def _split_down_projections(chunk: torch.nn.Module) -> None:
@@ -165,7 +175,8 @@ def _drop_biases(chunk: torch.nn.Module, arch: Architecture) -> None:
 
 
 def _sizes(arch: Architecture) -> dict[str, Any]:
-    from megatron.core.activations import quick_gelu
+    # Of two functions by this name the one that megatron-core's fused activation is chosen by.
+    from megatron.core.fusions.fused_bias_geglu import quick_gelu
 
     options: dict[str, Any] = {
         "num_layers": arch.num_layers,
@@ -231,7 +242,8 @@ def _fusions(arch: Architecture, transformer_engine: bool) -> dict[str, Any]:
     compiled = transformer_engine or kernels.compiled_pointwise()
     return {
         "bias_activation_fusion": compiled,
-        "bias_dropout_fusion": compiled,
+        # megatron-core has no such fusion for experts with biases.
+        "bias_dropout_fusion": compiled and not (arch.moe is not None and (arch.attention_output_bias or arch.mlp_bias)),
         # Transformer Engine's kernel for packed rows leaves out YaRN's factor on cosine and sine, and
         # megatron-core (rope_utils 288) does not say so; of MLA its fusion is called experimental.
         "apply_rope_fusion": transformer_engine and arch.mla is None and concentration(arch.rope) == 1.0,

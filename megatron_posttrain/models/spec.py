@@ -22,7 +22,13 @@ def block_spec(config: Any, arch: Architecture, transformer_engine: bool, vp_sta
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
     if transformer_engine:
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        if arch.attention_sinks:
+            # Transformer Engine 2.11 has no kernel that takes both sinks and packed sequences.
+            block.layer_specs = copy.deepcopy(block.layer_specs)
+            for spec in block.layer_specs:
+                spec.submodules.self_attention.submodules.core_attention = PackedAttention
+        return block
 
     def layer(experts: int | None) -> Any:
         spec = get_gpt_layer_local_spec(

@@ -1,0 +1,64 @@
+"""Transformer Engine's Python code on a machine without CUDA, its kernels replaced by torch's operations."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import torch
+import torch._inductor.compile_fx  # asks for the real triton, before `install` puts a mock in its place
+
+from megatron_posttrain.platform import cpu
+from megatron_posttrain.platform.scope import Replacement
+from tests.te import kernels, permutation
+
+SITE = Path(sys.prefix) / "transformer_engine"  # where tools/setup.sh puts it: on nobody's path
+HOPPER = (9, 0)
+
+
+def install() -> None:
+    """For the rest of this process; before megatron-core is imported."""
+    assert "megatron.core" not in sys.modules
+    sys.path.insert(0, str(SITE))
+    os.environ["NVTE_PROJECT_BUILDING"] = "1"  # then it does not load CUDA's libraries
+    sys.modules["transformer_engine_torch"] = kernels
+    for name in ("onnx", "onnxscript", "triton", "triton.language", "triton.language.standard"):
+        sys.modules[name] = MagicMock(__version__="3.5.0")
+    import transformer_engine.common
+
+    transformer_engine.common.load_framework_extension = lambda framework: None
+    sys.modules["transformer_engine.pytorch.triton.permutation"] = permutation
+    import transformer_engine.pytorch.cpp_extensions
+
+    # Its `from transformer_engine_torch import *` has only the names that are there.
+    transformer_engine.pytorch.cpp_extensions.__getattr__ = kernels.__getattr__
+
+    cpu.CpuPlatform.has_transformer_engine = lambda self: True  # type: ignore[method-assign]
+    cpu.without_transformer_engine = lambda: iter(())  # type: ignore[assignment]
+    stock = cpu._replacements
+
+    def replacements() -> Iterator[Replacement]:
+        yield from stock()
+        yield torch.cuda, "is_available", lambda: True
+        yield torch.cuda, "get_device_capability", lambda *a: HOPPER
+        yield torch.cuda, "get_device_properties", lambda *a: SimpleNamespace(
+            major=HOPPER[0], minor=HOPPER[1], multi_processor_count=132
+        )
+        yield torch.cuda, "is_current_stream_capturing", lambda: False
+        yield torch.autograd, "backward", _backward
+        yield torch.Tensor, "is_cuda", True
+        yield torch.Tensor, "cuda", lambda self, *a, **k: self
+
+    cpu._replacements = replacements
+
+
+def _backward(tensor: torch.Tensor, grad_tensors: torch.Tensor | None = None) -> None:
+    """torch's own leaves the mode that answers requests for CUDA memory, of which Transformer Engine has some there."""
+    gradient = torch.ones_like(tensor) if grad_tensors is None else grad_tensors
+    torch.autograd.Variable._execution_engine.run_backward(
+        (tensor,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
