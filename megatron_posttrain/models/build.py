@@ -107,12 +107,23 @@ def build_model(
             _mark_experts(chunk)
             _keep_correction_biases(chunk)
             if use_transformer_engine(model):
+                _accumulate_in_main_gradients(chunk)
                 _count_down_projections_once(chunk)
             elif layout.sequence_parallel:
                 _split_down_projections(chunk)
             _drop_biases(chunk, arch)
             chunks.append(chunk.to(platform().device))
     return chunks, config
+
+
+def _accumulate_in_main_gradients(chunk: torch.nn.Module) -> None:
+    """Transformer Engine's products add weight gradients to the fp32 main gradients themselves.
+
+    Not by megatron-core's option for it, which wants apex for the output layer.
+    """
+    for module in chunk.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
 # What megatron-core 0.16.1 gets wrong in gradients; tests/test_upstream_defects.py fails when one is not needed.

@@ -1,8 +1,9 @@
 """Run under torchrun by test_layouts.py: scores and trains one model under several layouts in one job.
 
 worker.py JOBS.json: [{"model", "layout": {...}, "steps", "options": {...}, "out"}]
-`grouped`: experts by grouped products, as on CUDA; `bucket`: elements of one message of overlapped communication;
-`row_multiple`: tokens of a micro-batch, as for FP8; `offload`: free what only a step needs, after every step;
+`grouped`: experts by grouped products, as on CUDA; `fused`: megatron-core's fused activations, as there;
+`bucket`: elements of one message of overlapped communication; `row_multiple`: tokens of a micro-batch, as for FP8;
+`precision`: of the configuration, fp32 if not said; `offload`: free what only a step needs, after every step;
 `trained`: export the trained weights too.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -50,7 +52,7 @@ def run(job: dict[str, Any]) -> None:
         {
             "model": {"path": job["model"], **job.get("model_options", {})},
             "parallel": job["layout"],
-            "precision": {"dtype": job.get("dtype", "fp32")},
+            "precision": job.get("precision", {"dtype": "fp32"}),
             "data": {"train": "none"},
             "optimizer": {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 1.0},
             "output": job["out"],
@@ -94,7 +96,8 @@ def run(job: dict[str, Any]) -> None:
 def patched(job: dict[str, Any]) -> None:
     with (
         patch.object(kernels, "grouped_matmul", lambda dtype: job.get("grouped", False)),
-        patch.object(Engine, "row_multiple", job.get("row_multiple", 1)),
+        patch.object(kernels, "compiled_pointwise", lambda: job.get("fused", False)),
+        patch.object(Engine, "row_multiple", job["row_multiple"]) if "row_multiple" in job else nullcontext(),
         patch.object(optimizer, "BUCKET_ELEMENTS", job.get("bucket", optimizer.BUCKET_ELEMENTS)),
     ):
         run(job)

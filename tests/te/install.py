@@ -7,9 +7,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import MagicMock
 
 import torch
+import torch.distributed as dist
 import torch._inductor.compile_fx  # asks for the real triton, before `install` puts a mock in its place
 
 from megatron_posttrain.platform import cpu
@@ -37,6 +39,10 @@ def install() -> None:
     # Its `from transformer_engine_torch import *` has only the names that are there.
     transformer_engine.pytorch.cpp_extensions.__getattr__ = kernels.__getattr__
 
+    from transformer_engine.pytorch.attention.dot_product_attention import context_parallel
+
+    context_parallel.flash_attn_p2p_communicate = _exchange
+
     cpu.CpuPlatform.has_transformer_engine = lambda self: True  # type: ignore[method-assign]
     cpu.without_transformer_engine = lambda: iter(())  # type: ignore[assignment]
     stock = cpu._replacements
@@ -48,12 +54,24 @@ def install() -> None:
         yield torch.cuda, "get_device_properties", lambda *a: SimpleNamespace(
             major=HOPPER[0], minor=HOPPER[1], multi_processor_count=132
         )
+        yield torch.version, "cuda", "13.0"
         yield torch.cuda, "is_current_stream_capturing", lambda: False
         yield torch.autograd, "backward", _backward
         yield torch.Tensor, "is_cuda", True
         yield torch.Tensor, "cuda", lambda self, *a, **k: self
 
     cpu._replacements = replacements
+
+
+def _exchange(
+    rank: int, send: torch.Tensor, to: int, receive: torch.Tensor, source: int, group: Any, batched: bool
+) -> list[Any]:
+    """gloo's sends and receives wait for each other where NCCL's are in a stream."""
+    ranks = dist.get_process_group_ranks(group)
+    everybody = [torch.empty_like(receive) for _ in ranks]
+    dist.all_gather(everybody, send.contiguous(), group=group)
+    receive.copy_(everybody[ranks.index(source)])
+    return []
 
 
 def _backward(tensor: torch.Tensor, grad_tensors: torch.Tensor | None = None) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.te.attention import *  # noqa: F403
+
 FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 
 
@@ -37,6 +39,11 @@ TORCH = {
     DType.kFloat8E4M3: torch.float8_e4m3fn,
     DType.kFloat8E5M2: torch.float8_e5m2,
 }
+
+
+class Float8BlockScaleTensorFormat(enum.IntEnum):
+    GEMM_READY = 0
+    COMPACT = 1
 
 
 class FP8FwdTensors(enum.IntEnum):
@@ -168,7 +175,7 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
     if hasattr(quantizer, "block_len"):
         return _quantize_blocks(tensor, quantizer, out)
     dtype = TORCH[quantizer.dtype]
-    amax = tensor.abs().amax().float()
+    amax = tensor.abs().amax().float() if tensor.numel() else torch.zeros(())  # an expert may have no token
     if hasattr(quantizer, "force_pow_2_scales"):  # current scaling
         scale = torch.where(amax > 0, FP8_MAX[dtype] / amax, torch.ones(()))
         quantizer.scale.fill_(scale)
@@ -219,11 +226,53 @@ def fused_amax_and_scale_update_after_reduction(
 
 
 def _quantize_blocks(tensor: Tensor, quantizer: Any, out: Any) -> Any:
-    raise NotImplementedError
+    """Scales of 128 values of a row, or of 128 x 128 for weights (DeepSeek-V3, arXiv 2412.19437, 3.3), powers of two."""
+    dtype, size, height = TORCH[quantizer.dtype], quantizer.block_len, quantizer.block_len
+    if quantizer.block_scaling_dim == 1:
+        height = 1
+    rows = tensor.flatten(0, -2).float()
+    for x, data, scales in (
+        (rows, out._rowwise_data, out._rowwise_scale_inv),
+        (rows.T, out._columnwise_data, out._columnwise_scale_inv),
+    ):
+        if data is None:
+            continue
+        tall, wide = -(-x.shape[0] // height), -(-x.shape[1] // size)
+        padded = torch.nn.functional.pad(x, (0, wide * size - x.shape[1], 0, tall * height - x.shape[0]))
+        blocks = padded.view(tall, height, wide, size).transpose(1, 2)
+        amax = blocks.abs().amax((-1, -2))
+        inverse = torch.where(amax > 0, torch.exp2(torch.ceil(torch.log2(amax / FP8_MAX[dtype]))), torch.ones(()))
+        values = (blocks / inverse[..., None, None]).to(dtype).view(torch.uint8)
+        values = values.transpose(1, 2).reshape(padded.shape)[: x.shape[0], : x.shape[1]]
+        data.view(x.shape).copy_(values)
+        kept = inverse.T if height == 1 else inverse
+        scales.zero_()[: kept.shape[0], : kept.shape[1]] = kept
+    return out
 
 
 def _wide_blocks(tensor: Any, columnwise: bool) -> Tensor:
-    raise NotImplementedError
+    size = tensor._quantizer.block_len
+    data = tensor._columnwise_data if columnwise else tensor._rowwise_data
+    scales = tensor._columnwise_scale_inv if columnwise else tensor._rowwise_scale_inv
+    x = (data.flatten(1) if columnwise else data.flatten(0, -2)).view(TORCH[tensor._fp8_dtype]).float()
+    if tensor._is_2D_scaled:
+        scales = scales.repeat_interleave(size, 0)[: x.shape[0]].repeat_interleave(size, 1)[:, : x.shape[1]]
+    else:
+        scales = scales[:, : x.shape[0]].T.repeat_interleave(size, 1)[:, : x.shape[1]]
+    x = x * scales
+    return x.T if columnwise else x.view(data.shape)
+
+
+def fused_multi_row_padding(x: Tensor, out: Tensor, splits: Sequence[int], padded: Sequence[int]) -> None:
+    """Rows of every expert, filled up with zeros."""
+    out.zero_()
+    for source, target in zip(x.split(splits), out.split(padded), strict=True):
+        target[: len(source)] = source
+
+
+def fused_multi_row_unpadding(x: Tensor, out: Tensor, padded: Sequence[int], splits: Sequence[int]) -> None:
+    for source, target in zip(x.split(padded), out.split(splits), strict=True):
+        target.copy_(source[: len(target)])
 
 
 # Norms and rotary embedding
@@ -299,10 +348,6 @@ def convert_bshd_to_thd(tensor: Tensor, cu_seqlens: Tensor, tokens: int) -> Tens
     for i, (start, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
         out[start:end] = tensor[i, : end - start]
     return out
-
-
-def get_fused_attn_backend(*args: Any) -> Any:
-    return __getattr__("NVTE_Fused_Attn_Backend").NVTE_No_Backend
 
 
 # Optimizer
