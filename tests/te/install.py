@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -57,10 +58,17 @@ def install() -> None:
         yield torch.version, "cuda", "13.0"
         yield torch.cuda, "is_current_stream_capturing", lambda: False
         yield torch.autograd, "backward", _backward
+        yield dist, "_coalescing_manager", _one_by_one
         yield torch.Tensor, "is_cuda", True
         yield torch.Tensor, "cuda", lambda self, *a, **k: self
 
     cpu._replacements = replacements
+
+
+@contextlib.contextmanager
+def _one_by_one(*args: Any, **kwargs: Any) -> Iterator[Any]:
+    """gloo does not coalesce collectives."""
+    yield SimpleNamespace(wait=lambda: None)
 
 
 def _exchange(

@@ -244,8 +244,12 @@ def _quantize_blocks(tensor: Tensor, quantizer: Any, out: Any) -> Any:
         inverse = torch.where(amax > 0, torch.exp2(torch.ceil(torch.log2(amax / FP8_MAX[dtype]))), torch.ones(()))
         values = (blocks / inverse[..., None, None]).to(dtype).view(torch.uint8)
         values = values.transpose(1, 2).reshape(padded.shape)[: x.shape[0], : x.shape[1]]
-        data.view(x.shape).copy_(values)
-        kept = inverse.T if height == 1 else inverse
+        # What sequence parallelism gathers first lies as the tensor does; else as the product wants it.
+        compact = height == 1 and quantizer.all_gather_usage
+        if compact and data is out._columnwise_data:
+            values, inverse = values.T, inverse.T
+        data.view(values.shape).copy_(values)
+        kept = inverse if compact or height > 1 else inverse.T
         scales.zero_()[: kept.shape[0], : kept.shape[1]] = kept
     return out
 
