@@ -53,14 +53,14 @@ def copy(source: Path, tmp_path: Path) -> Path:
 
 def fail_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk is full after so many writes."""
-    real, count = stream._write_all, iter(range(1 << 30))
+    real, count = stream.write_all, iter(range(1 << 30))
 
     def write(*arguments: Any) -> None:
         if next(count) >= calls:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(*arguments)
 
-    monkeypatch.setattr(stream, "_write_all", write)
+    monkeypatch.setattr(stream, "write_all", write)
 
 
 @pytest.mark.parametrize("direction", ["to_megatron", "to_hf"])

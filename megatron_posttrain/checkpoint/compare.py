@@ -121,8 +121,7 @@ def _is_fused(reader: HfReader) -> bool:
     config = read_json(reader.directory / "config.json")
     if config.get("model_type") not in registry.FAMILIES:
         return False
-    layout = directory_layout(reader, registry.architecture_from_hf(config))
-    return any(place.fusion is not None for place in layout.places.values())
+    return directory_layout(reader, registry.architecture_from_hf(config)).fused
 
 
 def _on_disk(reader: HfReader) -> Tensors:

@@ -14,15 +14,14 @@ from torch import Tensor
 from megatron_posttrain.checkpoint import megatron
 from megatron_posttrain.checkpoint.hf import check_tensors, directory_layout, table_reader
 from megatron_posttrain.checkpoint.hf_files import (
-    INDEX,
     SHARD_BYTES,
-    SINGLE,
     HfReader,
     carry_side_files,
+    has_weights,
     plan_shards,
     read_json,
-    write_index,
     write_json,
+    write_side_files,
 )
 from megatron_posttrain.checkpoint.lora import Adapter, read_adapter
 from megatron_posttrain.checkpoint.stream import Item, OutputFile, StreamOptions, check_target, write_stream
@@ -128,14 +127,13 @@ def plan_hf_to_megatron(directory: Path, options: ConvertOptions, weights: bool 
 
     planned = megatron.plan_files(arch, dtype_of, table_reader(reader, arch), shard_bytes)
     side = fp8.without(registry.hf_config(arch, config))
-    fused = any(place.fusion is not None for place in layout.places.values())
 
     def finish(partial: Path) -> None:
         target = partial / megatron.HF_FILES
         target.mkdir()
         carry_side_files(directory, target, options.custom_code)
         write_json(target / "config.json", _with_dtype(side, options.dtype))
-        write_json(partial / FACTS, {"experts": "fused" if fused else "separate"})
+        write_json(partial / FACTS, {"experts": "fused" if layout.fused else "separate"})
         planned.finish(partial)
 
     files = {reader.entry(name).file for name in reader.names()}
@@ -211,12 +209,7 @@ def plan_megatron_to_hf(directory: Path, options: ConvertOptions) -> Conversion:
     written = export.config(config)
 
     def finish(partial: Path) -> None:
-        carry_side_files(source, partial, options.custom_code)
-        if SINGLE not in files:
-            write_index(partial, targets)
-        if not options.custom_code:
-            written.pop("auto_map", None)
-        write_json(partial / "config.json", written)
+        write_side_files(partial, targets, written, source, options.custom_code)
 
     sources = {directory / chunk.file for stored in reader.reader.tensors.values() for chunk in stored.chunks}
     bytes_in = sum(math.prod(plan.local_shape(1)) * reader.dtype(plan).itemsize for plan in registry.tensors(arch))
@@ -229,10 +222,7 @@ def _fused(directory: Path, source: Path, arch: Architecture, options: ConvertOp
         return options.fused
     if (directory / FACTS).exists():
         return bool(read_json(directory / FACTS).get("experts") == "fused")
-    if any((source / name).exists() for name in (SINGLE, INDEX)):
-        layout = directory_layout(HfReader(source), arch)
-        return any(place.fusion is not None for place in layout.places.values())
-    return False
+    return has_weights(source) and directory_layout(HfReader(source), arch).fused
 
 
 Planned = tuple[torch.dtype, tuple[int, ...], Callable[[], Iterable[Tensor]]]
@@ -254,7 +244,7 @@ class _Export:
             self.adapter.check(shapes)
         self.quantised = set()
         if options.quantize:
-            if any(place.fusion is not None for place in layout.places.values()):
+            if layout.fused:
                 raise UserError("--quantize fp8-block: the format has no fused experts; use --experts separate")
             self.quantised = {name for plan in registry.tensors(arch) if fp8.is_quantised(plan) for name in plan.hf}
         self.tensors: dict[str, Planned] = {}

@@ -8,19 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_posttrain.checkpoint.hf_files import (
-    INDEX,
-    SHARD_BYTES,
-    SINGLE,
-    HfReader,
-    HfWriter,
-    read_json,
-)
+from megatron_posttrain.checkpoint.hf_files import SHARD_BYTES, HfReader, HfWriter, has_weights, read_json
 from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models import fp8, registry
 from megatron_posttrain.models.architecture import Architecture, HfConfig
-from megatron_posttrain.models.layout import Layout, has_fused
-from megatron_posttrain.models.weights import Read, Shape
+from megatron_posttrain.models.layout import Layout
+from megatron_posttrain.models.weights import Read
 
 __all__ = ["HfReader", "HfWriter", "check_directory", "read_json", "table_reader", "write_directory"]
 
@@ -69,8 +62,8 @@ def check_tensors(reader: HfReader, arch: Architecture) -> None:
 
 def directory_layout(reader: HfReader, arch: Architecture) -> Layout:
     """How the directory arranges its tensors: experts one by one, or fused."""
-    layers = [layer for layer in range(arch.num_layers) if arch.is_moe_layer(layer)]
-    return registry.layout(arch, has_fused(reader.names(), registry.fusions(arch), layers))
+    fused, separate = registry.layout(arch, fused=True), registry.layout(arch)
+    return fused if any(n in reader.names() and n not in separate.shapes for n in fused.shapes) else separate
 
 
 def table_reader(reader: HfReader, arch: Architecture) -> Read:
@@ -79,66 +72,29 @@ def table_reader(reader: HfReader, arch: Architecture) -> Read:
     return directory_layout(reader, arch).reader(get)
 
 
-def disk_tensors(
-    arch: Architecture, layout: Layout, dtype: torch.dtype | None, source: HfReader | None
-) -> dict[str, tuple[torch.dtype, Shape]]:
-    """What a directory of this layout holds. A tensor's dtype: `dtype`, else that of `source`, else bf16.
-
-    Tensors that the family keeps in a wider dtype (DeepSeek's correction biases) keep theirs.
-    """
-    tensors = {}
-    for name, shape in layout.shapes.items():
-        kind = dtype or torch.bfloat16
-        if name in layout.dtypes:
-            kind = layout.dtypes[name]
-        if source is not None and name in source.names() and (dtype is None or name in layout.dtypes):
-            kind = source.plain_dtype(name)
-        tensors[name] = (kind, shape)
-    return tensors
-
-
 def write_directory(
     directory: Path | str,
     arch: Architecture,
     tensors: Iterable[tuple[str, Tensor]],
     *,
-    source: Path | str | None = None,
-    dtype: torch.dtype | None = None,
-    fused: bool | None = None,
+    source: Path | str,
     shard_bytes: int = SHARD_BYTES,
-    custom_code: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """A whole Hugging Face directory from the tensors of the weight table (`models.export.export_hf`).
+    """A whole Hugging Face directory from the tensors of the weight table (`models.sharded.Exporter`).
 
-    Args:
-        source: the directory that the model came from: its side files, the fields of its config, its
-            dtypes and its layout of experts are kept.
-        dtype: of the tensors; None: as in `source`, bf16 without one.
-        fused: experts in one 3-D tensor a layer; None: as in `source`.
+    `source`: the directory that the model came from. Its side files, the fields of its config and, where it
+    has weights, their dtypes and its layout of experts are kept; else tensors are bf16.
     """
-    reader, config = None, None
-    if source is not None:
-        config = read_json(Path(source) / "config.json")
-        if any((Path(source) / name).exists() for name in (SINGLE, INDEX)):  # else: random initialisation
-            reader = HfReader(source)
-    if reader is not None and fused is None:
+    layout, kinds = registry.layout(arch), {}
+    if has_weights(Path(source)):  # else: random initialisation
+        reader = HfReader(source)
         layout = directory_layout(reader, arch)
-    else:
-        layout = registry.layout(arch, bool(fused))
-    written = fp8.without(registry.hf_config(arch, config))
-    if dtype is not None or config is None:
-        written = {k: v for k, v in written.items() if k != "torch_dtype"}
-        written["dtype"] = str(dtype or torch.bfloat16).removeprefix("torch.")
-    contents = disk_tensors(arch, layout, dtype, reader)
-    with HfWriter(
-        directory,
-        contents,
-        written,
-        source=source,
-        shard_bytes=shard_bytes,
-        custom_code=custom_code,
-        overwrite=overwrite,
-    ) as writer:
+        kinds = {name: reader.plain_dtype(name) for name in reader.names()}
+    contents = {
+        name: (kinds.get(name, layout.dtypes.get(name, torch.bfloat16)), shape) for name, shape in layout.shapes.items()
+    }
+    config = fp8.without(registry.hf_config(arch, read_json(Path(source) / "config.json")))
+    with HfWriter(directory, contents, config, source=source, shard_bytes=shard_bytes, overwrite=overwrite) as writer:
         for name, tensor in layout.assemble(tensors):
             writer.write(name, tensor)

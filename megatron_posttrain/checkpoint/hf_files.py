@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import struct
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
+from megatron_posttrain.checkpoint.stream import check_target, partial_of, put_in_place, write_all
 from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models import fp8
 from megatron_posttrain.models.architecture import HfConfig
@@ -42,8 +44,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 SHARD_BYTES = 5_000_000_000
@@ -60,6 +60,10 @@ class Entry(NamedTuple):
     shape: Shape
     start: int
     stop: int
+
+
+def has_weights(directory: Path) -> bool:
+    return any((directory / name).exists() for name in (SINGLE, INDEX))
 
 
 def read_json(path: Path) -> Any:
@@ -182,34 +186,26 @@ def plan_shards(tensors: Tensors, shard_bytes: int) -> tuple[dict[str, Target], 
 
     Files are filled in order up to `shard_bytes`; a larger tensor has a file of its own.
     """
-    shards: list[list[str]] = []
-    filled = 0
-    for name, (dtype, shape) in tensors.items():
-        nbytes = math.prod(shape) * dtype.itemsize
-        if not shards or filled + nbytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += nbytes
+    split = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda kind: math.prod(kind[1]) * kind[0].itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
     targets, headers = {}, {}
-    for number, names in enumerate(shards, 1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for file, names in split.filename_to_tensors.items():
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name in names:
             dtype, shape = tensors[name]
             stop = offset + math.prod(shape) * dtype.itemsize
-            header[name] = {
-                "dtype": DTYPE_NAMES[dtype],
-                "shape": list(shape),
-                "data_offsets": [offset, stop],
-            }
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
             offset = stop
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # data starts at a multiple of 8 bytes
         headers[file] = struct.pack("<Q", len(text)) + text
         for name in names:
-            start = len(headers[file]) + header[name]["data_offsets"][0]  # type: ignore[index]
+            start = len(headers[file]) + header[name]["data_offsets"][0]
             targets[name] = Target(file, *tensors[name], start)
     return targets, headers
 
@@ -242,22 +238,19 @@ class HfWriter:
         overwrite: bool = False,
     ) -> None:
         self.directory = Path(directory)
-        if self.directory.exists() and not overwrite and any(self.directory.iterdir()):
-            raise UserError(f"{self.directory}: exists and is not empty")
-        self.partial = self.directory.with_name(f".{self.directory.name}.partial")
-        self.config, self.custom_code = dict(config), custom_code
-        if not custom_code:
-            self.config.pop("auto_map", None)
+        check_target(self.directory, overwrite)
+        self.partial = partial_of(self.directory)
+        self.config, self.custom_code = config, custom_code
         self.source = None if source is None else Path(source)
         self.targets, headers = plan_shards(tensors, shard_bytes)
         self.missing = set(self.targets)
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
-        self.descriptors: dict[str, int] = {}
+        self.open_files = ExitStack()
+        self.files = {}
         for file, header in headers.items():
-            path = self.partial / file
-            self.descriptors[file] = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
-            _write(self.descriptors[file], memoryview(header), 0, path)
+            self.files[file] = self.open_files.enter_context((self.partial / file).open("wb", buffering=0))
+            self._write(file, 0, memoryview(header))
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Converts to the dtype on disk. `ValueError` for a name or shape that was not announced."""
@@ -265,33 +258,24 @@ class HfWriter:
         if tuple(tensor.shape) != target.shape:
             raise ValueError(f"tensor '{name}' has shape {list(tensor.shape)}, announced was {list(target.shape)}")
         data = tensor.detach().to(device="cpu", dtype=target.dtype).contiguous()
-        content = memoryview(data.reshape(-1).view(torch.uint8).numpy().data)
-        _write(self.descriptors[target.file], content, target.start, self.partial / target.file)
+        self._write(target.file, target.start, memoryview(data.reshape(-1).view(torch.uint8).numpy().data))
         self.missing.discard(name)
+
+    def _write(self, file: str, start: int, content: memoryview) -> None:
+        try:
+            self.files[file].seek(start)
+            write_all(self.files[file], content)
+        except OSError as error:
+            raise UserError(f"{self.partial / file}: {error.strerror}") from error
 
     def close(self) -> None:
         """Writes index, config and side files, and puts the directory in its place."""
         if self.missing:
             first = sorted(self.missing)[0]
             raise ValueError(f"{self.directory}: tensor '{first}' was not written ({len(self.missing)} such)")
-        self._close_files()
-        if self.source is not None:
-            carry_side_files(self.source, self.partial, self.custom_code)
-        if SINGLE not in {target.file for target in self.targets.values()}:
-            write_index(self.partial, self.targets)
-        write_json(self.partial / "config.json", self.config)
-        if self.directory.exists():
-            old = self.directory.with_name(f".{self.directory.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            self.directory.rename(old)
-            self.partial.rename(self.directory)
-            shutil.rmtree(old)
-        else:
-            self.partial.rename(self.directory)
-
-    def _close_files(self) -> None:
-        while self.descriptors:
-            os.close(self.descriptors.popitem()[1])
+        write_side_files(self.partial, self.targets, self.config, self.source, self.custom_code)
+        self.open_files.close()
+        put_in_place(self.partial, self.directory)
 
     def __enter__(self) -> HfWriter:
         return self
@@ -303,7 +287,7 @@ class HfWriter:
             if kind is None:
                 self.close()
         finally:
-            self._close_files()
+            self.open_files.close()
             shutil.rmtree(self.partial, ignore_errors=True)  # renamed, when all went well
 
 
@@ -319,20 +303,18 @@ def carry_side_files(source: Path, target: Path, custom_code: bool) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def _write(descriptor: int, content: memoryview, start: int, path: Path) -> None:
-    done = 0
-    while done < len(content):  # one call writes 2 GiB at most
-        try:
-            done += os.pwrite(descriptor, content[done:], start + done)
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from error
-
-
-def write_index(directory: Path, targets: Mapping[str, Target]) -> None:
-    """The index of a directory with several files."""
-    total = sum(math.prod(t.shape) * t.dtype.itemsize for t in targets.values())
+def write_side_files(
+    directory: Path, targets: Mapping[str, Target], config: HfConfig, source: Path | None, custom_code: bool
+) -> None:
+    """What a directory has beside its tensors: index, config.json and what `source` has."""
+    if source is not None:
+        carry_side_files(source, directory, custom_code)
     weight_map = {name: target.file for name, target in targets.items()}
-    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if SINGLE not in weight_map.values():
+        total = sum(math.prod(t.shape) * t.dtype.itemsize for t in targets.values())
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    kept = {key: value for key, value in config.items() if custom_code or key != "auto_map"}
+    write_json(directory / "config.json", kept)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -108,9 +108,8 @@ def write_stream(
         from megatron_posttrain.parallel.groups import start_distributed
 
         start_distributed()
-    partial = directory.with_name(f".{directory.name}.partial")
-    error = _attempt(lambda: _prepare(directory, partial, files, fingerprint, options) if rank == 0 else None)
-    _agree(error, world)
+    partial = partial_of(directory)
+    _together(lambda: _prepare(directory, partial, files, fingerprint, options), rank == 0)
     mine = [file for file in share(files, world)[rank] if not _is_whole(partial, file)]
     progress = Progress(sum(file.nbytes for file in mine), options.quiet or rank != 0)
 
@@ -118,11 +117,8 @@ def write_stream(
         for file in mine:
             _write_file(partial / file.name, file, options.check_finite, progress, THREADS if world == 1 else 1)
 
-    error = _attempt(work)
-    _agree(error, world)
-    if rank == 0:
-        error = _attempt(lambda: _finish(directory, partial, files, finish))
-    _agree(error, world)
+    _together(work)
+    _together(lambda: _finish(directory, partial, files, finish), rank == 0)
     return progress.done
 
 
@@ -145,6 +141,22 @@ def check_target(directory: Path, overwrite: bool) -> None:
         raise UserError(f"{directory}: exists and is not empty (--overwrite replaces it)")
 
 
+def partial_of(directory: Path) -> Path:
+    """Where `directory` is written before it is whole: `put_in_place` renames it."""
+    return directory.with_name(f".{directory.name}.partial")
+
+
+def put_in_place(partial: Path, directory: Path) -> None:
+    old = directory.with_name(f".{directory.name}.old")
+    if old.exists():
+        shutil.rmtree(old)
+    if directory.exists():
+        directory.rename(old)
+    partial.rename(directory)
+    if old.exists():
+        shutil.rmtree(old)
+
+
 def free_bytes(directory: Path) -> int:
     """Free space of the file system that `directory` is, or would be, on."""
     parent = directory.absolute()
@@ -153,24 +165,20 @@ def free_bytes(directory: Path) -> int:
     return shutil.disk_usage(parent).free
 
 
-def _attempt(action: Callable[[], Any]) -> UserError | None:
+def _together(action: Callable[[], None], here: bool = True) -> None:
+    """Waits until all processes (that are to) have done it; raises on all of them what went wrong on one."""
+    error = None
     try:
-        action()
-    except UserError as error:
-        return error
-    except OSError as error:
-        return UserError(f"{error.filename or ''}: {error.strerror}")
-    return None
-
-
-def _agree(error: UserError | None, world: int) -> None:
-    """Waits for all processes; raises on all of them what went wrong on one."""
-    errors: list[Any] = [error and str(error)]
-    if world > 1:
-        import torch.distributed as dist
-
+        if here:
+            action()
+    except UserError as failure:
+        error = str(failure)
+    except OSError as failure:
+        error = f"{failure.filename or ''}: {failure.strerror}"
+    errors: list[Any] = [error]
+    if (world := ranks()[1]) > 1:
         errors = [None] * world
-        dist.all_gather_object(errors, error and str(error))
+        torch.distributed.all_gather_object(errors, error)
     for found in errors:
         if found is not None:
             raise UserError(found)
@@ -211,7 +219,7 @@ def _write_file(path: Path, file: OutputFile, check_finite: bool, progress: Prog
             out.seek(start)
             for part in parts:
                 if isinstance(part, bytes):
-                    _write_all(out, memoryview(part))
+                    write_all(out, memoryview(part))
                     continue
                 before = out.tell()
                 for block in part.blocks():
@@ -251,11 +259,12 @@ def _write_tensor(out: Any, block: Tensor, item: Item, check_finite: bool, progr
         if check_finite and not bool((piece.float() if piece.dtype.itemsize == 1 else piece).isfinite().all()):
             raise UserError(f"tensor '{item.name}' has NaN or infinite values")
         piece = piece.to(item.dtype)
-        _write_all(out, memoryview(piece.view(torch.uint8).numpy().data))
+        write_all(out, memoryview(piece.view(torch.uint8).numpy().data))
         progress.add(piece.nbytes)
 
 
-def _write_all(out: Any, content: memoryview) -> None:
+def write_all(out: Any, content: memoryview) -> None:
+    """To an unbuffered file."""
     done = 0
     while done < len(content):  # one call writes 2 GiB at most
         done += out.write(content[done:])
@@ -266,11 +275,4 @@ def _finish(directory: Path, partial: Path, files: list[OutputFile], finish: Cal
         raise UserError(f"{partial / missing[0]}: was not written (is the directory shared by all processes?)")
     finish(partial)
     (partial / STATE).unlink()
-    if directory.exists():
-        old = directory.with_name(f".{directory.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        directory.rename(old)
-        partial.rename(directory)
-        shutil.rmtree(old)
-    else:
-        partial.rename(directory)
+    put_in_place(partial, directory)

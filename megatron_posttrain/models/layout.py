@@ -7,7 +7,7 @@ into places inside the tensors on disk, the same way for reading and for writing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -93,6 +93,10 @@ class Layout:
         for names in self._parts.values():
             names.sort(key=lambda name: (self.places[name].expert or 0, self.places[name].part))
 
+    @property
+    def fused(self) -> bool:
+        return any(place.fusion is not None for place in self.places.values())
+
     def reader(self, get: Callable[[str], Any]) -> Read:
         """Reads the table's tensors through `get`, which gives those on disk (lazily)."""
 
@@ -153,8 +157,3 @@ class Layout:
                 yield place.name, pending.pop(place.name)
         if pending:
             raise ValueError(f"incomplete fused tensors: {', '.join(sorted(pending))}")
-
-
-def has_fused(names: Collection[str], fusions: Sequence[Fusion], layers: Iterable[int]) -> bool:
-    """Whether the directory with tensors `names` uses `fusions` in any of `layers`."""
-    return any(numbered(fusion.hf, layer, None) in names for layer in layers for fusion in fusions)
