@@ -22,6 +22,28 @@ EXPERT_FUSIONS = (
     Fusion(f"{HF_LAYER}mlp.experts.down_proj", (f"{HF_LAYER}mlp.experts.*.down_proj.weight",)),
 )
 
+# Fields of `Architecture` -> of a config
+FIELDS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "ffn_size": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "max_position": "max_position_embeddings",
+    "norm_epsilon": "rms_norm_eps",
+    "tied_embeddings": "tie_word_embeddings",
+}
+
+# Fields of `Rope` by `rope_type`; a config calls them the same
+ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"),
+}
+
 
 def need(config: HfConfig, *keys: str) -> Any:
     """The value of the first of `keys` (one field, by its old and new names) that the config has."""
@@ -43,80 +65,46 @@ def rope(config: HfConfig, default_base: float = 10_000.0) -> Rope:
     values = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = values.get("rope_type", values.get("type", "default"))
     base = float(values.get("rope_theta") or config.get("rope_theta") or default_base)
-    if kind not in ("default", "yarn", "llama3", "linear"):
-        raise UserError(f"config.json: rope type {kind!r}; supported: default, linear, llama3, yarn")
+    if kind not in ROPE_SCALINGS:
+        raise UserError(f"config.json: rope type {kind!r}; supported: {', '.join(ROPE_SCALINGS)}")
     if values.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UserError("config.json: partial_rotary_factor other than 1.0 is not supported")
     if kind == "default":
         return Rope(base=base)
-    original = values.get("original_max_position_embeddings") or need(config, "max_position_embeddings")
-    factor = values.get("factor") or need(config, "max_position_embeddings") / original
-    if kind == "linear":
-        return Rope(base=base, scaling="linear", factor=float(factor))
-    if kind == "llama3":
-        return Rope(
-            base=base,
-            scaling="llama3",
-            factor=float(factor),
-            original_max_position=original,
-            low_freq_factor=float(values.get("low_freq_factor", 1.0)),
-            high_freq_factor=float(values.get("high_freq_factor", 4.0)),
-        )
-    both = bool(values.get("mscale") and values.get("mscale_all_dim"))  # else transformers ignores them
-    return Rope(
-        base=base,
-        scaling="yarn",
-        factor=float(factor),
-        original_max_position=original,
-        beta_fast=float(values.get("beta_fast") or 32.0),
-        beta_slow=float(values.get("beta_slow") or 1.0),
-        mscale=float(values["mscale"]) if both else 1.0,
-        mscale_all_dim=float(values["mscale_all_dim"]) if both else 0.0,
-        attention_factor=values.get("attention_factor"),
-        truncate=bool(values.get("truncate", True)),
-    )
+    longest = need(config, "max_position_embeddings")
+    original = values.get("original_max_position_embeddings") or longest
+    found = {name: values[name] for name in ROPE_SCALINGS[kind] if values.get(name) is not None}
+    if not (values.get("mscale") and values.get("mscale_all_dim")):  # transformers ignores one alone
+        found = {name: value for name, value in found.items() if name not in ("mscale", "mscale_all_dim")}
+    if kind != "linear":
+        found["original_max_position"] = original
+    return Rope(base=base, scaling=kind, **{"factor": longest / original, **found})
 
 
 def rope_parameters(rope: Rope) -> dict[str, Any]:
     """The `rope_parameters` of a config, of transformers 5."""
-    values: dict[str, Any] = {"rope_type": rope.scaling or "default", "rope_theta": rope.base}
-    if rope.scaling is None:
-        return values
-    values["factor"] = rope.factor
-    if rope.scaling == "linear":
-        return values
-    values["original_max_position_embeddings"] = rope.original_max_position
-    if rope.scaling == "llama3":
-        return values | {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-    values |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
-    if rope.mscale_all_dim:
-        values |= {"mscale": rope.mscale, "mscale_all_dim": rope.mscale_all_dim}
-    if rope.attention_factor is not None:
-        values["attention_factor"] = rope.attention_factor
-    return values
+    kind = rope.scaling or "default"
+    values = {name: getattr(rope, name) for name in ROPE_SCALINGS[kind]}
+    if kind in ("llama3", "yarn"):
+        values["original_max_position_embeddings"] = rope.original_max_position
+    if not rope.mscale_all_dim:
+        values |= {"mscale": None, "mscale_all_dim": None}
+    values |= {"rope_type": kind, "rope_theta": rope.base}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def base_architecture(config: HfConfig, **fields: Any) -> Architecture:
     """The fields that all families read alike; `fields` are those that the family reads itself."""
     require(config, "hidden_act", ("silu", "swish"), "silu")
     heads = need(config, "num_attention_heads")
-    hidden = need(config, "hidden_size")
-    values: dict[str, Any] = {
-        "family": config["model_type"],
-        "num_layers": need(config, "num_hidden_layers"),
-        "hidden_size": hidden,
-        "num_heads": heads,
-        "num_query_groups": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or hidden // heads,
-        "ffn_size": need(config, "intermediate_size"),
-        "vocab_size": need(config, "vocab_size"),
-        "max_position": need(config, "max_position_embeddings"),
-        "norm_epsilon": float(config.get("rms_norm_eps", 1e-6)),
-        "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
-    }
-    if "rope" not in fields:
-        values["rope"] = rope(config)
-    return Architecture(**(values | fields))
+    given = {
+        "num_key_value_heads": heads,
+        "head_dim": need(config, "hidden_size") // heads,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    } | {key: value for key, value in config.items() if value is not None}
+    values = {ours: need(given, theirs) for ours, theirs in FIELDS.items()}
+    return Architecture(**({"family": config["model_type"], "rope": rope(config)} | values | fields))
 
 
 def base_config(arch: Architecture, name: str, **fields: Any) -> HfConfig:
@@ -124,16 +112,7 @@ def base_config(arch: Architecture, name: str, **fields: Any) -> HfConfig:
     return {
         "architectures": [f"{name}ForCausalLM"],
         "model_type": arch.family,
-        "num_hidden_layers": arch.num_layers,
-        "hidden_size": arch.hidden_size,
-        "num_attention_heads": arch.num_heads,
-        "num_key_value_heads": arch.num_query_groups,
-        "head_dim": arch.head_dim,
-        "intermediate_size": arch.ffn_size,
-        "vocab_size": arch.vocab_size,
-        "max_position_embeddings": arch.max_position,
-        "rms_norm_eps": arch.norm_epsilon,
-        "tie_word_embeddings": arch.tied_embeddings,
+        **{theirs: getattr(arch, ours) for ours, theirs in FIELDS.items()},
         "hidden_act": "silu",
         "rope_parameters": rope_parameters(arch.rope),
     } | fields
