@@ -14,11 +14,10 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from megatron_posttrain.checkpoint.convert import ConvertOptions, plan_hf_to_megatron, plan_megatron_to_hf
-from megatron_posttrain.checkpoint.megatron import load_megatron
 from megatron_posttrain.checkpoint.stream import StreamOptions
 from megatron_posttrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_posttrain.models.build import build_model
-from megatron_posttrain.models.sharded import export_hf
+from megatron_posttrain.models.sharded import Exporter
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
 from megatron_posttrain.parallel.layout import Layout, check_layout
 from megatron_posttrain.platform import platform
@@ -42,7 +41,12 @@ def main() -> None:
         groups = make_groups(layout, 0)
         model = ModelConfig(path=str(source))
         chunks, _ = build_model(there.arch, layout, model, PrecisionConfig(dtype=job["dtype"]))
-        load_megatron(chunks, out / "megatron4")
+        with platform().megatron():
+            for chunk in chunks:
+                wanted = chunk.sharded_state_dict()
+                loaded, _, absent = dist_checkpointing.load(wanted, str(out / "megatron4"), strict="return_all")
+                assert not absent, sorted(absent)[0]
+                chunk.load_state_dict(loaded, strict=False)
         if job["save"]:
             if dist.get_rank() == 0:
                 (out / "saved").mkdir()
@@ -50,7 +54,7 @@ def main() -> None:
             with platform().megatron():
                 dist_checkpointing.save(chunks[0].sharded_state_dict(), str(out / "saved"))
         with platform().megatron():
-            tensors = dict(export_hf(chunks, there.arch, groups))
+            tensors = dict(Exporter(chunks, there.arch, groups).hf_tensors())
         if dist.get_rank() == 0:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / "loaded.safetensors")
         parallel_state.destroy_model_parallel()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_posttrain.checkpoint.distcp import (
     ALIGNMENT,
@@ -25,7 +25,7 @@ from megatron_posttrain.checkpoint.stream import Item, OutputFile
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.models.weights import Read, Shape, TensorPlan, numbered
+from megatron_posttrain.models.weights import Read, Shape, TensorPlan, Vocabulary, numbered
 
 SHARD_BYTES = 2_000_000_000
 HF_FILES = "hf"  # where the Hugging Face side files lie inside a Megatron directory
@@ -225,25 +225,4 @@ class MegatronReader:
 
 
 def _vocabularies(arch: Architecture) -> set[str]:
-    from megatron_posttrain.models.weights import Vocabulary
-
     return {name for plan in registry.tensors(arch) if isinstance(plan.mapping, Vocabulary) for name in plan.hf}
-
-
-def load_megatron(modules: Sequence[nn.Module], directory: Path | str) -> None:
-    """Collective: fills a model's chunks, under any layout, through megatron-core's own loader.
-
-    `UserError` when the checkpoint lacks a tensor of the model.
-    """
-    from megatron.core import dist_checkpointing
-
-    from megatron_posttrain.platform import platform
-
-    with platform().megatron():
-        for module in modules:
-            wanted = module.sharded_state_dict()  # type: ignore[operator]
-            loaded: Mapping[str, Any]
-            loaded, _, absent = dist_checkpointing.load(wanted, str(directory), strict="return_all")
-            if absent:
-                raise UserError(f"{directory}: lacks {sorted(absent)[0]!r} ({len(absent)} such)")
-            module.load_state_dict(loaded, strict=False)

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from megatron_posttrain.errors import UserError
 
@@ -62,29 +61,6 @@ class StreamOptions:
     quiet: bool = False
 
 
-class Progress:
-    """Bytes done, bytes/s and time left, on stderr: every 2 s on a terminal, every 30 s in a log."""
-
-    def __init__(self, total: int, quiet: bool) -> None:
-        self.total, self.done, self.quiet = total, 0, quiet
-        self.start = self.last = time.monotonic()
-        self.every = 2.0 if sys.stderr.isatty() else 30.0
-        self._lock = threading.Lock()
-
-    def add(self, nbytes: int) -> None:
-        with self._lock:
-            self.done += nbytes
-            now = time.monotonic()
-            if not self.quiet and now - self.last >= self.every:
-                self.last = now
-                print(self.line(now), file=sys.stderr, flush=True)
-
-    def line(self, now: float) -> str:
-        speed = self.done / max(now - self.start, 1e-9)
-        left = (self.total - self.done) / max(speed, 1e-9)
-        return f"{self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, {speed / 1e9:.3f} GB/s, {left / 60:.1f} min left"
-
-
 def ranks() -> tuple[int, int]:
     """(rank, processes) of this job: torchrun's, else (0, 1)."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -111,15 +87,19 @@ def write_stream(
     partial = partial_of(directory)
     _together(lambda: _prepare(directory, partial, files, fingerprint, options), rank == 0)
     mine = [file for file in share(files, world)[rank] if not _is_whole(partial, file)]
-    progress = Progress(sum(file.nbytes for file in mine), options.quiet or rank != 0)
+    total = sum(part.nbytes for file in mine for part in file.parts if isinstance(part, Item))
+    every = 2.0 if sys.stderr.isatty() else 30.0  # seconds; on a terminal, in a log
+    quiet = options.quiet or rank > 0
+    progress = tqdm(total=total, unit="B", unit_scale=True, mininterval=every, maxinterval=every, disable=quiet)
 
     def work() -> None:
-        for file in mine:
-            _write_file(partial / file.name, file, options.check_finite, progress, THREADS if world == 1 else 1)
+        with progress:
+            for file in mine:
+                _write_file(partial / file.name, file, options.check_finite, progress, THREADS if world == 1 else 1)
 
     _together(work)
     _together(lambda: _finish(directory, partial, files, finish), rank == 0)
-    return progress.done
+    return total
 
 
 def share(files: list[OutputFile], processes: int) -> list[list[OutputFile]]:
@@ -210,7 +190,7 @@ def _prepare(
     state.write_text(json.dumps(plan))
 
 
-def _write_file(path: Path, file: OutputFile, check_finite: bool, progress: Progress, threads: int) -> None:
+def _write_file(path: Path, file: OutputFile, check_finite: bool, progress: tqdm, threads: int) -> None:
     unfinished = path.with_name(path.name + ".part")
 
     def write(share: tuple[int, list[bytes | Item]]) -> None:
@@ -250,7 +230,7 @@ def _shares_of(file: OutputFile, threads: int) -> list[tuple[int, list[bytes | I
     return shares
 
 
-def _write_tensor(out: Any, block: Tensor, item: Item, check_finite: bool, progress: Progress) -> None:
+def _write_tensor(out: Any, block: Tensor, item: Item, check_finite: bool, progress: tqdm) -> None:
     flat = block.detach().contiguous().view(-1)
     step = STEP_BYTES // item.dtype.itemsize
     for start in range(0, len(flat), step):
@@ -260,7 +240,7 @@ def _write_tensor(out: Any, block: Tensor, item: Item, check_finite: bool, progr
             raise UserError(f"tensor '{item.name}' has NaN or infinite values")
         piece = piece.to(item.dtype)
         write_all(out, memoryview(piece.view(torch.uint8).numpy().data))
-        progress.add(piece.nbytes)
+        progress.update(piece.nbytes)
 
 
 def write_all(out: Any, content: memoryview) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from megatron_posttrain.checkpoint.hf import HfReader, table_reader
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.weights import Mapping, Replicated, TensorPlan
+from megatron_posttrain.parallel.groups import Groups
 
 # Transformer Engine merges a norm into the linear layer that follows it, and numbers the experts of
 # its grouped linear layer: its name on the left, that of the table on the right.
@@ -34,19 +35,6 @@ ALIASES = (
 ALIGNMENT = 16  # bytes; a view of bytes as a wider dtype has to start at a multiple of its size
 LAYER = re.compile(r"^(.*\blayers)\.(\d+)(?=\.|$)")
 EXPERT = re.compile(r"(?<=\.local_experts\.)(\d+)(?=\.)")
-
-
-class ModelGroups(Protocol):
-    """The process groups over which a model's weights are spread."""
-
-    @property
-    def tensor(self) -> ProcessGroup: ...
-    @property
-    def expert_tensor(self) -> ProcessGroup: ...
-    @property
-    def expert(self) -> ProcessGroup: ...
-    @property
-    def pipeline(self) -> ProcessGroup: ...
 
 
 def position(group: ProcessGroup) -> tuple[int, int]:
@@ -120,7 +108,7 @@ def partition(plan: TensorPlan, local: Tensor, rank: int, size: int) -> tuple[in
 
 @torch.no_grad()
 def load_hf(
-    model_chunks: Sequence[nn.Module], arch: Architecture, reader: HfReader, groups: ModelGroups | None = None
+    model_chunks: Sequence[nn.Module], arch: Architecture, reader: HfReader, groups: Groups | None = None
 ) -> None:
     """Fill this rank's parameters from a Hugging Face directory, reading only the slices that it holds.
 
@@ -175,9 +163,7 @@ class Exporter:
     Collective over the pipeline group. `ValueError` when a tensor of the table is on no stage.
     """
 
-    def __init__(
-        self, model_chunks: Sequence[nn.Module], arch: Architecture, groups: ModelGroups | None = None
-    ) -> None:
+    def __init__(self, model_chunks: Sequence[nn.Module], arch: Architecture, groups: Groups | None = None) -> None:
         self.arch, self.groups = arch, groups
         one = (0, 1)
         self.tensor = position(groups.tensor) if groups else one
@@ -323,18 +309,3 @@ class Exporter:
 def _as(data: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """The first bytes of `data` as a tensor."""
     return data[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-
-
-def export_hf(
-    model_chunks: Sequence[nn.Module],
-    arch: Architecture,
-    groups: ModelGroups | None = None,
-    *,
-    to: Literal["all", "stage"] = "all",
-    bucket_bytes: int = 1 << 30,
-) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors under the names that `transformers` and vLLM know. Collective.
-
-    Whoever exports more than once keeps an `Exporter` and calls its `hf_tensors`.
-    """
-    return Exporter(model_chunks, arch, groups).hf_tensors(to=to, bucket_bytes=bucket_bytes)
