@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,7 @@ from torch.distributed import ProcessGroup
 from megatron_posttrain.checkpoint.hf import HfReader, table_reader
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.models.weights import Mapping, Replicated, TensorPlan
+from megatron_posttrain.models.weights import Replicated, TensorPlan
 from megatron_posttrain.parallel.groups import Groups
 
 # Transformer Engine merges a norm into the linear layer that follows it, and numbers the experts of
@@ -33,6 +32,7 @@ ALIASES = (
     ),
 )
 ALIGNMENT = 16  # bytes; a view of bytes as a wider dtype has to start at a multiple of its size
+BUCKET_BYTES = 1 << 30  # of a gathered bucket; one larger tensor makes a bucket by itself
 LAYER = re.compile(r"^(.*\blayers)\.(\d+)(?=\.|$)")
 EXPERT = re.compile(r"(?<=\.local_experts\.)(\d+)(?=\.)")
 
@@ -107,21 +107,16 @@ def partition(plan: TensorPlan, local: Tensor, rank: int, size: int) -> tuple[in
 
 
 @torch.no_grad()
-def load_hf(
-    model_chunks: Sequence[nn.Module], arch: Architecture, reader: HfReader, groups: Groups | None = None
-) -> None:
+def load_hf(model_chunks: Sequence[nn.Module], arch: Architecture, reader: HfReader, groups: Groups) -> None:
     """Fill this rank's parameters from a Hugging Face directory, reading only the slices that it holds.
 
-    Values are converted to the parameters' dtype and device. `groups`: None for a model on one rank.
-    The caller has checked the directory (`checkpoint.hf.check_directory`).
+    Values are converted to the parameters' dtype and device. The caller has checked the directory
+    (`checkpoint.hf.check_directory`).
     """
     read = table_reader(reader, arch)
     plans = {plan.name: plan for plan in registry.tensors(arch)}
-    tensor, expert_tensor, expert = ((0, 1), (0, 1), (0, 1))
-    if groups is not None:
-        tensor, expert_tensor = position(groups.tensor), position(groups.expert_tensor)
-        expert = position(groups.expert)
-    for plan, local in local_tensors(model_chunks, plans, arch, expert):
+    tensor, expert_tensor = position(groups.tensor), position(groups.expert_tensor)
+    for plan, local in local_tensors(model_chunks, plans, arch, position(groups.expert)):
         rank, size = partition(plan, local, *(tensor if plan.expert is None else expert_tensor))
         plan.fill(local, read, rank, size)
 
@@ -133,159 +128,130 @@ def load_hf(
 class Slot:
     """A row of the weight table in one layer, with all its experts: what one pipeline stage owns."""
 
-    mapping: Mapping
-    plans: list[TensorPlan] = field(default_factory=list)
+    plans: list[TensorPlan]
     local: list[Tensor] = field(default_factory=list)  # this rank's shards, by expert; empty on other stages
     dtype: torch.dtype = torch.float32
     whole: bool = False  # every tensor parallel rank has all of it
     stage: int = -1
+    shape: tuple[int, ...] = ()  # of a shard
 
     @property
     def kind(self) -> str:
-        if self.mapping.experts is not None:
+        if self.plans[0].expert is not None:
             return "expert"
         return "whole" if self.whole else "tensor"
 
+    @property
+    def nbytes(self) -> int:
+        """Of a shard, padded."""
+        return -(-math.prod(self.shape) * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
-@dataclass
-class Unit:
-    """One gather within a bucket: a tensor, or the experts that have one local number on all ranks."""
 
-    slot: Slot
-    number: int  # local expert; 0 without experts
-    shape: tuple[int, ...]  # of a shard
-    nbytes: int  # of a shard, padded
+# One gather within a bucket: a tensor, or the experts that have one local number (0 without experts) on all ranks
+Unit = tuple[Slot, int]
 
 
 class Exporter:
-    """Knows once and for all which rank holds what; `tensors()` can then be called at every refit.
+    """Knows once and for all which rank holds what; `hf_tensors()` can then be called at every refit.
 
     Collective over the pipeline group. `ValueError` when a tensor of the table is on no stage.
     """
 
-    def __init__(self, model_chunks: Sequence[nn.Module], arch: Architecture, groups: Groups | None = None) -> None:
+    def __init__(self, model_chunks: Sequence[nn.Module], arch: Architecture, groups: Groups) -> None:
         self.arch, self.groups = arch, groups
-        one = (0, 1)
-        self.tensor = position(groups.tensor) if groups else one
-        self.expert_tensor = position(groups.expert_tensor) if groups else one
-        self.expert = position(groups.expert) if groups else one
-        self.stage, self.stages = position(groups.pipeline) if groups else one
+        self.tensor, self.expert_tensor = position(groups.tensor), position(groups.expert_tensor)
+        self.expert = position(groups.expert)
+        self.stage, self.stages = position(groups.pipeline)
         self.device = next(model_chunks[0].parameters()).device
-        self.slots = self._slots(arch)
+        rows = groupby(registry.tensors(arch), key=lambda plan: (id(plan.mapping), plan.layer))
+        self.slots = [Slot(list(plans)) for _, plans in rows]
         self._find_local(model_chunks, arch)
         self._agree_on_owners()
 
-    @staticmethod
-    def _slots(arch: Architecture) -> list[Slot]:
-        groups = groupby(registry.tensors(arch), key=lambda plan: (id(plan.mapping), plan.layer))
-        return [Slot(plans[0].mapping, plans) for plans in (list(group) for _, group in groups)]
-
     def _find_local(self, model_chunks: Sequence[nn.Module], arch: Architecture) -> None:
-        slot_of = {plan.name: slot for slot in self.slots for plan in slot.plans}
-        plans = {plan.name: plan for slot in self.slots for plan in slot.plans}
+        plans = {plan.name: plan for plan in registry.tensors(arch)}
         found: dict[str, Tensor] = {}
         for plan, tensor in local_tensors(model_chunks, plans, arch, self.expert):
             found.setdefault(plan.name, tensor)  # tied: the embedding comes before its copy in the output layer
-        for name, plan in plans.items():
-            if name not in found:
-                continue
-            slot = slot_of[name]
-            split = self.tensor if plan.expert is None else self.expert_tensor
-            slot.whole = isinstance(plan.mapping, Replicated) or partition(plan, found[name], *split)[1] == 1
-            slot.local.append(found[name])
-            slot.dtype = found[name].dtype
+        for slot in self.slots:
+            slot.local = [found[plan.name] for plan in slot.plans if plan.name in found]
+            if slot.local:
+                plan, first = slot.plans[0], slot.local[0]
+                split = self.tensor if plan.expert is None else self.expert_tensor
+                slot.whole = isinstance(plan.mapping, Replicated) or partition(plan, first, *split)[1] == 1
+                slot.dtype = first.dtype
 
     def _agree_on_owners(self) -> None:
         mine = {i: (slot.dtype, slot.whole) for i, slot in enumerate(self.slots) if slot.local}
-        stages: list[dict[int, tuple[torch.dtype, bool]]] = [mine]
-        if self.stages > 1:
-            assert self.groups is not None
-            stages = [{} for _ in range(self.stages)]
-            dist.all_gather_object(stages, mine, group=self.groups.pipeline)
+        stages: list[dict[int, tuple[torch.dtype, bool]]] = [{} for _ in range(self.stages)]
+        dist.all_gather_object(stages, mine, group=self.groups.pipeline)
         for stage, held in reversed(list(enumerate(stages))):  # of two that hold a tensor the first owns it
             for index, (dtype, whole) in held.items():
                 slot = self.slots[index]
                 slot.dtype, slot.whole, slot.stage = dtype, whole, stage
         if missing := [slot.plans[0].name for slot in self.slots if slot.stage < 0]:
             raise ValueError(f"no pipeline stage holds '{missing[0]}' ({len(missing)} such)")
+        for slot in self.slots:
+            size = 1 if slot.whole else self.expert_tensor[1] if slot.kind == "expert" else self.tensor[1]
+            slot.shape = slot.plans[0].local_shape(size)
 
     # ---- buckets ---------------------------------------------------------------------------------------
 
-    def _units(self, slot: Slot) -> list[Unit]:
-        size = 1 if slot.whole else self.expert_tensor[1] if slot.kind == "expert" else self.tensor[1]
-        shape = slot.mapping.local_shape(size)
-        nbytes = -(-math.prod(shape) * slot.dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        count = (slot.mapping.experts or 1) // (self.expert[1] if slot.kind == "expert" else 1)
-        return [Unit(slot, number, shape, nbytes) for number in range(count)]
-
-    def _buckets(self, bucket_bytes: int) -> Iterator[list[Unit]]:
+    def _buckets(self) -> Iterator[list[Unit]]:
         """In an order that is the same on every rank; a bucket is of one stage and one kind."""
         ordered = sorted(self.slots, key=lambda slot: (slot.stage, slot.kind))
         for (_, kind), slots in groupby(ordered, key=lambda slot: (slot.stage, slot.kind)):
             copies = math.prod(group.size() for group in self._gathers(kind))
+            ranks = self.expert[1] if kind == "expert" else 1
             bucket: list[Unit] = []
             filled = 0
-            for unit in (unit for slot in slots for unit in self._units(slot)):
-                if bucket and filled + unit.nbytes * copies > bucket_bytes:
+            for unit in [(slot, number) for slot in slots for number in range(len(slot.plans) // ranks)]:
+                nbytes = unit[0].nbytes * copies
+                if bucket and filled + nbytes > BUCKET_BYTES:
                     yield bucket
                     bucket, filled = [], 0
                 bucket.append(unit)
-                filled += unit.nbytes * copies
+                filled += nbytes
             yield bucket
 
     def _gathers(self, kind: str) -> list[ProcessGroup]:
-        if self.groups is None or kind == "whole":
+        if kind == "whole":
             return []
         groups = [self.groups.expert_tensor, self.groups.expert] if kind == "expert" else [self.groups.tensor]
         return [group for group in groups if group.size() > 1]
 
     # ---- tensors ---------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def tensors(
-        self, *, to: Literal["all", "stage"] = "all", bucket_bytes: int = 1 << 30
-    ) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of the weight table by their Hugging Face names, in the same order on every rank.
+    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors, whole, under the names that `transformers` and vLLM know, in the same order on every rank.
 
-        Collective: every rank has to run through it. A rank holds one gathered bucket and one tensor more.
-
-        Args:
-            to: "all": every rank gets every tensor; "stage": only the ranks of its pipeline stage do.
-            bucket_bytes: of a gathered bucket; one larger tensor makes a bucket by itself.
+        Experts come one by one, but for families that only have them fused. Collective: every rank has to run
+        through it. A rank holds one gathered bucket and one tensor more.
         """
-        for bucket in self._buckets(bucket_bytes):
-            owner = bucket[0].slot.stage
-            if owner != self.stage and to == "stage":
-                continue
+        return registry.layout(self.arch).assemble(self._tensors())
+
+    @torch.no_grad()
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        group = self.groups.pipeline
+        for bucket in self._buckets():
+            owner = bucket[0][0].stage
             gathered = self._gather(bucket, owner == self.stage)
-            if to == "all" and self.stages > 1:
-                assert self.groups is not None
-                group = self.groups.pipeline
+            if self.stages > 1:
                 dist.broadcast(gathered, src=dist.get_global_rank(group, owner), group=group)
             yield from self._join(bucket, gathered)
 
-    def hf_tensors(
-        self, *, to: Literal["all", "stage"] = "all", bucket_bytes: int = 1 << 30
-    ) -> Iterator[tuple[str, Tensor]]:
-        """`tensors` under the names that `transformers` and vLLM know.
-
-        Experts come one by one, but for families that only have them fused.
-        """
-        return registry.layout(self.arch).assemble(self.tensors(to=to, bucket_bytes=bucket_bytes))
-
     def _gather(self, bucket: list[Unit], own: bool) -> Tensor:
         """[shards, bytes]: this bucket from every rank that has a part of it; empty memory if not `own`."""
-        length = sum(unit.nbytes for unit in bucket)
-        groups = self._gathers(bucket[0].slot.kind)
+        length = sum(slot.nbytes for slot, _ in bucket)
+        groups = self._gathers(bucket[0][0].kind)
         if not own:
             shards = math.prod(group.size() for group in groups)
             return torch.empty(shards, length, dtype=torch.uint8, device=self.device)
         flat = torch.empty(1, length, dtype=torch.uint8, device=self.device)
         start = 0
-        for unit in bucket:
-            view = _as(flat[0, start:], unit.slot.dtype, unit.shape)
-            view.copy_(unit.slot.local[unit.number])
-            start += unit.nbytes
+        for slot, number in bucket:
+            _as(flat[0, start:], slot).copy_(slot.local[number])
+            start += slot.nbytes
         for group in groups:
             wider = torch.empty(group.size() * flat.shape[0], length, dtype=torch.uint8, device=self.device)
             dist.all_gather_into_tensor(wider, flat, group=group)
@@ -294,18 +260,17 @@ class Exporter:
 
     def _join(self, bucket: list[Unit], gathered: Tensor) -> Iterator[tuple[str, Tensor]]:
         start = 0
-        for unit in bucket:
-            slot = unit.slot
-            shards = [_as(row[start:], slot.dtype, unit.shape) for row in gathered]
-            start += unit.nbytes
+        for slot, number in bucket:
+            shards = [_as(row[start:], slot) for row in gathered]
+            start += slot.nbytes
             ranks = self.expert[1] if slot.kind == "expert" else 1  # ranks with experts of their own
             per_expert = len(shards) // ranks
             for rank in range(ranks):
-                plan = slot.plans[rank * (len(slot.plans) // ranks) + unit.number]
+                plan = slot.plans[rank * (len(slot.plans) // ranks) + number]
                 mine = shards[rank * per_expert : (rank + 1) * per_expert]
                 yield from plan.join(mine[:1] if slot.whole else mine).items()
 
 
-def _as(data: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """The first bytes of `data` as a tensor."""
-    return data[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+def _as(data: Tensor, slot: Slot) -> Tensor:
+    """The first bytes of `data` as a shard."""
+    return data[: math.prod(slot.shape) * slot.dtype.itemsize].view(slot.dtype).view(slot.shape)
