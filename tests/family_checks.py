@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from megatron_posttrain.checkpoint.hf import HfReader, check_directory, directory_layout, write_directory
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.models.weights import Read, TensorPlan
 
 
 def tiny_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
@@ -37,12 +38,19 @@ def saved_tensors(directory: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def split(plan: TensorPlan, read: Read, rank: int, size: int) -> torch.Tensor:
+    """Shard `rank` of `size`, a new tensor in the dtype of the source."""
+    out = torch.empty(plan.local_shape(size), dtype=read(plan.hf[0]).dtype)
+    plan.fill(out, read, rank, size)
+    return out
+
+
 def joined(arch: Architecture, directory: Path, size: int) -> Any:
     """Every tensor split over `size` ranks and joined again, in the table's names."""
     reader = HfReader(directory)
     read = directory_layout(reader, arch).reader(reader.get_slice)
     for plan in registry.tensors(arch):
-        shards = [plan.split(read, rank, size) for rank in range(size)]
+        shards = [split(plan, read, rank, size) for rank in range(size)]
         assert all(tuple(shard.shape) == plan.local_shape(size) for shard in shards)
         yield from plan.join(shards).items()
 

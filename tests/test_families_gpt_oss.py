@@ -5,7 +5,7 @@ from transformers import GptOssConfig
 
 from megatron_posttrain.checkpoint.hf import HfReader, directory_layout
 from megatron_posttrain.models import registry
-from tests.family_checks import check_family, tiny_model
+from tests.family_checks import check_family, split, tiny_model
 
 SIZES = {
     "vocab_size": 101,
@@ -37,10 +37,10 @@ def test_expert_computes_what_transformers_computes(tmp_path: Path) -> None:
     read = directory_layout(reader, arch).reader(reader.get_slice)
     plans = {plan.name: plan for plan in registry.tensors(arch)}
     prefix, x = "decoder.layers.1.mlp.experts.local_experts.3.", torch.randn(5, 32)
-    out = plans[f"{prefix}linear_fc2.bias"].split(read, 0, 2).expand(5, -1)
+    out = split(plans[f"{prefix}linear_fc2.bias"], read, 0, 2).expand(5, -1)
     for rank in range(2):
         fc1, bias, fc2 = (
-            plans[prefix + name].split(read, rank, 2)
+            split(plans[prefix + name], read, rank, 2)
             for name in ("linear_fc1.weight", "linear_fc1.bias", "linear_fc2.weight")
         )
         gate, up = torch.nn.functional.linear(x, fc1, bias).chunk(2, dim=-1)

@@ -29,6 +29,7 @@ from megatron_posttrain.models.weights import (
     expand,
     padded_vocab_size,
 )
+from tests.family_checks import split
 
 small = st.integers(1, 4)
 
@@ -43,7 +44,7 @@ def check_round_trip(mapping: Mapping, tensors: list[Tensor], size: int) -> list
     """Split over `size` ranks, reading through 2-D slices only; join is the inverse. Returns the shards."""
     (plan,) = expand([mapping])
     source = dict(zip(mapping.hf, tensors, strict=True))
-    shards = [plan.split(source.__getitem__, rank, size) for rank in range(size)]
+    shards = [split(plan, source.__getitem__, rank, size) for rank in range(size)]
     assert {tuple(shard.shape) for shard in shards} == {plan.local_shape(size)}
     for name, tensor in plan.join(shards).items():
         assert torch.equal(tensor, source[name])
@@ -142,7 +143,7 @@ def test_whole_model_split_and_joined(
     whole = (
         item
         for plan in registry.tensors(arch)
-        for item in plan.join([plan.split(read, rank, size) for rank in range(size)]).items()
+        for item in plan.join([split(plan, read, rank, size) for rank in range(size)]).items()
     )
     back = dict(layout.assemble(whole))
     assert back.keys() == disk.keys()

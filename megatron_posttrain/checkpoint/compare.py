@@ -110,22 +110,18 @@ def _sides(a: Path, b: Path, source: Path | None) -> tuple[Tensors, Tensors]:
         return _stored(a), _stored(b)
     if not is_megatron(a) and not is_megatron(b):
         left, right = HfReader(a), HfReader(b)
-        fused = [_is_fused(reader) for reader in (left, right)]
-        if left.fp8_block == right.fp8_block and fused[0] == fused[1]:
+        if left.fp8_block == right.fp8_block and _has_3d(left) == _has_3d(right):
             return _on_disk(left), _on_disk(right)
     return tuple(_of_model(side, source) for side in (a, b))  # type: ignore[return-value]
 
 
-def _is_fused(reader: HfReader) -> bool:
-    """False for a model that is not ours: its tensors are compared by name."""
-    config = read_json(reader.directory / "config.json")
-    if config.get("model_type") not in registry.FAMILIES:
-        return False
-    return directory_layout(reader, registry.architecture_from_hf(config)).fused
+def _has_3d(reader: HfReader) -> bool:
+    """As fused experts are."""
+    return any(len(reader.entry(name).shape) == 3 for name in reader.names())
 
 
 def _on_disk(reader: HfReader) -> Tensors:
-    kinds = {name: (reader.dtype(name), reader.shape(name)) for name in reader.names()}
+    kinds = {name: (reader.dtype(name), reader.entry(name).shape) for name in reader.names()}
     return Tensors(kinds, lambda name: iter([reader.get_slice(name)]))
 
 
@@ -166,7 +162,7 @@ def _of_model(directory: Path, source: Path | None) -> Tensors:
     for name in sorted(unknown):
         scale = name.endswith(fp8.SUFFIX) and reader.fp8_block is not None
         if not scale and not registry.is_ignored(arch, name):
-            kinds[name] = (reader.dtype(name), reader.shape(name))
+            kinds[name] = (reader.dtype(name), reader.entry(name).shape)
 
     def parts(name: str) -> Iterator[Tensor]:
         yield read(name)[:] if name in layout.places else reader.get_slice(name)

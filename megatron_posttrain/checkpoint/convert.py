@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from torch import Tensor
 from megatron_posttrain.checkpoint import megatron
 from megatron_posttrain.checkpoint.hf import check_tensors, directory_layout, table_reader
 from megatron_posttrain.checkpoint.hf_files import (
-    SHARD_BYTES,
     HfReader,
     carry_side_files,
     has_weights,
@@ -23,7 +23,7 @@ from megatron_posttrain.checkpoint.hf_files import (
     write_json,
     write_side_files,
 )
-from megatron_posttrain.checkpoint.lora import Adapter, read_adapter
+from megatron_posttrain.checkpoint.lora import read_adapter
 from megatron_posttrain.checkpoint.stream import Item, OutputFile, StreamOptions, check_target, write_stream
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import fp8, registry
@@ -104,10 +104,12 @@ def plan_hf_to_megatron(directory: Path, options: ConvertOptions, weights: bool 
     """Checks the source from its headers. `weights=False`: plans from config.json alone, for arithmetic."""
     config = read_json(directory / "config.json" if directory.is_dir() or weights else directory)
     arch = registry.architecture_from_hf(config, keep_mtp=options.keep_mtp)
-    shard_bytes = options.shard_bytes or megatron.SHARD_BYTES
     if not weights:
         kind = options.dtype or torch.bfloat16
-        planned = megatron.plan_files(arch, lambda plan: plan.mapping.dtype or kind, None, shard_bytes)
+        nothing: dict[str, Tensor] = {}
+        planned = megatron.plan_files(
+            arch, lambda plan: plan.mapping.dtype or kind, nothing.__getitem__, options.shard_bytes
+        )
         return Conversion(arch, planned.files, {}, planned.finish, _bytes_in(arch, config))
     reader = HfReader(directory)
     without_mtp = replace(arch, num_mtp_layers=0)
@@ -125,7 +127,7 @@ def plan_hf_to_megatron(directory: Path, options: ConvertOptions, weights: bool 
             raise UserError(f"{directory}: {', '.join(plan.hf)} differ in dtype; choose one with --dtype")
         return kinds.pop()
 
-    planned = megatron.plan_files(arch, dtype_of, table_reader(reader, arch), shard_bytes)
+    planned = megatron.plan_files(arch, dtype_of, table_reader(reader, arch), options.shard_bytes)
     side = fp8.without(registry.hf_config(arch, config))
 
     def finish(partial: Path) -> None:
@@ -198,15 +200,16 @@ def plan_megatron_to_hf(directory: Path, options: ConvertOptions) -> Conversion:
     arch = registry.architecture_from_hf(config, keep_mtp=options.keep_mtp and source == directory / megatron.HF_FILES)
     reader = megatron.MegatronReader(directory, arch)
     layout = registry.layout(arch, _fused(directory, source, arch, options))
-    export = _Export(arch, reader, layout, options)
-    shapes = {name: (dtype, shape) for name, (dtype, shape, _) in export.tensors.items()}
-    targets, headers = plan_shards(shapes, options.shard_bytes or SHARD_BYTES)
-    files = {name: OutputFile(name) for name in headers}
-    for name, file in files.items():
-        file.add(headers[name])
-    for name, (dtype, shape, blocks) in export.tensors.items():
-        files[targets[name].file].add(Item(name, dtype, math.prod(shape) * dtype.itemsize, blocks))
-    written = export.config(config)
+    tensors = _planned_tensors(arch, reader, layout, options)
+    targets, headers = plan_shards({name: planned[:2] for name, planned in tensors.items()}, options.shard_bytes)
+    files = {name: OutputFile(name, [header], len(header)) for name, header in headers.items()}
+    for name, target in targets.items():
+        files[target.file.name].add(Item(name, target.dtype, target.stop - target.start, tensors[name][2]))
+    written = fp8.without(registry.hf_config(arch, config))
+    dtypes = {reader.dtype(plan) for plan in registry.tensors(arch) if plan.mapping.dtype is None}
+    written = _with_dtype(written, options.dtype or (dtypes.pop() if len(dtypes) == 1 else None))
+    if options.quantize:
+        written[fp8.FIELD] = fp8.SECTION
 
     def finish(partial: Path) -> None:
         write_side_files(partial, targets, written, source, options.custom_code)
@@ -228,57 +231,41 @@ def _fused(directory: Path, source: Path, arch: Architecture, options: ConvertOp
 Planned = tuple[torch.dtype, tuple[int, ...], Callable[[], Iterable[Tensor]]]
 
 
-class _Export:
+def _planned_tensors(
+    arch: Architecture, reader: megatron.MegatronReader, layout: Layout, options: ConvertOptions
+) -> dict[str, Planned]:
     """The tensors of the Hugging Face side: dtype, shape and where the blocks come from, by name."""
+    shapes = {name: shape for plan in registry.tensors(arch) for name, shape in zip(plan.hf, plan.shapes, strict=True)}
+    adapter = None if options.adapter is None else read_adapter(options.adapter)
+    if adapter is not None:
+        adapter.check(shapes)
+    quantised = set()
+    if options.quantize:
+        if layout.fused:
+            raise UserError("--quantize fp8-block: the format has no fused experts; use --experts separate")
+        quantised = {name for plan in registry.tensors(arch) if fp8.is_quantised(plan) for name in plan.hf}
 
-    def __init__(
-        self, arch: Architecture, reader: megatron.MegatronReader, layout: Layout, options: ConvertOptions
-    ) -> None:
-        self.arch, self.reader, self.layout, self.options = arch, reader, layout, options
-        shapes = {
-            name: shape for plan in registry.tensors(arch) for name, shape in zip(plan.hf, plan.shapes, strict=True)
-        }
-        self.adapter: Adapter | None = None
-        if options.adapter is not None:
-            self.adapter = read_adapter(options.adapter)
-            self.adapter.check(shapes)
-        self.quantised = set()
-        if options.quantize:
-            if layout.fused:
-                raise UserError("--quantize fp8-block: the format has no fused experts; use --experts separate")
-            self.quantised = {name for plan in registry.tensors(arch) if fp8.is_quantised(plan) for name in plan.hf}
-        self.tensors: dict[str, Planned] = {}
-        for name, shape in layout.shapes.items():
-            self._add(name, shape)
-
-    def _add(self, name: str, shape: tuple[int, ...]) -> None:
-        part = self.layout.table_names(name)[0]
-        if part in self.quantised:
-            self.tensors[name] = (fp8.DTYPE, shape, lambda: [self._quantise(part)[0]])
-            scale = (torch.float32, fp8.scale_shape(shape), lambda: [self._quantise(part)[1]])
-            self.tensors[name + fp8.SUFFIX] = scale
-            return
-        dtype = self.reader.hf_dtype(part)
-        if self.options.dtype is not None and name not in self.layout.dtypes:
-            dtype = self.options.dtype
-        self.tensors[name] = (dtype, shape, lambda: self.layout.blocks(name, self._parts))
-
-    def _quantise(self, name: str) -> tuple[Tensor, Tensor]:
-        return fp8.quantise(torch.cat(list(self._parts(name))))
-
-    def _parts(self, name: str) -> Iterator[Tensor]:
-        parts = self.reader.parts(name)
+    def parts(name: str) -> Iterator[Tensor]:
         module = name.removesuffix(".weight")
-        if self.adapter is None or module not in self.adapter.pairs:
-            return parts
-        return iter([self.adapter.merge(module, torch.cat(list(parts)))])
+        if adapter is None or module not in adapter.pairs:
+            return reader.parts(name)
+        return iter([adapter.merge(module, torch.cat(list(reader.parts(name))))])
 
-    def config(self, source: HfConfig) -> HfConfig:
-        """The config.json: the source's, with what differs."""
-        written = fp8.without(registry.hf_config(self.arch, source))
-        dtypes = {self.reader.dtype(plan) for plan in registry.tensors(self.arch) if plan.mapping.dtype is None}
-        written = _with_dtype(written, self.options.dtype or (dtypes.pop() if len(dtypes) == 1 else None))
-        return written | {fp8.FIELD: fp8.SECTION} if self.options.quantize else written
+    def quantise(name: str, which: int) -> list[Tensor]:
+        return [fp8.quantise(torch.cat(list(parts(name))))[which]]
+
+    tensors: dict[str, Planned] = {}
+    for name, shape in layout.shapes.items():
+        part = layout.table_names(name)[0]
+        if part in quantised:
+            tensors[name] = (fp8.DTYPE, shape, partial(quantise, part, 0))
+            tensors[name + fp8.SUFFIX] = (torch.float32, fp8.scale_shape(shape), partial(quantise, part, 1))
+            continue
+        dtype = reader.hf_dtype(part)
+        if options.dtype is not None and name not in layout.dtypes:
+            dtype = options.dtype
+        tensors[name] = (dtype, shape, partial(layout.blocks, name, parts))
+    return tensors
 
 
 def check_paths(source: Path, target: Path, overwrite: bool) -> None:

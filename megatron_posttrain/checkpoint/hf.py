@@ -48,10 +48,9 @@ def check_tensors(reader: HfReader, arch: Architecture) -> None:
         if name not in names:
             hint = nearest(name, unknown)
             raise UserError(f"{reader.directory}: missing tensor '{name}' of shape {list(shape)}{hint}")
-        if reader.shape(name) != shape:
-            found = list(reader.shape(name))
+        if (found := reader.entry(name)).shape != shape:
             raise UserError(
-                f"{reader.entry(name).file}: tensor '{name}' has shape {found}, config.json asks for {list(shape)}"
+                f"{found.file}: tensor '{name}' has shape {list(found.shape)}, config.json asks for {list(shape)}"
             )
     if unknown:
         raise UserError(

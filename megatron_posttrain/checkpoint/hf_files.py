@@ -53,7 +53,7 @@ Tensors = Mapping[str, tuple[torch.dtype, Shape]]
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies: bytes [start, stop) of `file`."""
+    """Where a tensor lies, or is to lie: bytes [start, stop) of `file`."""
 
     file: Path
     dtype: torch.dtype
@@ -143,9 +143,6 @@ class HfReader:
             raise UserError(f"{self.directory}: no tensor '{name}'{nearest(name, self._entries)}")
         return self._entries[name]
 
-    def shape(self, name: str) -> Shape:
-        return self.entry(name).shape
-
     def dtype(self, name: str) -> torch.dtype:
         return self.entry(name).dtype
 
@@ -172,25 +169,16 @@ class HfReader:
         return data.view(entry.dtype).view(entry.shape)
 
 
-class Target(NamedTuple):
-    """Where a tensor is to be written: from byte `start` of `file`."""
-
-    file: str
-    dtype: torch.dtype
-    shape: Shape
-    start: int
-
-
-def plan_shards(tensors: Tensors, shard_bytes: int) -> tuple[dict[str, Target], dict[str, bytes]]:
+def plan_shards(tensors: Tensors, shard_bytes: int | None) -> tuple[dict[str, Entry], dict[str, bytes]]:
     """Every tensor's place, and the header of every file, before anything is written.
 
-    Files are filled in order up to `shard_bytes`; a larger tensor has a file of its own.
+    Files are filled in order up to `shard_bytes` (None: 5 GB); a larger tensor has a file of its own.
     """
     split = split_state_dict_into_shards_factory(
         dict(tensors),
         get_storage_size=lambda kind: math.prod(kind[1]) * kind[0].itemsize,
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=shard_bytes,
+        max_shard_size=shard_bytes or SHARD_BYTES,
     )
     targets, headers = {}, {}
     for file, names in split.filename_to_tensors.items():
@@ -205,8 +193,8 @@ def plan_shards(tensors: Tensors, shard_bytes: int) -> tuple[dict[str, Target], 
         text += b" " * (-len(text) % 8)  # data starts at a multiple of 8 bytes
         headers[file] = struct.pack("<Q", len(text)) + text
         for name in names:
-            start = len(headers[file]) + header[name]["data_offsets"][0]
-            targets[name] = Target(file, *tensors[name], start)
+            start, stop = (len(headers[file]) + offset for offset in header[name]["data_offsets"])
+            targets[name] = Entry(Path(file), *tensors[name], start, stop)
     return targets, headers
 
 
@@ -249,8 +237,8 @@ class HfWriter:
         self.open_files = ExitStack()
         self.files = {}
         for file, header in headers.items():
-            self.files[file] = self.open_files.enter_context((self.partial / file).open("wb", buffering=0))
-            self._write(file, 0, memoryview(header))
+            self.files[Path(file)] = self.open_files.enter_context((self.partial / file).open("wb", buffering=0))
+            self._write(Path(file), 0, memoryview(header))
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Converts to the dtype on disk. `ValueError` for a name or shape that was not announced."""
@@ -261,7 +249,7 @@ class HfWriter:
         self._write(target.file, target.start, memoryview(data.reshape(-1).view(torch.uint8).numpy().data))
         self.missing.discard(name)
 
-    def _write(self, file: str, start: int, content: memoryview) -> None:
+    def _write(self, file: Path, start: int, content: memoryview) -> None:
         try:
             self.files[file].seek(start)
             write_all(self.files[file], content)
@@ -304,14 +292,14 @@ def carry_side_files(source: Path, target: Path, custom_code: bool) -> None:
 
 
 def write_side_files(
-    directory: Path, targets: Mapping[str, Target], config: HfConfig, source: Path | None, custom_code: bool
+    directory: Path, targets: Mapping[str, Entry], config: HfConfig, source: Path | None, custom_code: bool
 ) -> None:
     """What a directory has beside its tensors: index, config.json and what `source` has."""
     if source is not None:
         carry_side_files(source, directory, custom_code)
-    weight_map = {name: target.file for name, target in targets.items()}
+    weight_map = {name: target.file.name for name, target in targets.items()}
     if SINGLE not in weight_map.values():
-        total = sum(math.prod(t.shape) * t.dtype.itemsize for t in targets.values())
+        total = sum(target.stop - target.start for target in targets.values())
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     kept = {key: value for key, value in config.items() if custom_code or key != "auto_map"}
     write_json(directory / "config.json", kept)

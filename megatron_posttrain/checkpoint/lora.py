@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,10 +44,9 @@ class Pair(NamedTuple):
 
 @dataclass
 class Adapter:
-    """By the base model's module (the weight's name without `.weight`), and PEFT's config."""
+    """By the base model's module (the weight's name without `.weight`)."""
 
     pairs: dict[str, Pair]
-    config: dict[str, Any] = field(default_factory=dict)
 
     def merge(self, module: str, weight: Tensor) -> Tensor:
         """`weight` [out, in] with the adapter's change, rounded as PEFT's `merge_and_unload` rounds on CPU."""
@@ -94,7 +93,7 @@ def read_adapter(directory: Path | str) -> Adapter:
         if set(letters) != {"A", "B"}:
             raise UserError(f"{directory / WEIGHTS}: '{module}' has lora_{next(iter(letters))} only")
         pairs[module] = Pair(letters["A"], letters["B"], _scaling(config, module))
-    return Adapter(pairs, config)
+    return Adapter(pairs)
 
 
 def _scaling(config: dict[str, Any], module: str) -> float:

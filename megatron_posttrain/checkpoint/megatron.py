@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,10 +109,10 @@ class Planned(NamedTuple):
 def plan_files(
     arch: Architecture,
     dtype_of: Callable[[TensorPlan], torch.dtype],
-    read: Read | None,
-    shard_bytes: int = SHARD_BYTES,
+    read: Read,
+    shard_bytes: int | None,
 ) -> Planned:
-    """Every tensor's place in files of about `shard_bytes`, and from where its bytes come (`read`)."""
+    """Every tensor's place in files of about `shard_bytes` (None: 2 GB), and from where its bytes come (`read`)."""
     files: list[OutputFile] = []
     tensors: dict[str, Stored] = {}
     objects: dict[str, Place] = {}
@@ -124,7 +125,7 @@ def plan_files(
             part = (stop - start, *shape[1:])
             head, tail = archive(dtype, (1,) * len(key.leading) + part)
             nbytes = math.prod(part) * dtype.itemsize
-            if not files or files[-1].nbytes + nbytes > shard_bytes:
+            if not files or files[-1].nbytes + nbytes > (shard_bytes or SHARD_BYTES):
                 files.append(OutputFile(f"__{len(files)}_0.distcp"))
                 if len(files) == 1:
                     files[0].add(state.getvalue())
@@ -132,7 +133,7 @@ def plan_files(
             file.add(b"\0" * (-file.nbytes % ALIGNMENT))
             begin = file.nbytes
             file.add(head)
-            file.add(Item(plan.name, dtype, nbytes, _rows(plan, read, start, stop)))
+            file.add(Item(plan.name, dtype, nbytes, partial(plan.rows, read, start, stop)))
             file.add(tail)
             offsets = key.leading + (start,) + (0,) * (len(shape) - 1)
             chunk = (1,) * len(key.leading) + part
@@ -149,14 +150,6 @@ def plan_files(
 def _row_ranges(shape: Shape, dtype: torch.dtype) -> list[tuple[int, int]]:
     rows = max(1, CHUNK_BYTES // (math.prod(shape[1:]) * dtype.itemsize))
     return [(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows)]
-
-
-def _rows(plan: TensorPlan, read: Read | None, start: int, stop: int) -> Callable[[], Iterator[Tensor]]:
-    def blocks() -> Iterator[Tensor]:
-        assert read is not None
-        return plan.rows(read, start, stop)
-
-    return blocks
 
 
 def _modules(key: str) -> list[str]:

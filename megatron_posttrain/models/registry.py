@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from types import ModuleType
 
 from megatron_posttrain.errors import UserError, nearest
+from megatron_posttrain.models import deepseek_v3, gpt_oss, llama, mistral, mixtral, qwen2, qwen3
 from megatron_posttrain.models.architecture import Architecture, HfConfig
-from megatron_posttrain.models.layout import Fusion, Layout
+from megatron_posttrain.models.layout import Layout
 from megatron_posttrain.models.weights import TensorPlan, expand
 
-# `model_type` of a config.json -> module of this package
+# `model_type` of a config.json -> module with `architecture`, `hf_config`, `table` and `FUSIONS`
 FAMILIES = {
-    "deepseek_v3": "deepseek_v3",
-    "gpt_oss": "gpt_oss",
-    "llama": "llama",
-    "mistral": "mistral",
-    "mixtral": "mixtral",
-    "qwen2": "qwen2",
-    "qwen2_moe": "qwen2",
-    "qwen3": "qwen3",
-    "qwen3_moe": "qwen3",
+    "deepseek_v3": deepseek_v3,
+    "gpt_oss": gpt_oss,
+    "llama": llama,
+    "mistral": mistral,
+    "mixtral": mixtral,
+    "qwen2": qwen2,
+    "qwen2_moe": qwen2,
+    "qwen3": qwen3,
+    "qwen3_moe": qwen3,
 }
-
 
 # Field of a config -> other names of it, which go when the field is written anew
 OTHER_NAMES = {
@@ -49,21 +46,16 @@ def architecture_from_hf(config: HfConfig, keep_mtp: bool = False) -> Architectu
         supported = ", ".join(sorted(FAMILIES))
         hint = nearest(str(kind), FAMILIES)
         raise UserError(f"config.json: model_type {kind!r} is not supported (one of {supported}){hint}")
-    arch = _module(FAMILIES[kind]).architecture(config)
+    arch = FAMILIES[kind].architecture(config)
     return arch if keep_mtp else replace(arch, num_mtp_layers=0)
-
-
-def family_of(arch: Architecture) -> ModuleType:
-    """The module with `architecture`, `hf_config`, `table` and `FUSIONS`."""
-    return _module(FAMILIES[arch.family])
 
 
 def hf_config(arch: Architecture, source: HfConfig | None = None) -> HfConfig:
     """The config.json of `arch`: `source` with those fields changed in which `arch` differs from it."""
-    config: HfConfig = family_of(arch).hf_config(arch)
+    config: HfConfig = FAMILIES[arch.family].hf_config(arch)
     if source is None or source.get("model_type") != config["model_type"]:
         return config
-    before = family_of(arch).hf_config(architecture_from_hf(source, keep_mtp=True))
+    before = FAMILIES[arch.family].hf_config(architecture_from_hf(source, keep_mtp=True))
     changed = {key: value for key, value in config.items() if key not in before or before[key] != value}
     stale = {name for key in changed for name in OTHER_NAMES.get(key, ())}
     return {key: value for key, value in source.items() if key not in stale} | changed
@@ -72,19 +64,14 @@ def hf_config(arch: Architecture, source: HfConfig | None = None) -> HfConfig:
 @lru_cache(maxsize=4)
 def tensors(arch: Architecture) -> tuple[TensorPlan, ...]:
     """Every global Megatron tensor, in the order of the model, from the architecture alone."""
-    return tuple(expand(family_of(arch).table(arch)))
-
-
-def fusions(arch: Architecture) -> Sequence[Fusion]:
-    """The family's fused layout on disk; empty when the model has no experts."""
-    return family_of(arch).FUSIONS if arch.moe is not None else ()
+    return tuple(expand(FAMILIES[arch.family].table(arch)))
 
 
 @lru_cache(maxsize=4)
 def layout(arch: Architecture, fused: bool = False) -> Layout:
     """The tensors of a Hugging Face directory, with one tensor per expert or the fused ones."""
-    only = getattr(family_of(arch), "ALWAYS_FUSED", False)
-    return Layout(tensors(arch), fusions(arch) if fused or only else ())
+    family = FAMILIES[arch.family]
+    return Layout(tensors(arch), family.FUSIONS if fused or getattr(family, "ALWAYS_FUSED", False) else ())
 
 
 def is_ignored(arch: Architecture, name: str) -> bool:
@@ -92,14 +79,10 @@ def is_ignored(arch: Architecture, name: str) -> bool:
     patterns = [r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"]  # once saved, now computed
     if arch.tied_embeddings:
         patterns.append(r"lm_head\.weight")
-    patterns += getattr(family_of(arch), "ignored", lambda arch: [])(arch)
+    patterns += getattr(FAMILIES[arch.family], "ignored", lambda arch: [])(arch)
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def parameter_count(arch: Architecture) -> int:
     """All parameters, tied ones counted once."""
     return sum(math.prod(shape) for plan in tensors(arch) for shape in plan.shapes)
-
-
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"megatron_posttrain.models.{name}")

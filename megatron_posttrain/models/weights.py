@@ -155,13 +155,6 @@ class TensorPlan:
                 tensor = read(self.hf[source])
                 target.copy_(tensor[start:stop] if dim == 0 else tensor[:, start:stop])
 
-    def split(self, read: Read, rank: int, size: int) -> Tensor:
-        """Shard `rank` of `size`, a new tensor in the dtype and on the device of the source."""
-        like = read(self.hf[0])[0:0]
-        out = torch.empty(self.local_shape(size), dtype=like.dtype, device=like.device)
-        self.fill(out, read, rank, size)
-        return out
-
     def rows(self, read: Read, start: int, stop: int) -> Iterator[Tensor]:
         """Rows [start, stop) of the whole tensor, as parts of its sources, one below the other."""
         if self.mapping.dim == 1:
