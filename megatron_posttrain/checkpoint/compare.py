@@ -17,6 +17,7 @@ from megatron_posttrain.checkpoint.distcp import METADATA, DistcpReader
 from megatron_posttrain.checkpoint.hf import directory_layout, table_reader
 from megatron_posttrain.checkpoint.hf_files import HfReader, read_json
 from megatron_posttrain.models import fp8, registry
+from megatron_posttrain.models.weights import Shape, unmerged
 
 STEP = 1 << 24  # elements compared at a time
 
@@ -24,7 +25,7 @@ STEP = 1 << 24  # elements compared at a time
 class Tensors(NamedTuple):
     """One side: names with dtype and shape, and the tensor as parts, one below the other."""
 
-    kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    kinds: dict[str, tuple[torch.dtype, Shape]]
     parts: Callable[[str], Iterator[Tensor]]
 
 
@@ -127,7 +128,7 @@ def _on_disk(reader: HfReader) -> Tensors:
 
 def _stored(directory: Path) -> Tensors:
     reader = DistcpReader(directory)
-    keys = {megatron.canonical(key): key for key in reader.tensors}
+    keys = {unmerged(key): key for key in reader.tensors}
     kinds = {name: (reader.tensors[key].dtype, reader.tensors[key].shape) for name, key in keys.items()}
 
     def parts(name: str) -> Iterator[Tensor]:
@@ -146,20 +147,17 @@ def _of_model(directory: Path, source: Path | None) -> Tensors:
     home = side_files(directory, source) if is_megatron(directory) else directory
     keep_mtp = home in (directory, directory / megatron.HF_FILES)
     arch = registry.architecture_from_hf(read_json(home / "config.json"), keep_mtp=keep_mtp)
-    kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     if is_megatron(directory):
-        megatron_reader = megatron.MegatronReader(directory, arch)
-        for plan in registry.tensors(arch):
-            kinds |= {n: (megatron_reader.dtype(plan), s) for n, s in zip(plan.hf, plan.shapes, strict=True)}
-        return Tensors(kinds, megatron_reader.parts)
+        stored = megatron.MegatronReader(directory, arch)
+        shapes = registry.shapes(arch).items()
+        return Tensors({name: (stored.hf_dtype(name), shape) for name, shape in shapes}, stored.parts)
     reader = HfReader(directory)
     layout, read = directory_layout(reader, arch), table_reader(reader, arch)
-    for plan in registry.tensors(arch):
-        for name, shape in zip(plan.hf, plan.shapes, strict=True):
-            if layout.places[name].name in reader.names():
-                kinds[name] = (reader.plain_dtype(layout.places[name].name), shape)
-    unknown = set(reader.names()) - set(layout.shapes)
-    for name in sorted(unknown):
+    kinds: dict[str, tuple[torch.dtype, Shape]] = {}
+    for name, shape in registry.shapes(arch).items():
+        if layout.places[name].name in reader.names():
+            kinds[name] = (reader.plain_dtype(layout.places[name].name), shape)
+    for name in sorted(set(reader.names()) - set(layout.shapes)):
         scale = name.endswith(fp8.SUFFIX) and reader.fp8_block is not None
         if not scale and not registry.is_ignored(arch, name):
             kinds[name] = (reader.dtype(name), reader.entry(name).shape)

@@ -37,28 +37,17 @@ FIXED_BYTES = 500 << 20  # of a process with torch, a catalogue and a piece in c
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What the converted checkpoint is to be.
+    """What the converted checkpoint is to be."""
 
-    Args:
-        dtype: of its tensors; None: as they are (FP8: bf16). Tensors that the family keeps in a wider
-            dtype keep theirs.
-        shard_bytes: of a file; None: 5 GB of safetensors, 2 GB of a distributed checkpoint.
-        fused: experts in one 3-D tensor a layer; None: as in the source.
-        keep_mtp: keep multi-token-prediction layers, or drop them.
-        custom_code: carry Python files along.
-        quantize: write linear layers in blockwise FP8 (to Hugging Face).
-        adapter: PEFT directory whose LoRA is merged (to Hugging Face).
-        source: Hugging Face directory with config and side files, for a checkpoint without its own.
-    """
-
+    # Of its tensors; None: as they are (FP8: bf16). Those that the family keeps in a wider dtype keep theirs.
     dtype: torch.dtype | None = None
-    shard_bytes: int | None = None
-    fused: bool | None = None
-    keep_mtp: bool = True
-    custom_code: bool = False
-    quantize: bool = False
-    adapter: Path | None = None
-    source: Path | None = None
+    shard_bytes: int | None = None  # of a file; None: 5 GB of safetensors, 2 GB of a distributed checkpoint
+    fused: bool | None = None  # experts in one 3-D tensor a layer; None: as in the source
+    keep_mtp: bool = True  # multi-token-prediction layers
+    custom_code: bool = False  # carry Python files along
+    quantize: bool = False  # write linear layers in blockwise FP8 (to Hugging Face)
+    adapter: Path | None = None  # PEFT directory whose LoRA is merged (to Hugging Face)
+    source: Path | None = None  # with config and side files, for a Megatron checkpoint without its own
 
 
 @dataclass
@@ -235,10 +224,9 @@ def _planned_tensors(
     arch: Architecture, reader: megatron.MegatronReader, layout: Layout, options: ConvertOptions
 ) -> dict[str, Planned]:
     """The tensors of the Hugging Face side: dtype, shape and where the blocks come from, by name."""
-    shapes = {name: shape for plan in registry.tensors(arch) for name, shape in zip(plan.hf, plan.shapes, strict=True)}
     adapter = None if options.adapter is None else read_adapter(options.adapter)
     if adapter is not None:
-        adapter.check(shapes)
+        adapter.check(registry.shapes(arch))
     quantised = set()
     if options.quantize:
         if layout.fused:

@@ -13,7 +13,6 @@ import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, _weights_only_unpickler
 from torch.distributed.checkpoint import FileSystemReader
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_posttrain.checkpoint.stream import map_file
 from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models.weights import Shape
 
@@ -210,8 +210,7 @@ class DistcpReader:
     def _chunk(self, chunk: Place, dtype: torch.dtype) -> Tensor:
         path = self.directory / chunk.file
         if chunk.file not in self._maps:
-            # Copy-on-write, so that torch takes it as writable; nobody writes.
-            self._maps[chunk.file] = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c"))
+            self._maps[chunk.file] = map_file(path)
         tensor = unpack(self._maps[chunk.file][chunk.start : chunk.start + chunk.length], path)
         if tuple(tensor.shape) != chunk.shape or tensor.dtype != dtype:
             raise UserError(f"{path}: a chunk is {tensor.dtype} {list(tensor.shape)}, {METADATA} says otherwise")

@@ -16,12 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-from megatron_posttrain.checkpoint.stream import check_target, partial_of, put_in_place, write_all
+from megatron_posttrain.checkpoint.stream import check_target, map_file, partial_of, put_in_place, write_all
 from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models import fp8
 from megatron_posttrain.models.architecture import HfConfig
@@ -161,8 +160,7 @@ class HfReader:
         """The tensor as a view of the file: only what is sliced out of it and copied is read."""
         entry = self.entry(name)
         if entry.file not in self._maps:
-            # Copy-on-write, so that torch takes it as writable; nobody writes, so no page is ever copied.
-            self._maps[entry.file] = torch.from_numpy(np.memmap(entry.file, dtype=np.uint8, mode="c"))
+            self._maps[entry.file] = map_file(entry.file)
         data = self._maps[entry.file][entry.start : entry.stop]
         if entry.start % entry.dtype.itemsize:
             data = data.clone()  # torch views bytes as a wider dtype only where they are aligned

@@ -26,17 +26,10 @@ from megatron_posttrain.checkpoint.stream import Item, OutputFile
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.models.weights import Read, Shape, TensorPlan, Vocabulary, numbered
+from megatron_posttrain.models.weights import MERGED_NORMS, Read, Shape, TensorPlan, Vocabulary, numbered
 
 SHARD_BYTES = 2_000_000_000
 HF_FILES = "hf"  # where the Hugging Face side files lie inside a Megatron directory
-# Norms are called after the linear layer that Transformer Engine merges them with, or by their own names.
-MERGED = (
-    ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
-    ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
-    ("q_layernorm.", "linear_q_up_proj.layer_norm_"),
-    ("kv_layernorm.", "linear_kv_up_proj.layer_norm_"),
-)
 PREFIXES = ("", "model.", "module.", "model.module.")
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -56,7 +49,7 @@ def key_of(plan: TensorPlan, arch: Architecture, layer_axis: bool | None = None)
     """
     name = plan.mapping.megatron.replace(".local_experts.*.", ".experts.")
     if arch.mla is None:  # with latent attention the local layers keep the names of their norms
-        for ours, merged in MERGED[:2]:
+        for ours, merged in MERGED_NORMS[:2]:
             name = name.replace(f"*.{ours}", f"*.{merged}")
     leading: Shape = ()
     sizes: Shape = ()
@@ -75,16 +68,9 @@ def key_of(plan: TensorPlan, arch: Architecture, layer_axis: bool | None = None)
 def other_names(key: str, arch: Architecture) -> list[str]:
     """Under which further names other layer implementations look for it: the bytes are stored once."""
     names = []
-    for ours, merged in MERGED[1:] if arch.mla is not None else MERGED[:2]:
+    for ours, merged in MERGED_NORMS[1:] if arch.mla is not None else MERGED_NORMS[:2]:
         names += [key.replace(f".{ours}", f".{merged}"), key.replace(f".{merged}", f".{ours}")]
     return [name for name in dict.fromkeys(names) if name != key]
-
-
-def canonical(key: str) -> str:
-    """One name for a tensor whatever the layer implementation calls it."""
-    for ours, merged in MERGED:
-        key = key.replace(f".{merged}", f".{ours}")
-    return key
 
 
 # ---- writing ---------------------------------------------------------------------------------------------

@@ -46,19 +46,17 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """How to write.
+    """How to write."""
 
-    Args:
-        check_finite: refuse tensors with NaN or infinite values.
-        resume: continue an interrupted run from its finished files.
-        overwrite: replace an existing directory.
-        quiet: no progress on stderr.
-    """
+    check_finite: bool = False  # refuse tensors with NaN or infinite values
+    resume: bool = False  # continue an interrupted run from its finished files
+    overwrite: bool = False  # replace an existing directory
+    quiet: bool = False  # no progress on stderr
 
-    check_finite: bool = False
-    resume: bool = False
-    overwrite: bool = False
-    quiet: bool = False
+
+def map_file(path: Path) -> Tensor:
+    """The bytes of a file; nothing is read. Copy-on-write, so that torch takes it as writable; nobody writes."""
+    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
 
 
 def ranks() -> tuple[int, int]:

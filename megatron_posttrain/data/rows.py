@@ -37,10 +37,6 @@ class Row:
     metadata: dict[str, Any] = field(default_factory=dict)
     source: str = ""  # "file:line", for messages about this row
 
-    @property
-    def has_assistant_turn(self) -> bool:
-        return any(message["role"] == "assistant" for message in self.messages)
-
 
 class _BadRow(Exception):
     """What is wrong with a row; `read_rows` adds where."""
@@ -64,8 +60,9 @@ def read_rows(sources: str | Path | Iterable[str | Path], *, require_assistant: 
         for where, record in _records(str(source)):
             try:
                 row = _row(record, where)
-                if require_assistant and not row.has_assistant_turn:
-                    raise _BadRow(f"no assistant turn; roles found: {[m['role'] for m in row.messages]}")
+                roles = [message["role"] for message in row.messages]
+                if require_assistant and "assistant" not in roles:
+                    raise _BadRow(f"no assistant turn; roles found: {roles}")
             except _BadRow as error:
                 raise UserError(f"{where}: {error}") from None
             rows.append(row)
@@ -137,11 +134,7 @@ def _row(record: Any, where: str) -> Row:
     return Row(messages, _answer(record), _typed(record, "metadata", dict, {}), where)
 
 
-def _from_messages(record: dict[str, Any]) -> list[Message]:
-    return _messages(record, "messages")
-
-
-def _messages(record: dict[str, Any], key: str) -> list[Message]:
+def _messages(record: dict[str, Any], key: str = "messages") -> list[Message]:
     messages = []
     for number, message in enumerate(_typed(record, key, list)):
         at = f"{key}[{number}]"
@@ -193,7 +186,7 @@ def _from_instruction(context: str, response: str) -> Callable[[dict[str, Any]],
 
 # The first form whose keys are all there is the row's.
 FORM_READERS: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any]], list[Message]]], ...] = (
-    (("messages",), _from_messages),
+    (("messages",), _messages),
     (("conversations",), _from_sharegpt),
     (("prompt", "response"), _from_prompt_response),
     (("instruction", "output"), _from_instruction("input", "output")),

@@ -11,7 +11,7 @@ from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models import deepseek_v3, gpt_oss, llama, mistral, mixtral, qwen2, qwen3
 from megatron_posttrain.models.architecture import Architecture, HfConfig
 from megatron_posttrain.models.layout import Layout
-from megatron_posttrain.models.weights import TensorPlan, expand
+from megatron_posttrain.models.weights import Shape, TensorPlan, expand
 
 # `model_type` of a config.json -> module with `architecture`, `hf_config`, `table` and `FUSIONS`
 FAMILIES = {
@@ -74,6 +74,11 @@ def layout(arch: Architecture, fused: bool = False) -> Layout:
     return Layout(tensors(arch), family.FUSIONS if fused or getattr(family, "ALWAYS_FUSED", False) else ())
 
 
+def shapes(arch: Architecture) -> dict[str, Shape]:
+    """Of the Hugging Face tensors in the weight table, experts one by one, by name."""
+    return {name: shape for plan in tensors(arch) for name, shape in zip(plan.hf, plan.shapes, strict=True)}
+
+
 def is_ignored(arch: Architecture, name: str) -> bool:
     """Whether a tensor of a directory is one that models of this family are known to carry for nothing."""
     patterns = [r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"]  # once saved, now computed
@@ -85,4 +90,4 @@ def is_ignored(arch: Architecture, name: str) -> bool:
 
 def parameter_count(arch: Architecture) -> int:
     """All parameters, tied ones counted once."""
-    return sum(math.prod(shape) for plan in tensors(arch) for shape in plan.shapes)
+    return sum(math.prod(shape) for shape in shapes(arch).values())

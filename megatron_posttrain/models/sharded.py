@@ -16,21 +16,11 @@ from torch.distributed import ProcessGroup
 from megatron_posttrain.checkpoint.hf import HfReader, table_reader
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.models.weights import Replicated, TensorPlan
+from megatron_posttrain.models.weights import Replicated, TensorPlan, unmerged
 from megatron_posttrain.parallel.groups import Groups
 
-# Transformer Engine merges a norm into the linear layer that follows it, and numbers the experts of
-# its grouped linear layer: its name on the left, that of the table on the right.
-ALIASES = (
-    (re.compile(r"self_attention\.linear_qkv\.layer_norm_"), "input_layernorm."),
-    (re.compile(r"mlp\.linear_fc1\.layer_norm_"), "pre_mlp_layernorm."),
-    (re.compile(r"linear_q_up_proj\.layer_norm_"), "q_layernorm."),
-    (re.compile(r"linear_kv_up_proj\.layer_norm_"), "kv_layernorm."),
-    (
-        re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$"),
-        r"mlp.experts.local_experts.\3.\1.\2",
-    ),
-)
+# An expert's parameter in Transformer Engine's grouped linear layer
+GROUPED_EXPERT = re.compile(r"(?<=mlp\.experts\.)(linear_fc[12])\.(weight|bias)(\d+)$")
 ALIGNMENT = 16  # bytes; a view of bytes as a wider dtype has to start at a multiple of its size
 BUCKET_BYTES = 1 << 30  # of a gathered bucket; one larger tensor makes a bucket by itself
 LAYER = re.compile(r"^(.*\blayers)\.(\d+)(?=\.|$)")
@@ -54,8 +44,7 @@ def table_name(name: str, layer_numbers: dict[str, int], expert_offset: int) -> 
 
     `layer_numbers`: global number from 0 by the local prefix of a layer, such as `decoder.layers.1`.
     """
-    for pattern, replacement in ALIASES:
-        name = pattern.sub(replacement, name)
+    name = GROUPED_EXPERT.sub(r"local_experts.\3.\1.\2", unmerged(name))
     name = LAYER.sub(lambda match: f"{match[1]}.{layer_numbers.get(match[0], match[2])}", name)
     return EXPERT.sub(lambda match: str(int(match[1]) + expert_offset), name)
 

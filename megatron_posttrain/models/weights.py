@@ -19,6 +19,22 @@ Shape = tuple[int, ...]
 Read = Callable[[str], Any]  # Hugging Face name -> tensor, or anything that is sliced like one
 
 
+# Transformer Engine merges a norm into the linear layer that follows it: the table's name, and the merged one
+MERGED_NORMS = (
+    ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
+    ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
+    ("q_layernorm.", "linear_q_up_proj.layer_norm_"),
+    ("kv_layernorm.", "linear_kv_up_proj.layer_norm_"),
+)
+
+
+def unmerged(name: str) -> str:
+    """The table's name of a norm, whatever the layer implementation calls it."""
+    for ours, merged in MERGED_NORMS:
+        name = name.replace(merged, ours)
+    return name
+
+
 class Segment(NamedTuple):
     """[start, stop) of Hugging Face tensor number `source` along the split dimension; None: zeros."""
 
