@@ -160,8 +160,7 @@ class MegatronReader:
         self.reader, self.arch = DistcpReader(directory), arch
         self.sources: dict[str, tuple[TensorPlan, int]] = {}
         self.keys: dict[str, Key] = {}
-        found = [prefix for prefix in PREFIXES if prefix + EMBEDDING in self.reader.tensors]
-        self.prefix = found[0] if found else ""
+        self.prefix = next((prefix for prefix in PREFIXES if prefix + EMBEDDING in self.reader.tensors), "")
         for plan in registry.tensors(arch):
             self.keys[plan.name] = self._find(plan)
             for number, name in enumerate(plan.hf):
@@ -180,7 +179,7 @@ class MegatronReader:
     def _check(self, plan: TensorPlan, key: Key) -> None:
         shape, wanted = self.reader.stored(key.key).shape, key.sizes + plan.local_shape(1)
         rows = len(key.sizes)
-        padded = plan.hf[0] in _vocabularies(self.arch) and shape[rows] >= wanted[rows]
+        padded = isinstance(plan.mapping, Vocabulary) and shape[rows] >= wanted[rows]
         if shape != wanted and not (padded and shape[rows + 1 :] == wanted[rows + 1 :]):
             raise UserError(
                 f"{self.reader.directory}: tensor '{key.key}' has shape {list(shape)}, the model's is {list(wanted)}"
@@ -189,19 +188,12 @@ class MegatronReader:
     def dtype(self, plan: TensorPlan) -> torch.dtype:
         return self.reader.stored(self.keys[plan.name].key).dtype
 
-    def tensor(self, plan: TensorPlan) -> Tensor:
-        """Whole, without the rows by which tensor parallelism padded the vocabulary."""
-        key = self.keys[plan.name]
-        return self.reader.get(key.key, key.leading)[: plan.local_shape(1)[0]]
-
     def parts(self, name: str) -> Iterator[Tensor]:
         """The tensor that the weight table calls `name`, as parts, one below the other."""
         plan, source = self.sources[name]
-        return plan.parts(self.tensor(plan), source)
+        key = self.keys[plan.name]
+        # Without the rows by which tensor parallelism padded the vocabulary
+        return plan.parts(self.reader.get(key.key, key.leading)[: plan.local_shape(1)[0]], source)
 
     def hf_dtype(self, name: str) -> torch.dtype:
         return self.dtype(self.sources[name][0])
-
-
-def _vocabularies(arch: Architecture) -> set[str]:
-    return {name for plan in registry.tensors(arch) if isinstance(plan.mapping, Vocabulary) for name in plan.hf}
