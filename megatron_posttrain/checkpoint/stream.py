@@ -112,7 +112,7 @@ def share(files: list[OutputFile], processes: int) -> list[list[OutputFile]]:
 
 
 def check_target(directory: Path, overwrite: bool) -> None:
-    """`UserError` for a directory that is in use, and for a parent that is not there."""
+    """`UserError` for a directory that is in use, and for a file in its place."""
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: exists and is not a directory")
     if directory.exists() and any(directory.iterdir()) and not overwrite:
