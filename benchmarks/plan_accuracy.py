@@ -28,6 +28,7 @@ from megatron_posttrain.planning.gpus import EFFICIENCIES, GPUS, SUSTAINED, Effi
 from megatron_posttrain.planning.known_models import KNOWN_MODELS
 from megatron_posttrain.planning.layouts import make_layout, sizes_of
 from megatron_posttrain.planning.parameters import trained_elements
+from megatron_posttrain.planning.workload import Workload
 
 ROWS = Path(__file__).parent / "published_throughput.csv"
 NAMES = {
@@ -50,7 +51,7 @@ class Row:
     arch: Architecture
     gpu: Gpu
     layout: Layout
-    job: st.Training
+    job: Workload
     seconds: float  # published
     work: np.ndarray  # ideal seconds by resource
     container: str
@@ -83,15 +84,14 @@ def _row(raw: dict[str, str], tasks: Sequence[str]) -> Row | None:
         gpus, tensor=_number(raw["tp"]), pipeline=_number(raw["pp"]), virtual_pipeline=_number(raw["vp"]),
         context=_number(raw["cp"]), expert=_number(raw["ep"]),
     )  # fmt: skip
-    routing = "natural" if raw["routing"] == "natural" else "balanced"
-    job = st.Training(
-        length, int(raw["gbs"]), _number(raw["mbs"]), precision, routing,
-        lora=raw["task"].startswith("lora"),
+    job = Workload(
+        "lora" if raw["task"].startswith("lora") else "pretrain", length, int(raw["gbs"]), precision,
+        _number(raw["mbs"]), "none", "natural" if raw["routing"] == "natural" else "balanced",
     )  # fmt: skip
     gpu = GPUS[raw["gpu"].removeprefix("DGX-").replace("H800", "H100")]
-    step = st.step_time(arch, layout, job, gpu, trained_elements(arch, layout))
+    _, work = st.step_time(arch, layout, job, gpu, trained_elements(arch, layout))
     seconds = job.global_batch * length / _throughput(raw, arch, length) / gpus
-    return Row(raw["id"], raw["task"], model, arch, gpu, layout, job, seconds, step.work, raw["container"])
+    return Row(raw["id"], raw["task"], model, arch, gpu, layout, job, seconds, work, raw["container"])
 
 
 def _precision(text: str) -> str | None:

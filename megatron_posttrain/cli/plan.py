@@ -13,20 +13,14 @@ from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.planning.flops import flops_per_token
 from megatron_posttrain.planning.gpus import GPUS, Gpu, find_gpu
 from megatron_posttrain.planning.known_models import KNOWN_MODELS, load_architecture
-from megatron_posttrain.planning.layouts import parse_layout, sizes_of
-from megatron_posttrain.planning.planner import Estimate, Workload, plan, plan_layout, scaling
+from megatron_posttrain.planning.layouts import LAYOUT_KEYS, parse_layout, sizes_of
+from megatron_posttrain.planning.planner import Estimate, plan, plan_layout, scaling
 from megatron_posttrain.planning.recipe import config_of, launch_of
 from megatron_posttrain.planning.rollout import weight_elements
+from megatron_posttrain.planning.workload import Workload
 
 FILE_WIDTH = 130  # columns, where the output is no terminal
-LABELS = {
-    "tensor": "TP",
-    "pipeline": "PP",
-    "virtual_pipeline": "VP",
-    "context": "CP",
-    "expert": "EP",
-    "expert_tensor": "ETP",
-}
+LABELS = dict(zip(LAYOUT_KEYS, ("TP", "PP", "VP", "CP", "EP", "ETP"), strict=True))
 LAYOUT_HELP = "tensor=2,pipeline=1,virtual_pipeline=1,context=1,expert=8,expert_tensor=1"
 
 
@@ -69,14 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     name, arch = load_architecture(args.model)
+    _check(args)
     gpu = _gpu(args)
     counts = _counts(args.gpus)
     work = Workload(
-        args.task, args.sequence_length, args.global_batch_size, args.precision, args.micro_batch_size,
+        args.task, args.sequence_length, args.global_batch_size, args.precision, args.micro_batch_size or 0,
         args.recompute, args.routing, args.lora_rank, args.mean_length, args.rollout_tensor,
         args.offload,
     )  # fmt: skip
-    _check(work)
     if len(counts) > 1 and args.layout:
         raise UserError("--layout: one layout belongs to one number of --gpus")
     considered = 1
@@ -95,13 +89,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> None:
+    for option, value in vars(args).items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
+            raise UserError(f"--{option.replace('_', '-')} {value}: must be more than 0")
+    if args.mean_length is not None and args.mean_length > args.sequence_length:
+        raise UserError(f"--mean-length {args.mean_length}: longer than --sequence-length {args.sequence_length}")
+
+
 def _gpu(args: argparse.Namespace) -> Gpu:
-    names = {"domain": "domain", "nvlink_gb_per_s": "nvlink_gb_per_s"}
-    names |= {"network_gb_per_s": "network_gb_per_s", "memory_gib": "memory_gib"}
-    given = {field: getattr(args, option) for option, field in names.items() if getattr(args, option) is not None}
-    for field, value in given.items():
-        if value <= 0:
-            raise UserError(f"--{field.replace('_', '-')} {value}: must be more than 0")
+    names = ("domain", "nvlink_gb_per_s", "network_gb_per_s", "memory_gib")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return replace(find_gpu(args.gpu), **given)
 
 
@@ -110,16 +108,6 @@ def _counts(text: str) -> list[int]:
     if not all(part.isdigit() and int(part) > 0 for part in parts):
         raise UserError(f"--gpus {text}: whole numbers of at least 1, with commas between them")
     return [int(part) for part in parts]
-
-
-def _check(work: Workload) -> None:
-    for option in ("sequence_length", "global_batch", "micro_batch", "lora_rank", "mean_length", "rollout_tensor"):
-        value = getattr(work, option)
-        if value is not None and value < 1:
-            flag = option.replace("_", "-") + ("-size" if option.endswith("batch") else "")
-            raise UserError(f"--{flag} {value}: must be at least 1")
-    if work.mean_length is not None and work.mean_length > work.sequence_length:
-        raise UserError(f"--mean-length {work.mean_length}: longer than --sequence-length {work.sequence_length}")
 
 
 def entry(e: Estimate) -> dict[str, Any]:

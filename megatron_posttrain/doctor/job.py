@@ -23,8 +23,9 @@ from megatron_posttrain.parallel.layout import Layout, check_layout
 from megatron_posttrain.planning.gpus import Gpu, find_gpu
 from megatron_posttrain.planning.known_models import load_architecture
 from megatron_posttrain.planning.layouts import batch_problem
-from megatron_posttrain.planning.planner import Workload, plan, plan_layout
+from megatron_posttrain.planning.planner import plan, plan_layout
 from megatron_posttrain.planning.rollout import weight_elements
+from megatron_posttrain.planning.workload import Workload
 from megatron_posttrain.training.prepare import Prepared, model_directory, prepare
 
 FP8_PRECISIONS = {"mxfp8": "mxfp8", None: "bf16"}  # config's recipe -> the planner's precision; all others: fp8

@@ -47,9 +47,14 @@ class Layout:
         return self.sequence and self.tensor > 1
 
     @property
+    def sequence_split(self) -> int:
+        """Ranks that share a sequence's tokens outside of attention and MLP, context ranks apart."""
+        return self.tensor if self.sequence_parallel else 1
+
+    @property
     def sequence_multiple(self) -> int:
         """Every sequence is padded to this many tokens: two chunks a context rank, whole ones a tensor rank."""
-        return (2 * self.context if self.context > 1 else 1) * (self.tensor if self.sequence_parallel else 1)
+        return (2 * self.context if self.context > 1 else 1) * self.sequence_split
 
     @property
     def micro_batch_multiple(self) -> int:

@@ -7,13 +7,14 @@ machine.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.parallel.layout import Layout
-from megatron_posttrain.planning.layers import attention_dims, window_of
-from megatron_posttrain.planning.layouts import chunk_layers, depth_of
+from megatron_posttrain.planning.layers import attention_dims
+from megatron_posttrain.planning.layouts import chunk_layers, depth_of, layer_kinds
 
 LOGPROB_CHUNK = 1 << 26  # elements of logits in fp32 at a time, training/token_logprobs.py
 # Tensors as wide as an MLP that unfused kernels keep beside gate and up: activated gate, up plus offset and their
@@ -43,7 +44,7 @@ def _norm(width: float, shapes: Shapes) -> float:
     return width * (8 if shapes.dtype_bytes == 4 else 6)  # its input in fp32, and the normalised one
 
 
-def _attention(arch: Architecture, layer: int, layout: Layout, shapes: Shapes) -> dict[str, float]:
+def _attention(arch: Architecture, layout: Layout, shapes: Shapes) -> dict[str, float]:
     """Per token of this rank."""
     e, tp = shapes.dtype_bytes, layout.tensor
     query, value = (x / tp for x in attention_dims(arch))
@@ -115,11 +116,10 @@ def _mlp(arch: Architecture, layer: int, layout: Layout, shapes: Shapes) -> dict
     if moe is None or not arch.is_moe_layer(layer):
         width = arch.ffn_size / tp
         return {"gate_up": 2 * width * e, "mlp_hidden": hidden * width * e}
-    sequence = tp if layout.sequence_parallel else 1
-    routed = moe.top_k * layout.expert_tensor / sequence  # copies of a token that this rank's experts see
+    routed = moe.top_k * layout.expert_tensor / layout.sequence_split  # copies of a token that this rank's experts see
     width = moe.expert_ffn_size / layout.expert_tensor
     saved = {
-        "router": (moe.num_experts * 9 + moe.top_k * 24) / sequence,
+        "router": (moe.num_experts * 9 + moe.top_k * 24) / layout.sequence_split,
         "expert_input": routed * arch.hidden_size * e,
         "expert_gate_up": routed * 2 * width * e,
         "expert_hidden": routed * (hidden if fused else hidden + 1) * width * e,
@@ -136,18 +136,20 @@ def _mlp(arch: Architecture, layer: int, layout: Layout, shapes: Shapes) -> dict
 def _layer_tensors(arch: Architecture, layer: int, split: Layout, shapes: Shapes) -> dict[str, float]:
     e, h = shapes.dtype_bytes, arch.hidden_size
     tokens = shapes.tokens / split.context
-    sequence = split.tensor if split.sequence_parallel else 1
+    if shapes.recompute == "full":
+        return {"layer_input": tokens * h * e / split.sequence_split}  # and the rotary table, see stage_activations
     per_token = {
-        "attention_norm": _norm(h, shapes) / sequence,
-        "attention_input": h * e / sequence,
-        "mlp_norm": _norm(h, shapes) / sequence,
-        "mlp_input": h * e / sequence,
-        **_attention(arch, layer, split, shapes),
+        "attention_norm": _norm(h, shapes) / split.sequence_split,
+        "attention_input": h * e / split.sequence_split,
+        "mlp_norm": _norm(h, shapes) / split.sequence_split,
+        "mlp_input": h * e / split.sequence_split,
+        **_attention(arch, split, shapes),
         **_mlp(arch, layer, split, shapes),
     }
     if shapes.fp8:
         per_token |= {name: per_token[name] / 2 for name in FP8_INPUTS if name in per_token}
-    return {name: size * tokens for name, size in per_token.items()}
+    left_out = RECOMPUTED if shapes.recompute == "selective" else ()
+    return {name: size * tokens for name, size in per_token.items() if name not in left_out}
 
 
 def layer_tensors(arch: Architecture, layer: int, layout: Layout, shapes: Shapes) -> dict[str, float]:
@@ -155,14 +157,7 @@ def layer_tensors(arch: Architecture, layer: int, layout: Layout, shapes: Shapes
     split = Layout(
         tensor=layout.tensor, context=layout.context, expert_tensor=layout.expert_tensor, sequence=layout.sequence
     )
-    tensors = _layer_tensors(arch, layer, split, shapes)
-    if shapes.recompute == "full":
-        sequence = layout.tensor if layout.sequence_parallel else 1
-        size = shapes.tokens / layout.context * arch.hidden_size * shapes.dtype_bytes / sequence
-        return {"layer_input": size}  # and the rotary table, see stage_activations
-    if shapes.recompute == "selective":
-        return {name: size for name, size in tensors.items() if name not in RECOMPUTED}
-    return tensors
+    return _layer_tensors(arch, layer, split, shapes)
 
 
 def in_flight(pipeline: int, chunks: int, stage: int, microbatches: int) -> list[int]:
@@ -183,13 +178,12 @@ def in_flight(pipeline: int, chunks: int, stage: int, microbatches: int) -> list
 @lru_cache(maxsize=65536)
 def _layers_in_flight(arch: Architecture, depth: Layout, stage: int, microbatches: int) -> dict[int, int]:
     """How many times a stage holds a layer's activations, by a layer that stands for its kind."""
-    counts: dict[int, int] = {}
-    kinds: dict[tuple[bool, int | None], int] = {}
+    counts: Counter[int] = Counter()
+    kinds = layer_kinds(arch)
     layers = chunk_layers(depth, arch.num_layers)[stage :: depth.pipeline]
     for chunk, held in zip(layers, in_flight(depth.pipeline, depth.chunks, stage, microbatches), strict=True):
         for layer in chunk:
-            kind = kinds.setdefault((arch.is_moe_layer(layer), window_of(arch, layer)), layer)
-            counts[kind] = counts.get(kind, 0) + held
+            counts[kinds[layer]] += held
     return counts
 
 
@@ -198,23 +192,22 @@ def stage_activations(
 ) -> dict[str, float]:
     """Peak bytes of a stage's rank by tensor: all its layers in flight, the last norm, and with full recomputation
     the layer at work. Logits are apart, see `logits_bytes`."""
-    total: dict[str, float] = {}
+    total: defaultdict[str, float] = defaultdict(float)
 
     def add(tensors: dict[str, float], times: float = 1.0) -> None:
         for name, size in tensors.items():
-            total[name] = total.get(name, 0.0) + times * size
+            total[name] += times * size
 
     layers = _layers_in_flight(arch, depth_of(layout), stage, microbatches)
     for layer, count in layers.items():
         add(layer_tensors(arch, layer, layout, shapes), count)
     if shapes.recompute == "full":
-        whole = Shapes(**{**vars(shapes), "recompute": "none"})
+        whole = replace(shapes, recompute="none")
         add(max((layer_tensors(arch, n, layout, whole) for n in layers), key=lambda t: sum(t.values())))
         add({"rotary_tables": shapes.tokens * (arch.mla.qk_rope_dim if arch.mla else arch.head_dim) * 4.0})
     if stage == layout.pipeline - 1:
-        sequence = layout.tensor if layout.sequence_parallel else 1
         per_token = _norm(arch.hidden_size, shapes) + arch.hidden_size * shapes.dtype_bytes
-        add({"final_norm": per_token * shapes.tokens / layout.context / sequence})
+        add({"final_norm": per_token * shapes.tokens / layout.context / layout.sequence_split})
     return total
 
 

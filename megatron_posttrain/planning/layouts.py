@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -10,6 +11,7 @@ from functools import lru_cache
 from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.parallel.layout import Layout, problems, stage_layers
+from megatron_posttrain.planning.layers import window_of
 
 LAYOUT_KEYS = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -74,6 +76,22 @@ def chunk_layers(depth: Layout, num_layers: int) -> tuple[range, ...]:
     return tuple(range(a, b) for a, b in itertools.pairwise(ends))
 
 
+@lru_cache(maxsize=64)
+def layer_kinds(arch: Architecture) -> tuple[int, ...]:
+    """For every layer the first one of its kind: with a dense MLP or experts, with or without a window."""
+    first: dict[tuple[bool, int | None], int] = {}
+    kinds = [(arch.is_moe_layer(layer), window_of(arch, layer)) for layer in range(arch.num_layers)]
+    return tuple(first.setdefault(kind, layer) for layer, kind in enumerate(kinds))
+
+
+@lru_cache(maxsize=4096)
+def stage_kinds(arch: Architecture, depth: Layout) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Per stage, (a layer that stands for its kind, how many of the kind) pairs."""
+    kinds, chunks = layer_kinds(arch), chunk_layers(depth, arch.num_layers)
+    counts = [Counter(kinds[n] for chunk in chunks[s :: depth.pipeline] for n in chunk) for s in range(depth.pipeline)]
+    return tuple(tuple(sorted(count.items())) for count in counts)
+
+
 def enumerate_layouts(
     arch: Architecture,
     gpus: int,
@@ -93,15 +111,13 @@ def enumerate_layouts(
     experts = [1] if moe is None else [e for e in powers if moe.num_experts % e == 0]
     depths = [(p, v) for p in powers if p <= 64 for v in range(1, 13) if (p > 1 or v == 1)]
     contexts = [c for c in powers if c == 1 or sequence_length // c >= FEWEST_TOKENS]
-    for tensor in (p for p in powers if p <= min(domain, 16)):
-        for pipeline, virtual in depths:
-            for context in contexts:
-                for expert in experts:
-                    layout = make_layout(
-                        gpus, tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context, expert=expert
-                    )
-                    if next(problems(layout, arch), None) is not None:
-                        continue
-                    for micro_batch in micro_batches:
-                        if batch_problem(layout, global_batch, micro_batch) is None:
-                            yield layout, micro_batch
+    tensors = [t for t in powers if t <= min(domain, 16)]
+    for tensor, (pipeline, virtual), context, expert in itertools.product(tensors, depths, contexts, experts):
+        layout = make_layout(
+            gpus, tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context, expert=expert
+        )
+        if next(problems(layout, arch), None) is not None:
+            continue
+        for micro_batch in micro_batches:
+            if batch_problem(layout, global_batch, micro_batch) is None:
+                yield layout, micro_batch

@@ -9,7 +9,6 @@ optimizer state of its equal share of every bucket, padding excepted.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +17,7 @@ from typing import NamedTuple
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.layers import Linear, attention_linears, mlp_linears
-from megatron_posttrain.planning.layouts import chunk_layers, depth_of, expert_data
+from megatron_posttrain.planning.layouts import chunk_layers, depth_of, expert_data, stage_kinds
 
 ALIGNMENT = 64  # elements; param_and_grad_buffer.py, _pad_start_of_param_if_needed
 BUCKET_MULTIPLE = 128  # elements; _pad_end_of_bucket_if_needed
@@ -43,54 +42,52 @@ class RankState:
     optimizer: int
 
 
-def _linear(prefix: str, linear: Linear, tensor: int, whole: bool = False) -> Iterator[tuple[str, int]]:
-    inputs, outputs = linear.local(1 if whole else tensor)
-    yield f"{prefix}{linear.name}.weight", inputs * outputs
+def _linear(parent: str, linear: Linear, tensor: int, expert: bool = False) -> Iterator[Parameter]:
+    inputs, outputs = linear.local(tensor)
+    yield Parameter(f"{parent}.{linear.name}.weight", inputs * outputs, expert)
     if linear.bias:
-        yield f"{prefix}{linear.name}.bias", outputs
+        yield Parameter(f"{parent}.{linear.name}.bias", outputs, expert)
 
 
-def _attention(arch: Architecture, tensor: int, transformer_engine: bool) -> Iterator[tuple[str, int]]:
+def _attention(arch: Architecture, tensor: int, transformer_engine: bool) -> Iterator[Parameter]:
     if arch.attention_sinks:
-        yield "core_attention.softmax_offset", arch.num_heads // tensor
+        yield Parameter("self_attention.core_attention.softmax_offset", arch.num_heads // tensor)
     for linear in attention_linears(arch):
         # Transformer Engine's MLA keeps the down projections whole on every tensor rank.
         whole = transformer_engine and linear.name in ("linear_q_down_proj", "linear_kv_down_proj")
-        yield from _linear("", linear, tensor, whole)
+        yield from _linear("self_attention", linear, 1 if whole else tensor)
     if arch.mla is not None:
         if arch.mla.q_rank is not None:
-            yield "q_layernorm.weight", arch.mla.q_rank
-        yield "kv_layernorm.weight", arch.mla.kv_rank
+            yield Parameter("self_attention.q_layernorm.weight", arch.mla.q_rank)
+        yield Parameter("self_attention.kv_layernorm.weight", arch.mla.kv_rank)
     elif arch.qk_norm:
-        yield "q_layernorm.weight", arch.head_dim
-        yield "k_layernorm.weight", arch.head_dim
+        yield Parameter("self_attention.q_layernorm.weight", arch.head_dim)
+        yield Parameter("self_attention.k_layernorm.weight", arch.head_dim)
 
 
 def _mlp(arch: Architecture, layer: int, layout: Layout) -> Iterator[Parameter]:
     moe = arch.moe
     if moe is None or not arch.is_moe_layer(layer):
         for linear in mlp_linears(arch, arch.ffn_size):
-            yield from (Parameter(*p) for p in _linear("mlp.", linear, layout.tensor))
+            yield from _linear("mlp", linear, layout.tensor)
         return
     yield Parameter("mlp.router.weight", moe.num_experts * arch.hidden_size)
     if arch.attention_output_bias or arch.mlp_bias:  # megatron-core's one switch for biases is also the router's
         yield Parameter("mlp.router.bias", moe.num_experts)
     for expert in range(moe.num_experts // layout.expert):
         for linear in mlp_linears(arch, moe.expert_ffn_size):
-            for name, elements in _linear(f"mlp.experts.local_experts.{expert}.", linear, layout.expert_tensor):
-                yield Parameter(name, elements, expert=True)
+            yield from _linear(f"mlp.experts.local_experts.{expert}", linear, layout.expert_tensor, expert=True)
     if moe.shared_ffn_size:
         if moe.shared_gate:
             yield Parameter("mlp.shared_experts.gate_weight", arch.hidden_size)
         for linear in mlp_linears(arch, moe.shared_ffn_size):
-            yield from (Parameter(*p) for p in _linear("mlp.shared_experts.", linear, layout.tensor))
+            yield from _linear("mlp.shared_experts", linear, layout.tensor)
 
 
 def layer_parameters(arch: Architecture, layer: int, layout: Layout, transformer_engine: bool) -> Iterator[Parameter]:
     """Parameters of one layer on one rank, in the order of megatron-core's `named_parameters`."""
     yield Parameter("input_layernorm.weight", arch.hidden_size)
-    for name, elements in _attention(arch, layout.tensor, transformer_engine):
-        yield Parameter(f"self_attention.{name}", elements)
+    yield from _attention(arch, layout.tensor, transformer_engine)
     yield Parameter("pre_mlp_layernorm.weight", arch.hidden_size)
     yield from _mlp(arch, layer, layout)
 
@@ -127,20 +124,23 @@ def buckets(
     done: list[tuple[int, int, list[tuple[int, int]]]] = []
     start = end = 0
     members: list[tuple[int, int]] = []
+
+    def close() -> None:
+        nonlocal start, end, members
+        if members:
+            end = up(end, multiple)
+            done.append((start, end, members))
+            start, members = end, []
+
     for p in reversed(parameters):
+        if p.shared_embedding:
+            close()
         at = up(end, ALIGNMENT)
-        if p.shared_embedding and members:
-            done.append((start, up(end, multiple), members))
-            start = at = done[-1][1]
-            members = []
         end = at + p.elements
         members.append((at, end))
         if p.shared_embedding or (bucket_size is not None and end - start >= bucket_size):
-            done.append((start, up(end, multiple), members))
-            start = end = done[-1][1]
-            members = []
-    if members:
-        done.append((start, up(end, multiple), members))
+            close()
+    close()
     return done
 
 
@@ -184,34 +184,24 @@ def rank_state(
 
 
 @lru_cache(maxsize=65536)
-def _layer_elements(
-    arch: Architecture, layer: int, tensor: int, expert: int, expert_tensor: int, transformer_engine: bool
-) -> tuple[int, int]:
+def _layer_elements(arch: Architecture, layer: int, tensor: int, expert: int, expert_tensor: int) -> tuple[int, int]:
     layout = Layout(tensor=tensor, expert=expert, expert_tensor=expert_tensor)
-    dense = experts = 0
-    for p in layer_parameters(arch, layer, layout, transformer_engine):
-        size = -(-p.elements // ALIGNMENT) * ALIGNMENT
-        if p.expert:
-            experts += size
-        else:
-            dense += size
-    return dense, experts
+    sizes = {False: 0, True: 0}
+    for p in layer_parameters(arch, layer, layout, transformer_engine=True):
+        sizes[p.expert] += -(-p.elements // ALIGNMENT) * ALIGNMENT
+    return sizes[False], sizes[True]
 
 
 @lru_cache(maxsize=65536)
 def stage_elements(arch: Architecture, layout: Layout, stage: int) -> tuple[int, int]:
     """(dense, expert) parameters of a pipeline stage's rank with their alignment: what `rank_state` counts, but
     for the padding of buckets, and fast enough for a search."""
-    chunks = chunk_layers(depth_of(layout), arch.num_layers)
-    sizes = (layout.tensor, layout.expert, layout.expert_tensor, True)
-    kinds = Counter(arch.is_moe_layer(layer) for chunk in chunks[stage :: layout.pipeline] for layer in chunk)
     embedding = math.ceil(arch.vocab_size / layout.tensor) * arch.hidden_size
     first, last = stage == 0, stage == layout.pipeline - 1
     dense = (first + last - (first and last and arch.tied_embeddings)) * embedding + last * arch.hidden_size
     experts = 0
-    for is_moe, count in kinds.items():
-        layer = next(n for n in range(arch.num_layers) if arch.is_moe_layer(n) is is_moe)
-        a, b = _layer_elements(arch, layer, *sizes)
+    for layer, count in stage_kinds(arch, depth_of(layout))[stage]:
+        a, b = _layer_elements(arch, layer, layout.tensor, layout.expert, layout.expert_tensor)
         dense, experts = dense + count * a, experts + count * b
     return dense, experts
 

@@ -19,45 +19,14 @@ from megatron_posttrain.planning.layouts import (
     hard_problem,
 )
 from megatron_posttrain.planning.parameters import rank_state, stage_elements, trained_elements
-from megatron_posttrain.planning.rollout import Rollout, RolloutPlan, plan_rollout
-from megatron_posttrain.planning.step_time import Training, step_time
+from megatron_posttrain.planning.rollout import RolloutPlan, plan_rollout
+from megatron_posttrain.planning.step_time import step_time
+from megatron_posttrain.planning.workload import Workload
 
 GIB = 2.0**30
 LIBRARIES_GIB = 1.5  # NCCL channels, cuBLAS and attention workspaces, allocator fragments
 PAGEABLE_BYTES_PER_S = 8e9  # host memory to GPU and back; assumed, not fitted
-MEAN_SHARE = 0.75  # of the longest: mean length of a sample, when it is not given
 LOGPROB_PASS = 1 / 3  # GRPO's forward pass for the old log-probs, against forward and backward
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is to be trained. Lengths in tokens, batches in sequences (GRPO: samples)."""
-
-    task: str  # pretrain | sft | lora | grpo
-    sequence_length: int
-    global_batch: int
-    precision: str = "bf16"  # bf16 | fp8 | mxfp8
-    micro_batch: int | None = None  # None: the best
-    recompute: str = "auto"  # auto | none | selective | full
-    routing: str = "auto"  # auto | balanced | natural
-    lora_rank: int = 16
-    mean_length: int | None = None
-    rollout_tensor: int | None = None
-    offload: bool = False  # grpo: optimizer states and gradients, while vLLM is awake
-
-    @property
-    def balance(self) -> str:
-        """Post-training routes tokens as the model likes; pre-training is measured with balanced experts."""
-        if self.routing != "auto":
-            return self.routing
-        return "balanced" if self.task == "pretrain" else "natural"
-
-    @property
-    def row_length(self) -> int:
-        """Tokens of a trained row: GRPO packs samples of their mean length."""
-        if self.task != "grpo":
-            return self.sequence_length
-        return self.mean_length or round(MEAN_SHARE * self.sequence_length)
 
 
 @dataclass
@@ -72,7 +41,6 @@ class Estimate:
     tokens_per_second_per_gpu: float
     tflops_per_gpu: float
     fits: bool
-    stage: int  # the fullest
     rollout_tensor: int = 1
     reason: str = ""
     warnings: list[str] = field(default_factory=list)
@@ -86,73 +54,54 @@ def estimate(
     arch: Architecture, layout: Layout, micro_batch: int, recompute: str, work: Workload, gpu: Gpu, exact: bool = False
 ) -> Estimate:
     """Memory and time of one layout. `exact`: count the padding of gradient buckets too, as a rank holds them."""
-    job = Training(
-        work.row_length, work.global_batch, micro_batch, work.precision, work.balance, recompute, work.task == "lora"
-    )
-    lora = work.lora_rank if work.task == "lora" else None
-    trained: tuple[float, float] = trained_elements(arch, layout)
-    if lora is not None:
-        trained = (max(_adapters(arch, layout, stage, lora) for stage in range(layout.pipeline)), 0)
-    time = step_time(arch, layout, job, gpu, trained)
-    seconds = {
-        "compute": time.compute,
-        "exposed_communication": time.exposed_communication,
-        "bubble": time.bubble,
-        "optimizer": time.optimizer,
-    }
+    work = replace(work, micro_batch=micro_batch, recompute=recompute)
+    if work.lora:
+        trained = (max(_adapters(arch, layout, stage, work.lora_rank) for stage in range(layout.pipeline)), 0)
+    else:
+        trained = trained_elements(arch, layout)
+    seconds, _ = step_time(arch, layout, work, gpu, trained)
     rollout = None
     if work.task == "grpo":
-        samples = Rollout(work.global_batch, work.row_length, work.sequence_length, work.rollout_tensor)
-        rollout = plan_rollout(arch, layout.world_size, gpu, samples)
+        rollout = plan_rollout(arch, layout.world_size, gpu, work)
         for part in ("compute", "exposed_communication", "bubble"):
             seconds[part] *= 1 + LOGPROB_PASS
         seconds |= {"rollout": rollout.seconds, "refit": rollout.refit_seconds}
-    memory, stage = _fullest_stage(arch, layout, job, work, gpu, rollout, exact)
+    memory = _fullest_stage(arch, layout, work, rollout, exact)
     if work.offload:
         seconds["offload"] = 2 * memory["optimizer"] * GIB / PAGEABLE_BYTES_PER_S
     tokens = work.global_batch * work.row_length / layout.world_size / sum(seconds.values())
+    flops = flops_per_token(arch, work.row_length, work.lora_rank if work.lora else None)
     return Estimate(
-        layout, micro_batch, recompute, seconds, memory, tokens,
-        tokens * flops_per_token(arch, work.row_length, lora) / 1e12, memory["total"] <= gpu.memory_gib, stage,
-        rollout.tensor if rollout else 1,
+        layout, micro_batch, recompute, seconds, memory, tokens, tokens * flops / 1e12,
+        memory["total"] <= gpu.memory_gib, rollout.tensor if rollout else 1,
     )  # fmt: skip
 
 
 def _fullest_stage(
-    arch: Architecture,
-    layout: Layout,
-    job: Training,
-    work: Workload,
-    gpu: Gpu,
-    rollout: RolloutPlan | None,
-    exact: bool,
-) -> tuple[dict[str, float], int]:
-    """(GiB by part, stage)."""
-    stages = sorted({0, min(1, layout.pipeline - 1), layout.pipeline - 1})
-    found = [(_stage_memory(arch, layout, job, work, stage, exact), stage) for stage in stages]
-    if rollout is not None:
-        for memory, _ in found:
-            # Generation and training take turns: vLLM sleeps while the activations are there.
-            memory["rollout_weights"], memory["rollout_cache"] = rollout.weights_bytes, rollout.cache_bytes
-    for memory, _ in found:
-        training = memory["activations"] + memory["logits"]
-        if work.offload:
-            training += memory["optimizer"] + memory["gradients"]
-        asleep = min(training, memory.get("rollout_weights", 0.0) + memory.get("rollout_cache", 0.0))
-        memory["total"] = sum(memory.values()) - asleep
-    memory, stage = max(found, key=lambda pair: pair[0]["total"])
-    return {name: size / GIB for name, size in memory.items()}, stage
-
-
-def _stage_memory(
-    arch: Architecture, layout: Layout, job: Training, work: Workload, stage: int, exact: bool
+    arch: Architecture, layout: Layout, work: Workload, rollout: RolloutPlan | None, exact: bool
 ) -> dict[str, float]:
+    """GiB by part."""
+    found = []
+    for stage in sorted({0, min(1, layout.pipeline - 1), layout.pipeline - 1}):
+        memory = _stage_memory(arch, layout, work, stage, exact)
+        asleep = 0.0
+        if rollout is not None:
+            # Generation and training take turns: vLLM sleeps while the activations are there.
+            memory |= {"rollout_weights": rollout.weights_bytes, "rollout_cache": rollout.cache_bytes}
+            training = memory["activations"] + memory["logits"]
+            if work.offload:
+                training += memory["optimizer"] + memory["gradients"]
+            asleep = min(training, rollout.weights_bytes + rollout.cache_bytes)
+        found.append(memory | {"total": sum(memory.values()) - asleep})
+    return {name: size / GIB for name, size in max(found, key=lambda memory: memory["total"]).items()}
+
+
+def _stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int, exact: bool) -> dict[str, float]:
     """Bytes by part of a stage's first rank."""
-    shapes = Shapes(
-        job.micro_batch * work.sequence_length, work.sequence_length,
-        fp8=job.precision != "bf16", recompute=job.recompute,
-    )  # fmt: skip
-    microbatches = max(1, job.global_batch // job.micro_batch // layout.data)
+    fp8 = work.precision != "bf16"
+    tokens = work.micro_batch * work.sequence_length
+    shapes = Shapes(tokens, work.sequence_length, fp8=fp8, recompute=work.recompute)
+    microbatches = max(1, work.global_batch // work.micro_batch // layout.data)
     dense, experts = stage_elements(arch, layout, stage)
     replicas = layout.data * layout.context
     memory = {
@@ -160,20 +109,20 @@ def _stage_memory(
         "gradients": 4.0 * (dense + experts),
         "optimizer": 12.0 * (dense / replicas + experts / expert_data(layout)),
     }
-    if job.lora:
+    if work.lora:
         adapters = _adapters(arch, layout, stage, work.lora_rank)
         memory["weights"] += 2 * adapters
         memory |= {"gradients": 4 * adapters, "optimizer": 12 * adapters / replicas}
     elif exact:
         state = rank_state(arch, layout, stage * (layout.world_size // layout.pipeline))
         memory = {"weights": state.weights, "gradients": state.gradients, "optimizer": state.optimizer}
-    if job.precision != "bf16":
+    if fp8:
         memory["fp8_weights"] = 2.0 * (dense + experts)  # copies of the weights, in both orientations
     memory["activations"] = sum(stage_activations(arch, layout, shapes, stage, microbatches).values())
     memory["logits"] = logits_bytes(arch, layout, shapes) if stage == layout.pipeline - 1 else 0.0
-    tokens = shapes.tokens / layout.context * arch.hidden_size * 2
-    gathered = tokens if layout.sequence_parallel else 0.0
-    routed = 2 * tokens / layout.tensor * arch.moe.top_k if arch.moe is not None and layout.expert > 1 else 0.0
+    rows = tokens / layout.context * arch.hidden_size * 2
+    gathered = rows if layout.sequence_parallel else 0.0
+    routed = 2 * rows / layout.tensor * arch.moe.top_k if arch.moe is not None and layout.expert > 1 else 0.0
     memory["communication"] = LIBRARIES_GIB * GIB + gathered + routed
     return memory
 
@@ -197,17 +146,15 @@ def plan_layout(arch: Architecture, layout: Layout, work: Workload, gpu: Gpu) ->
     check_precision(work, gpu)
     if (problem := hard_problem(layout, arch)) is not None:
         raise UserError(f"--layout {layout}: {problem}")
-    sizes = [work.micro_batch] if work.micro_batch else list(MICRO_BATCHES)
-    found: list[Estimate] = []
-    refused = ""
-    for micro_batch in sizes:
-        if work.global_batch % (micro_batch * layout.data):
-            refused = refused or batch_problem(layout, work.global_batch, micro_batch) or ""
-            continue
-        recompute = "none" if work.recompute == "auto" else work.recompute
-        found.append(estimate(arch, layout, micro_batch, recompute, work, gpu, exact=True))
+    recompute = "none" if work.recompute == "auto" else work.recompute
+    sizes = [work.micro_batch] if work.micro_batch else MICRO_BATCHES
+    found = [
+        estimate(arch, layout, size, recompute, work, gpu, exact=True)
+        for size in sizes
+        if work.global_batch % (size * layout.data) == 0
+    ]
     if not found:
-        raise UserError(f"--layout {layout}: {refused}")
+        raise UserError(f"--layout {layout}: {batch_problem(layout, work.global_batch, sizes[0])}")
     best = max(found, key=lambda e: (e.fits, e.tokens_per_second_per_gpu))
     best.reason = "the given layout" if best.fits else _does_not_fit(best, gpu)
     best.warnings = layout_warnings(arch, best, work, gpu)
@@ -305,8 +252,6 @@ def layout_warnings(arch: Architecture, e: Estimate, work: Workload, gpu: Gpu) -
 def scaling(arch: Architecture, counts: Iterable[int], work: Workload, gpu: Gpu, grow_batch: bool) -> list[Estimate]:
     """The best layout at each number of GPUs, with the same global batch, or one that grows with the GPUs."""
     counts = list(counts)
-    found = []
-    for gpus in counts:
-        batch = work.global_batch * gpus // counts[0] if grow_batch else work.global_batch
-        found.append(plan(arch, gpus, replace(work, global_batch=batch), gpu)[0])
-    return found
+    batches = [work.global_batch * gpus // counts[0] if grow_batch else work.global_batch for gpus in counts]
+    works = [replace(work, global_batch=batch) for batch in batches]
+    return [plan(arch, gpus, job, gpu)[0] for gpus, job in zip(counts, works, strict=True)]

@@ -6,7 +6,8 @@ from typing import Any
 
 from megatron_posttrain.planning.gpus import Gpu
 from megatron_posttrain.planning.layouts import LAYOUT_KEYS
-from megatron_posttrain.planning.planner import Estimate, Workload
+from megatron_posttrain.planning.planner import Estimate
+from megatron_posttrain.planning.workload import Workload
 
 FP8_RECIPES = {"fp8": "tensorwise", "mxfp8": "mxfp8"}
 SAMPLES_PER_PROMPT = 8

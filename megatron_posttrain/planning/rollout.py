@@ -11,20 +11,11 @@ from megatron_posttrain.planning.flops import layer_weights
 from megatron_posttrain.planning.gpus import Gpu, constants_of
 from megatron_posttrain.planning.layers import mlp_linears
 from megatron_posttrain.planning.parameters import rank_state
+from megatron_posttrain.planning.workload import Workload
 
 WEIGHTS_SHARE = 0.45  # of a GPU's memory at most for an engine's weights; the trainer's state needs the rest
 DECODE_LAYER_SECONDS = 300e-6  # launches, sampling and all-reduces of one layer and one token step
 REFIT_SECONDS = 2.0  # sleeping, waking and the last synchronisation, whatever the size
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One GRPO step's generation. Lengths are tokens of prompt and response together."""
-
-    samples: int
-    mean_length: int
-    longest: int
-    tensor: int | None = None  # GPUs of an engine; None: the fewest whose share of the weights fits
 
 
 @dataclass(frozen=True)
@@ -48,16 +39,16 @@ def _cache_bytes_per_token(arch: Architecture) -> float:
     return 2.0 * width * arch.num_layers
 
 
-def plan_rollout(arch: Architecture, gpus: int, gpu: Gpu, rollout: Rollout) -> RolloutPlan:
+def plan_rollout(arch: Architecture, gpus: int, gpu: Gpu, work: Workload) -> RolloutPlan:
     """Decoding reads an engine's weights (of the experts that its sequences use) and its cache once a token.
 
     All samples start together; once the mean length is reached, a quarter of them on average is left for the tail.
     """
     weights = 2.0 * weight_elements(arch)
-    tensor = rollout.tensor or 1
-    while rollout.tensor is None and weights / tensor > WEIGHTS_SHARE * gpu.memory_gib * 2**30 and tensor < gpus:
+    tensor = work.rollout_tensor or 1
+    while work.rollout_tensor is None and weights / tensor > WEIGHTS_SHARE * gpu.memory_gib * 2**30 and tensor < gpus:
         tensor *= 2
-    batch = max(1.0, rollout.samples / (gpus // tensor))
+    batch = max(1.0, work.global_batch / (gpus // tensor))
     per_token = _cache_bytes_per_token(arch)
     # Latent caches are not divided by tensor parallelism, grouped ones down to a group a rank.
     shards = 1 if arch.mla is not None else min(tensor, arch.num_query_groups)
@@ -69,13 +60,13 @@ def plan_rollout(arch: Architecture, gpus: int, gpu: Gpu, rollout: Rollout) -> R
         active = 2.0 * sum(layer_weights(arch, n) for n in range(arch.num_layers)) * sequences / tensor
         return read / bandwidth + active / (gpu.bf16_tflops * 1e12 / e.matmul) + arch.num_layers * DECODE_LAYER_SECONDS
 
-    tail = max(0, rollout.longest - rollout.mean_length)
-    seconds = rollout.mean_length * step_seconds(batch, rollout.mean_length / 2)
-    seconds += tail * step_seconds(max(1.0, batch / 4), rollout.longest)
+    tail = max(0, work.sequence_length - work.row_length)
+    seconds = work.row_length * step_seconds(batch, work.row_length / 2)
+    seconds += tail * step_seconds(max(1.0, batch / 4), work.sequence_length)
     inside = gpus <= gpu.domain
     rate = (gpu.nvlink_gb_per_s if inside else gpu.network_gb_per_s) * 1e9
     refit = REFIT_SECONDS + weights / tensor / rate / 0.5
-    return RolloutPlan(tensor, seconds, refit, weights / tensor, batch * rollout.mean_length * per_token / shards)
+    return RolloutPlan(tensor, seconds, refit, weights / tensor, batch * work.row_length * per_token / shards)
 
 
 def _weights_read(arch: Architecture, weights: float, sequences: float) -> float:

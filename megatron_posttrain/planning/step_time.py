@@ -9,8 +9,6 @@ fitted linearly.
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -20,7 +18,8 @@ from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.flops import attention_pairs
 from megatron_posttrain.planning.gpus import Efficiency, Gpu, constants_of
 from megatron_posttrain.planning.layers import Linear, attention_dims, attention_linears, mlp_linears, window_of
-from megatron_posttrain.planning.layouts import chunk_layers, depth_of, expert_data
+from megatron_posttrain.planning.layouts import depth_of, expert_data, stage_kinds
+from megatron_posttrain.planning.workload import Workload
 
 Work = np.ndarray  # ideal seconds by resource, in the order of RESOURCES
 RESOURCES = ("matmul", "grouped_matmul", "attention", "memory", "layers", "nvlink", "network", "data_parallel")
@@ -40,35 +39,6 @@ ROUTED_PASSES = 10  # bytes over tokens x top_k x width: permute, unpermute, pro
 GLU_PASSES = {"swiglu": 10, "gpt_oss_glu": 60}  # fused kernel; clamps, sigmoid, bias in separate kernels
 
 
-@dataclass(frozen=True)
-class Training:
-    """What a step does, apart from where. `routing`: how evenly tokens fall on experts."""
-
-    sequence_length: int
-    global_batch: int  # sequences
-    micro_batch: int
-    precision: str = "bf16"  # bf16 | fp8 | mxfp8
-    routing: str = "balanced"  # balanced | natural
-    recompute: str = "none"  # none | selective | full
-    lora: bool = False
-    document_length: int | None = None  # mean length of packed sequences; None: one a row
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """Seconds of a step by part. `work` is the sum of ideal seconds that the total was made from."""
-
-    compute: float
-    exposed_communication: float
-    bubble: float
-    optimizer: float
-    work: Work
-
-    @property
-    def total(self) -> float:
-        return self.compute + self.exposed_communication + self.bubble + self.optimizer
-
-
 def multipliers(e: Efficiency) -> Work:
     """Seconds spent for a second of ideal time, by resource."""
     return np.array([e.matmul, e.grouped_matmul, e.attention, e.memory, e.layer_ms, e.links, e.links, COLLECTIVE_LOSS])
@@ -86,10 +56,11 @@ def matmul_seconds(tokens: float, inputs: int, outputs: int, gpu: Gpu, precision
 
 
 @lru_cache(maxsize=65536)
-def _layer_work(arch: Architecture, layer: int, split: Layout, job: Training, gpu: Gpu) -> Work:
+def _layer_work(arch: Architecture, layer: int, split: Layout, job: Workload, gpu: Gpu) -> Work:
     """Forward and backward of one layer and one microbatch on one GPU. `split`: without pipeline and ranks."""
     work = np.zeros(len(RESOURCES))
-    tp, tokens = split.tensor, job.micro_batch * job.sequence_length / split.context
+    length, tp = job.row_length, split.tensor
+    tokens = job.micro_batch * length / split.context
     moe = arch.moe if arch.is_moe_layer(layer) else None
     ffn = moe.shared_ffn_size if moe else arch.ffn_size
     traffic = 0.0
@@ -97,7 +68,6 @@ def _layer_work(arch: Architecture, layer: int, split: Layout, job: Training, gp
         work[MATMUL] += _linear(linear, tp, tokens, job, gpu)
         traffic += _cast_bytes(linear, tp, tokens, job)
     query, value = attention_dims(arch)
-    length = min(job.document_length or job.sequence_length, job.sequence_length)
     pairs = attention_pairs([length], window_of(arch, layer)) / length * tokens
     narrow = max(1.0, 128 * arch.num_heads / value)  # exponentials, not products, bound heads narrower than 128
     forward = 2 * pairs * (query + value) / tp * narrow / (gpu.bf16_tflops * 1e12)
@@ -123,22 +93,22 @@ def _layer_work(arch: Architecture, layer: int, split: Layout, job: Training, gp
     return work
 
 
-def _linear(linear: Linear, tp: int, tokens: float, job: Training, gpu: Gpu, count: int = 1) -> float:
+def _linear(linear: Linear, tp: int, tokens: float, job: Workload, gpu: Gpu, count: int = 1) -> float:
     inputs, outputs = linear.local(tp)
     passes = 2 if job.lora else 3  # no weight gradient for frozen weights
     return passes * matmul_seconds(tokens, inputs, outputs, gpu, job.precision, count)
 
 
-def _cast_bytes(linear: Linear, tp: int, tokens: float, job: Training) -> float:
+def _cast_bytes(linear: Linear, tp: int, tokens: float, job: Workload) -> float:
     """FP8 copies of input and output gradient, in both orientations."""
     return 0.0 if job.precision == "bf16" else 4 * tokens * sum(linear.local(tp))
 
 
-def _add_experts(work: Work, arch: Architecture, split: Layout, tokens: float, job: Training, gpu: Gpu) -> float:
+def _add_experts(work: Work, arch: Architecture, split: Layout, tokens: float, job: Workload, gpu: Gpu) -> float:
     """Adds the experts' products and their dispatch; returns their memory traffic in bytes."""
     moe = arch.moe
     assert moe is not None
-    skew = NATURAL_IMBALANCE if job.routing == "natural" else 1.0
+    skew = 1.0 if job.balanced else NATURAL_IMBALANCE
     mine = tokens / split.tensor  # dispatch starts from sequence-parallel tokens
     routed = mine * moe.top_k * split.expert_tensor
     local = moe.num_experts // split.expert
@@ -160,22 +130,7 @@ def _copies(places: int, top_k: int) -> float:
     return (places - 1) * (1 - (1 - 1 / places) ** top_k)
 
 
-@lru_cache(maxsize=4096)
-def stage_kinds(arch: Architecture, depth: Layout) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """Per stage, (a layer that stands for its kind, how many of the kind) pairs."""
-    chunks = chunk_layers(depth, arch.num_layers)
-    first: dict[tuple[bool, int | None], int] = {}
-    stages = []
-    for stage in range(depth.pipeline):
-        counts: Counter[int] = Counter()
-        for chunk in chunks[stage :: depth.pipeline]:
-            for layer in chunk:
-                counts[first.setdefault((arch.is_moe_layer(layer), window_of(arch, layer)), layer)] += 1
-        stages.append(tuple(sorted(counts.items())))
-    return tuple(stages)
-
-
-def _stage_work(arch: Architecture, layout: Layout, job: Training, gpu: Gpu, stage: int) -> Work:
+def _stage_work(arch: Architecture, layout: Layout, job: Workload, gpu: Gpu, stage: int) -> Work:
     """One microbatch through all of a stage's layers."""
     work = np.zeros(len(RESOURCES))
     split = Layout(
@@ -183,7 +138,7 @@ def _stage_work(arch: Architecture, layout: Layout, job: Training, gpu: Gpu, sta
     )
     for layer, count in stage_kinds(arch, depth_of(layout))[stage]:
         work += count * _layer_work(arch, layer, split, job, gpu)
-    tokens = job.micro_batch * job.sequence_length / layout.context
+    tokens = job.micro_batch * job.row_length / layout.context
     if stage == layout.pipeline - 1:
         vocabulary = arch.vocab_size // layout.tensor
         work[MATMUL] += (2 if job.lora else 3) * matmul_seconds(tokens, arch.hidden_size, vocabulary, gpu, "bf16")
@@ -199,8 +154,10 @@ def _collective_seconds(size: float, ranks: int, stride: int, gpu: Gpu) -> float
     return nvlink + network
 
 
-def step_time(arch: Architecture, layout: Layout, job: Training, gpu: Gpu, trained: tuple[float, float]) -> StepTime:
-    """Seconds of one optimizer step.
+def step_time(
+    arch: Architecture, layout: Layout, job: Workload, gpu: Gpu, trained: tuple[float, float]
+) -> tuple[dict[str, float], Work]:
+    """Seconds of one optimizer step by part, and the ideal seconds by resource that they were made from.
 
     `trained`: (dense, expert) trainable parameters of the fullest rank.
     """
@@ -211,7 +168,7 @@ def step_time(arch: Architecture, layout: Layout, job: Training, gpu: Gpu, train
     stages = [_stage_work(arch, layout, job, gpu, s) for s in {*distinct, 0, layout.pipeline - 1}]
     slowest = max(stages, key=lambda work: float(losses @ work))
     if layout.pipeline > 1:
-        sent = 4 * job.micro_batch * job.sequence_length / layout.context / layout.tensor * arch.hidden_size
+        sent = 4 * job.micro_batch * job.row_length / layout.context / layout.tensor * arch.hidden_size
         link = NETWORK if layout.world_size > gpu.domain else NVLINK
         rate = gpu.network_gb_per_s if link == NETWORK else gpu.nvlink_gb_per_s
         slowest[link] += sent * layout.chunks / (rate * 1e9)
@@ -222,13 +179,13 @@ def step_time(arch: Architecture, layout: Layout, job: Training, gpu: Gpu, train
     exposed = max(0.0, seconds - hidden) / seconds + NEVER_HIDDEN if seconds else 0.0
     once = slowest * microbatches
     communication = float(losses[NVLINK:] @ (once + exposed * traffic)[NVLINK:])
-    return StepTime(
-        compute=float(losses[:NVLINK] @ once[:NVLINK]),
-        exposed_communication=communication,
-        bubble=bubble * float(losses @ slowest),
-        optimizer=float(losses @ optimizer),
-        work=once + exposed * traffic + bubble * slowest + optimizer,
-    )
+    parts = {
+        "compute": float(losses[:NVLINK] @ once[:NVLINK]),
+        "exposed_communication": communication,
+        "bubble": bubble * float(losses @ slowest),
+        "optimizer": float(losses @ optimizer),
+    }
+    return parts, once + exposed * traffic + bubble * slowest + optimizer
 
 
 def _data_parallel(layout: Layout, gpu: Gpu, trained: tuple[float, float]) -> tuple[Work, Work]:

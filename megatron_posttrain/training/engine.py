@@ -75,7 +75,7 @@ class Engine:
         fp8, layout = self.config.precision.fp8, self.groups.layout
         if fp8 is None:
             return 1
-        return FP8_TOKENS[fp8] * layout.context * (layout.tensor if layout.sequence_parallel else 1)
+        return FP8_TOKENS[fp8] * layout.context * layout.sequence_split
 
     def _padded(self, micro_batches: Sequence[PackedBatch]) -> list[PackedBatch]:
         return [batch.padded_to(self.row_multiple) for batch in micro_batches]

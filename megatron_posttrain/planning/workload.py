@@ -1,0 +1,40 @@
+"""What is to be trained, apart from where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MEAN_SHARE = 0.75  # of the longest: mean length of a sample, when it is not given
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Lengths in tokens, batches in sequences (GRPO: samples)."""
+
+    task: str  # pretrain | sft | lora | grpo
+    sequence_length: int
+    global_batch: int
+    precision: str = "bf16"  # bf16 | fp8 | mxfp8
+    micro_batch: int = 0  # 0: the best
+    recompute: str = "auto"  # auto | none | selective | full
+    routing: str = "auto"  # auto | balanced | natural
+    lora_rank: int = 16
+    mean_length: int | None = None
+    rollout_tensor: int | None = None  # GPUs of a vLLM engine; None: the fewest whose share of the weights fits
+    offload: bool = False  # grpo: optimizer states and gradients, while vLLM is awake
+
+    @property
+    def lora(self) -> bool:
+        return self.task == "lora"
+
+    @property
+    def balanced(self) -> bool:
+        """Post-training routes tokens as the model likes; pre-training is measured with balanced experts."""
+        return self.routing == "balanced" or (self.routing == "auto" and self.task == "pretrain")
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a trained row: GRPO packs samples of their mean length."""
+        if self.task != "grpo":
+            return self.sequence_length
+        return self.mean_length or round(MEAN_SHARE * self.sequence_length)
