@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_posttrain.data.rows import Row
-from megatron_posttrain.evaluation import Settings, evaluate
+from megatron_posttrain.evaluation import evaluate
 from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.rewards import Reward
 from megatron_posttrain.rollout import Refit, RolloutEngine, Sampling, prove, vllm_fixes
@@ -181,7 +181,7 @@ def check_sampling(directory: Path, rank: int) -> dict[str, Any]:
     stopped = engine.generate(said[:1], dataclasses.replace(sampling, n=1, stop_token_ids=(stop,)), [0])[0]
     rows = [Row([{"role": "user", "content": f"{i} + {i}"}], str(2 * i), source=f"x:{i}") for i in range(5)]
     length = Reward("length", 1.0, lambda sample: float(len(sample.response) % 2))
-    evaluation, records = evaluate(engine, tokenizer, rows, [length], Settings(max_tokens=12))
+    evaluation, records = evaluate(engine, tokenizer, rows, [length], Sampling(max_tokens=12, temperature=0.0))
     results = {
         "same seeds": [c.token_ids for c in completions] == [c.token_ids for c in again],
         "other seeds": [c.token_ids for c in completions] == [c.token_ids for c in others],

@@ -136,8 +136,8 @@ def measure_sft(config: Any, sweep: str | None, options: Any) -> list[dict[str, 
 
 
 def chosen_layouts(config: Any, arch: Any, sweep: str | None) -> Iterator[Any]:
-    from megatron_posttrain.parallel.layout import Layout, check_layout, problems
-    from megatron_posttrain.planning.layouts import batch_problem, enumerate_layouts, parse_layout
+    from megatron_posttrain.parallel.layout import Layout, batch_problem, check_layout, problems
+    from megatron_posttrain.planning.layouts import enumerate_layouts, parse_layout
 
     world, training = int(os.environ.get("WORLD_SIZE", "1")), config.training
     if sweep == "all":

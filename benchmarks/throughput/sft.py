@@ -84,7 +84,7 @@ def measure(config: Config, arch: Architecture, layout: Layout, options: Options
     dist.barrier()
     local = {
         "host": socket.gethostname(),
-        "stage": groups.at.pipeline,
+        "stage": groups.pipeline.rank(),
         "steps": mine[options.warmup :],
         "matmul_tflops": matmul_tflops(DTYPES[config.precision.dtype]),
         "peak_memory_gib": platform().peak_memory_bytes() / 2**30,

@@ -139,7 +139,7 @@ def update(engine: Engine, samples: Samples, config: GrpoConfig, lr: float) -> d
     results = []
     for start in range(0, len(sequences), size):
         mini_batch = sequences[start : start + size]
-        shares = microbatches(mini_batch, budget, layout.micro_batch_multiple)[groups.at.data :: layout.data]
+        shares = microbatches(mini_batch, budget, layout.micro_batch_multiple)[groups.data.rank() :: layout.data]
         batches = [pack_batch(share, multiple=layout.sequence_multiple) for share in shares]
         counted = sum(sum(s.loss_mask) for s in mini_batch)
         denominator = {
@@ -193,26 +193,13 @@ def policy_loss(
 
 def check(config: GrpoConfig, prepared: Prepared) -> PromptDataset:
     """What only RL asks of a config; the prompts."""
-    rollout, training = config.rollout, config.training
-    samples = rollout.prompts_per_step * rollout.samples_per_prompt
-    if samples % training.global_batch_size:
-        raise UserError(
-            f"training.global_batch_size={training.global_batch_size} does not divide the samples of a step, "
-            f"rollout.prompts_per_step x samples_per_prompt = {samples}; for one update a step set it to {samples}"
-        )
+    rollout = config.rollout
     if rollout.offload and config.precision.dtype != "bf16":
         raise UserError(f"rollout.offload needs precision.dtype bf16, found {config.precision.dtype}")
     if rollout.quantization is not None and platform().name != "cuda":
         raise UserError(f"rollout.quantization: {rollout.quantization} runs on CUDA only; allowed here: null")
-    if prepared.layout.world_size % rollout.tensor:
-        raise UserError(f"rollout.tensor={rollout.tensor} does not divide the {prepared.layout.world_size} ranks")
     longest_prompt = config.data.sequence_length - rollout.max_tokens
-    if longest_prompt < 1:
-        raise UserError(
-            f"data.sequence_length={config.data.sequence_length} leaves no room for a prompt beside "
-            f"rollout.max_tokens={rollout.max_tokens}"
-        )
-    return PromptDataset(read_rows(config.data.train), prepared.tokenizer, longest_prompt, training.seed)
+    return PromptDataset(read_rows(config.data.train), prepared.tokenizer, longest_prompt, config.training.seed)
 
 
 def rollout_steps(config: GrpoConfig, prompts: PromptDataset) -> int:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_posttrain.config.schema import CONFIGS
+from megatron_posttrain.doctor.findings import Findings
 from megatron_posttrain.errors import UserError
 
 FILE_WIDTH = 150  # columns, where the output is no terminal
@@ -31,7 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_posttrain.doctor.findings import Findings
     from megatron_posttrain.doctor.machine import check_device, check_disk, check_ports, check_versions
     from megatron_posttrain.training.run import finish, quiet_libraries
 
@@ -61,26 +61,28 @@ def run(args: argparse.Namespace) -> int:
     return 2 if findings.failed else 0
 
 
-def _check_job(args: argparse.Namespace, findings: list) -> None:
-    from megatron_posttrain.doctor.findings import Findings
-    from megatron_posttrain.doctor.job import Cluster, JobCheck, disk_gib, read_config
+def _check_job(args: argparse.Namespace, findings: Findings) -> None:
+    from megatron_posttrain.doctor.job import Cluster, JobCheck, disk_gib, fewest_ranks, read_config
     from megatron_posttrain.doctor.machine import check_disk
 
-    assert isinstance(findings, Findings)
     cluster = Cluster.parse(args.assume) if args.assume else None
-    found = findings.attempt("config", lambda: read_config(args.job, args.config, args.overrides))
+    found = findings.attempt(
+        "config",
+        lambda: read_config(args.job, args.config, args.overrides),
+        lambda found: f"{args.config}: a config of `{found[0]}`",
+    )
     if found is None:
         return
     command, config = found
-    findings.add("ok", "config", f"{args.config}: a config of `{command}`")
-    ranks = args.ranks or (None if cluster else int(os.environ.get("WORLD_SIZE", "0")) or None)
+    known = cluster.gpus if cluster else int(os.environ.get("WORLD_SIZE", "0"))
+    ranks = args.ranks or known or fewest_ranks(config)
     job = JobCheck(findings, command, config, ranks, cluster, args.model)
     job.run()
     # The assumed machines have disks of their own.
     check_disk(findings, config.output_dir, None if cluster else disk_gib(config, job.arch))
 
 
-def _print(findings: list) -> None:
+def _print(findings: Findings) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table

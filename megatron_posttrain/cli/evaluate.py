@@ -16,24 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reward", default="math", metavar="NAME", help="what grades a response (default: math)")
     add("--reward-file", metavar="FILE", help="Python file that defines NAME with @reward (default: built in)")
     add("--max-tokens", type=_positive, default=256, metavar="N", help="of a response (default: 256)")
-    add(
-        "--temperature",
-        type=_temperature,
-        default=0.0,
-        metavar="T",
-        help="of sampling; 0: greedy (default: 0)",
-    )
+    add("--temperature", type=_temperature, default=0.0, metavar="T", help="of sampling; 0: greedy (default: 0)")
     add("--samples", type=_positive, default=1, metavar="N", help="responses a prompt (default: 1)")
     add("--limit", type=_positive, metavar="N", help="only the first N rows (default: all)")
     add("--seed", type=int, default=0, help="of sampling (default: 0)")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: as stored (default)")
-    add(
-        "--tensor",
-        type=_positive,
-        default=1,
-        metavar="N",
-        help="tensor parallel ranks of an engine (default: 1)",
-    )
+    add("--tensor", type=_positive, default=1, metavar="N", help="tensor parallel ranks of an engine (default: 1)")
     add("--output", default="runs/evaluation", metavar="DIR", help="default: runs/evaluation")
 
 
@@ -53,7 +41,7 @@ def _temperature(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     # First, before torch: it sets what vLLM and OpenMP read from the environment at their import.
-    from megatron_posttrain.rollout import RolloutEngine
+    from megatron_posttrain.rollout import RolloutEngine, Sampling
 
     # isort: split
     import torch.distributed as dist
@@ -62,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_posttrain.config.schema import RewardConfig
     from megatron_posttrain.data.rows import read_rows
     from megatron_posttrain.data.tokenize import encode_prompt, load_tokenizer
-    from megatron_posttrain.evaluation.evaluate import Settings, evaluate, save, table
+    from megatron_posttrain.evaluation.evaluate import evaluate, save, table
+    from megatron_posttrain.models.build import DTYPES
     from megatron_posttrain.parallel.groups import start_distributed
     from megatron_posttrain.rewards import load_rewards
 
@@ -84,15 +73,16 @@ def run(args: argparse.Namespace) -> int:
     start_distributed()
     if dist.get_world_size() % args.tensor:
         raise UserError(f"--tensor {args.tensor} does not divide the {dist.get_world_size()} processes")
+    stored = HfReader(args.model)
     engine = RolloutEngine(
         args.model,
-        dtype=_dtype(args.dtype, HfReader(args.model)),
+        dtype=DTYPES.get(args.dtype) or stored.dtype(next(iter(stored.names()))),
         max_model_len=max_model_len,
         tensor=args.tensor,
         gpu_memory_utilization=0.9,
     )
-    settings = Settings(args.max_tokens, args.temperature, args.samples, args.seed)
-    evaluation, records = evaluate(engine, tokenizer, rows, rewards, settings)
+    sampling = Sampling(args.samples, args.max_tokens, args.temperature)
+    evaluation, records = evaluate(engine, tokenizer, rows, rewards, sampling, args.seed)
     if dist.get_rank() == 0:
         facts: dict[str, Any] = {"model": str(args.model), "data": str(args.data), "graded_by": args.reward}
         save(evaluation, records, Path(args.output), facts)
@@ -101,10 +91,3 @@ def run(args: argparse.Namespace) -> int:
     engine.close()
     dist.destroy_process_group()
     return 0
-
-
-def _dtype(name: str, reader: Any) -> Any:
-    import torch
-
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    return named[name] if name in named else reader.dtype(next(iter(reader.names())))

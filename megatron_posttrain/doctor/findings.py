@@ -26,13 +26,18 @@ class Findings(list[Finding]):
     def add(self, status: Status, check: str, found: str, fix: str = "") -> None:
         self.append(Finding(status, check, found, fix))
 
-    def attempt(self, check: str, function: Callable[[], Value], fix: str = "") -> Value | None:
-        """`function()`, or None and a failed line with its message when it raises UserError."""
+    def attempt(
+        self, check: str, function: Callable[[], Value], ok: Callable[[Value], str] | None = None, fix: str = ""
+    ) -> Value | None:
+        """`function()` and a line that is `ok` of it, or None and a failed line when it raises UserError."""
         try:
-            return function()
+            value = function()
         except UserError as error:
             self.add("fail", check, str(error), fix)
             return None
+        if ok is not None:
+            self.add("ok", check, ok(value))
+        return value
 
     @property
     def failed(self) -> bool:

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_posttrain.checkpoint.hf import check_directory, read_json
 from megatron_posttrain.config.load import load_config
 from megatron_posttrain.config.schema import CONFIGS, Config, GrpoConfig
 from megatron_posttrain.data.dataset import SftDataset
 from megatron_posttrain.data.rows import read_rows
-from megatron_posttrain.data.tokenize import load_tokenizer
 from megatron_posttrain.doctor.findings import Findings, Status
 from megatron_posttrain.errors import UserError
-from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.parallel.layout import Layout, check_layout
 from megatron_posttrain.planning.gpus import Gpu, find_gpu
 from megatron_posttrain.planning.known_models import load_architecture
-from megatron_posttrain.planning.layouts import batch_problem
 from megatron_posttrain.planning.planner import plan, plan_layout
 from megatron_posttrain.planning.rollout import weight_elements
 from megatron_posttrain.planning.workload import Workload
-from megatron_posttrain.training.prepare import Prepared, model_directory, prepare
+from megatron_posttrain.training.prepare import (
+    Prepared,
+    batch_problems,
+    model_directory,
+    prepare,
+    read_architecture,
+    read_tokenizer,
+)
 
 FP8_PRECISIONS = {"mxfp8": "mxfp8", None: "bf16"}  # config's recipe -> the planner's precision; all others: fp8
 
@@ -61,28 +64,24 @@ def read_config(command: str | None, file: str, overrides: Sequence[str]) -> tup
     raise UserError(f"{text} (as a config of `{name}`; --command says which one it is for)")
 
 
+@dataclass
 class JobCheck:
     """Checks one config for `ranks` ranks; what is on another machine only is marked, not failed, with `cluster`."""
 
-    def __init__(
-        self,
-        findings: Findings,
-        command: str,
-        config: Config,
-        ranks: int | None,
-        cluster: Cluster | None,
-        model: str | None,
-    ) -> None:
-        self.findings, self.command, self.config, self.cluster, self.model = findings, command, config, cluster, model
-        self.ranks = ranks or (cluster.gpus if cluster else fewest_ranks(config))
-        self.arch: Architecture | None = None
-        self.tokenizer: Any = None
+    findings: Findings
+    command: str
+    config: Config
+    ranks: int
+    cluster: Cluster | None
+    model: str | None  # whose shapes to assume where the config's model is not here
+    arch: Architecture | None = None
+    tokenizer: Any = None
 
     def run(self) -> None:
         directory = self._model()
         layout = self._layout()
-        if directory is not None or self.config.model.tokenizer:
-            self._tokenizer(str(self.config.model.tokenizer or directory))
+        if place := self.config.model.tokenizer or directory:
+            self._tokenizer(place)
         self._data(layout)
         if self.cluster is not None and layout is not None:
             self._memory(layout, self.cluster)
@@ -91,8 +90,9 @@ class JobCheck:
 
     def _everything_else(self) -> None:
         """Whatever training would still refuse on this machine."""
-        if self.findings.attempt("start of training", lambda: prepare(self.config, self.ranks)) is not None:
-            self.findings.add("ok", "start of training", "nothing refused")
+        self.findings.attempt(
+            "start of training", lambda: prepare(self.config, self.ranks), lambda _: "nothing refused"
+        )
 
     # ---- the model ---------------------------------------------------------------------------------------
 
@@ -103,16 +103,12 @@ class JobCheck:
         except UserError as error:
             self._absent_model(error)
             return None
-        if self.config.model.random_init:
-            self.arch = self.findings.attempt(
-                "model", lambda: registry.architecture_from_hf(read_json(directory / "config.json"))
-            )
-        else:
-            found = self.findings.attempt("model", lambda: check_directory(directory))
-            self.arch = found[1] if found is not None else None
-        if self.arch is not None:
-            what = "config only (random_init)" if self.config.model.random_init else "every tensor there and in shape"
-            self.findings.add("ok", "model", f"{directory}: {_size(self.arch)}, {what}")
+        what = "config only (random_init)" if self.config.model.random_init else "every tensor there and in shape"
+        self.arch = self.findings.attempt(
+            "model",
+            lambda: read_architecture(self.config, directory),
+            lambda arch: f"{directory}: {_size(arch)}, {what}",
+        )
         return directory
 
     def _absent_model(self, error: UserError) -> None:
@@ -130,57 +126,32 @@ class JobCheck:
             fix = "" if self.arch is not None else "name its shapes: --model NAME_OR_CONFIG"
             self.findings.add("not checked here", "model", shown, fix)
 
-    def _tokenizer(self, place: str) -> None:
-        self.tokenizer = self.findings.attempt("tokenizer", lambda: load_tokenizer(place))
-        if self.tokenizer is None:
-            return
-        size = len(self.tokenizer)
-        if self.arch is not None and size > self.arch.vocab_size:
-            self.findings.add("fail", "tokenizer", f"{size} tokens, the model's vocabulary has {self.arch.vocab_size}",
-                              "use the tokenizer that the model was trained with")  # fmt: skip
-        else:
-            self.findings.add("ok", "tokenizer", f"{size} tokens, chat template found")
+    def _tokenizer(self, place: Path | str) -> None:
+        self.tokenizer = self.findings.attempt(
+            "tokenizer",
+            lambda: read_tokenizer(place, self.arch),
+            lambda tokenizer: f"{len(tokenizer)} tokens, chat template found",
+            "use the tokenizer that the model was trained with",
+        )
 
     # ---- layout and batch ----------------------------------------------------------------------------------
 
     def _layout(self) -> Layout | None:
-        config = self.config
-        layout = Layout.from_config(config.parallel, self.ranks)
-
-        def check() -> bool:
-            check_layout(layout, self.arch)
-            return True
-
-        if self.findings.attempt("layout", check) is None:
-            return None
+        config, findings = self.config, self.findings
+        wanted = Layout.from_config(config.parallel, self.ranks)
         limits = "" if self.arch is not None else " (for the ranks; the model's shapes are not known)"
-        self.findings.add("ok", "layout", f"{layout} on {self.ranks} ranks{limits}")
-        reasons = list(self._batch_problems(layout))
+        layout = findings.attempt(
+            "layout", lambda: check_layout(wanted, self.arch), lambda found: f"{found} on {self.ranks} ranks{limits}"
+        )
+        if layout is None:
+            return None
+        reasons = list(batch_problems(config, layout))
         for reason in reasons:
-            self.findings.add("fail", "batch", reason, "change training.* or rollout.* to a multiple")
+            findings.add("fail", "batch", reason, "change training.* or rollout.* to a multiple")
         if not reasons:
-            training = config.training
-            shown = f"{training.global_batch_size} rows or samples an optimizer step on {layout.data} replicas"
-            self.findings.add("ok", "batch", shown)
+            shown = f"{config.training.global_batch_size} rows or samples an optimizer step on {layout.data} replicas"
+            findings.add("ok", "batch", shown)
         return layout
-
-    def _batch_problems(self, layout: Layout) -> Iterator[str]:
-        training = self.config.training
-        problem = batch_problem(layout, training.global_batch_size, training.micro_batch_size)
-        if problem is not None:
-            yield problem
-        if not isinstance(self.config, GrpoConfig):
-            return
-        rollout = self.config.rollout
-        samples = rollout.prompts_per_step * rollout.samples_per_prompt
-        if samples % training.global_batch_size:
-            batch = training.global_batch_size
-            yield f"{samples} samples of a step are not a multiple of training.global_batch_size={batch}"
-        if layout.world_size % rollout.tensor:
-            yield f"rollout.tensor={rollout.tensor} does not divide {layout.world_size} ranks"
-        if rollout.max_tokens >= self.config.data.sequence_length:
-            length = self.config.data.sequence_length
-            yield f"rollout.max_tokens={rollout.max_tokens} leaves no prompt of data.sequence_length={length}"
 
     # ---- data ----------------------------------------------------------------------------------------------
 
@@ -219,11 +190,10 @@ class JobCheck:
         from megatron_posttrain.rewards.registry import load_rewards
 
         prepared = Prepared(self.arch, layout, self.tokenizer, Path(config.model.path))
-        prompts = self.findings.attempt("data", lambda: check(config, prepared))
-        if prompts is not None:
-            self.findings.add("ok", "data", prompts.message)
-        if self.findings.attempt("rewards", lambda: load_rewards(config.rewards)) is not None:
-            self.findings.add("ok", "rewards", ", ".join(reward.name for reward in config.rewards))
+        self.findings.attempt("data", lambda: check(config, prepared), lambda prompts: prompts.message)
+        self.findings.attempt(
+            "rewards", lambda: load_rewards(config.rewards), lambda found: ", ".join(reward.name for reward in found)
+        )
 
     # ---- memory --------------------------------------------------------------------------------------------
 
@@ -260,23 +230,20 @@ class JobCheck:
 
 def workload(config: Config) -> Workload:
     """The planner's view of a config."""
-    samples = config.training.global_batch_size
-    tensor, offload = None, False
-    if isinstance(config, GrpoConfig):
-        offload = config.rollout.offload
-        samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-        tensor = config.rollout.tensor
-    return Workload(
-        "grpo" if isinstance(config, GrpoConfig) else "lora" if config.lora else "sft",
+    work = Workload(
+        "lora" if config.lora else "sft",
         config.data.sequence_length,
-        samples,
+        config.training.global_batch_size,
         FP8_PRECISIONS.get(config.precision.fp8, "fp8"),
         config.training.micro_batch_size,
         config.model.recompute,
         lora_rank=config.lora.rank if config.lora else 16,
-        rollout_tensor=tensor,
-        offload=offload,
     )
+    if not isinstance(config, GrpoConfig):
+        return work
+    rollout = config.rollout
+    samples = rollout.prompts_per_step * rollout.samples_per_prompt
+    return replace(work, task="grpo", global_batch=samples, rollout_tensor=rollout.tensor, offload=rollout.offload)
 
 
 def fewest_ranks(config: Config) -> int:

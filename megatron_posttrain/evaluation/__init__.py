@@ -1,5 +1,5 @@
 """How good a model is on held-out problems."""
 
-from megatron_posttrain.evaluation.evaluate import Evaluation, Settings, evaluate, wilson_interval
+from megatron_posttrain.evaluation.evaluate import Evaluation, evaluate, wilson_interval
 
-__all__ = ["Evaluation", "Settings", "evaluate", "wilson_interval"]
+__all__ = ["Evaluation", "evaluate", "wilson_interval"]

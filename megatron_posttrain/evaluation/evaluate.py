@@ -6,8 +6,9 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch.distributed as dist
@@ -19,14 +20,6 @@ from megatron_posttrain.rollout import RolloutEngine, Sampling
 from megatron_posttrain.rollout.text import response_text, stop_token_ids
 
 CORRECT = 0.5  # a response whose reward is above it counts as correct
-
-
-@dataclass(frozen=True)
-class Settings:
-    max_tokens: int = 256
-    temperature: float = 0.0  # 0: greedy
-    samples: int = 1  # responses a prompt
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,9 +50,17 @@ def wilson_interval(fraction: float, n: int, z: float = 1.959964) -> tuple[float
 
 
 def evaluate(
-    engine: RolloutEngine, tokenizer: Any, rows: Sequence[Row], rewards: Sequence[Reward], settings: Settings
+    engine: RolloutEngine,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    rewards: Sequence[Reward],
+    sampling: Sampling,
+    seed: int = 0,
 ) -> tuple[Evaluation, list[dict[str, Any]]]:
-    """Collective over all ranks; rows and settings are the same on all of them.
+    """Collective over all ranks; all arguments but the engine are the same on all of them.
+
+    Args:
+        sampling: its stop tokens are the tokenizer's, whatever it has.
 
     Returns:
         the summary, and a record per response in the order of the rows (index, sample, messages, answer,
@@ -71,14 +72,9 @@ def evaluate(
     """
     mine = range(engine.replica, len(rows), engine.replicas)
     prompts = [encode_prompt(tokenizer, rows[i].messages, rows[i].source) for i in mine]
-    n = settings.samples
-    sampling = Sampling(
-        n=n,
-        max_tokens=settings.max_tokens,
-        temperature=settings.temperature,
-        stop_token_ids=stop_token_ids(tokenizer),
-    )
-    seeds = [settings.seed + i * n + j for i in mine for j in range(n)]  # whatever the number of replicas
+    n = sampling.n
+    sampling = replace(sampling, stop_token_ids=stop_token_ids(tokenizer))
+    seeds = [seed + i * n + j for i in mine for j in range(n)]  # whatever the number of replicas
     start = time.perf_counter()
     completions = engine.generate(prompts, sampling, seeds)
     seconds = time.perf_counter() - start
@@ -105,7 +101,7 @@ def evaluate(
         for (i, j), sample, completion, graded, total in zip(origin, samples, completions, by_name, totals, strict=True)
     ]
     records, seconds = _gather(engine, records, seconds)
-    return _summary(records, settings, len(rows), seconds), records
+    return _summary(records, sampling, len(rows), seconds), records
 
 
 def _gather(engine: RolloutEngine, records: list[dict[str, Any]], seconds: float) -> tuple[list[dict[str, Any]], float]:
@@ -117,11 +113,8 @@ def _gather(engine: RolloutEngine, records: list[dict[str, Any]], seconds: float
     return merged, max(s for _, s in replicas)
 
 
-def _summary(records: list[dict[str, Any]], settings: Settings, prompts: int, seconds: float) -> Evaluation:
-    def mean(values: Sequence[float]) -> float:
-        return math.fsum(values) / max(len(values), 1)
-
-    accuracy = mean([r["reward"] > CORRECT for r in records])
+def _summary(records: list[dict[str, Any]], sampling: Sampling, prompts: int, seconds: float) -> Evaluation:
+    accuracy = fmean(r["reward"] > CORRECT for r in records)
     # Responses to one prompt are not independent, so the prompts are the trials.
     low, high = wilson_interval(accuracy, prompts)
     tokens = sum(r["tokens"] for r in records)
@@ -129,13 +122,13 @@ def _summary(records: list[dict[str, Any]], settings: Settings, prompts: int, se
         accuracy=accuracy,
         accuracy_low=low,
         accuracy_high=high,
-        reward=mean([r["reward"] for r in records]),
+        reward=fmean(r["reward"] for r in records),
         prompts=prompts,
-        samples=settings.samples,
-        response_length=mean([r["tokens"] for r in records]),
-        truncated_fraction=mean([r["finish_reason"] == "length" for r in records]),
-        temperature=settings.temperature,
-        max_tokens=settings.max_tokens,
+        samples=sampling.n,
+        response_length=fmean(r["tokens"] for r in records),
+        truncated_fraction=fmean(r["finish_reason"] == "length" for r in records),
+        temperature=sampling.temperature,
+        max_tokens=sampling.max_tokens,
         seconds=seconds,
         tokens_per_second=tokens / seconds if seconds else 0.0,
     )

@@ -32,34 +32,20 @@ def start_distributed() -> None:
 
 
 @dataclass(frozen=True)
-class Coordinates:
-    """Where this rank stands in the layout."""
-
-    tensor: int
-    pipeline: int
-    context: int
-    data: int
-    expert: int
-    expert_tensor: int
-
-
-@dataclass(frozen=True)
 class Groups:
     """The process groups of this rank; a group of one rank is a group all the same."""
 
     layout: Layout
-    at: Coordinates
     tensor: ProcessGroup
     pipeline: ProcessGroup
     context: ProcessGroup
     data: ProcessGroup  # without context
-    data_context: ProcessGroup
     expert: ProcessGroup
     expert_tensor: ProcessGroup
 
     @property
     def last_stage(self) -> bool:
-        return self.at.pipeline == self.layout.pipeline - 1
+        return self.pipeline.rank() == self.layout.pipeline - 1
 
 
 def make_groups(layout: Layout, seed: int) -> Groups:
@@ -78,22 +64,12 @@ def make_groups(layout: Layout, seed: int) -> Groups:
         )
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed)
-    at = Coordinates(
-        tensor=ps.get_tensor_model_parallel_rank(),
-        pipeline=ps.get_pipeline_model_parallel_rank(),
-        context=ps.get_context_parallel_rank(),
-        data=ps.get_data_parallel_rank(),
-        expert=ps.get_expert_model_parallel_rank(),
-        expert_tensor=ps.get_expert_tensor_parallel_rank(),
-    )
     return Groups(
         layout=layout,
-        at=at,
         tensor=ps.get_tensor_model_parallel_group(),
         pipeline=ps.get_pipeline_model_parallel_group(),
         context=ps.get_context_parallel_group(),
         data=ps.get_data_parallel_group(),
-        data_context=ps.get_data_parallel_group(with_context_parallel=True),
         expert=ps.get_expert_model_parallel_group(),
         expert_tensor=ps.get_expert_tensor_parallel_group(),
     )

@@ -129,11 +129,26 @@ def _model_problems(layout: Layout, arch: Architecture) -> Iterator[str]:
         yield "experts with tensor > 1 need sequence parallelism (parallel.sequence=true)"
 
 
-def check_layout(layout: Layout, arch: Architecture | None) -> None:
-    """Raises UserError with every reason and the nearest layouts that work."""
+def batch_problem(layout: Layout, global_batch: int, micro_batch: int) -> str | None:
+    """Why the batch cannot be cut into micro-batches of the layout's replicas; None where it can."""
+    rows = micro_batch * layout.data
+    count, rest = divmod(global_batch, rows)
+    if rest:
+        sizes = " or ".join(str(n * rows) for n in (count, count + 1) if n)
+        return (
+            f"a global batch of {global_batch} is not a multiple of micro batch size x data parallel ranks = "
+            f"{micro_batch} x {layout.data}; nearest: {sizes}"
+        )
+    if layout.virtual_pipeline and count % layout.pipeline:
+        return f"an interleaved pipeline needs a multiple of pipeline={layout.pipeline} micro-batches, found {count}"
+    return None
+
+
+def check_layout(layout: Layout, arch: Architecture | None) -> Layout:
+    """`layout` itself. Raises UserError with every reason against it and the nearest layouts that work."""
     found = list(problems(layout, arch))
     if not found:
-        return
+        return layout
     works = nearest_layouts(layout, arch)
     advice = "; ".join(str(other) for other in works) or "none with this number of ranks"
     raise UserError(f"parallel: {'; '.join(found)}. Nearest layouts that work on {layout.world_size} ranks: {advice}")

@@ -65,10 +65,3 @@ def training_flops(
 def flops_per_token(arch: Architecture, sequence_length: int, lora_rank: int | None = None) -> float:
     """Training FLOPs of one token of sequences of `sequence_length`."""
     return training_flops(arch, [sequence_length], lora_rank=lora_rank) / sequence_length
-
-
-def tflops_per_gpu(
-    arch: Architecture, lengths: Sequence[int], seconds: float, gpus: int, lora_rank: int | None = None
-) -> float:
-    """Model TFLOP/s/GPU of a step that trained on packed sequences of `lengths` tokens in `seconds`."""
-    return training_flops(arch, lengths, lora_rank=lora_rank) / seconds / gpus / 1e12

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from megatron_posttrain.errors import UserError, nearest
-from megatron_posttrain.models.architecture import Architecture, HfConfig, MixtureOfExperts, MultiLatentAttention, Rope
+from megatron_posttrain.models.architecture import Architecture, MixtureOfExperts, MultiLatentAttention, Rope
 
 
 def _qwen3(layers: int, hidden: int, heads: int, ffn: int, tied: bool, groups: int = 8) -> Architecture:
@@ -85,19 +84,15 @@ def load_architecture(model: str) -> tuple[str, Architecture]:
 
     Raises UserError for an unknown name, with the nearest known one, and for a config that cannot be read.
     """
-    by_key = {_canonical(name): name for name in KNOWN_MODELS}
     path = Path(model)
-    config_path = path / "config.json" if path.is_dir() else path
-    if config_path.is_file():
-        try:
-            config: HfConfig = json.loads(config_path.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{config_path}:{error.lineno}: not JSON ({error.msg})") from error
+    if path.exists():
+        from megatron_posttrain.checkpoint.hf_files import read_json
         from megatron_posttrain.models.registry import architecture_from_hf
 
-        return str(path), architecture_from_hf(config)
-    if path.is_dir():
-        raise UserError(f"--model {model}: a directory without config.json")
+        if path.is_dir() and not (path / "config.json").exists():
+            raise UserError(f"--model {model}: a directory without config.json")
+        return str(path), architecture_from_hf(read_json(path / "config.json" if path.is_dir() else path))
+    by_key = {_canonical(name): name for name in KNOWN_MODELS}
     known = by_key.get(_canonical(model))
     if known is None:
         close = nearest(_canonical(model), by_key)

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.parallel.layout import Layout, problems, stage_layers
+from megatron_posttrain.parallel.layout import Layout, batch_problem, problems, stage_layers
 from megatron_posttrain.planning.layers import window_of
 
 LAYOUT_KEYS = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
@@ -52,16 +52,6 @@ def hard_problem(layout: Layout, arch: Architecture) -> str | None:
     """Why the layout means nothing for the model. Cut key-value heads, which training refuses, still have a
     memory and a time."""
     return next(problems(layout, replace(arch, num_query_groups=arch.num_heads)), None)
-
-
-def batch_problem(layout: Layout, global_batch: int, micro_batch: int) -> str | None:
-    """Why the batch cannot be cut into micro batches of the layout's replicas."""
-    rows = micro_batch * layout.data
-    if global_batch % rows:
-        return f"global batch {global_batch} is not a multiple of micro batch {micro_batch} x {layout.data} replicas"
-    if layout.virtual_pipeline and global_batch // rows % layout.pipeline:
-        return f"{global_batch // rows} microbatches are not a multiple of pipeline={layout.pipeline}"
-    return None
 
 
 def depth_of(layout: Layout) -> Layout:

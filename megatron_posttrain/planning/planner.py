@@ -7,13 +7,12 @@ from dataclasses import dataclass, field, replace
 
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.parallel.layout import Layout, problems, stage_layers
+from megatron_posttrain.parallel.layout import Layout, batch_problem, problems, stage_layers
 from megatron_posttrain.planning.activations import Shapes, logits_bytes, stage_activations
 from megatron_posttrain.planning.flops import flops_per_token, lora_weights
 from megatron_posttrain.planning.gpus import Gpu
 from megatron_posttrain.planning.layouts import (
     MICRO_BATCHES,
-    batch_problem,
     enumerate_layouts,
     expert_data,
     hard_problem,

@@ -20,7 +20,7 @@ def rank_micro_batches(rows: Sequence[Row], groups: Groups, micro_batch_size: in
     Micro-batch number m of the global batch holds the same rows whatever the layout, so that a balancing
     loss over a micro-batch is the same too.
     """
-    layout, rank = groups.layout, groups.at.data
+    layout, rank = groups.layout, groups.data.rank()
     merged = [
         [sequence for row in rows[i : i + micro_batch_size] for sequence in row]
         for i in range(0, len(rows), micro_batch_size)

@@ -189,10 +189,10 @@ class Engine:
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Metrics]]]:
         from megatron.core.packed_seq_params import PackedSeqParams
 
-        layout, at = self.groups.layout, self.groups.at
+        context = self.groups.context
         batch = next(batches)
         device = platform().device
-        mine = local_index(batch.cu_seqlens, at.context, layout.context)
+        mine = local_index(batch.cu_seqlens, context.rank(), context.size())
         tokens, positions, labels = (x[mine].to(device) for x in (batch.tokens, batch.position_ids, batch.labels))
         cu_seqlens = batch.cu_seqlens.to(device)
         packed = PackedSeqParams(
@@ -220,7 +220,7 @@ class Engine:
         first = getattr(model, "module", model).pre_process
         if layout.sequence_parallel and not first:
             # The first stage's model splits the mask over tensor ranks itself, later stages expect it split.
-            mask = mask.chunk(layout.tensor)[self.groups.at.tensor]
+            mask = mask.chunk(layout.tensor)[self.groups.tensor.rank()]
         return mask[None]
 
     def _loss(

@@ -106,7 +106,6 @@ class Heartbeat:
             self._armed = now
 
     def _write(self) -> None:
-        """The file is whole at all times."""
         with self._lock:
             self._written = time.monotonic()
             facts = {
@@ -119,9 +118,7 @@ class Heartbeat:
                 "time": time.time() - (self._written - self._since),
                 "thread": f"0x{threading.main_thread().ident:016x}",
             }
-            part = self.directory / f".rank_{self.rank}"
-            part.write_text(json.dumps(facts) + "\n")
-            part.replace(self.directory / f"rank_{self.rank}.json")
+            _write_whole(self.directory / f"rank_{self.rank}.json", json.dumps(facts))
 
     # ---- watching --------------------------------------------------------------------------------------------
 
@@ -151,16 +148,14 @@ class Heartbeat:
         spent = time.monotonic() - self._since
         self._dump()
         deadline = time.monotonic() + 2 * self._poll + 2
-        while time.monotonic() < deadline and not all(self._has_stack(rank) for rank in range(self.ranks)):
+        while time.monotonic() < deadline and not all(stack_of(self.directory, r) for r in range(self.ranks)):
             time.sleep(0.2)
         usual = f"{max(self._durations):.1f} s at most" if self._durations else "not known yet"
         text = (
             f"HANG: rank {self.rank} has been in step {self.current_step}, {self._place}, for {spent:.0f} s "
             f"(steps took {usual}; allowed {self.limit:.0f} s)\n{diagnosis(self.directory, self.ranks)}"
         )
-        part = self.directory / ".hang.txt"
-        part.write_text(text + "\n")
-        part.replace(self.directory / "hang.txt")
+        _write_whole(self.directory / "hang.txt", text)
         self._end(text)
 
     def _follow(self) -> None:
@@ -177,9 +172,12 @@ class Heartbeat:
         print(text, file=sys.stderr, flush=True)
         os._exit(1)  # the main thread hangs, and would wait for ever in an orderly end
 
-    def _has_stack(self, rank: int) -> bool:
-        file = self.directory / f"rank_{rank}.stack"
-        return file.exists() and file.stat().st_size > 0
+
+def _write_whole(file: Path, text: str) -> None:
+    """So that who reads the file finds all of it at any time."""
+    part = file.with_name(f".{file.name}")
+    part.write_text(text + "\n")
+    part.replace(file)
 
 
 def diagnosis(directory: Path, ranks: int, *, stacks: bool = True) -> str:
@@ -190,15 +188,11 @@ def diagnosis(directory: Path, ranks: int, *, stacks: bool = True) -> str:
     groups: dict[tuple[Any, ...], list[int]] = {}
     for rank in range(ranks):
         beat, frames = read_beat(directory, rank), stack_of(directory, rank)
-        if beat is None:
-            key: tuple[Any, ...] = (1, 0, "no heartbeat in this directory", ())
-        else:
-            where = f"step {beat['step']}, {beat['phase']}"
-            if frames or not stacks:
-                key = (1, beat["changes"], where, frames)
-            else:
-                key = (0, beat["changes"], f"{where}; it does not run (frozen, killed, or its machine is lost)", ())
-        groups.setdefault(key, []).append(rank)
+        where = f"step {beat['step']}, {beat['phase']}" if beat else "no heartbeat in this directory"
+        runs = not beat or not stacks or bool(frames)
+        if not runs:
+            where += "; it does not run (frozen, killed, or its machine is lost)"
+        groups.setdefault((runs, beat["changes"] if beat else 0, where, frames), []).append(rank)
     ordered = sorted(groups.items(), key=lambda item: (item[0][:2], len(item[1])))
     lines = []
     for (_, _, where, frames), members in ordered[:GROUPS]:

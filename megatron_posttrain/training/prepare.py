@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_posttrain.checkpoint.hf import check_directory, read_json
-from megatron_posttrain.config.schema import Config
+from megatron_posttrain.config.schema import Config, GrpoConfig
 from megatron_posttrain.data.tokenize import load_tokenizer
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.parallel.layout import Layout, check_layout
+from megatron_posttrain.parallel.layout import Layout, batch_problem, check_layout
 from megatron_posttrain.platform import platform
 
 
@@ -28,25 +29,33 @@ class Prepared:
 
 
 def prepare(config: Config, world_size: int | None = None) -> Prepared:
-    """Raises UserError for whatever is wrong with the model, tokenizer, layout or precision."""
+    """Raises UserError for whatever is wrong with the model, layout, batch, precision or tokenizer."""
     if world_size is None:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
     path = model_directory(config.model.path)
-    if config.model.random_init:
-        arch = registry.architecture_from_hf(read_json(path / "config.json"))
-    else:
-        arch = check_directory(path)[1]
-    layout = Layout.from_config(config.parallel, world_size)
-    check_layout(layout, arch)
-    _check_batch(config, layout)
+    arch = read_architecture(config, path)
+    layout = check_layout(Layout.from_config(config.parallel, world_size), arch)
+    if wrong := list(batch_problems(config, layout)):
+        raise UserError("; ".join(wrong))
     _check_implementation(config)
-    tokenizer = load_tokenizer(str(config.model.tokenizer or path))
-    if len(tokenizer) > arch.vocab_size:
+    return Prepared(arch, layout, read_tokenizer(config.model.tokenizer or path, arch), path)
+
+
+def read_architecture(config: Config, directory: Path) -> Architecture:
+    """Of a directory whose tensors, where they are to be read, are all there and in shape. Raises UserError."""
+    if config.model.random_init:
+        return registry.architecture_from_hf(read_json(directory / "config.json"))
+    return check_directory(directory)[1]
+
+
+def read_tokenizer(place: Path | str, arch: Architecture | None) -> Any:
+    """Raises UserError where it cannot be read, has no chat template, or more tokens than the model's vocabulary."""
+    tokenizer = load_tokenizer(str(place))
+    if arch is not None and len(tokenizer) > arch.vocab_size:
         raise UserError(
-            f"{config.model.tokenizer or path}: the tokenizer has {len(tokenizer)} tokens, "
-            f"the model's vocabulary only {arch.vocab_size}"
+            f"{place}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {arch.vocab_size}"
         )
-    return Prepared(arch, layout, tokenizer, path)
+    return tokenizer
 
 
 def model_directory(path: str) -> Path:
@@ -67,21 +76,26 @@ def model_directory(path: str) -> Path:
     raise UserError(f"model.path: no directory '{path}'")
 
 
-def _check_batch(config: Config, layout: Layout) -> None:
+def batch_problems(config: Config, layout: Layout) -> Iterator[str]:
+    """Why the batch sizes do not suit the layout or, in RL, each other; one reason each."""
     training = config.training
-    rows = layout.data * training.micro_batch_size
-    if training.global_batch_size % rows:
-        lower = training.global_batch_size // rows * rows
-        nearest = [n for n in (lower, lower + rows) if n]
-        raise UserError(
-            f"training.global_batch_size={training.global_batch_size} is not divisible by data parallel ranks x "
-            f"micro_batch_size = {layout.data} x {training.micro_batch_size}; nearest: {' or '.join(map(str, nearest))}"
+    problem = batch_problem(layout, training.global_batch_size, training.micro_batch_size)
+    if problem is not None:
+        yield f"training: {problem}"
+    if not isinstance(config, GrpoConfig):
+        return
+    rollout, length = config.rollout, config.data.sequence_length
+    samples = rollout.prompts_per_step * rollout.samples_per_prompt
+    if samples % training.global_batch_size:
+        yield (
+            f"training.global_batch_size={training.global_batch_size} does not divide the samples of a step, "
+            f"rollout.prompts_per_step x samples_per_prompt = {samples}; for one update a step set it to {samples}"
         )
-    count = training.global_batch_size // rows
-    if layout.virtual_pipeline and count % layout.pipeline:
-        raise UserError(
-            f"an interleaved pipeline needs a multiple of pipeline={layout.pipeline} micro-batches a rank, "
-            f"found {count} (training.global_batch_size={training.global_batch_size} over {rows} rows at a time)"
+    if layout.world_size % rollout.tensor:
+        yield f"rollout.tensor={rollout.tensor} does not divide the {layout.world_size} ranks"
+    if rollout.max_tokens >= length:
+        yield (
+            f"data.sequence_length={length} leaves no room for a prompt beside rollout.max_tokens={rollout.max_tokens}"
         )
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import signal
 import time
+from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -91,7 +92,7 @@ class Run:
         if "tokens_per_second" in metrics:
             shown.append(f"{metrics['tokens_per_second']:,.0f} tok/s")
         shown.append(f"{metrics['step_seconds']:.2f} s")
-        return f"step {step}/{self.total_steps}  " + "  ".join(shown) + f"  left {_duration(left)}"
+        return f"step {step}/{self.total_steps}  " + "  ".join(shown) + f"  left {timedelta(seconds=round(left))}"
 
     def say(self, text: str) -> None:
         if self.is_main:
@@ -131,12 +132,6 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore")
     for name in ("megatron", "transformers", "torch.distributed", "torch._library", "vllm"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def finish() -> None:

@@ -24,7 +24,7 @@ def sequence_logprobs(
     groups, layout = engine.groups, engine.groups.layout
     numbered = [replace(sequence, index=index) for index, sequence in enumerate(sequences)]
     shares = microbatches(numbered, token_budget, layout.micro_batch_multiple)
-    mine = shares[groups.at.data :: layout.data]
+    mine = shares[groups.data.rank() :: layout.data]
     batches = [pack_batch(share, multiple=layout.sequence_multiple) for share in mine]
     found: dict[int, Tensor] = {}
     for batch, output in zip(batches, engine.logprobs(batches), strict=True):
