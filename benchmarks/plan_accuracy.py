@@ -26,7 +26,7 @@ from megatron_posttrain.planning import step_time as st
 from megatron_posttrain.planning.flops import flops_per_token
 from megatron_posttrain.planning.gpus import EFFICIENCIES, GPUS, SUSTAINED, Efficiency, Gpu, scaled
 from megatron_posttrain.planning.known_models import KNOWN_MODELS
-from megatron_posttrain.planning.layouts import make_layout, sizes_of
+from megatron_posttrain.planning.layouts import make_layout
 from megatron_posttrain.planning.parameters import trained_elements
 from megatron_posttrain.planning.workload import Workload
 
@@ -58,7 +58,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        names = zip(("TP", "PP", "VP", "CP", "EP", "ETP"), sizes_of(self.layout).values(), strict=True)
+        names = zip(("TP", "PP", "VP", "CP", "EP", "ETP"), self.layout.sizes.values(), strict=True)
         sizes = " ".join([f"{self.layout.world_size:4} GPUs", *(f"{name}{n}" for name, n in names if n > 1)])
         return f"{self.model:16} {self.gpu.name:6} {self.job.precision:6} {sizes:36} mbs{self.job.micro_batch}"
 

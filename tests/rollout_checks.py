@@ -21,6 +21,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from megatron_posttrain.data.dataset import PromptDataset
 from megatron_posttrain.data.rows import Row
 from megatron_posttrain.evaluation import evaluate
 from megatron_posttrain.parallel.groups import start_distributed
@@ -180,8 +181,9 @@ def check_sampling(directory: Path, rank: int) -> dict[str, Any]:
     stop = completions[0].token_ids[3]
     stopped = engine.generate(said[:1], dataclasses.replace(sampling, n=1, stop_token_ids=(stop,)), [0])[0]
     rows = [Row([{"role": "user", "content": f"{i} + {i}"}], str(2 * i), source=f"x:{i}") for i in range(5)]
+    questions = PromptDataset(rows, tokenizer, 100).prompts
     length = Reward("length", 1.0, lambda sample: float(len(sample.response) % 2))
-    evaluation, records = evaluate(engine, tokenizer, rows, [length], Sampling(max_tokens=12, temperature=0.0))
+    evaluation, records = evaluate(engine, tokenizer, questions, [length], Sampling(max_tokens=12, temperature=0.0))
     results = {
         "same seeds": [c.token_ids for c in completions] == [c.token_ids for c in again],
         "other seeds": [c.token_ids for c in completions] == [c.token_ids for c in others],

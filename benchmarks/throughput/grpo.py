@@ -19,7 +19,6 @@ from benchmarks.throughput.sft import Options, rates, stragglers
 from megatron_posttrain.config.schema import GrpoConfig
 from megatron_posttrain.models.build import DTYPES
 from megatron_posttrain.planning.flops import flops_per_token
-from megatron_posttrain.planning.layouts import sizes_of
 from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.describe import matmul_tflops
 from megatron_posttrain.platform.scope import replaced
@@ -109,7 +108,7 @@ def _result(
     probes, stages = [rank["matmul_tflops"] for rank in ranks], [rank["stage"] for rank in ranks]
     return {
         "command": "grpo",
-        "layout": sizes_of(prepared.layout),
+        "layout": prepared.layout.sizes,
         "world_size": world,
         "micro_batch_size": config.training.micro_batch_size,
         "global_batch_size": config.training.global_batch_size,

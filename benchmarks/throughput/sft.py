@@ -27,7 +27,6 @@ from megatron_posttrain.parallel.groups import make_groups
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.flops import training_flops
 from megatron_posttrain.planning.gpus import GPUS
-from megatron_posttrain.planning.layouts import sizes_of
 from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.describe import describe_device, matmul_tflops
 from megatron_posttrain.training.batches import rank_micro_batches
@@ -147,7 +146,7 @@ def _result(
     profiles = [rank["profile"] for rank in ranks]
     return {
         "command": "sft",
-        "layout": sizes_of(layout),
+        "layout": layout.sizes,
         "world_size": layout.world_size,
         "micro_batch_size": config.training.micro_batch_size,
         "global_batch_size": config.training.global_batch_size,

@@ -7,6 +7,7 @@ SPMD: every rank holds its shard of the trainer and a rank of a vLLM engine; the
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -46,7 +47,7 @@ CANARY_PROMPTS = 4
 def grpo(config: GrpoConfig) -> int:
     """Trains, resumes where a run stopped, exports. Exit status: 0, or REQUEUE_STATUS when asked to stop."""
     prepared = prepare(config)
-    prompts = check(config, prepared)
+    prompts = check(config, prepared.tokenizer)
     rewards = load_rewards(config.rewards)
     steps = rollout_steps(config, prompts)
     start_distributed()
@@ -191,7 +192,7 @@ def policy_loss(
     return loss, {**metrics, "entropy": (output.entropy * batch.loss_mask).sum()}
 
 
-def check(config: GrpoConfig, prepared: Prepared) -> PromptDataset:
+def check(config: GrpoConfig, tokenizer: Any) -> PromptDataset:
     """What only RL asks of a config; the prompts."""
     rollout = config.rollout
     if rollout.offload and config.precision.dtype != "bf16":
@@ -199,7 +200,7 @@ def check(config: GrpoConfig, prepared: Prepared) -> PromptDataset:
     if rollout.quantization is not None and platform().name != "cuda":
         raise UserError(f"rollout.quantization: {rollout.quantization} runs on CUDA only; allowed here: null")
     longest_prompt = config.data.sequence_length - rollout.max_tokens
-    return PromptDataset(read_rows(config.data.train), prepared.tokenizer, longest_prompt, config.training.seed)
+    return PromptDataset(read_rows(config.data.train), tokenizer, longest_prompt, config.training.seed)
 
 
 def rollout_steps(config: GrpoConfig, prompts: PromptDataset) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class Samples:
     texts: list[str]
     rewards_by_name: list[dict[str, float]]
     rewards: list[float]
+    seconds: float  # of generation, the slowest replica's
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # [samples]
     token_fields: dict[str, list[list[float]]] = field(default_factory=dict)  # by name, of every response token
 
@@ -76,37 +78,46 @@ def collect_samples(
     config: GrpoConfig,
     step: int,
 ) -> Samples:
-    """Collective: every replica samples and grades its share; every rank gets all of it.
+    """Of a rollout step: a sample's seed depends on the run's seed, the step and its number."""
+    sampling = Sampling(config.rollout.samples_per_prompt, config.rollout.max_tokens, config.rollout.temperature)
+    sequence = np.random.SeedSequence([config.training.seed, step])
+    seeds = sequence.generate_state(len(prompts) * sampling.n, np.uint32) >> 1
+    return generate_samples(rollout, tokenizer, prompts, rewards, sampling, seeds.tolist())
 
-    A sample's seed depends on the run's seed, the step and its number, not on the number of replicas.
+
+def generate_samples(
+    rollout: RolloutEngine,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    rewards: Sequence[Reward],
+    sampling: Sampling,
+    seeds: Sequence[int],
+) -> Samples:
+    """Collective: every replica generates and grades its share; every rank gets all of it.
+
+    Args:
+        sampling: `n` samples a prompt; they stop at the tokenizer's own tokens.
+        seeds: one a sample, so that they do not depend on the number of replicas.
     """
-    count = len(prompts) * config.rollout.samples_per_prompt
-    of_sample = [prompts[k // config.rollout.samples_per_prompt] for k in range(count)]
-    share = -(-count // rollout.replicas)
-    mine = range(rollout.replica * share, min(count, (rollout.replica + 1) * share))
-    seeds = np.random.SeedSequence([config.training.seed, step]).generate_state(count, np.uint32) >> 1
-    sampling = Sampling(
-        max_tokens=config.rollout.max_tokens,
-        temperature=config.rollout.temperature,
-        stop_token_ids=stop_token_ids(tokenizer),
-    )
-    completions = rollout.generate([of_sample[k].token_ids for k in mine], sampling, [int(seeds[k]) for k in mine])
+    of_sample = [prompt for prompt in prompts for _ in range(sampling.n)]
+    share = -(-len(of_sample) // rollout.replicas)
+    where = slice(rollout.replica * share, (rollout.replica + 1) * share)
+    mine = of_sample[where]
+    single = replace(sampling, n=1, stop_token_ids=stop_token_ids(tokenizer))
+    start = time.perf_counter()
+    completions = rollout.generate([prompt.token_ids for prompt in mine], single, seeds[where])
+    seconds = time.perf_counter() - start
     texts = [response_text(tokenizer, c.token_ids) for c in completions]
     graded: tuple[list[dict[str, float]], list[float]] = ([], [])
     if dist.get_rank() % rollout.tensor == 0:
-        graded = compute_rewards(
-            [
-                Sample(of_sample[k].messages, text, of_sample[k].answer, of_sample[k].metadata)
-                for k, text in zip(mine, texts, strict=True)
-            ],
-            rewards,
-        )
+        said = zip(mine, texts, strict=True)
+        graded = compute_rewards([Sample(p.messages, text, p.answer, p.metadata) for p, text in said], rewards)
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, (completions, texts, *graded))
-    completions, texts, by_name, totals = (
-        [item for part in parts[:: rollout.tensor] for item in part[i]] for i in range(4)
+    dist.all_gather_object(parts, (completions, texts, *graded, [seconds]))
+    completions, texts, by_name, totals, times = (
+        [item for part in parts[:: rollout.tensor] for item in part[i]] for i in range(5)
     )
-    return Samples(of_sample, completions, texts, by_name, totals)
+    return Samples(of_sample, completions, texts, by_name, totals, max(times))
 
 
 def training_sequences(samples: Samples) -> list[TokenSequence]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,15 @@ def run(args: argparse.Namespace) -> int:
     from megatron_posttrain.rollout import RolloutEngine, Sampling
 
     # isort: split
+    import torch
     import torch.distributed as dist
 
     from megatron_posttrain.checkpoint.hf import HfReader, check_directory
     from megatron_posttrain.config.schema import RewardConfig
+    from megatron_posttrain.data.dataset import PromptDataset
     from megatron_posttrain.data.rows import read_rows
-    from megatron_posttrain.data.tokenize import encode_prompt, load_tokenizer
+    from megatron_posttrain.data.tokenize import load_tokenizer
     from megatron_posttrain.evaluation.evaluate import evaluate, save, table
-    from megatron_posttrain.models.build import DTYPES
     from megatron_posttrain.parallel.groups import start_distributed
     from megatron_posttrain.rewards import load_rewards
 
@@ -62,27 +64,28 @@ def run(args: argparse.Namespace) -> int:
     unanswered = next((row for row in rows if row.answer is None), None)
     if unanswered and args.reward == "math" and not args.reward_file:
         raise UserError(f"{unanswered.source}: no `answer`, which the reward 'math' compares with")
-    lengths = [len(encode_prompt(tokenizer, row.messages, row.source)) for row in rows]
-    longest = max(range(len(rows)), key=lengths.__getitem__)
-    max_model_len = lengths[longest] + args.max_tokens
+    prompts = PromptDataset(rows, tokenizer, sys.maxsize).prompts
+    longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
+    max_model_len = len(longest.token_ids) + args.max_tokens
     if max_model_len > architecture.max_position:
         raise UserError(
-            f"--max-tokens {args.max_tokens}: with the {lengths[longest]} tokens of the prompt at "
-            f"{rows[longest].source} that is {max_model_len}; the model allows {architecture.max_position}"
+            f"--max-tokens {args.max_tokens}: with the {len(longest.token_ids)} tokens of the prompt at "
+            f"{rows[longest.index].source} that is {max_model_len}; the model allows {architecture.max_position}"
         )
     start_distributed()
     if dist.get_world_size() % args.tensor:
         raise UserError(f"--tensor {args.tensor} does not divide the {dist.get_world_size()} processes")
     stored = HfReader(args.model)
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16}
     engine = RolloutEngine(
         args.model,
-        dtype=DTYPES.get(args.dtype) or stored.dtype(next(iter(stored.names()))),
+        dtype=named.get(args.dtype) or stored.dtype(next(iter(stored.names()))),
         max_model_len=max_model_len,
         tensor=args.tensor,
         gpu_memory_utilization=0.9,
     )
     sampling = Sampling(args.samples, args.max_tokens, args.temperature)
-    evaluation, records = evaluate(engine, tokenizer, rows, rewards, sampling, args.seed)
+    evaluation, records = evaluate(engine, tokenizer, prompts, rewards, sampling, args.seed)
     if dist.get_rank() == 0:
         facts: dict[str, Any] = {"model": str(args.model), "data": str(args.data), "graded_by": args.reward}
         save(evaluation, records, Path(args.output), facts)

@@ -44,10 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.parse_args(arguments or ["--help"])
     name = arguments[0]
     if name not in COMMANDS:
-        print(
-            f"error: no command '{name}'{nearest(name, COMMANDS)} (one of {', '.join(COMMANDS)})",
-            file=sys.stderr,
-        )
+        print(f"error: no command '{name}'{nearest(name, COMMANDS)} (one of {', '.join(COMMANDS)})", file=sys.stderr)
         return 2
     module_name, text = COMMANDS[name]
     module = importlib.import_module(module_name)

@@ -10,10 +10,11 @@ from typing import Any
 
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.parallel.layout import LAYOUT_KEYS
 from megatron_posttrain.planning.flops import flops_per_token
 from megatron_posttrain.planning.gpus import GPUS, Gpu, find_gpu
 from megatron_posttrain.planning.known_models import KNOWN_MODELS, load_architecture
-from megatron_posttrain.planning.layouts import LAYOUT_KEYS, parse_layout, sizes_of
+from megatron_posttrain.planning.layouts import parse_layout
 from megatron_posttrain.planning.planner import Estimate, plan, plan_layout, scaling
 from megatron_posttrain.planning.recipe import config_of, launch_of
 from megatron_posttrain.planning.rollout import weight_elements
@@ -113,7 +114,7 @@ def _counts(text: str) -> list[int]:
 def entry(e: Estimate) -> dict[str, Any]:
     """One layout of the JSON output: sizes are GPUs, memory GiB of the fullest rank, times seconds of a step."""
     return {
-        "layout": sizes_of(e.layout),
+        "layout": e.layout.sizes,
         "gpus": e.layout.world_size,
         "micro_batch_size": e.micro_batch,
         "recompute": e.recompute,
@@ -177,7 +178,7 @@ def _table(title: str, columns: Sequence[str]) -> Any:
 
 
 def _row(e: Estimate) -> list[str]:
-    sizes = [f"{LABELS[key]}{size}" for key, size in sizes_of(e.layout).items() if size > 1]
+    sizes = [f"{LABELS[key]}{size}" for key, size in e.layout.sizes.items() if size > 1]
     recompute = [] if e.recompute == "none" else [f"{e.recompute} recompute"]
     return [
         " ".join([*sizes, f"DP{e.layout.data}", *recompute]),

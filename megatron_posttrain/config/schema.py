@@ -5,15 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-)
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -141,8 +133,7 @@ class RolloutConfig(Section):
         None, description="of vLLM's linear layers, in every refit; CUDA; null: as the trainer's weights"
     )
     proof_tolerance: PositiveFloat | None = Field(
-        None,
-        description="largest canary log-prob difference after a refit; null: 1e-3 in fp32, 0.25 (mean) in bf16",
+        None, description="largest canary log-prob difference after a refit; null: 1e-3 in fp32, 0.25 (mean) in bf16"
     )
 
 

@@ -23,7 +23,6 @@ from megatron_posttrain.planning.planner import plan, plan_layout
 from megatron_posttrain.planning.rollout import weight_elements
 from megatron_posttrain.planning.workload import Workload
 from megatron_posttrain.training.prepare import (
-    Prepared,
     batch_problems,
     model_directory,
     prepare,
@@ -82,7 +81,7 @@ class JobCheck:
         layout = self._layout()
         if place := self.config.model.tokenizer or directory:
             self._tokenizer(place)
-        self._data(layout)
+        self._data()
         if self.cluster is not None and layout is not None:
             self._memory(layout, self.cluster)
         elif directory is not None and not self.findings.failed:
@@ -155,7 +154,7 @@ class JobCheck:
 
     # ---- data ----------------------------------------------------------------------------------------------
 
-    def _data(self, layout: Layout | None) -> None:
+    def _data(self) -> None:
         data, findings = self.config.data, self.findings
         sources = [data.train] if isinstance(data.train, str) else data.train
         missing = [source for source in sources if not Path(source).exists()]
@@ -172,7 +171,7 @@ class JobCheck:
         if self.tokenizer is None:
             findings.add("ok", "data", f"{len(rows):,} rows read; their lengths are not known without a tokenizer")
         elif isinstance(self.config, GrpoConfig):
-            self._prompts(self.config, layout)
+            self._prompts(self.config)
         elif supervised:
             dataset = findings.attempt("data", lambda: SftDataset(
                 rows, self.tokenizer, data.sequence_length, packing=data.packing, overlong=data.overlong))  # fmt: skip
@@ -183,14 +182,11 @@ class JobCheck:
         else:
             findings.add("ok", "data", f"{len(rows):,} rows")
 
-    def _prompts(self, config: GrpoConfig, layout: Layout | None) -> None:
-        if self.arch is None or layout is None:
-            return
+    def _prompts(self, config: GrpoConfig) -> None:
         from megatron_posttrain.algorithms.grpo import check
         from megatron_posttrain.rewards.registry import load_rewards
 
-        prepared = Prepared(self.arch, layout, self.tokenizer, Path(config.model.path))
-        self.findings.attempt("data", lambda: check(config, prepared), lambda prompts: prompts.message)
+        self.findings.attempt("data", lambda: check(config, self.tokenizer), lambda prompts: prompts.message)
         self.findings.attempt(
             "rewards", lambda: load_rewards(config.rewards), lambda found: ", ".join(reward.name for reward in found)
         )

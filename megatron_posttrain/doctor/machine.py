@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
-import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
@@ -24,11 +24,8 @@ SHARED_MEMORY_GIB = 1.0  # NCCL and vLLM exchange through /dev/shm
 
 def check_versions(findings: Findings) -> None:
     """Installed packages against pyproject.toml's ranges and, on CPU, the lock's exact versions."""
-    if sys.version_info < (3, 11):  # noqa: UP036 - an unpacked source tree can be run with any Python
-        findings.add("fail", "Python", sys.version.split()[0], "install Python 3.11 or newer")
-    wrong, count = [], 0
-    for requirement in _requirements(platform().name):
-        count += 1
+    wrong, requirements = [], list(_requirements(platform().name))
+    for requirement in requirements:
         found = _version(requirement.name)
         if found is None:
             wrong.append(f"{requirement.name} is not installed (needs {requirement.specifier or 'any version'})")
@@ -39,7 +36,7 @@ def check_versions(findings: Findings) -> None:
         findings.add("fail", "versions", "; ".join(wrong), repair)
     else:
         shown = ", ".join(f"{name} {_version(name)}" for name in ("torch", "megatron-core", "transformers"))
-        findings.add("ok", "versions", f"{count} requirements hold: {shown}")
+        findings.add("ok", "versions", f"{len(requirements)} requirements hold: {shown}")
     if platform().name == "cpu":
         _check_lock(findings, repair)
 
@@ -62,12 +59,9 @@ def _check_lock(findings: Findings, repair: str) -> None:
     lock = ROOT / "requirements" / "cpu.lock"
     if not lock.is_file():
         return
-    pins = [line.split("==") for line in lock.read_text().splitlines() if "==" in line and line[0].isalnum()]
-    differ = []
-    for name, pinned in pins:
-        wanted, found = pinned.split()[0], _version(name)
-        if found != wanted:
-            differ.append(f"{name} {found or 'absent'} (lock: {wanted})")
+    pins = re.findall(r"^([\w.-]+)==(\S+)", lock.read_text(), re.MULTILINE)
+    found = {name: _version(name) for name, _ in pins}
+    differ = [f"{name} {found[name] or 'absent'} (lock: {pin})" for name, pin in pins if found[name] != pin]
     if differ:
         more = f" and {len(differ) - 4} more" if len(differ) > 4 else ""
         findings.add("warn", "lock", f"{len(differ)} of {len(pins)} differ: {', '.join(differ[:4])}{more}", repair)

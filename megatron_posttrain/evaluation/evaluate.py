@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch.distributed as dist
-
-from megatron_posttrain.data.rows import Row
-from megatron_posttrain.data.tokenize import encode_prompt
-from megatron_posttrain.rewards import Reward, Sample, compute_rewards
+from megatron_posttrain.algorithms.samples import generate_samples
+from megatron_posttrain.data.dataset import Prompt
+from megatron_posttrain.rewards import Reward
 from megatron_posttrain.rollout import RolloutEngine, Sampling
-from megatron_posttrain.rollout.text import response_text, stop_token_ids
 
 CORRECT = 0.5  # a response whose reward is above it counts as correct
 
@@ -52,65 +48,38 @@ def wilson_interval(fraction: float, n: int, z: float = 1.959964) -> tuple[float
 def evaluate(
     engine: RolloutEngine,
     tokenizer: Any,
-    rows: Sequence[Row],
+    prompts: Sequence[Prompt],
     rewards: Sequence[Reward],
     sampling: Sampling,
     seed: int = 0,
 ) -> tuple[Evaluation, list[dict[str, Any]]]:
     """Collective over all ranks; all arguments but the engine are the same on all of them.
 
-    Args:
-        sampling: its stop tokens are the tokenizer's, whatever it has.
-
     Returns:
-        the summary, and a record per response in the order of the rows (index, sample, messages, answer,
+        the summary, and a record per response in the order of the prompts (index, sample, messages, answer,
         response, reward, rewards, tokens, finish_reason); the same on every rank.
 
     Raises:
-        UserError: the chat template refuses a row, or a reward fails on a sample.
+        UserError: a reward fails on a sample.
         ValueError: a prompt with `max_tokens` exceeds the engine's `max_model_len`.
     """
-    mine = range(engine.replica, len(rows), engine.replicas)
-    prompts = [encode_prompt(tokenizer, rows[i].messages, rows[i].source) for i in mine]
-    n = sampling.n
-    sampling = replace(sampling, stop_token_ids=stop_token_ids(tokenizer))
-    seeds = [seed + i * n + j for i in mine for j in range(n)]  # whatever the number of replicas
-    start = time.perf_counter()
-    completions = engine.generate(prompts, sampling, seeds)
-    seconds = time.perf_counter() - start
-
-    texts = [response_text(tokenizer, c.token_ids) for c in completions]
-    origin = [(i, j) for i in mine for j in range(n)]
-    samples = [
-        Sample(rows[i].messages, text, rows[i].answer, rows[i].metadata)
-        for (i, _), text in zip(origin, texts, strict=True)
-    ]
-    by_name, totals = compute_rewards(samples, rewards)
+    seeds = range(seed, seed + len(prompts) * sampling.n)
+    samples = generate_samples(engine, tokenizer, prompts, rewards, sampling, seeds)
     records = [
         {
-            "index": i,
-            "sample": j,
-            "messages": sample.messages,
-            "answer": sample.answer,
-            "response": sample.response,
-            "reward": total,
-            "rewards": graded,
+            "index": prompt.index,
+            "sample": k % sampling.n,
+            "messages": prompt.messages,
+            "answer": prompt.answer,
+            "response": samples.texts[k],
+            "reward": samples.rewards[k],
+            "rewards": samples.rewards_by_name[k],
             "tokens": len(completion.token_ids),
             "finish_reason": completion.finish_reason,
         }
-        for (i, j), sample, completion, graded, total in zip(origin, samples, completions, by_name, totals, strict=True)
+        for k, (prompt, completion) in enumerate(zip(samples.prompts, samples.completions, strict=True))
     ]
-    records, seconds = _gather(engine, records, seconds)
-    return _summary(records, sampling, len(rows), seconds), records
-
-
-def _gather(engine: RolloutEngine, records: list[dict[str, Any]], seconds: float) -> tuple[list[dict[str, Any]], float]:
-    """Every replica's records in the order of the rows, and the slowest replica's seconds."""
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, (records, seconds))
-    replicas = parts[:: engine.tensor]  # the ranks of a replica have the same
-    merged = sorted((r for part, _ in replicas for r in part), key=lambda r: (r["index"], r["sample"]))
-    return merged, max(s for _, s in replicas)
+    return _summary(records, sampling, len(prompts), samples.seconds), records
 
 
 def _summary(records: list[dict[str, Any]], sampling: Sampling, prompts: int, seconds: float) -> Evaluation:

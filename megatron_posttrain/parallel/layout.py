@@ -10,6 +10,8 @@ from megatron_posttrain.config.schema import ParallelConfig
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
 
+LAYOUT_KEYS = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -61,9 +63,13 @@ class Layout:
         """Micro-batches of a step, over all ranks, come in multiples of this."""
         return self.data * (self.pipeline if self.virtual_pipeline else 1)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """By name, 1 where nothing is split."""
+        return {key: getattr(self, key) or 1 for key in LAYOUT_KEYS}
+
     def __str__(self) -> str:
-        names = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
-        parts = [f"{n}={getattr(self, n)}" for n in names if getattr(self, n) not in (1, None)]
+        parts = [f"{key}={size}" for key, size in self.sizes.items() if size > 1]
         return " ".join([*parts, f"data={max(self.data, 1)}"])
 
 
@@ -168,6 +174,5 @@ def nearest_layouts(layout: Layout, arch: Architecture | None, count: int = 3) -
 
 
 def _distance(a: Layout, b: Layout) -> float:
-    names = ("tensor", "pipeline", "chunks", "context", "expert", "expert_tensor")
-    pairs = [(getattr(a, n), getattr(b, n)) for n in names]
+    pairs = zip(a.sizes.values(), b.sizes.values(), strict=True)
     return sum((x != y) + max(x, y) / min(x, y) for x, y in pairs)

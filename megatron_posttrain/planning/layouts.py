@@ -10,10 +10,9 @@ from functools import lru_cache
 
 from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.parallel.layout import Layout, batch_problem, problems, stage_layers
+from megatron_posttrain.parallel.layout import LAYOUT_KEYS, Layout, batch_problem, problems, stage_layers
 from megatron_posttrain.planning.layers import window_of
 
-LAYOUT_KEYS = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
 MICRO_BATCHES = (1, 2, 4, 8)
 FEWEST_TOKENS = 2048  # of a sequence on one context parallel rank: below, communication dominates
 
@@ -28,11 +27,6 @@ def make_layout(gpus: int, **sizes: int) -> Layout:
     if sizes.get("virtual_pipeline") == 1:
         del sizes["virtual_pipeline"]
     return replace(Layout(world_size=gpus), **sizes)  # type: ignore[arg-type]
-
-
-def sizes_of(layout: Layout) -> dict[str, int]:
-    """Plain numbers by name, 1 where nothing is split."""
-    return {key: getattr(layout, key) or 1 for key in LAYOUT_KEYS}
 
 
 def parse_layout(text: str, gpus: int) -> Layout:

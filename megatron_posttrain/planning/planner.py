@@ -11,12 +11,7 @@ from megatron_posttrain.parallel.layout import Layout, batch_problem, problems, 
 from megatron_posttrain.planning.activations import Shapes, logits_bytes, stage_activations
 from megatron_posttrain.planning.flops import flops_per_token, lora_weights
 from megatron_posttrain.planning.gpus import Gpu
-from megatron_posttrain.planning.layouts import (
-    MICRO_BATCHES,
-    enumerate_layouts,
-    expert_data,
-    hard_problem,
-)
+from megatron_posttrain.planning.layouts import MICRO_BATCHES, enumerate_layouts, expert_data, hard_problem
 from megatron_posttrain.planning.parameters import rank_state, stage_elements, trained_elements
 from megatron_posttrain.planning.rollout import RolloutPlan, plan_rollout
 from megatron_posttrain.planning.step_time import step_time

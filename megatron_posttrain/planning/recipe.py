@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_posttrain.planning.gpus import Gpu
-from megatron_posttrain.planning.layouts import LAYOUT_KEYS
 from megatron_posttrain.planning.planner import Estimate
 from megatron_posttrain.planning.workload import Workload
 
@@ -20,7 +19,7 @@ def command_of(task: str) -> str:
 
 def config_of(model: str, e: Estimate, work: Workload) -> dict[str, Any]:
     """A configuration tree with what the plan decides; data, rewards and learning rate are the user's."""
-    sizes = {key: getattr(e.layout, key) for key in LAYOUT_KEYS if getattr(e.layout, key) not in (None, 1)}
+    sizes = {key: size for key, size in e.layout.sizes.items() if size > 1}
     tree: dict[str, Any] = {
         "model": {"path": model, "recompute": e.recompute},
         "parallel": sizes,

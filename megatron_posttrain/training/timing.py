@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from megatron_posttrain.platform import platform
 from megatron_posttrain.training import heartbeat
@@ -15,25 +17,20 @@ class PhaseTimer:
         self._memory = memory
         self.seconds: dict[str, float] = {}
         self.memory_gib: dict[str, float] = {}
-        self._phase = ""
-        self._since = 0.0
         self._start = time.perf_counter()
 
-    def __call__(self, phase: str) -> PhaseTimer:
-        self._phase = phase
-        return self
-
-    def __enter__(self) -> None:
-        heartbeat.enter(self._phase)
-        self._since = time.perf_counter()
-
-    def __exit__(self, *unused: object) -> None:
-        platform().synchronize()
-        spent = time.perf_counter() - self._since
-        self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + spent
-        if self._memory:
-            self.memory_gib[self._phase] = platform().used_memory_bytes() / 2**30
-        heartbeat.leave()
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        heartbeat.enter(phase)
+        since = time.perf_counter()
+        try:
+            yield
+        finally:
+            platform().synchronize()
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - since
+            if self._memory:
+                self.memory_gib[phase] = platform().used_memory_bytes() / 2**30
+            heartbeat.leave()
 
     def total(self) -> float:
         return time.perf_counter() - self._start

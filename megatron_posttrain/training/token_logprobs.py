@@ -31,12 +31,7 @@ def token_logprobs(
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        labels: Tensor,
-        vocab_size: int,
-        group: dist.ProcessGroup,
-        temperature: float,
+        ctx: Any, logits: Tensor, labels: Tensor, vocab_size: int, group: dist.ProcessGroup, temperature: float
     ) -> tuple[Tensor, Tensor]:
         columns = logits.shape[-1]
         first = group.rank() * columns
