@@ -69,7 +69,7 @@ def test_loading_the_optimizer_fails_without(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fix: str, error: Any
 ) -> None:
     train(engine)
-    checkpoints(tmp_path).save(engine, 1, {})
+    checkpoints(tmp_path).save(engine, 1)
     if fix == "sharded_state_dict":
         for optimizer in engine.optimizer.chained_optimizers:
             optimizer.optimizer.state.clear()  # as in a process that has just started
@@ -82,7 +82,7 @@ def test_all_states_share_a_step_without_its_fix(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(engine)
-    checkpoints(tmp_path).save(engine, 1, {})
+    checkpoints(tmp_path).save(engine, 1)
     checkpoints(tmp_path).resume(engine)
     fixed = steps(engine)
     assert len({s.data_ptr() for s in fixed}) == len(fixed)

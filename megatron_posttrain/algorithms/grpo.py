@@ -37,7 +37,7 @@ from megatron_posttrain.training.engine import Engine, Metrics, TokenOutput
 from megatron_posttrain.training.export import export, full_tensors
 from megatron_posttrain.training.prepare import Prepared, prepare
 from megatron_posttrain.training.run import REQUEUE_STATUS, Run
-from megatron_posttrain.training.schedule import learning_rate
+from megatron_posttrain.training.schedule import learning_rate, total_steps
 from megatron_posttrain.training.sequences import sequence_logprobs
 from megatron_posttrain.training.timing import PhaseTimer
 
@@ -49,13 +49,13 @@ def grpo(config: GrpoConfig) -> int:
     prepared = prepare(config)
     prompts = check(config, prepared.tokenizer)
     rewards = load_rewards(config.rewards)
-    steps = rollout_steps(config, prompts)
+    steps = total_steps(config.training, prompts, config.rollout.prompts_per_step)
     start_distributed()
     groups = make_groups(prepared.layout, config.training.seed)
     engine = Engine(config, prepared.arch, groups)
     reference = Engine(config, prepared.arch, groups, train=False) if config.algorithm.kl_coefficient else None
     checkpoints = Checkpoints(config.output_dir, config.checkpoint)
-    state = checkpoints.resume(engine) or {"step": 0}
+    first = checkpoints.resume(engine)
     if config.rollout.offload:
         engine.offload()  # vLLM asks for its share of the memory when it is made
     rollout = make_rollout_engine(config, prepared)
@@ -69,11 +69,9 @@ def grpo(config: GrpoConfig) -> int:
         scores = partial(_canary_logprobs, engine, token_budget(config))
         prove(rollout, canary, scores, config.rollout.proof_tolerance)
 
-    with Run(config, steps, state["step"]) as run:
+    with Run(config, steps, first) as run:
         run.say(f"{prompts.message}; {steps} steps on {prepared.layout}, {rollout.replicas} rollout replicas")
-        if state["step"]:
-            run.say(f"resumed after step {state['step']}")
-        for step in range(state["step"], steps):
+        for step in range(first, steps):
             timer = PhaseTimer(memory=True)
             with timer("refit"):
                 refit(step)
@@ -108,11 +106,7 @@ def grpo(config: GrpoConfig) -> int:
             )
             if run.is_main:
                 write_rollouts(config.output_dir / "rollouts" / f"step_{step + 1:06d}.jsonl", samples)
-            stop = run.stop_requested()
-            if stop or checkpoints.due(step + 1, last=step + 1 == steps):
-                checkpoints.save(engine, step + 1, {})
-            if stop and step + 1 < steps:
-                run.say(f"stopped on request after step {step + 1}; the same command resumes")
+            if checkpoints.after_step(engine, run, step + 1):
                 return REQUEUE_STATUS
         export(engine, prepared.model_path, config.output_dir / "hf")
         run.say(f"wrote {config.output_dir / 'hf'}")
@@ -201,15 +195,6 @@ def check(config: GrpoConfig, tokenizer: Any) -> PromptDataset:
         raise UserError(f"rollout.quantization: {rollout.quantization} runs on CUDA only; allowed here: null")
     longest_prompt = config.data.sequence_length - rollout.max_tokens
     return PromptDataset(read_rows(config.data.train), tokenizer, longest_prompt, config.training.seed)
-
-
-def rollout_steps(config: GrpoConfig, prompts: PromptDataset) -> int:
-    training = config.training
-    if training.steps is not None:
-        return training.steps
-    if training.epochs is None:
-        raise UserError("training: give `steps` or `epochs`")
-    return prompts.steps_per_epoch(config.rollout.prompts_per_step, training.epochs)
 
 
 def make_rollout_engine(config: GrpoConfig, prepared: Prepared) -> RolloutEngine:

@@ -11,7 +11,6 @@ from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import SftDataset
 from megatron_posttrain.data.rows import read_rows
-from megatron_posttrain.errors import UserError
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
 from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.checkpoints import Checkpoints
@@ -19,7 +18,7 @@ from megatron_posttrain.training.engine import Engine, Metrics, TokenOutput
 from megatron_posttrain.training.export import export
 from megatron_posttrain.training.prepare import Prepared, prepare
 from megatron_posttrain.training.run import REQUEUE_STATUS, Run
-from megatron_posttrain.training.schedule import learning_rate
+from megatron_posttrain.training.schedule import learning_rate, total_steps
 from megatron_posttrain.training.sequences import sequence_logprobs
 from megatron_posttrain.training.timing import PhaseTimer
 
@@ -29,18 +28,16 @@ def sft(config: SftConfig) -> int:
     prepared = prepare(config)
     dataset = read_dataset(config, prepared, config.data.train)
     validation = read_dataset(config, prepared, config.data.validation) if config.data.validation else None
-    steps = total_steps(config, dataset)
+    steps = total_steps(config.training, dataset, config.training.global_batch_size)
     start_distributed()
     groups = make_groups(prepared.layout, config.training.seed)
     engine = Engine(config, prepared.arch, groups)
     checkpoints = Checkpoints(config.output_dir, config.checkpoint)
-    state = checkpoints.resume(engine) or {"step": 0}
+    first = checkpoints.resume(engine)
 
-    with Run(config, steps, state["step"]) as run:
+    with Run(config, steps, first) as run:
         run.say(f"{dataset.message}; {steps} steps on {prepared.layout}")
-        if state["step"]:
-            run.say(f"resumed after step {state['step']}")
-        for step in range(state["step"], steps):
+        for step in range(first, steps):
             timer = PhaseTimer()
             with timer("data"):
                 batch = dataset.batch(step, config.training.global_batch_size)
@@ -78,11 +75,7 @@ def sft(config: SftConfig) -> int:
                 | result.metrics
                 | extra,
             )
-            stop = run.stop_requested()
-            if stop or due:
-                checkpoints.save(engine, step + 1, {})
-            if stop and not last:
-                run.say(f"stopped on request after step {step + 1}; the same command resumes")
+            if checkpoints.after_step(engine, run, step + 1):
                 return REQUEUE_STATUS
         export(engine, prepared.model_path, config.output_dir / "hf")
         run.say(f"wrote {config.output_dir / 'hf'}")
@@ -108,13 +101,3 @@ def validation_loss(engine: Engine, dataset: SftDataset) -> float:
     masks = [torch.tensor(s.loss_mask[1:]) for s in sequences]
     total = sum(float(cross_entropy_sum(x, mask)) for x, mask in zip(logprobs, masks, strict=True))
     return total / sum(int(mask.sum()) for mask in masks)
-
-
-def total_steps(config: SftConfig, dataset: SftDataset) -> int:
-    """From `training.steps`, else from `training.epochs`."""
-    training = config.training
-    if training.steps is not None:
-        return training.steps
-    if training.epochs is None:
-        raise UserError("training: give `steps` or `epochs`")
-    return dataset.steps_per_epoch(training.global_batch_size, training.epochs)

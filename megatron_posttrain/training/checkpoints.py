@@ -14,6 +14,7 @@ from megatron_posttrain.parallel.groups import broadcast_object
 from megatron_posttrain.platform import platform
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.optimizer_fixes import optimizer_can_resume
+from megatron_posttrain.training.run import Run
 
 # Any data parallel size can read what any other wrote.
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -31,8 +32,17 @@ class Checkpoints:
         """Whether to save after step number `step` (from 1)."""
         return self.config.every is not None and (step % self.config.every == 0 or last)
 
-    def save(self, engine: Engine, step: int, state: dict[str, Any]) -> Path:
-        """Collective. `state` is what the loop needs beside weights and optimizer, as JSON."""
+    def after_step(self, engine: Engine, run: Run, step: int) -> bool:
+        """Collective: saves when it is due or a stop was asked for; whether the run is to end before its last step."""
+        stop, last = run.stop_requested(), step == run.total_steps
+        if stop or self.due(step, last):
+            self.save(engine, step)
+        if stop and not last:
+            run.say(f"stopped on request after step {step}; the same command resumes")
+        return stop and not last
+
+    def save(self, engine: Engine, step: int) -> None:
+        """Collective. What a loop needs beside weights and optimizer follows from the step's number."""
         from megatron.core import dist_checkpointing
 
         final = self.directory / f"step_{step:06d}"
@@ -46,33 +56,32 @@ class Checkpoints:
             dist_checkpointing.save(_sharded_state(engine, loading=False), str(partial), content_metadata=SHARDING)
         dist.barrier()
         if dist.get_rank() == 0:
-            (partial / STATE_FILE).write_text(json.dumps({"step": step} | state, indent=1))
+            (partial / STATE_FILE).write_text(json.dumps({"step": step}))
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             for old in self.whole()[: -self.config.keep]:
                 shutil.rmtree(old)
         dist.barrier()
-        return final
 
     def whole(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
         return sorted(p.parent for p in self.directory.glob(f"step_*/{STATE_FILE}"))
 
-    def resume(self, engine: Engine) -> dict[str, Any] | None:
-        """Collective. Loads the newest whole checkpoint; its state, or None when there is none."""
+    def resume(self, engine: Engine) -> int:
+        """Collective. Loads the newest whole checkpoint; the number of its step, or 0 when there is none."""
         from megatron.core import dist_checkpointing
 
         newest = self.whole()[-1:] if self.config.resume == "auto" else []
         # One answer for all ranks: a shared file system may show them different listings.
         path = broadcast_object(str(newest[0]) if newest else None)
         if path is None:
-            return None
+            return 0
         with platform().megatron(), optimizer_can_resume():
             loaded = dist_checkpointing.load(_sharded_state(engine, loading=True), str(path))
             for index, chunk in enumerate(engine.modules):
                 chunk.load_state_dict(loaded[_model_key(engine, index)], strict=False)
             engine.optimizer.load_state_dict(loaded["optimizer"])
-        return json.loads((Path(str(path)) / STATE_FILE).read_text())
+        return json.loads((Path(str(path)) / STATE_FILE).read_text())["step"]
 
 
 def _model_key(engine: Engine, index: int) -> str:

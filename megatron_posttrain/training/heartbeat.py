@@ -52,7 +52,10 @@ class Heartbeat:
         self._watcher = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Begins the watch; when every rank has made its Heartbeat, so that no `hang` of an earlier run is left."""
+        """Begins the watch, and makes this the one that the functions `enter` and `leave` tell; when every rank
+        has made its Heartbeat, so that no `hang` of an earlier run is left."""
+        global _current
+        _current = self
         self._changed()
         self._watcher.start()
 
@@ -73,6 +76,8 @@ class Heartbeat:
         self._changed()
 
     def stop(self) -> None:
+        global _current
+        _current = None
         self._ended.set()
         faulthandler.cancel_dump_traceback_later()
         self._phases = ["done"]
@@ -240,12 +245,6 @@ def spans(numbers: Iterable[int]) -> str:
 
 
 _current: Heartbeat | None = None
-
-
-def set_current(heartbeat: Heartbeat | None) -> None:
-    """The one that `enter` and `leave` tell; None for none."""
-    global _current
-    _current = heartbeat
 
 
 def enter(phase: str) -> None:

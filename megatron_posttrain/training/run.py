@@ -7,7 +7,7 @@ import logging
 import signal
 import time
 from datetime import timedelta
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_posttrain.config.load import to_yaml
 from megatron_posttrain.config.schema import Config
 from megatron_posttrain.platform import platform
-from megatron_posttrain.training.heartbeat import Heartbeat, diagnosis, set_current
+from megatron_posttrain.training.heartbeat import Heartbeat, diagnosis
 
 REQUEUE_STATUS = 75  # EX_TEMPFAIL: stopped on request, a checkpoint is saved, run the same command again
 STOP_FILE = ".stop"
@@ -47,7 +47,8 @@ class Run:
         )
         dist.barrier()
         self._heartbeat.start()
-        set_current(self._heartbeat)
+        if first_step:
+            self.say(f"resumed after step {first_step}")
 
     def _open(self, first_step: int) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -108,10 +109,7 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        set_current(None)
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, RuntimeError) and dist.get_world_size() > 1:
             # Often a collective that timed out or lost a peer: where the others are says why.
             where = diagnosis(self.directory / "heartbeats", dist.get_world_size(), stacks=False)
@@ -119,10 +117,9 @@ class Run:
                 f"rank {dist.get_rank()} ends with an error; ranks when they were last heard of:\n{where}", flush=True
             )
         self._heartbeat.stop()
-        if self._metrics is not None:
-            self._metrics.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for file in (self._metrics, self._tensorboard):
+            if file is not None:
+                file.close()
 
 
 def quiet_libraries() -> None:

@@ -1,10 +1,21 @@
-"""Learning rate as a pure function of the step."""
+"""How many steps a run has, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
 import math
 
-from megatron_posttrain.config.schema import OptimizerConfig
+from megatron_posttrain.config.schema import OptimizerConfig, TrainingConfig
+from megatron_posttrain.data.dataset import PromptDataset, SftDataset
+from megatron_posttrain.errors import UserError
+
+
+def total_steps(config: TrainingConfig, dataset: SftDataset | PromptDataset, rows: int) -> int:
+    """From `training.steps`, else from `training.epochs` with `rows` of the data a step."""
+    if config.steps is not None:
+        return config.steps
+    if config.epochs is None:
+        raise UserError("training: give `steps` or `epochs`")
+    return dataset.steps_per_epoch(rows, config.epochs)
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
