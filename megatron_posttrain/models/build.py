@@ -69,7 +69,7 @@ def config_options(
     elif model.recompute == "selective":
         options |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     if precision.fp8 is not None:
-        options |= _fp8(precision, transformer_engine)
+        options |= _fp8(arch, layout, precision, transformer_engine)
     elif precision.bf16_ends:
         raise UserError(f"precision.bf16_ends: {precision.bf16_ends} needs precision.fp8")
     if arch.mla is not None:
@@ -150,8 +150,8 @@ def _keep_correction_biases(chunk: torch.nn.Module) -> None:
 
 
 def _count_down_projections_once(chunk: torch.nn.Module) -> None:
-    """MLA's, of Transformer Engine, which every tensor rank has whole: 2.11 marks any linear layer's weight as a part of
-    one, and the gradient norm would count them on every rank."""
+    """MLA's, of Transformer Engine, which every tensor rank has whole: 2.11 marks every linear layer's weight as a part
+    of one, and the gradient norm would count these once a rank."""
     for name, parameter in chunk.named_parameters():
         if "_down_proj." in name:
             parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
@@ -251,10 +251,10 @@ def _parallelism(arch: Architecture, layout: Layout, precision: PrecisionConfig)
 
 def _fusions(arch: Architecture, transformer_engine: bool) -> dict[str, Any]:
     compiled = transformer_engine or kernels.compiled_pointwise()
+    biased_experts = arch.moe is not None and (arch.attention_output_bias or arch.mlp_bias)
     return {
         "bias_activation_fusion": compiled,
-        # megatron-core has no such fusion for experts with biases.
-        "bias_dropout_fusion": compiled and not (arch.moe is not None and (arch.attention_output_bias or arch.mlp_bias)),
+        "bias_dropout_fusion": compiled and not biased_experts,  # refused by megatron-core's grouped experts
         # Transformer Engine's kernel for packed rows leaves out YaRN's factor on cosine and sine, and
         # megatron-core (rope_utils 288) does not say so; of MLA its fusion is called experimental.
         "apply_rope_fusion": transformer_engine and arch.mla is None and concentration(arch.rope) == 1.0,
@@ -264,7 +264,7 @@ def _fusions(arch: Architecture, transformer_engine: bool) -> dict[str, Any]:
     }
 
 
-def _fp8(precision: PrecisionConfig, transformer_engine: bool) -> dict[str, Any]:
+def _fp8(arch: Architecture, layout: Layout, precision: PrecisionConfig, transformer_engine: bool) -> dict[str, Any]:
     """Linear layers and experts in FP8; router, logits, norms and attention stay as they are.
 
     Per-tensor scales have e5m2's range for gradients; scales per block (DeepSeek-V3, arXiv 2412.19437, 3.3;
@@ -277,6 +277,11 @@ def _fp8(precision: PrecisionConfig, transformer_engine: bool) -> dict[str, Any]
         raise UserError(f"precision.fp8: {recipe} needs precision.dtype bf16, found {precision.dtype}")
     if ends and recipe == "delayed":
         raise UserError("precision.bf16_ends: megatron-core has none for the delayed recipe; allowed: 0")
+    if recipe == "blockwise" and layout.sequence_parallel and arch.hidden_size % FP8_TOKENS["blockwise"]:
+        raise UserError(
+            f"precision.fp8: blockwise with parallel.tensor > 1 gathers blocks of 128, and this model is "
+            f"{arch.hidden_size} wide; allowed: parallel.tensor=1, or precision.fp8 of tensorwise or delayed"
+        )
     if platform().name == "cuda":
         capability = torch.cuda.get_device_capability()
         if recipe not in (allowed := fp8_recipes(capability)):

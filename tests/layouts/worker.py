@@ -3,8 +3,8 @@
 worker.py JOBS.json: [{"model", "layout": {...}, "steps", "options": {...}, "out"}]
 `grouped`: experts by grouped products, as on CUDA; `fused`: megatron-core's fused activations, as there;
 `bucket`: elements of one message of overlapped communication; `row_multiple`: tokens of a micro-batch, as for FP8;
-`precision`: of the configuration, fp32 if not said; `offload`: free what only a step needs, after every step;
-`trained`: export the trained weights too.
+`precision`: of the configuration, fp32 if not said; `score`: false to train only; `trained`: export the trained
+weights too; `offload`: free what only a step needs, after every step.
 """
 
 from __future__ import annotations
@@ -63,9 +63,11 @@ def run(job: dict[str, Any]) -> None:
     check_layout(layout, arch)
     groups = make_groups(layout, 0)
     engine = Engine(config, arch, groups)
-    scored = sequences(SCORED, 7, arch.vocab_size)
-    packed = sequence_logprobs(engine, scored, 64)
-    alone = sequence_logprobs(engine, scored, max(SCORED))
+    packed, alone = [], []
+    if job.get("score", True):
+        scored = sequences(SCORED, 7, arch.vocab_size)
+        packed = sequence_logprobs(engine, scored, 64)
+        alone = sequence_logprobs(engine, scored, max(SCORED))
     if job.get("export"):
         export(engine, Path(job["model"]), Path(job["out"]) / "hf")
     losses, norms = [], []

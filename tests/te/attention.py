@@ -1,4 +1,4 @@
-"""cuDNN's fused attention over packed sequences, and Transformer Engine's kernels for its context parallelism, in torch.
+"""cuDNN's attention over packed sequences, and Transformer Engine's kernels for its context parallelism, in torch.
 
 Shapes: query [t, heads, d], keys and values [t, groups, d]; log-sum-exp of a call [t, heads, 1] (cuDNN 9.6 and later),
 in context parallelism's corrections [heads, t]. Where sequences lie: `cu_seqlens_*_padded`; how long they are:

@@ -1,4 +1,4 @@
-"""Transformer Engine's Python code on a machine without CUDA, its kernels replaced by torch's operations."""
+"""What stands between Transformer Engine's Python code and a machine without CUDA."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
 import torch
-import torch.distributed as dist
 import torch._inductor.compile_fx  # asks for the real triton, before `install` puts a mock in its place
+import torch.distributed as dist
 
 from megatron_posttrain.platform import cpu
 from megatron_posttrain.platform.scope import Replacement
-from tests.te import kernels, permutation
+from tests.te import SITE, kernels, permutation
 
-SITE = Path(sys.prefix) / "transformer_engine"  # where tools/setup.sh puts it: on nobody's path
 HOPPER = (9, 0)
 
 
@@ -52,8 +50,10 @@ def install() -> None:
         yield from stock()
         yield torch.cuda, "is_available", lambda: True
         yield torch.cuda, "get_device_capability", lambda *a: HOPPER
-        yield torch.cuda, "get_device_properties", lambda *a: SimpleNamespace(
-            major=HOPPER[0], minor=HOPPER[1], multi_processor_count=132
+        yield (
+            torch.cuda,
+            "get_device_properties",
+            lambda *a: SimpleNamespace(major=HOPPER[0], minor=HOPPER[1], multi_processor_count=132),
         )
         yield torch.version, "cuda", "13.0"
         yield torch.cuda, "is_current_stream_capturing", lambda: False

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tests.te.attention import *  # noqa: F403
@@ -177,6 +178,8 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
     dtype = TORCH[quantizer.dtype]
     amax = tensor.abs().amax().float() if tensor.numel() else torch.zeros(())  # an expert may have no token
     if hasattr(quantizer, "force_pow_2_scales"):  # current scaling
+        if quantizer.with_amax_reduction:  # sequence parallelism gathers values, not scales
+            dist.all_reduce(amax, dist.ReduceOp.MAX, group=quantizer.amax_reduction_group)
         scale = torch.where(amax > 0, FP8_MAX[dtype] / amax, torch.ones(()))
         quantizer.scale.fill_(scale)
     else:
@@ -226,7 +229,7 @@ def fused_amax_and_scale_update_after_reduction(
 
 
 def _quantize_blocks(tensor: Tensor, quantizer: Any, out: Any) -> Any:
-    """Scales of 128 values of a row, or of 128 x 128 for weights (DeepSeek-V3, arXiv 2412.19437, 3.3), powers of two."""
+    """Scales of 128 values of a row, of 128 x 128 for weights; powers of two (DeepSeek-V3, arXiv 2412.19437, 3.3)."""
     dtype, size, height = TORCH[quantizer.dtype], quantizer.block_len, quantizer.block_len
     if quantizer.block_scaling_dim == 1:
         height = 1
