@@ -27,13 +27,17 @@ def install() -> None:
     sys.path.insert(0, str(SITE))
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # then it does not load CUDA's libraries
     sys.modules["transformer_engine_torch"] = kernels
-    for name in ("onnx", "onnxscript", "triton", "triton.language", "triton.language.standard"):
+    absent = ("onnx", "onnxscript", "triton", "triton.language", "triton.language.standard")
+    for name in absent:
         sys.modules[name] = MagicMock(__version__="3.5.0")
     import transformer_engine.common
 
     transformer_engine.common.load_framework_extension = lambda framework: None
     sys.modules["transformer_engine.pytorch.triton.permutation"] = permutation
     import transformer_engine.pytorch.cpp_extensions
+
+    for name in absent:
+        del sys.modules[name]  # vLLM asks, too
 
     # Its `from transformer_engine_torch import *` has only the names that are there.
     transformer_engine.pytorch.cpp_extensions.__getattr__ = kernels.__getattr__
