@@ -6,6 +6,7 @@ Families: test_families_layouts.py.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from tests.family_checks import tiny_model
 from tests.family_configs import tiny_configs
-from tests.launch import torchrun
+from tests.launch import execute, torchrun
 from tests.layouts import reference
 from tests.models import make_assets, make_qwen3
 from tests.te import needs_transformer_engine
@@ -105,3 +106,29 @@ def test_resumes_bitwise(tmp_path: Path, fp8: str) -> None:
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
     for file in (tmp_path / "whole" / "hf").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "parts" / "hf" / file.name).read_bytes()
+
+
+@pytest.mark.slow
+def test_gpu_check_toy_runs(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "tests.te", "tools.gpu_check", "--toy", "--output", str(tmp_path / "results.json")]
+    execute(line, check=True, timeout=280)
+    found = json.loads((tmp_path / "results.json").read_text())["results"]
+    passed = {r["name"] for r in found if r["status"] == "passed"}
+    assert {"layers, transformer_engine, Qwen3-30B-A3B", "training, fp8 blockwise against bf16"} <= passed
+    assert {r["status"] for r in found} == {"passed", "skipped"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fp8", ["null", "tensorwise"])
+def test_grpo_with_vllm_in_every_rank(tmp_path: Path, fp8: str) -> None:
+    assets = make_assets(tmp_path)
+    line = [
+        "megatron_posttrain", "grpo", f"model.path={assets / 'model'}", f"data.train={assets / 'rl.jsonl'}",
+        f"output={tmp_path / 'run'}", "parallel.tensor=2", "parallel.expert=2", "data.sequence_length=64",
+        "rollout.prompts_per_step=4", "rollout.samples_per_prompt=4", "rollout.max_tokens=16", "training.steps=2",
+        "training.global_batch_size=16", "training.micro_batch_size=4", f"precision.fp8={fp8}",
+        f"precision.dtype={'fp32' if fp8 == 'null' else 'bf16'}", "rewards=[{name: math, weight: 1.0}]",
+    ]  # fmt: skip
+    torchrun(2, "-m", "tests.te", *line)
+    for record in metrics(tmp_path / "run"):
+        assert record["logprob_difference"] < (1e-4 if fp8 == "null" else 0.2)

@@ -84,9 +84,10 @@ class Layer:
 
         def work() -> None:
             x.grad = None
+            self.chunk.set_is_first_microbatch()  # FP8 weights are made anew, as in every step
             with platform().megatron(), self.wrapped.no_sync():
                 out = self.chunk.decoder(x, None, rotary_pos_emb=rotary, packed_seq_params=packed)
-                (out[0] if isinstance(out, tuple) else out).backward(gradient)
+                torch.autograd.backward(out[0] if isinstance(out, tuple) else out, gradient)
 
         return work
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -48,12 +48,12 @@ def install() -> None:
 
     cpu.CpuPlatform.has_transformer_engine = lambda self: True  # type: ignore[method-assign]
     cpu.without_transformer_engine = lambda: iter(())  # type: ignore[assignment]
+    torch.cuda.get_device_capability = lambda *a: HOPPER  # type: ignore[assignment]
     stock = cpu._replacements
 
     def replacements() -> Iterator[Replacement]:
         yield from stock()
         yield torch.cuda, "is_available", lambda: True
-        yield torch.cuda, "get_device_capability", lambda *a: HOPPER
         yield (
             torch.cuda,
             "get_device_properties",
@@ -86,9 +86,15 @@ def _exchange(
     return []
 
 
-def _backward(tensor: torch.Tensor, grad_tensors: torch.Tensor | None = None) -> None:
+def _backward(
+    tensor: torch.Tensor,
+    grad_tensors: torch.Tensor | None = None,
+    retain_graph: bool | None = False,
+    create_graph: bool = False,
+    inputs: Sequence[torch.Tensor] | None = None,
+) -> None:
     """torch's own leaves the mode that answers requests for CUDA memory, of which Transformer Engine has some there."""
     gradient = torch.ones_like(tensor) if grad_tensors is None else grad_tensors
     torch.autograd.Variable._execution_engine.run_backward(
-        (tensor,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
+        (tensor,), (gradient,), bool(retain_graph), create_graph, tuple(inputs or ()), True, accumulate_grad=True
     )
