@@ -6,9 +6,6 @@ import math
 from dataclasses import replace
 from typing import Any
 
-# Before any scope of CpuPlatform opens: its decorators call torch.compile, which lists torch's functions and
-# refuses two CUDA functions with one stand-in.
-import megatron.core.transformer.multi_latent_attention  # noqa: F401
 import torch
 
 from megatron_posttrain.config.schema import ModelConfig, PrecisionConfig

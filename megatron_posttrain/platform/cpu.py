@@ -8,10 +8,12 @@ it torch is untouched, so that vLLM in the same process sees plain torch. No Meg
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import resource
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,11 @@ class CpuPlatform:
 
     def __init__(self) -> None:
         self._depth = 0
-        # megatron-core's jit_fuser is torch.compile, which starts a C++ compiler on CPU.
-        torch._dynamo.config.disable = True
         # Its random state tracker warns whenever the CPU generator moves, which here is the tracked one.
         logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
 
     def initialize(self, local_rank: int) -> None:
+        _import_megatron()
         if "OMP_NUM_THREADS" not in os.environ:
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
@@ -46,6 +47,7 @@ class CpuPlatform:
         if self._depth:
             yield
             return
+        _import_megatron()
         self._depth += 1
         try:
             with replaced(_replacements()), _CudaMeansCpu():
@@ -70,6 +72,17 @@ class CpuPlatform:
 
     def has_deepep(self) -> bool:
         return False
+
+
+@functools.cache
+def _import_megatron() -> None:
+    """megatron-core compiles small functions as it is imported. On CPU that would start a C++ compiler at their first
+    call, and importing torch's compiler alone doubles the time that a process takes to start."""
+    with replaced([(torch, "compile", lambda function: function)]):
+        import megatron.core.jit
+    megatron.core.jit.disable_jit_fuser()  # for the modules that are imported from here on
+    if "torch._dynamo" in sys.modules:  # somebody imported one of them before
+        torch.compiler.set_stance("force_eager")
 
 
 def _is_cuda(device: Any) -> bool:
@@ -123,12 +136,9 @@ class _Stream:
         return 0.0
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
-
-
-def _zero(*args: Any, **kwargs: Any) -> int:
-    return 0
+def _answers(value: Any) -> Callable[..., Any]:
+    """A function of its own for every name: torch's compiler refuses two names of one."""
+    return lambda *args, **kwargs: value
 
 
 def _splits_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -168,14 +178,14 @@ def _replacements() -> Iterator[Replacement]:
     yield cuda, "current_device", lambda: CPU
     yield cuda, "device_count", lambda: 1
     yield cuda, "Stream", _Stream
-    yield cuda, "Event", _Stream
-    yield cuda, "current_stream", _Stream
-    yield cuda, "default_stream", _Stream
+    yield cuda, "Event", type("_Event", (_Stream,), {})
+    yield cuda, "current_stream", _answers(_Stream())
+    yield cuda, "default_stream", _answers(_Stream())
     yield cuda, "stream", lambda stream: contextlib.nullcontext()
     for name in ("synchronize", "empty_cache", "set_device", "_lazy_init"):
-        yield cuda, name, _nothing
+        yield cuda, name, _answers(None)
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
-        yield cuda, name, _zero
+        yield cuda, name, _answers(0)
     # The CUDA random state tracker then tracks the CPU generator.
     yield cuda, "get_rng_state", lambda *a, **k: torch.get_rng_state()
     yield cuda, "set_rng_state", lambda state, *a, **k: torch.set_rng_state(state)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from megatron_posttrain.config.schema import Config
-from megatron_posttrain.models.modules.experts import GroupedExperts
 from megatron_posttrain.platform import platform
 
 BUCKET_ELEMENTS = 40_000_000  # of one message of gradients or weights
@@ -46,6 +45,8 @@ def overlaps(config: Config) -> bool:
 
 def _gather_for_grouped_experts(chunk: Any) -> None:
     """megatron-core waits for a weight where the module that owns it is called; grouped experts call none."""
+    from megatron_posttrain.models.modules.experts import GroupedExperts
+
     buckets = chunk.param_to_bucket_group
 
     def wait(module: torch.nn.Module, *unused: Any) -> None:
