@@ -67,6 +67,24 @@ def test_example_passes_doctor_on_eight_gpus(file: Path, capsys: pytest.CaptureF
     assert re.search(r"ok +memory", said) or name.startswith("quickstart/")
 
 
+@pytest.mark.parametrize(
+    ("gpus", "model", "more", "said"),
+    [
+        ("8xH100", "Qwen3-30B-A3B", ["precision.fp8=mxfp8"], r"mxfp8 does not run on compute capability 9\.0"),
+        ("8xB200", "Qwen3-30B-A3B", ["precision.fp8=blockwise"], r"allowed: delayed, tensorwise, mxfp8, null"),
+        ("8xA100", "Qwen3-30B-A3B", ["precision.fp8=delayed"], r"allowed: null"),
+        ("8xH100", "gpt-oss-20b", ["precision.fp8=blockwise", "parallel.expert_tensor=1"], r"this model is 2880 wide"),
+        ("8xH100", "Qwen3-30B-A3B", ["precision.bf16_ends=1"], r"bf16_ends: 1 needs precision\.fp8"),
+    ],
+)
+def test_doctor_refuses_fp8_that_the_gpu_has_not(
+    capsys: pytest.CaptureFixture[str], gpus: str, model: str, more: list[str], said: str
+) -> None:
+    config = str(ROOT / "examples" / "qwen3_30b_a3b_sft.yaml")
+    assert main(["doctor", "--config", config, "--assume", gpus, "--model", model, *more]) != 0
+    assert re.search(said, re.sub(r"\s+", " ", capsys.readouterr().out))
+
+
 def options(name: str, fp8: str | None = None, implementation: str = "auto", dtype: str = "bf16") -> dict[str, Any]:
     precision = PrecisionConfig.model_validate({"dtype": dtype, "fp8": fp8})
     model = ModelConfig.model_validate({"path": "none", "implementation": implementation})

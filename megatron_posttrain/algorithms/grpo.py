@@ -47,7 +47,7 @@ CANARY_PROMPTS = 4
 def grpo(config: GrpoConfig) -> int:
     """Trains, resumes where a run stopped, exports. Exit status: 0, or REQUEUE_STATUS when asked to stop."""
     prepared = prepare(config)
-    prompts = check(config, prepared.tokenizer)
+    prompts = check(config, prepared.tokenizer, platform().name)
     rewards = load_rewards(config.rewards)
     steps = total_steps(config.training, prompts, config.rollout.prompts_per_step)
     start_distributed()
@@ -186,12 +186,12 @@ def policy_loss(
     return loss, {**metrics, "entropy": (output.entropy * batch.loss_mask).sum()}
 
 
-def check(config: GrpoConfig, tokenizer: Any) -> PromptDataset:
-    """What only RL asks of a config; the prompts."""
+def check(config: GrpoConfig, tokenizer: Any, device: str) -> PromptDataset:
+    """What only RL asks of a config for `device`, cpu or cuda; the prompts."""
     rollout = config.rollout
     if rollout.offload and config.precision.dtype != "bf16":
         raise UserError(f"rollout.offload needs precision.dtype bf16, found {config.precision.dtype}")
-    if rollout.quantization is not None and platform().name != "cuda":
+    if rollout.quantization is not None and device != "cuda":
         raise UserError(f"rollout.quantization: {rollout.quantization} runs on CUDA only; allowed here: null")
     longest_prompt = config.data.sequence_length - rollout.max_tokens
     return PromptDataset(read_rows(config.data.train), tokenizer, longest_prompt, config.training.seed)

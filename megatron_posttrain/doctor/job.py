@@ -16,12 +16,14 @@ from megatron_posttrain.data.rows import read_rows
 from megatron_posttrain.doctor.findings import Findings, Status
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.models.build import check_fp8
 from megatron_posttrain.parallel.layout import Layout, check_layout
-from megatron_posttrain.planning.gpus import Gpu, find_gpu
+from megatron_posttrain.planning.gpus import COMPUTE_CAPABILITIES, Gpu, find_gpu
 from megatron_posttrain.planning.known_models import load_architecture
 from megatron_posttrain.planning.planner import plan, plan_layout
 from megatron_posttrain.planning.rollout import weight_elements
 from megatron_posttrain.planning.workload import Workload
+from megatron_posttrain.platform import platform
 from megatron_posttrain.training.prepare import (
     batch_problems,
     model_directory,
@@ -186,7 +188,8 @@ class JobCheck:
         from megatron_posttrain.algorithms.grpo import check
         from megatron_posttrain.rewards.registry import load_rewards
 
-        self.findings.attempt("data", lambda: check(config, self.tokenizer), lambda prompts: prompts.message)
+        device = platform().name if self.cluster is None else "cuda"
+        self.findings.attempt("data", lambda: check(config, self.tokenizer, device), lambda prompts: prompts.message)
         self.findings.attempt(
             "rewards", lambda: load_rewards(config.rewards), lambda found: ", ".join(reward.name for reward in found)
         )
@@ -197,6 +200,11 @@ class JobCheck:
         arch, config = self.arch, self.config
         if arch is None:
             self.findings.add("not checked here", "memory", "needs the model's shapes", "give --model NAME_OR_CONFIG")
+            return
+        capability = COMPUTE_CAPABILITIES[cluster.gpu.generation]
+        if not self.findings.attempt(
+            "precision", lambda: check_fp8(arch, layout, config.precision, capability) is None
+        ):
             return
         work = workload(config)
         found = self.findings.attempt("memory", lambda: plan_layout(arch, layout, work, cluster.gpu))

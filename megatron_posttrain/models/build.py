@@ -65,10 +65,7 @@ def config_options(
         options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif model.recompute == "selective":
         options |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-    if precision.fp8 is not None:
-        options |= _fp8(arch, layout, precision, transformer_engine)
-    elif precision.bf16_ends:
-        raise UserError(f"precision.bf16_ends: {precision.bf16_ends} needs precision.fp8")
+    options |= _fp8(arch, layout, precision, transformer_engine)
     if arch.mla is not None:
         options |= _latent_attention(arch)
     return options
@@ -261,6 +258,29 @@ def _fusions(arch: Architecture, transformer_engine: bool) -> dict[str, Any]:
     }
 
 
+def check_fp8(arch: Architecture, layout: Layout, precision: PrecisionConfig, capability: tuple[int, int]) -> None:
+    """Raises UserError for what Transformer Engine or a GPU of this compute capability does not run."""
+    recipe = precision.fp8
+    if recipe is None:
+        if precision.bf16_ends:
+            raise UserError(f"precision.bf16_ends: {precision.bf16_ends} needs precision.fp8")
+        return
+    if precision.dtype != "bf16":
+        raise UserError(f"precision.fp8: {recipe} needs precision.dtype bf16, found {precision.dtype}")
+    if precision.bf16_ends and recipe == "delayed":
+        raise UserError("precision.bf16_ends: megatron-core has none for the delayed recipe; allowed: 0")
+    if recipe not in (allowed := fp8_recipes(capability)):
+        raise UserError(
+            f"precision.fp8: {recipe} does not run on compute capability {capability[0]}.{capability[1]}; "
+            f"allowed: {', '.join((*allowed, 'null'))}"
+        )
+    if recipe == "blockwise" and layout.sequence_parallel and arch.hidden_size % FP8_TOKENS["blockwise"]:
+        raise UserError(
+            f"precision.fp8: blockwise with parallel.tensor > 1 gathers blocks of 128, and this model is "
+            f"{arch.hidden_size} wide; allowed: parallel.tensor=1, or precision.fp8 of tensorwise or delayed"
+        )
+
+
 def _fp8(arch: Architecture, layout: Layout, precision: PrecisionConfig, transformer_engine: bool) -> dict[str, Any]:
     """Linear layers and experts in FP8; router, logits, norms and attention stay as they are.
 
@@ -268,24 +288,11 @@ def _fp8(arch: Architecture, layout: Layout, precision: PrecisionConfig, transfo
     OCP MX) are fine enough for e4m3 everywhere.
     """
     recipe, ends = precision.fp8, precision.bf16_ends
-    if not transformer_engine:
+    if recipe is not None and not transformer_engine:
         raise UserError(f"precision.fp8: {recipe} needs Transformer Engine, which is not in use here; allowed: null")
-    if precision.dtype != "bf16":
-        raise UserError(f"precision.fp8: {recipe} needs precision.dtype bf16, found {precision.dtype}")
-    if ends and recipe == "delayed":
-        raise UserError("precision.bf16_ends: megatron-core has none for the delayed recipe; allowed: 0")
-    if recipe == "blockwise" and layout.sequence_parallel and arch.hidden_size % FP8_TOKENS["blockwise"]:
-        raise UserError(
-            f"precision.fp8: blockwise with parallel.tensor > 1 gathers blocks of 128, and this model is "
-            f"{arch.hidden_size} wide; allowed: parallel.tensor=1, or precision.fp8 of tensorwise or delayed"
-        )
-    if platform().name == "cuda":
-        capability = torch.cuda.get_device_capability()
-        if recipe not in (allowed := fp8_recipes(capability)):
-            raise UserError(
-                f"precision.fp8: {recipe} does not run on compute capability {capability[0]}.{capability[1]}; "
-                f"allowed: {', '.join((*allowed, 'null'))}"
-            )
+    check_fp8(arch, layout, precision, torch.cuda.get_device_capability() if recipe is not None else (0, 0))
+    if recipe is None:
+        return {}
     options: dict[str, Any] = {"fp8": "e4m3" if recipe in ("blockwise", "mxfp8") else "hybrid", "fp8_recipe": recipe}
     if recipe == "delayed":
         options |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}

@@ -43,6 +43,9 @@ GPUS: dict[str, Gpu] = {
 }
 
 
+COMPUTE_CAPABILITIES = {"ampere": (8, 0), "hopper": (9, 0), "blackwell": (10, 0)}
+
+
 @dataclass(frozen=True)
 class Efficiency:
     """Time spent for one second of the hardware's ideal time, fitted by benchmarks/plan_accuracy.py --fit.
