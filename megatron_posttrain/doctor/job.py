@@ -201,10 +201,10 @@ class JobCheck:
         if arch is None:
             self.findings.add("not checked here", "memory", "needs the model's shapes", "give --model NAME_OR_CONFIG")
             return
-        capability = COMPUTE_CAPABILITIES[cluster.gpu.generation]
-        if not self.findings.attempt(
-            "precision", lambda: check_fp8(arch, layout, config.precision, capability) is None
-        ):
+        try:
+            check_fp8(arch, layout, config.precision, COMPUTE_CAPABILITIES[cluster.gpu.generation])
+        except UserError as error:
+            self.findings.add("fail", "precision", str(error))
             return
         work = workload(config)
         found = self.findings.attempt("memory", lambda: plan_layout(arch, layout, work, cluster.gpu))
