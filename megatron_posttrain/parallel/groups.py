@@ -50,10 +50,10 @@ class Groups:
 
 def make_groups(layout: Layout, seed: int) -> Groups:
     """Initialises megatron-core's parallel state and its random number tracker."""
-    from megatron.core import parallel_state as ps
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
     with platform().megatron():
+        from megatron.core import parallel_state as ps
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
         ps.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,

@@ -37,7 +37,6 @@ class CpuPlatform:
         logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
 
     def initialize(self, local_rank: int) -> None:
-        _import_megatron()
         if "OMP_NUM_THREADS" not in os.environ:
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
