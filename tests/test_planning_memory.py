@@ -96,13 +96,10 @@ def fake_rank(layout: Layout, rank: int) -> Iterator[None]:
     from megatron_posttrain.parallel.groups import make_groups
     from megatron_posttrain.platform import platform
 
-    platform()  # settles how megatron-core compiles, so before its import; that before parts of torch are replaced
-    import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
-    from megatron.core import parallel_state as ps
-    from torch._dynamo.trace_rules import get_torch_obj_rule_map
+    with platform().megatron():  # which settles how megatron-core compiles
+        from megatron.core import parallel_state as ps
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
-    get_torch_obj_rule_map()  # cleared by the line above, and made once of torch as it then is
     new_group = dist.new_group
     dist.new_group = lambda *args, **options: new_group(*args, **{**options, "backend": "fake"})
     try:

@@ -14,6 +14,7 @@ from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.modules import kernels
 from megatron_posttrain.models.rope import concentration, inverse_frequencies
 from megatron_posttrain.models.spec import block_spec
+from megatron_posttrain.models.weights import padded_vocab_size
 from megatron_posttrain.parallel.layout import Layout, stage_layers
 from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.cuda import fp8_recipes
@@ -29,11 +30,6 @@ def use_transformer_engine(model: ModelConfig) -> bool:
     if model.implementation == "transformer_engine" and not found:
         raise UserError("model.implementation: transformer_engine is not installed here; allowed: auto, torch")
     return model.implementation != "torch" and found
-
-
-def padded_vocabulary(arch: Architecture, tensor: int) -> int:
-    """Rows of the embedding: the vocabulary, rounded up to a multiple of the tensor parallel size."""
-    return math.ceil(arch.vocab_size / tensor) * tensor
 
 
 def transformer_config(arch: Architecture, layout: Layout, model: ModelConfig, precision: PrecisionConfig) -> Any:
@@ -86,7 +82,7 @@ def build_model(
             chunk = GPTModel(
                 config,
                 block_spec(config, arch, use_transformer_engine(model), stage),
-                vocab_size=padded_vocabulary(arch, layout.tensor),
+                vocab_size=padded_vocab_size(arch.vocab_size, layout.tensor),
                 max_sequence_length=arch.max_position,
                 pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
                 post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),

@@ -28,9 +28,8 @@ def sequence_logprobs(
     batches = [pack_batch(share, multiple=layout.sequence_multiple) for share in mine]
     found: dict[int, Tensor] = {}
     for batch, output in zip(batches, engine.logprobs(batches), strict=True):
-        starts = batch.cu_seqlens.tolist()
-        for index, start, length in zip(batch.sequence_ids, starts, batch.real_lengths, strict=False):
-            found[index] = output.logprobs[start : start + length - 1].cpu()
+        for index, values in zip(batch.sequence_ids, batch.per_sequence(output.logprobs), strict=True):
+            found[index] = values.cpu()
     gathered: list[dict[int, Tensor]] = [found] * layout.data
     if layout.data > 1:
         dist.all_gather_object(gathered, found, group=groups.data)

@@ -25,7 +25,7 @@ def install() -> None:
     """For the rest of this process; before megatron-core is imported."""
     assert "megatron.core" not in sys.modules
     sys.path.insert(0, str(SITE))
-    os.environ |= {"NVTE_PROJECT_BUILDING": "1", "NVTE_TORCH_COMPILE": "0"}  # it then loads no CUDA library
+    os.environ |= {"NVTE_PROJECT_BUILDING": "1", "NVTE_TORCH_COMPILE": "0"}  # no CUDA library, no compiler
     sys.modules["transformer_engine_torch"] = kernels
     absent = ("onnx", "onnxscript", "triton", "triton.language", "triton.language.standard")
     for name in absent:
