@@ -20,7 +20,7 @@ from megatron_posttrain.algorithms.samples import (
     write_rollouts,
 )
 from megatron_posttrain.config.schema import GrpoAlgorithm, GrpoConfig
-from megatron_posttrain.data.batch import PackedBatch, microbatches, pack_batch
+from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import PromptDataset
 from megatron_posttrain.data.rows import read_rows
@@ -31,7 +31,7 @@ from megatron_posttrain.platform import platform
 from megatron_posttrain.rewards.registry import load_rewards
 from megatron_posttrain.rollout.engine import RolloutEngine
 from megatron_posttrain.rollout.refit import Refit, prove
-from megatron_posttrain.training.batches import to_rows
+from megatron_posttrain.training.batches import rank_token_batches, to_rows
 from megatron_posttrain.training.checkpoints import Checkpoints
 from megatron_posttrain.training.engine import Engine, Metrics, TokenOutput
 from megatron_posttrain.training.export import export, full_tensors
@@ -126,7 +126,6 @@ def score_samples(samples: Samples, engine: Engine, reference: Engine | None, co
 
 def update(engine: Engine, samples: Samples, config: GrpoConfig, lr: float) -> dict[str, float]:
     """Optimizer steps over the samples, `training.global_batch_size` of them a step."""
-    groups, layout = engine.groups, engine.groups.layout
     engine.temperature = config.rollout.temperature
     sequences = training_sequences(samples)
     size = config.training.global_batch_size
@@ -134,8 +133,7 @@ def update(engine: Engine, samples: Samples, config: GrpoConfig, lr: float) -> d
     results = []
     for start in range(0, len(sequences), size):
         mini_batch = sequences[start : start + size]
-        shares = microbatches(mini_batch, budget, layout.micro_batch_multiple)[groups.data.rank() :: layout.data]
-        batches = [pack_batch(share, multiple=layout.sequence_multiple) for share in shares]
+        batches = rank_token_batches(mini_batch, engine.groups, budget)
         counted = sum(sum(s.loss_mask) for s in mini_batch)
         denominator = {
             "token": counted,

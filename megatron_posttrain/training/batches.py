@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_posttrain.data.batch import PackedBatch, pack_batch
+from megatron_posttrain.data.batch import PackedBatch, microbatches, pack_batch
 from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.parallel.groups import Groups
 
@@ -26,6 +26,13 @@ def rank_micro_batches(rows: Sequence[Row], groups: Groups, micro_batch_size: in
         for i in range(0, len(rows), micro_batch_size)
     ]
     return [pack_batch(m, multiple=layout.sequence_multiple) for m in merged[rank :: layout.data]]
+
+
+def rank_token_batches(sequences: Row, groups: Groups, token_budget: int) -> list[PackedBatch]:
+    """This data parallel rank's share of `sequences`, in micro-batches of at most `token_budget` tokens."""
+    layout = groups.layout
+    shares = microbatches(sequences, token_budget, layout.micro_batch_multiple)
+    return [pack_batch(share, multiple=layout.sequence_multiple) for share in shares[groups.data.rank() :: layout.data]]
 
 
 def to_rows(flat: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_posttrain.data.batch import Sequence as TokenSequence
-from megatron_posttrain.data.batch import microbatches, pack_batch
+from megatron_posttrain.training.batches import rank_token_batches
 from megatron_posttrain.training.engine import Engine
 
 
@@ -23,9 +23,7 @@ def sequence_logprobs(
     engine.temperature = temperature
     groups, layout = engine.groups, engine.groups.layout
     numbered = [replace(sequence, index=index) for index, sequence in enumerate(sequences)]
-    shares = microbatches(numbered, token_budget, layout.micro_batch_multiple)
-    mine = shares[groups.data.rank() :: layout.data]
-    batches = [pack_batch(share, multiple=layout.sequence_multiple) for share in mine]
+    batches = rank_token_batches(numbered, groups, token_budget)
     found: dict[int, Tensor] = {}
     for batch, output in zip(batches, engine.logprobs(batches), strict=True):
         for index, values in zip(batch.sequence_ids, batch.per_sequence(output.logprobs), strict=True):
