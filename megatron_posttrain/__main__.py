@@ -1,4 +1,4 @@
-from megatron_posttrain.cli.main import main
+from megatron_posttrain.cli.main import process
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(process())

@@ -93,6 +93,27 @@ def test_a_rank_that_fails_is_named_by_the_head(tmp_path: Path) -> None:
     assert "ValueError: told to fail at step 2" in text
 
 
+FAILING = """
+import atexit, os, sys
+import torch.distributed as dist
+from megatron_posttrain.cli.main import process
+
+def work():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    print("joined")
+    raise ValueError("told to fail")
+
+atexit.register(os.abort)  # as gloo's threads do when Python's clean-up meets them at a bad moment
+sys.exit(process(work))
+"""
+
+
+def test_a_failing_rank_keeps_its_status_and_its_words() -> None:
+    done = subprocess.run([sys.executable, "-c", FAILING], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "joined\n")
+    assert done.stderr.rstrip().endswith("ValueError: told to fail")
+
+
 def test_a_frozen_node_ends_the_job_by_name(tmp_path: Path) -> None:
     """Its connections stay open, as those of a machine without power: only silence tells."""
     nodes = two_nodes(tmp_path, "--node-timeout=5", counter=["steps=500"])
