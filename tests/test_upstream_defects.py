@@ -1,19 +1,22 @@
-"""Each workaround of a defect of megatron-core 0.16.1, switched off: these fail when one is no longer needed."""
+"""Workarounds of defects of megatron-core 0.16.1 and torch 2.13, switched off: these fail when one is not needed."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_posttrain.algorithms.losses import cross_entropy_sum
 from megatron_posttrain.checkpoint.hf import check_directory
 from megatron_posttrain.config.schema import CheckpointConfig, SftConfig
 from megatron_posttrain.data.batch import Sequence
+from megatron_posttrain.parallel import gloo
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.platform import cpu, platform, scope
@@ -173,3 +176,20 @@ def test_latent_attention_believes_in_transformer_engine() -> None:
 
     assert [r[1] for r in scope.without_transformer_engine()] == ["HAVE_TE"]
     assert mla.HAVE_TE, "megatron-core reports it rightly: platform/scope.py need not"
+
+
+def sockets_threads() -> int:
+    names = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    return names.count("gloo_tcp_loop")
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_gloo_without_one_device_for_all_groups_has_a_thread_for_each(shared: bool) -> None:
+    start_distributed()
+    before = sockets_threads()
+    with gloo.shared_device() if shared else nullcontext():
+        groups = [dist.new_group([0], backend="gloo") for _ in range(3)]
+    added = sockets_threads() - before
+    for group in groups:
+        dist.destroy_process_group(group)
+    assert added == (0 if shared else 3)

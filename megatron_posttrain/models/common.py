@@ -81,18 +81,6 @@ def rope(config: HfConfig, default_base: float = 10_000.0) -> Rope:
     return Rope(base=base, scaling=kind, **{"factor": longest / original, **found})
 
 
-def rope_parameters(rope: Rope) -> dict[str, Any]:
-    """The `rope_parameters` of a config, of transformers 5."""
-    kind = rope.scaling or "default"
-    values = {name: getattr(rope, name) for name in ROPE_SCALINGS[kind]}
-    if kind in ("llama3", "yarn"):
-        values["original_max_position_embeddings"] = rope.original_max_position
-    if not rope.mscale_all_dim:
-        values |= {"mscale": None, "mscale_all_dim": None}
-    values |= {"rope_type": kind, "rope_theta": rope.base}
-    return {name: value for name, value in values.items() if value is not None}
-
-
 def base_architecture(config: HfConfig, **fields: Any) -> Architecture:
     """The fields that all families read alike; `fields` are those that the family reads itself."""
     require(config, "hidden_act", ("silu", "swish"), "silu")
@@ -105,17 +93,6 @@ def base_architecture(config: HfConfig, **fields: Any) -> Architecture:
     } | {key: value for key, value in config.items() if value is not None}
     values = {ours: need(given, theirs) for ours, theirs in FIELDS.items()}
     return Architecture(**({"family": config["model_type"], "rope": rope(config)} | values | fields))
-
-
-def base_config(arch: Architecture, name: str, **fields: Any) -> HfConfig:
-    """A config.json with the fields that all families have; `name`: of the transformers class."""
-    return {
-        "architectures": [f"{name}ForCausalLM"],
-        "model_type": arch.family,
-        **{theirs: getattr(arch, ours) for ours, theirs in FIELDS.items()},
-        "hidden_act": "silu",
-        "rope_parameters": rope_parameters(arch.rope),
-    } | fields
 
 
 def sliding_layers(config: HfConfig, window: int | None, first: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from megatron_posttrain.models.weights import Column, Mapping, Replicated, Row, 
 
 FUSIONS = common.EXPERT_FUSIONS
 MTP = "mtp.layers.*."
+MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")  # of a config: published, newer
 
 
 def architecture(config: HfConfig) -> Architecture:
@@ -57,35 +58,7 @@ def architecture(config: HfConfig) -> Architecture:
         head_dim=mla.v_dim,
         mla=mla,
         moe=moe,
-        num_mtp_layers=config.get("num_nextn_predict_layers", config.get("num_mtp_layers", 0)),
-    )
-
-
-def hf_config(arch: Architecture) -> HfConfig:
-    mla, moe = arch.mla, arch.moe
-    assert mla is not None
-    assert moe is not None
-    return common.base_config(
-        arch,
-        "DeepseekV3",
-        head_dim=mla.qk_rope_dim,
-        q_lora_rank=mla.q_rank,
-        kv_lora_rank=mla.kv_rank,
-        qk_nope_head_dim=mla.qk_nope_dim,
-        qk_rope_head_dim=mla.qk_rope_dim,
-        v_head_dim=mla.v_dim,
-        n_routed_experts=moe.num_experts,
-        num_experts_per_tok=moe.top_k,
-        moe_intermediate_size=moe.expert_ffn_size,
-        n_shared_experts=moe.shared_ffn_size // moe.expert_ffn_size,
-        first_k_dense_replace=moe.first_dense_layers,
-        scoring_func="sigmoid",
-        topk_method="noaux_tc",
-        norm_topk_prob=moe.normalize_top_k,
-        n_group=moe.num_groups,
-        topk_group=moe.top_k_groups,
-        routed_scaling_factor=moe.scaling_factor,
-        num_nextn_predict_layers=arch.num_mtp_layers,
+        num_mtp_layers=next((config[name] for name in MTP_COUNTS if name in config), 0),
     )
 
 

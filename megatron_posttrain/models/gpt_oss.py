@@ -56,22 +56,6 @@ def architecture(config: HfConfig) -> Architecture:
     )
 
 
-def hf_config(arch: Architecture) -> HfConfig:
-    assert arch.moe is not None
-    kinds = ("full_attention", "sliding_attention")
-    return common.base_config(
-        arch,
-        "GptOss",
-        attention_bias=True,
-        intermediate_size=arch.moe.expert_ffn_size,
-        num_local_experts=arch.moe.num_experts,
-        num_experts_per_tok=arch.moe.top_k,
-        router_aux_loss_coef=arch.moe.aux_loss_coefficient,
-        sliding_window=arch.sliding_window,
-        layer_types=[kinds[layer in arch.sliding_layers] for layer in range(arch.num_layers)],
-    )
-
-
 def table(arch: Architecture) -> list[Mapping]:
     sinks = Column(
         f"{common.LAYER}self_attention.core_attention.softmax_offset",

@@ -16,9 +16,5 @@ def architecture(config: HfConfig) -> Architecture:
     )
 
 
-def hf_config(arch: Architecture) -> HfConfig:
-    return common.base_config(arch, "Llama", attention_bias=arch.qkv_bias, mlp_bias=arch.mlp_bias)
-
-
 def table(arch: Architecture) -> list[Mapping]:
     return common.table(arch)

@@ -14,9 +14,5 @@ def architecture(config: HfConfig) -> Architecture:
     return common.base_architecture(config, **common.sliding_layers(config, window, 0))
 
 
-def hf_config(arch: Architecture) -> HfConfig:
-    return common.base_config(arch, "Mistral", sliding_window=arch.sliding_window)
-
-
 def table(arch: Architecture) -> list[Mapping]:
     return common.table(arch)

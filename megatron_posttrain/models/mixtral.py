@@ -29,19 +29,6 @@ def architecture(config: HfConfig) -> Architecture:
     return common.base_architecture(config, moe=moe, **window)
 
 
-def hf_config(arch: Architecture) -> HfConfig:
-    assert arch.moe is not None
-    return common.base_config(
-        arch,
-        "Mixtral",
-        intermediate_size=arch.moe.expert_ffn_size,
-        num_local_experts=arch.moe.num_experts,
-        num_experts_per_tok=arch.moe.top_k,
-        router_aux_loss_coef=arch.moe.aux_loss_coefficient,
-        sliding_window=arch.sliding_window,
-    )
-
-
 def table(arch: Architecture) -> list[Mapping]:
     names = ("w1", "w3", "w2")
     return common.table(arch, common.router(arch, f"{BLOCK}gate"), common.experts(arch, f"{BLOCK}experts.*.", names))

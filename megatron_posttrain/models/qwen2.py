@@ -42,36 +42,6 @@ def mixture(config: HfConfig, **shared: Any) -> MixtureOfExperts:
     )
 
 
-def hf_config(arch: Architecture) -> HfConfig:
-    if arch.moe is None:
-        return common.base_config(arch, "Qwen2", **window_fields(arch))
-    shared = {"shared_expert_intermediate_size": arch.moe.shared_ffn_size, "qkv_bias": arch.qkv_bias}
-    return common.base_config(arch, "Qwen2Moe", **window_fields(arch), **mixture_fields(arch.moe), **shared)
-
-
-def window_fields(arch: Architecture) -> HfConfig:
-    if arch.sliding_window is None:
-        return {"use_sliding_window": False}
-    kinds = ("full_attention", "sliding_attention")
-    return {
-        "use_sliding_window": True,
-        "sliding_window": arch.sliding_window,
-        "layer_types": [kinds[layer in arch.sliding_layers] for layer in range(arch.num_layers)],
-    }
-
-
-def mixture_fields(moe: MixtureOfExperts) -> HfConfig:
-    return {
-        "num_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "moe_intermediate_size": moe.expert_ffn_size,
-        "norm_topk_prob": moe.normalize_top_k,
-        "router_aux_loss_coef": moe.aux_loss_coefficient,
-        "mlp_only_layers": list(moe.dense_layers),
-        "decoder_sparse_step": 1,
-    }
-
-
 def table(arch: Architecture) -> list[Mapping]:
     if arch.moe is None:
         return common.table(arch)

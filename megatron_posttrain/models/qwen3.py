@@ -27,13 +27,6 @@ def architecture(config: HfConfig) -> Architecture:
     )
 
 
-def hf_config(arch: Architecture) -> HfConfig:
-    fields = {"attention_bias": arch.qkv_bias, **qwen2.window_fields(arch)}
-    if arch.moe is None:
-        return common.base_config(arch, "Qwen3", **fields)
-    return common.base_config(arch, "Qwen3Moe", **fields, **qwen2.mixture_fields(arch.moe))
-
-
 def table(arch: Architecture) -> list[Mapping]:
     if arch.moe is None:
         return common.table(arch)

@@ -13,7 +13,7 @@ from megatron_posttrain.models.architecture import Architecture, HfConfig
 from megatron_posttrain.models.layout import Layout
 from megatron_posttrain.models.weights import Shape, TensorPlan, expand
 
-# `model_type` of a config.json -> module with `architecture`, `hf_config`, `table` and `FUSIONS`
+# `model_type` of a config.json -> module with `architecture`, `table` and `FUSIONS`
 FAMILIES = {
     "deepseek_v3": deepseek_v3,
     "gpt_oss": gpt_oss,
@@ -24,15 +24,6 @@ FAMILIES = {
     "qwen2_moe": qwen2,
     "qwen3": qwen3,
     "qwen3_moe": qwen3,
-}
-
-# Field of a config -> other names of it, which go when the field is written anew
-OTHER_NAMES = {
-    "rope_parameters": ("rope_theta", "rope_scaling"),
-    "num_experts": ("num_local_experts",),
-    "num_local_experts": ("num_experts",),
-    "n_routed_experts": ("num_local_experts",),
-    "num_nextn_predict_layers": ("num_mtp_layers",),
 }
 
 
@@ -50,15 +41,9 @@ def architecture_from_hf(config: HfConfig, keep_mtp: bool = False) -> Architectu
     return arch if keep_mtp else replace(arch, num_mtp_layers=0)
 
 
-def hf_config(arch: Architecture, source: HfConfig | None = None) -> HfConfig:
-    """The config.json of `arch`: `source` with those fields changed in which `arch` differs from it."""
-    config: HfConfig = FAMILIES[arch.family].hf_config(arch)
-    if source is None or source.get("model_type") != config["model_type"]:
-        return config
-    before = FAMILIES[arch.family].hf_config(architecture_from_hf(source, keep_mtp=True))
-    changed = {key: value for key, value in config.items() if key not in before or before[key] != value}
-    stale = {name for key in changed for name in OTHER_NAMES.get(key, ())}
-    return {key: value for key, value in source.items() if key not in stale} | changed
+def hf_config(arch: Architecture, source: HfConfig) -> HfConfig:
+    """The config.json of `arch`, which was read from `source`: all of it but the layers that were dropped."""
+    return source | {name: arch.num_mtp_layers for name in deepseek_v3.MTP_COUNTS if source.get(name)}
 
 
 @lru_cache(maxsize=4)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_posttrain.models.architecture import Rope
-from megatron_posttrain.models.common import rope_parameters
+from megatron_posttrain.models.common import ROPE_SCALINGS
 
 
 def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
@@ -25,11 +23,15 @@ def concentration(rope: Rope) -> float:
 
 def _frequencies(rope: Rope, dim: int) -> tuple[Tensor, float]:
     kind = rope.scaling or "linear"  # by a factor of 1
+    names = [name for name in ROPE_SCALINGS[kind] if rope.mscale_all_dim or not name.startswith("mscale")]
+    values = {name: getattr(rope, name) for name in names if getattr(rope, name) is not None}
+    if original := rope.original_max_position:
+        values["original_max_position_embeddings"] = original
     config = PreTrainedConfig(
         head_dim=dim,
         hidden_size=dim,
         num_attention_heads=1,
-        max_position_embeddings=round(rope.factor * rope.original_max_position),
-        rope_parameters=rope_parameters(replace(rope, scaling=kind)),
+        max_position_embeddings=round(rope.factor * original),
+        rope_parameters={"rope_type": kind, "rope_theta": rope.base} | values,
     )
     return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))

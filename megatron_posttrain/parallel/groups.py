@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from megatron_posttrain.parallel.gloo import shared_device
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.platform import platform
 
@@ -28,7 +29,8 @@ def start_distributed() -> None:
         # In memory: a port that was free a moment ago may be somebody else's now.
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     device.initialize(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(device.backend, timeout=COLLECTIVE_TIMEOUT, **alone)
+    with shared_device():
+        dist.init_process_group(device.backend, timeout=COLLECTIVE_TIMEOUT, **alone)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Groups:
 
 def make_groups(layout: Layout, seed: int) -> Groups:
     """Initialises megatron-core's parallel state and its random number tracker."""
-    with platform().megatron():
+    with platform().megatron(), shared_device():
         from megatron.core import parallel_state as ps
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_posttrain.parallel.gloo import shared_device
 from megatron_posttrain.parallel.groups import broadcast_object, start_distributed
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout import vllm_fixes
@@ -104,7 +105,7 @@ class RolloutEngine:
         local = os.environ.get("LOCAL_RANK", str(torch.cuda.current_device() if not self._cpu else rank))
         self._isolated = Isolation({"RANK": str(rank), "LOCAL_RANK": local})
         token = str(broadcast_object(uuid.uuid4().hex[:12]))
-        with self._isolated(), warnings.catch_warnings():
+        with self._isolated(), shared_device(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what vLLM says about GPU parts that are not there
             logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
             from vllm import LLM

@@ -1,0 +1,38 @@
+"""One thread a process for the sockets of all of gloo's groups.
+
+Torch 2.13 gives every group a device of its own, whose thread looks 100 times a second whether there is work. A
+trainer has some twenty groups, with vLLM thirty: idle ranks would keep a laptop busy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import ProcessGroupGloo, Store, distributed_c10d
+
+from megatron_posttrain.platform.scope import replaced
+
+
+@functools.cache
+def _devices() -> list[Any]:
+    """As torch chooses them for a group."""
+    if names := os.environ.get("GLOO_SOCKET_IFNAME"):
+        return [ProcessGroupGloo.create_device(interface=name) for name in names.split(",")]
+    return [ProcessGroupGloo.create_default_device()]
+
+
+class _Gloo(ProcessGroupGloo):
+    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
+        options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs lack it
+        options._devices, options._timeout = _devices(), timeout
+        options._threads = 2 * len(_devices())
+        super().__init__(store, rank, size, options)
+
+
+def shared_device() -> contextlib.AbstractContextManager[None]:
+    """Groups that torch makes in this scope share the process' devices."""
+    return replaced([(distributed_c10d, "ProcessGroupGloo", _Gloo)])
