@@ -51,7 +51,7 @@ def kill_after_step(step: int, line: list[str], run: Path) -> None:
             break
         time.sleep(0.02)
     assert job.poll() is None, "the run ended before it could be killed"
-    # The ranks' own helpers too (a checkpoint save starts some): they would outlive their parents.
+    # The ranks too: they would outlive torchrun.
     for process in [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

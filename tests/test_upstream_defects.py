@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -79,6 +80,21 @@ def test_loading_the_optimizer_fails_without(
     without(monkeypatch, fix)
     with pytest.raises(error):
         checkpoints(tmp_path).resume(engine)
+
+
+@pytest.mark.parametrize("threads", [True, False])
+def test_saving_starts_processes_without_threads(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: bool
+) -> None:
+    train(engine)
+    before = set(psutil.Process().children(recursive=True))
+    if not threads:
+        monkeypatch.setattr("megatron_posttrain.training.checkpoints._written_by_threads", nullcontext)
+    checkpoints(tmp_path).save(engine, 1)
+    started = set(psutil.Process().children(recursive=True)) - before
+    for process in started:
+        process.kill()
+    assert bool(started) != threads
 
 
 def test_all_states_share_a_step_without_its_fix(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing.dummy
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch.distributed as dist
@@ -12,6 +15,7 @@ import torch.distributed as dist
 from megatron_posttrain.config.schema import CheckpointConfig
 from megatron_posttrain.parallel.groups import broadcast_object
 from megatron_posttrain.platform import platform
+from megatron_posttrain.platform.scope import replaced
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.optimizer_fixes import optimizer_can_resume
 from megatron_posttrain.training.run import Run
@@ -52,7 +56,7 @@ class Checkpoints:
             partial.mkdir(parents=True)
         dist.barrier()
         engine.gather_weights()
-        with platform().megatron(), optimizer_can_resume():
+        with platform().megatron(), optimizer_can_resume(), _written_by_threads():
             dist_checkpointing.save(_sharded_state(engine, loading=False), str(partial), content_metadata=SHARDING)
         dist.barrier()
         if dist.get_rank() == 0:
@@ -82,6 +86,15 @@ class Checkpoints:
                 chunk.load_state_dict(loaded[_model_key(engine, index)], strict=False)
             engine.optimizer.load_state_dict(loaded["optimizer"])
         return json.loads((Path(str(path)) / STATE_FILE).read_text())["step"]
+
+
+def _written_by_threads() -> contextlib.AbstractContextManager[None]:
+    """megatron-core 0.16.1 forks a process for each of a rank's files, though CUDA's, gloo's and vLLM's threads do not
+    survive a fork, and starts one more, that stays, to hear from them: 2 to 4 s before a rank's first byte."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    threads = SimpleNamespace(get_context=lambda method: multiprocessing.dummy)
+    return replaced([(filesystem_async, "mp", threads), (filesystem_async, "_results_queue", None)])
 
 
 def _model_key(engine: Engine, index: int) -> str:
