@@ -23,7 +23,7 @@ from megatron_posttrain.config.schema import SftConfig
 from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.training import heartbeat
 from megatron_posttrain.training.run import Run
-from tests.launch import torchrun
+from tests.launch import ranks, torchrun
 from tests.models import make_assets
 from tools.benchmark_throughput import main
 
@@ -128,7 +128,7 @@ def test_profile_of_a_mixture_of_experts(tmp_path: Path) -> None:
     config.write_text(yaml.safe_dump(TREE | {"model": {"path": str(tmp_path)}}))
     options = ["--config", str(config), "--steps", "2", "--warmup", "1", "--output", str(output)]
     sweep = "tensor=2,pipeline=2,expert=2;tensor=2,expert=2"
-    done = torchrun(4, "tools/benchmark_throughput.py", *options, "--sweep", sweep)
+    done = ranks(4, "tools/benchmark_throughput.py", *options, "--sweep", sweep)
     assert "nothing\noverlaps" in done.stdout
     assert "forward: rank" in done.stdout
     staged, flat = json.loads(output.read_text())["results"]

@@ -16,7 +16,7 @@ from megatron_posttrain.checkpoint.stream import StreamOptions
 from tests.convert_worker import SMALL
 from tests.family_checks import assert_same_tensors, saved_tensors, tiny_model
 from tests.family_configs import tiny_configs
-from tests.launch import torchrun
+from tests.launch import ranks
 
 CONFIGS = tiny_configs()
 SAVED = ("qwen3", "qwen3-moe", "deepseek-v3")  # also saved by megatron-core itself
@@ -36,7 +36,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         job = {"model": str(source), "layout": layout, "dtype": "bf16", "save": name in SAVED}
         jobs.append(job | {"out": str(root / name)})
     (root / "jobs.json").write_text(json.dumps(jobs))
-    torchrun(4, "-m", "tests.convert_worker", str(root / "jobs.json"))
+    ranks(4, "-m", "tests.convert_worker", str(root / "jobs.json"))
     return root
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launch import torchrun
+from tests.launch import ranks
 from tests.layouts import reference
 from tests.models import make_qwen3
 
@@ -41,7 +41,7 @@ def test_trains_the_same_model(tmp_path: Path) -> None:
         ]  # fmt: skip
         file = tmp_path / f"jobs{processes}.json"
         file.write_text(json.dumps(jobs))
-        torchrun(processes, "-m", "tests.layouts.worker", str(file))
+        ranks(processes, "-m", "tests.layouts.worker", str(file))
         for plain, overlapped in zip(jobs[::2], jobs[1::2], strict=True):
             found = json.loads((Path(overlapped["out"]) / "facts.json").read_text())
             losses, norms = expected[Path(plain["model"]).name]

@@ -12,7 +12,7 @@ import torch
 
 from tests.family_checks import assert_same_tensors, saved_tensors, tiny_model
 from tests.family_configs import tiny_configs
-from tests.launch import torchrun
+from tests.launch import ranks, torchrun
 from tests.layouts import reference
 from tests.te import needs_transformer_engine
 
@@ -47,7 +47,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def torch_layers(sources: Path) -> None:
     """All families in one job of four processes."""
     (sources / "torch.json").write_text(json.dumps(jobs(sources, "cpu") + jobs(sources, "cuda")))
-    torchrun(4, "-m", WORKER, str(sources / "torch.json"))
+    ranks(4, "-m", WORKER, str(sources / "torch.json"))
 
 
 @pytest.fixture(scope="module")

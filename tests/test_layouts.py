@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launch import torchrun
+from tests.launch import ranks
 from tests.layouts import reference
 from tests.models import make_qwen3
 
@@ -67,7 +67,7 @@ def expected(models: dict[str, str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def facts(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One torchrun a world size runs all its layouts: starting processes costs more than the work."""
+    """One job a world size runs all its layouts: starting processes costs more than the work."""
     out = tmp_path_factory.mktemp("layouts")
     for processes in LAYOUTS:
         jobs = [
@@ -77,7 +77,7 @@ def facts(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> d
         ]
         file = out / f"jobs{processes}.json"
         file.write_text(json.dumps(jobs))
-        torchrun(processes, "-m", "tests.layouts.worker", str(file))
+        ranks(processes, "-m", "tests.layouts.worker", str(file))
     return {
         name(*case): json.loads((out / name(*case) / "facts.json").read_text()) | {"hf": out / name(*case) / "hf"}
         for case in CASES

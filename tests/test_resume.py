@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.launch import ROOT, torchrun
+from tests.launch import ROOT, ranks, torchrun
 from tests.models import make_assets
 
 STEPS = 8
@@ -64,7 +64,7 @@ def test_killed_run_resumes_bitwise(assets: Path, tmp_path: Path, dtype: str) ->
     torchrun(2, *arguments(assets, tmp_path / "whole", dtype))
     killed = tmp_path / "killed"
     kill_after_step(5, arguments(assets, killed, dtype), killed)
-    torchrun(2, *arguments(assets, killed, dtype))
+    ranks(2, *arguments(assets, killed, dtype))
     assert metrics(killed) == metrics(tmp_path / "whole")
     left = sorted(p.name for p in (killed / "checkpoints").iterdir())
     assert left == ["step_000006", "step_000008"]
@@ -75,10 +75,10 @@ def test_killed_run_resumes_bitwise(assets: Path, tmp_path: Path, dtype: str) ->
 @pytest.mark.timeout(900)
 def test_resumes_under_another_layout(assets: Path, tmp_path: Path) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
-    torchrun(2, *arguments(assets, run, "fp32", "training.steps=4"))
+    ranks(2, *arguments(assets, run, "fp32", "training.steps=4"))
     other = ["parallel.tensor=1", "parallel.expert=1", "parallel.pipeline=2"]
-    torchrun(2, *arguments(assets, run, "fp32", *other))
-    torchrun(2, *arguments(assets, whole, "fp32"))
+    ranks(2, *arguments(assets, run, "fp32", *other))
+    ranks(2, *arguments(assets, whole, "fp32"))
     for resumed, straight in zip(metrics(run), metrics(whole), strict=True):
         assert resumed["tokens"] == straight["tokens"]
         assert resumed["loss"] == pytest.approx(straight["loss"], rel=1e-4)

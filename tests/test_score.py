@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.launch import torchrun
+from tests.launch import ranks
 from tests.models import make_assets
 
 
@@ -19,7 +19,7 @@ def test_score_equals_transformers(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join((assets / "train.jsonl").read_text().splitlines()[:25]) + "\n")
     out = tmp_path / "out"
-    torchrun(
+    ranks(
         2, "-m", "megatron_posttrain", "score", f"model.path={assets / 'model'}", f"data.train={rows}",
         f"output={out}", "precision.dtype=fp32", "parallel.tensor=2", "parallel.expert=2", "data.sequence_length=256",
     )  # fmt: skip

@@ -45,7 +45,7 @@ def facts(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> d
     jobs: dict[str, dict[str, Any]] = {}
     for kind, split in SPLIT.items():
         jobs[f"{kind} fp32"] = {"model": models[kind], "layout": split}
-        jobs[f"{kind} bf16"] = {"model": models[kind], "layout": split, "precision": BF16}
+        jobs[f"{kind} bf16"] = {"model": models[kind], "layout": split, "precision": BF16, "rows": 8}
     for recipe in RECIPES:
         jobs[recipe] = jobs["moe bf16"] | {"precision": BF16 | {"fp8": recipe}}
     # Sequence parallelism gathers blocks of 128; this model is 64 wide. Resuming has a wider one.

@@ -15,7 +15,7 @@ from transformers import DeepseekV3Config, PreTrainedConfig, Qwen3Config, Qwen3M
 from megatron_posttrain.parallel.layout import Layout, stage_layers
 from tests.family_checks import assert_same_tensors, saved_tensors, tiny_model
 from tests.family_configs import LATENT
-from tests.launch import command, torchrun
+from tests.launch import command, ranks
 from tests.layouts import reference
 from tests.models import EXPERTS, SIZES, make_assets
 
@@ -71,7 +71,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny_model(config, torch.float32).save_pretrained(source)
         jobs.append({"model": str(source), "layout": layout, "steps": STEPS, "export": True, "out": str(root / name)})
     (root / "jobs.json").write_text(json.dumps(jobs))
-    torchrun(2, "-m", "tests.layouts.worker", str(root / "jobs.json"))
+    ranks(2, "-m", "tests.layouts.worker", str(root / "jobs.json"))
     return root
 
 
@@ -112,7 +112,7 @@ def test_resumes_without_a_pipeline(tmp_path: Path) -> None:
             "optimizer.schedule=constant", "checkpoint.every=2", "logging.tensorboard=false", *more,
         ]  # fmt: skip
 
-    torchrun(2, "-m", "megatron_posttrain", *arguments(run, "parallel.pipeline=2", "training.steps=2"))
+    ranks(2, "-m", "megatron_posttrain", *arguments(run, "parallel.pipeline=2", "training.steps=2"))
     command(*arguments(run))
     command(*arguments(whole))
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]

@@ -27,7 +27,7 @@ from megatron_posttrain.training.checkpoints import Checkpoints, _sharded_state
 from megatron_posttrain.training.engine import Engine
 from tests.family_checks import tiny_model
 from tests.family_configs import tiny_configs
-from tests.launch import torchrun
+from tests.launch import ranks
 from tests.layouts import reference
 from tests.models import make_qwen3
 
@@ -171,7 +171,7 @@ def unmended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[s
             {"model": f"{root / kind}", "layout": {"tensor": 2}, "steps": 1, "without": name, "out": f"{root / name}"}
         )
     (root / "jobs.json").write_text(json.dumps(jobs))
-    torchrun(2, "-m", "tests.layouts.worker", str(root / "jobs.json"))
+    ranks(2, "-m", "tests.layouts.worker", str(root / "jobs.json"))
     norms = {kind: reference.train(str(root / kind), 1)[1][0] for kind in cases.values()}
     return {name: (json.loads((root / name / "facts.json").read_text()), norms[kind]) for name, kind in cases.items()}
 

@@ -3,8 +3,8 @@
 worker.py JOBS.json: [{"model", "layout": {...}, "steps", "options": {...}, "out"}]
 `grouped`: experts by grouped products, as on CUDA; `fused`: megatron-core's fused activations, as there;
 `bucket`: elements of one message of overlapped communication; `row_multiple`: tokens of a micro-batch, as for FP8;
-`precision`: of the configuration, fp32 if not said; `score`: false to train only; `trained`: export the trained
-weights too; `offload`: free what only a step needs, after every step.
+`rows`: of a step, 4 if not said; `precision`: of the configuration, fp32 if not said; `score`: false to train only;
+`trained`: export the trained weights too; `offload`: free what only a step needs, after every step.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def sequences(lengths: list[int], seed: int, vocabulary: int) -> list[Sequence]:
     return [Sequence(ids, [0, 0] + [1] * (len(ids) - 2), index=i) for i, ids in enumerate(drawn)]
 
 
-def batch(step: int, vocabulary: int) -> list[list[Sequence]]:
-    return [sequences(row, 1000 * step + i, vocabulary) for i, row in enumerate(ROWS)]
+def batch(step: int, vocabulary: int, rows: int = 4) -> list[list[Sequence]]:
+    return [sequences(row, 1000 * step + i, vocabulary) for i, row in enumerate(ROWS[:rows])]
 
 
 def run(job: dict[str, Any]) -> None:
@@ -72,7 +72,7 @@ def run(job: dict[str, Any]) -> None:
         export(engine, Path(job["model"]), Path(job["out"]) / "hf")
     losses, norms = [], []
     for step in range(job["steps"]):
-        rows = batch(step, arch.vocab_size)
+        rows = batch(step, arch.vocab_size, job.get("rows", 4))
         counted = sum(sum(s.loss_mask) for row in rows for s in row)
         result = engine.train_step(
             rank_micro_batches(rows, groups, 1),
