@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch import command, torchrun
+from tests.launch import ranks, torchrun
 from tests.models import make_assets
 
 KEYS = {
@@ -78,6 +78,6 @@ def test_mistakes_in_rollout_settings(tmp_path: Path) -> None:
         (["rollout.max_tokens=64", "training.global_batch_size=100"], "does not divide the samples"),
         (["rollout.max_tokens=64", "rewards=[{name: maths}]"], "did you mean 'math'"),
     ):
-        done = command(*base, *extra, check=False)
+        done = ranks(1, "-m", "megatron_posttrain", *base, *extra, check=False)
         assert done.returncode == 2
         assert said in done.stderr
