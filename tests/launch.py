@@ -50,10 +50,13 @@ class Warm:
         assert stdout is not None
         stdin.write(json.dumps(job) + "\n")
         stdin.flush()
-        if not select.select([stdout], [], [], timeout)[0]:
+        try:
+            if not select.select([stdout], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(str(job["line"]), timeout)
+        except BaseException:  # the answer to this job must not be taken for the next one's
             os.killpg(self.process.pid, signal.SIGKILL)
             _warm.cache_clear()
-            raise subprocess.TimeoutExpired(str(job["line"]), timeout)
+            raise
         status = stdout.readline()
         assert status, "tests/warm.py has ended; what it said is above"
         return int(status)
