@@ -24,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_posttrain.cli.main import process
 from megatron_posttrain.errors import UserError
 
 FILE_WIDTH = 100  # columns, where the output is no terminal
@@ -277,4 +278,4 @@ def show_scaling(files: list[str], html: str | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(process(main))
