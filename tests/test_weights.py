@@ -205,6 +205,8 @@ def test_old_and_new_rope_fields_are_the_same() -> None:
     old = config | {"rope_theta": 5e5, "rope_scaling": scaling}
     new = config | {"rope_parameters": {"rope_theta": 5e5} | scaling}
     assert registry.architecture_from_hf(old) == registry.architecture_from_hf(new)
+    arch = registry.architecture_from_hf(old)
+    assert registry.hf_config(arch, old) == old
 
 
 # ---- directories -----------------------------------------------------------------------------------------
