@@ -205,5 +205,5 @@ def test_gpu_check_toy_runs(tmp_path: Path) -> None:
 
 def test_gpu_check_refuses_unknown_items() -> None:
     assert "--only peeks: no item has this in its name; did you mean 'peaks'" in run_gpu_check(
-        "--only", "peeks", status=2
+        "--only", "platform,peeks", status=2
     )

@@ -1,6 +1,6 @@
 """Checks and measures the GPU path on this machine: one line an item, passed, failed or skipped with the reason.
 
-    python tools/gpu_check.py [--output results.json] [--only layer] [--model HF_DIR] [--toy]
+    python tools/gpu_check.py [--output results.json] [--only layer,peaks] [--model HF_DIR] [--toy]
 
 Needs torch and megatron-core; what needs Transformer Engine or vLLM is skipped without them. Without a GPU all is
 skipped, unless with --toy, whose sizes show only that the code runs: its figures say nothing about speed.
@@ -25,7 +25,9 @@ from megatron_posttrain.errors import UserError, nearest
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=None, help="JSON file of results (default: none)")
-    parser.add_argument("--only", default="", help="run items whose name contains this (default: all)")
+    parser.add_argument(
+        "--only", default="", help="run items whose name contains one of these, with commas between (default: all)"
+    )
     parser.add_argument("--model", default=None, help="Hugging Face directory for refit GB/s (default: skip it)")
     parser.add_argument("--toy", action="store_true", help="tiny sizes, on CPU too; not a measurement")
     options = parser.parse_args()
@@ -33,12 +35,15 @@ def main() -> int:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     from benchmarks.gpu_check.checks import CHECKS
     from benchmarks.gpu_check.measure import MEASURES
+    from benchmarks.gpu_check.memory import MEMORY
 
-    chosen = [(name, check) for name, check in (*CHECKS, *MEASURES) if options.only in name]
+    items = (*CHECKS, *MEMORY, *MEASURES)
+    wanted = options.only.split(",")
+    chosen = [(name, check) for name, check in items if any(part in name for part in wanted)]
     try:
-        if not chosen:
-            names = [name for name, _ in (*CHECKS, *MEASURES)]
-            raise UserError(f"--only {options.only}: no item has this in its name{nearest(options.only, names)}")
+        for part in wanted:
+            if not any(part in name for name, _ in items):
+                raise UserError(f"--only {part}: no item has this in its name{nearest(part, [n for n, _ in items])}")
         if options.model is not None and not (Path(options.model) / "config.json").is_file():
             raise UserError(f"--model {options.model}: not a directory with a config.json")
     except UserError as error:

@@ -37,11 +37,14 @@ if [ "$kind" = cpu ]; then
     rm -rf .venv/transformer_engine
     "${pip[@]}" --no-deps --target .venv/transformer_engine -r requirements/cpu.transformer_engine.txt
 else
-    "${pip[@]}" -r requirements/cuda.in
+    grep -v '^transformer-engine-torch==' requirements/cuda.lock >.venv/cuda.lock
+    "${pip[@]}" --no-deps -r .venv/cuda.lock
     # Transformer Engine's extension is compiled here (10 CPU minutes), against the CUDA that comes with torch.
     nvidia=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia
     export CUDA_HOME="$nvidia/cu13" CPATH="$nvidia/cudnn/include:$nvidia/nccl/include${CPATH:+:$CPATH}"
-    "${pip[@]}" --no-build-isolation -e ".[cuda,dev]"
+    export PATH="$PWD/.venv/bin:$PATH" # ninja
+    "${pip[@]}" --no-deps --no-build-isolation "$(grep '^transformer-engine-torch==' requirements/cuda.lock)"
+    "${pip[@]}" --no-deps --no-build-isolation -e .
 fi
 touch "$stamp"
 echo "set-up: done"

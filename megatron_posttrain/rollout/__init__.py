@@ -14,6 +14,10 @@ _ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait leave their core to the other ranks; if before torch's import
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
+    # FlashInfer compiles these kernels with nvcc and ninja at their first call, and a failure ends the engine. NCCL
+    # and vLLM's own all-reduce do the same work; requests with seeds never use its sampler.
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)

@@ -241,6 +241,8 @@ def _cuda_options(kv_cache_bytes: int | None, gpu_memory_utilization: float) -> 
         "enable_sleep_mode": True,
         "kv_cache_memory_bytes": kv_cache_bytes,
         "gpu_memory_utilization": gpu_memory_utilization,
+        # On from two ranks on Hopper; it is FlashInfer's all-reduce, see the package's environment.
+        "compilation_config": {"pass_config": {"fuse_allreduce_rms": False}},
         # FlashInfer's TRTLLM experts have crashed or kept stale weights on a weight update.
         "kernel_config": {"moe_backend": "triton"},
     }

@@ -15,8 +15,8 @@ class Isolation:
     """`with isolation():` around every call of the engine.
 
     vLLM reseeds python, numpy and torch when it starts, draws from torch's global generator at every sampling
-    step (also for seeded requests), replaces `torch.set_num_threads`, sets the float32 matmul precision, and
-    sets environment variables (LOCAL_WORLD_SIZE, LD_PRELOAD and others). The trainer gets all of that back;
+    step (also for seeded requests), replaces `torch.set_num_threads`, sets the float32 matmul precision,
+    makes a CUDA stream of its own the current one, and sets environment variables (LOCAL_WORLD_SIZE, LD_PRELOAD and others). The trainer gets all of that back;
     the engine's own variables return for as long as the engine runs.
     """
 
@@ -29,6 +29,7 @@ class Isolation:
         trainer = dict(os.environ)
         python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
         device = torch.cuda.get_rng_state() if cuda else None
+        stream = torch.cuda.current_stream() if cuda else None
         threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
         precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
         os.environ.update(self._environment)
@@ -47,6 +48,9 @@ class Isolation:
             torch.set_rng_state(cpu)
             if device is not None:
                 torch.cuda.set_rng_state(device)
+            if stream is not None:
+                torch.cuda.current_stream().synchronize()  # what the engine still reads or writes on a stream of its own
+                torch.cuda.set_stream(stream)
             torch.set_num_threads = set_num_threads
             if torch.get_num_threads() != threads:
                 torch.set_num_threads(threads)
