@@ -208,7 +208,10 @@ def stragglers(probes: Sequence[float], hosts: Sequence[str]) -> dict[str, Any]:
 
 def machine(hosts: Sequence[str] = ()) -> dict[str, Any]:
     """Of a result file: where it was measured, and with what."""
-    versions = {"python": host.python_version()}
+    versions: dict[str, str | None] = {"python": host.python_version()}
     for name in PACKAGES:
-        versions[name] = metadata.version(name)
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # a checkout that is run without being installed
+            versions[name] = None
     return {"hosts": sorted(set(hosts) or {socket.gethostname()}), "device": describe_device(), "versions": versions}

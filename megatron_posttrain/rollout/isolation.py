@@ -15,9 +15,9 @@ class Isolation:
     """`with isolation():` around every call of the engine.
 
     vLLM reseeds python, numpy and torch when it starts, draws from torch's global generator at every sampling
-    step (also for seeded requests), replaces `torch.set_num_threads`, sets the float32 matmul precision,
-    makes a CUDA stream of its own the current one, and sets environment variables (LOCAL_WORLD_SIZE, LD_PRELOAD and others). The trainer gets all of that back;
-    the engine's own variables return for as long as the engine runs.
+    step (also for seeded requests), replaces `torch.set_num_threads`, sets the float32 matmul precision, makes a
+    CUDA stream of its own the current one, and sets environment variables (LOCAL_WORLD_SIZE, LD_PRELOAD and
+    others). The trainer gets all of that back; the engine's own variables return for as long as the engine runs.
     """
 
     def __init__(self, environment: dict[str, str] | None = None) -> None:
@@ -49,7 +49,7 @@ class Isolation:
             if device is not None:
                 torch.cuda.set_rng_state(device)
             if stream is not None:
-                torch.cuda.current_stream().synchronize()  # what the engine still reads or writes on a stream of its own
+                torch.cuda.current_stream().synchronize()  # the engine's work ends before the trainer's stream goes on
                 torch.cuda.set_stream(stream)
             torch.set_num_threads = set_num_threads
             if torch.get_num_threads() != threads:
