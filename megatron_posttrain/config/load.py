@@ -38,9 +38,27 @@ def load_config(schema: type[ConfigType], file: str | Path | None, overrides: Se
         raise UserError(f"{file}: {str(error).splitlines()[0]}") from None
     where = f"{file}: " if file is not None else ""
     try:
-        return schema.model_validate(plain)
+        config = schema.model_validate(plain)
     except ValidationError as error:
         raise UserError("\n".join(where + _explain(schema, e) for e in error.errors())) from None
+    if ignored := list(_ignored(config)):
+        raise UserError("\n".join(where + text for text in ignored))
+    return config
+
+
+def _ignored(config: Config) -> Iterator[str]:
+    """What was set and would have no effect. A value equal to the default may stay: a run's own config has all keys."""
+    for key, why in config.ignored.items():
+        *parents, name = key.split(".")
+        section: Any = config
+        for parent in parents:
+            section = getattr(section, parent)
+        value, default = getattr(section, name), type(section).model_fields[name].get_default(call_default_factory=True)
+        if isinstance(value, BaseModel):
+            changed = value.model_dump(exclude_defaults=True)
+            yield from (f"key '{key}.{sub}' would be ignored: {why}; remove it" for sub in changed)
+        elif value != default:
+            yield f"key '{key}' would be ignored: {why}; remove it"
 
 
 def to_yaml(config: BaseModel) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 
 from megatron_posttrain.config.load import load_config
 from megatron_posttrain.config.schema import CONFIGS, Config, GrpoConfig
-from megatron_posttrain.data.dataset import SftDataset
-from megatron_posttrain.data.rows import read_rows
+from megatron_posttrain.data.dataset import PromptDataset, SftDataset
+from megatron_posttrain.data.rows import Row, read_rows
 from megatron_posttrain.doctor.findings import Findings, Status
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
@@ -20,10 +20,12 @@ from megatron_posttrain.models.build import check_fp8
 from megatron_posttrain.parallel.layout import Layout, check_layout
 from megatron_posttrain.planning.gpus import COMPUTE_CAPABILITIES, Gpu, find_gpu
 from megatron_posttrain.planning.known_models import load_architecture
-from megatron_posttrain.planning.planner import plan, plan_layout
+from megatron_posttrain.planning.planner import Estimate, plan, plan_layout
+from megatron_posttrain.planning.recipe import rollout_of
 from megatron_posttrain.planning.rollout import weight_elements
 from megatron_posttrain.planning.workload import Workload
 from megatron_posttrain.platform import platform
+from megatron_posttrain.training.limits import check_answers, check_positions, rollout_problems
 from megatron_posttrain.training.prepare import (
     batch_problems,
     model_directory,
@@ -83,6 +85,8 @@ class JobCheck:
         layout = self._layout()
         if place := self.config.model.tokenizer or directory:
             self._tokenizer(place)
+        if isinstance(self.config, GrpoConfig):
+            self._engine(self.config)
         self._data()
         if self.cluster is not None and layout is not None:
             self._memory(layout, self.cluster)
@@ -154,6 +158,19 @@ class JobCheck:
             findings.add("ok", "batch", shown)
         return layout
 
+    def _engine(self, config: GrpoConfig) -> None:
+        """What vLLM would refuse."""
+        reasons = list(rollout_problems(config, self.arch, self.device))
+        for reason in reasons:
+            self.findings.add("fail", "rollout", reason)
+        if not reasons:
+            shapes = "" if self.arch is not None else " (the model's shapes are not known)"
+            self.findings.add("ok", "rollout", f"nothing that vLLM would refuse on {self.device}{shapes}")
+
+    @property
+    def device(self) -> str:
+        return platform().name if self.cluster is None else "cuda"
+
     # ---- data ----------------------------------------------------------------------------------------------
 
     def _data(self) -> None:
@@ -173,24 +190,29 @@ class JobCheck:
         if self.tokenizer is None:
             findings.add("ok", "data", f"{len(rows):,} rows read; their lengths are not known without a tokenizer")
         elif isinstance(self.config, GrpoConfig):
-            self._prompts(self.config)
+            self._prompts(self.config, rows)
         elif supervised:
             dataset = findings.attempt("data", lambda: SftDataset(
                 rows, self.tokenizer, data.sequence_length, packing=data.packing, overlong=data.overlong))  # fmt: skip
-            if dataset is not None:
-                lost = dataset.dropped > len(rows) // 10
-                findings.add("warn" if lost else "ok", "data", dataset.message,
-                             "raise data.sequence_length, or set data.overlong=truncate" if lost else "")  # fmt: skip
+            if dataset is None:
+                return
+            if self.arch is not None:
+                arch = self.arch
+                findings.attempt("data", lambda: check_positions(dataset.lengths, arch))
+            lost = dataset.dropped > len(rows) // 10
+            findings.add("warn" if lost else "ok", "data", dataset.message,
+                         "raise data.sequence_length, or set data.overlong=truncate" if lost else "")  # fmt: skip
         else:
             findings.add("ok", "data", f"{len(rows):,} rows")
 
-    def _prompts(self, config: GrpoConfig) -> None:
-        from megatron_posttrain.algorithms.grpo import check
+    def _prompts(self, config: GrpoConfig, rows: list[Row]) -> None:
         from megatron_posttrain.rewards.registry import load_rewards
 
-        device = platform().name if self.cluster is None else "cuda"
-        self.findings.attempt("data", lambda: check(config, self.tokenizer, device), lambda prompts: prompts.message)
-        self.findings.attempt(
+        findings, longest = self.findings, config.data.sequence_length - config.rollout.max_tokens
+        findings.attempt("data", lambda: check_answers(rows, config.rewards))
+        if longest > 0:  # else the batch's line says it
+            findings.attempt("data", lambda: PromptDataset(rows, self.tokenizer, longest), lambda found: found.message)
+        findings.attempt(
             "rewards", lambda: load_rewards(config.rewards), lambda found: ", ".join(reward.name for reward in found)
         )
 
@@ -226,10 +248,24 @@ class JobCheck:
             self.findings.add("warn", "plan", warning)
 
     def _what_fits(self, arch: Architecture, work: Workload, cluster: Cluster) -> str:
-        best = plan(arch, cluster.gpus, Workload(work.task, work.sequence_length, work.global_batch), cluster.gpu)[0]
+        free = Workload(work.task, work.sequence_length, work.global_batch)
+        best = plan(arch, cluster.gpus, free, cluster.gpu)[0]
         if not best.fits:
+            nodes = 2 * math.ceil(cluster.gpus / cluster.gpu.per_node)
+            wider = plan(arch, nodes * cluster.gpu.per_node, free, cluster.gpu)[0]
+            if wider.fits:
+                return (
+                    f"nothing fits on these GPUs; {nodes} nodes of {cluster.gpu.per_node}: {_told(wider, cluster.gpu)}"
+                )
             return "nothing fits on these GPUs: more of them, shorter sequences, or a smaller model (see `plan`)"
-        return f"{best.layout}, micro_batch_size={best.micro_batch}, recompute={best.recompute} fits"
+        return _told(best, cluster.gpu)
+
+
+def _told(e: Estimate, gpu: Gpu) -> str:
+    """`e`'s choices in the configuration's words."""
+    rollout = rollout_of(e, gpu) if e.rollout is not None else {}
+    chosen = "".join(f", rollout.{name}={str(value).lower()}" for name, value in rollout.items())
+    return f"{e.layout}, micro_batch_size={e.micro_batch}, recompute={e.recompute}{chosen} fits"
 
 
 def workload(config: Config) -> Workload:
@@ -247,7 +283,15 @@ def workload(config: Config) -> Workload:
         return work
     rollout = config.rollout
     samples = rollout.prompts_per_step * rollout.samples_per_prompt
-    return replace(work, task="grpo", global_batch=samples, rollout_tensor=rollout.tensor, offload=rollout.offload)
+    return replace(
+        work,
+        task="grpo",
+        global_batch=samples,
+        rollout_tensor=rollout.tensor,
+        offload=rollout.offload,
+        gpu_memory_fraction=rollout.gpu_memory_fraction,
+        kv_cache_gib=rollout.kv_cache_gib,
+    )
 
 
 def fewest_ranks(config: Config) -> int:
