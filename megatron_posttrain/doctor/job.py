@@ -243,7 +243,8 @@ class JobCheck:
         if found.fits:
             self.findings.add("ok", "memory", f"{shown}; about {found.step_seconds:.2f} s a step")
         else:
-            self.findings.add("fail", "memory", shown, self._what_fits(arch, work, cluster))
+            found_wrong = shown if found.memory_gib["total"] > cluster.gpu.memory_gib else f"{shown}; {found.reason}"
+            self.findings.add("fail", "memory", found_wrong, self._what_fits(arch, work, cluster))
         for warning in found.warnings:
             self.findings.add("warn", "plan", warning)
 

@@ -119,8 +119,12 @@ def check_disk(findings: Findings, output: Path, needed_gib: float | None) -> No
 
 def check_network(findings: Findings) -> None:
     """The interfaces that the environment names."""
-    findings.attempt("network", check_interfaces, lambda used: f"interfaces: {', '.join(used) or 'chosen by gloo and NCCL'}",
-                     "name one of this host's in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, or unset them")  # fmt: skip
+    findings.attempt(
+        "network",
+        check_interfaces,
+        lambda used: f"interfaces: {', '.join(used) or 'chosen by gloo and NCCL'}",
+        "name one of this host's in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, or unset them",
+    )
 
 
 def check_ports(findings: Findings) -> None:

@@ -73,9 +73,9 @@ KNOWN_MODELS: dict[str, Architecture] = {
 
 
 # Words of published names that say how a model was trained or stored, not what it is.
-VARIANTS = frozenset(
+VARIANTS = (
     "base instruct chat it hf thinking think preview 2507 0324 0528 0905 0711 fp8 bf16 fp16 fp4 nvfp4 mxfp4 awq gptq "
-    "int4 int8 4bit 8bit bnb unsloth gguf mlx dynamic block w4a16 w8a8 g128 exp".split()
+    "int4 int8 4bit 8bit bnb unsloth gguf mlx dynamic block w4a16 w8a8 g128 exp"
 )
 # Published names of other releases with the same shapes, by their first words.
 ALIASES = {
@@ -101,7 +101,7 @@ def canonical(name: str) -> str:
     `meta-llama/Meta-Llama-3.1-8B-Instruct` -> `llama 3 1 8b`."""
     name = name.rstrip("/").rsplit("/", 1)[-1].lower().removeprefix("meta-")
     name = re.sub(r"^llama-?(\d)", r"llama \1", name)
-    return " ".join(word for word in re.split(r"[^a-z0-9]+", name) if word and word not in VARIANTS)
+    return " ".join(word for word in re.split(r"[^a-z0-9]+", name) if word and word not in VARIANTS.split())
 
 
 def published_name(name: str) -> str:

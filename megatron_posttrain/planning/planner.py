@@ -196,7 +196,9 @@ def plan(arch: Architecture, gpus: int, work: Workload, gpu: Gpu) -> list[Estima
     for other in ranked:
         other.reason = _why_lost(other, ranked[0], gpu)
         other.warnings = layout_warnings(arch, other, work, gpu)
-    ranked[0].reason = "the fastest that fits" if ranked[0].fits else _does_not_fit(ranked[0], gpu)
+    tight = ranked[0].memory_gib["total"] > (1 - SPARE) * gpu.memory_gib
+    fastest = "the fastest that fits" + (", with little to spare" if tight else "")
+    ranked[0].reason = fastest if ranked[0].fits else _does_not_fit(ranked[0], gpu)
     return ranked
 
 
@@ -244,7 +246,8 @@ def _why_lost(e: Estimate, winner: Estimate, gpu: Gpu) -> str:
         return _does_not_fit(e, gpu)
     if e.recompute != winner.recompute and e.recompute == "full":
         return "fits only with full recomputation"
-    more = {name: e.seconds[name] - winner.seconds[name] for name in e.seconds}
+    names = e.seconds | winner.seconds
+    more = {name: e.seconds.get(name, 0.0) - winner.seconds.get(name, 0.0) for name in names}
     name, seconds = max(more.items(), key=lambda pair: pair[1])
     slower = winner.tokens_per_second_per_gpu / e.tokens_per_second_per_gpu - 1
     return f"{slower:.1%} slower: {seconds:+.2f} s {name.replace('_', ' ')}"
@@ -278,7 +281,7 @@ def layout_warnings(arch: Architecture, e: Estimate, work: Workload, gpu: Gpu) -
     if e.rollout is not None and e.rollout.cache_bytes < e.rollout.needed_bytes:
         found.append(
             f"vLLM's cache has {e.rollout.cache_bytes / GIB:.1f} GiB a GPU, the samples in flight need "
-            f"{e.rollout.needed_bytes / GIB:.1f}: some will wait or be computed again; raise rollout.gpu_memory_fraction"
+            f"{e.rollout.needed_bytes / GIB:.1f}: some will wait; raise rollout.gpu_memory_fraction"
         )
     if arch.num_mtp_layers:
         found.append("the checkpoint's multi-token-prediction layers are not counted")

@@ -33,7 +33,7 @@ def engine_problems(
     length: int,
     cache_bytes: int | None,
     dtype_bytes: int,
-    keys: EngineKeys = EngineKeys(),  # noqa: B008 (frozen)
+    keys: EngineKeys = EngineKeys(),
 ) -> Iterator[str]:
     """Why an engine of `tensor` ranks for sequences of `length` tokens cannot run; one reason each.
 
@@ -78,7 +78,7 @@ def _cpu_problems(arch: Architecture, tensor: int) -> Iterator[str]:
 # Of vLLM's messages, and what to change. The first that is found explains an error.
 _EXPLANATIONS = (
     (r"quantiz|fp8|mxfp4|ScaledMM", "the weights of model.path are quantised (quantization_config in its config.json) "
-        "and there is no kernel for that here: write them in bf16 first, with tools/convert_hf_to_megatron.py and back"),
+        "and there is no kernel for that here: write them in bf16 first (tools/convert_hf_to_megatron.py and back)"),
     (r"KV cache|cache blocks|max seq len", "raise rollout.kv_cache_gib or rollout.gpu_memory_fraction, or lower "
         "data.sequence_length"),
     (r"max_model_len|max_position_embeddings", "lower data.sequence_length"),
