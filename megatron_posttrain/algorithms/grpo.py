@@ -36,7 +36,7 @@ from megatron_posttrain.training.batches import rank_token_batches, to_rows
 from megatron_posttrain.training.checkpoints import Checkpoints
 from megatron_posttrain.training.engine import Engine, Metrics, TokenOutput
 from megatron_posttrain.training.export import export, full_tensors
-from megatron_posttrain.training.limits import check_answers, rollout_problems
+from megatron_posttrain.training.limits import prompts_of, rollout_problems
 from megatron_posttrain.training.prepare import Prepared, prepare
 from megatron_posttrain.training.run import REQUEUE_STATUS, Run
 from megatron_posttrain.training.schedule import learning_rate, total_steps
@@ -190,10 +190,7 @@ def check(config: GrpoConfig, tokenizer: Any, arch: Architecture | None, device:
     """What only RL asks of a config for `device`, cpu or cuda; the prompts. Raises UserError."""
     if wrong := list(rollout_problems(config, arch, device)):
         raise UserError("; ".join(wrong))
-    rows = read_rows(config.data.train)
-    check_answers(rows, config.rewards)
-    longest_prompt = config.data.sequence_length - config.rollout.max_tokens
-    return PromptDataset(rows, tokenizer, longest_prompt, config.training.seed)
+    return prompts_of(config, read_rows(config.data.train), tokenizer)
 
 
 def make_rollout_engine(config: GrpoConfig, prepared: Prepared) -> RolloutEngine:

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_posttrain.config.load import load_config
 from megatron_posttrain.config.schema import CONFIGS, Config, GrpoConfig
-from megatron_posttrain.data.dataset import PromptDataset, SftDataset
+from megatron_posttrain.data.dataset import SftDataset
 from megatron_posttrain.data.rows import Row, read_rows
 from megatron_posttrain.doctor.findings import Findings, Status
 from megatron_posttrain.errors import UserError
@@ -25,7 +25,7 @@ from megatron_posttrain.planning.recipe import rollout_of
 from megatron_posttrain.planning.rollout import weight_elements
 from megatron_posttrain.planning.workload import Workload
 from megatron_posttrain.platform import platform
-from megatron_posttrain.training.limits import check_answers, check_positions, rollout_problems
+from megatron_posttrain.training.limits import check_positions, prompts_of, rollout_problems
 from megatron_posttrain.training.prepare import (
     batch_problems,
     model_directory,
@@ -174,47 +174,51 @@ class JobCheck:
     # ---- data ----------------------------------------------------------------------------------------------
 
     def _data(self) -> None:
-        data, findings = self.config.data, self.findings
-        sources = [data.train] if isinstance(data.train, str) else data.train
-        missing = [source for source in sources if not Path(source).exists()]
+        data = self.config.data
+        self._source("data", data.train)
+        if data.validation is not None and self.command == "sft":
+            self._source("validation", data.validation)
+        if isinstance(self.config, GrpoConfig):
+            from megatron_posttrain.rewards.registry import load_rewards
+
+            specs = self.config.rewards
+            self.findings.attempt(
+                "rewards", lambda: load_rewards(specs), lambda found: ", ".join(reward.name for reward in found)
+            )
+
+    def _source(self, check: str, source: str | list[str]) -> None:
+        sources = [source] if isinstance(source, str) else source
+        missing = [place for place in sources if not Path(place).exists()]
         if missing:
             # A name may be a data set's on a hub; it is not fetched for a check.
             status: Status = "not checked here" if self.cluster is not None else "fail"
-            fix = "" if self.cluster is not None else "correct data.train, or fetch the file first"
-            findings.add(status, "data", f"{', '.join(missing)}: not on this machine", fix)
+            key = "data.train" if check == "data" else "data.validation"
+            fix = "" if self.cluster is not None else f"correct {key}, or fetch the file first"
+            self.findings.add(status, check, f"{', '.join(missing)}: not on this machine", fix)
             return
-        supervised = self.command == "sft"
-        rows = findings.attempt("data", lambda: read_rows(sources, require_assistant=supervised))
+        rows = self.findings.attempt(check, lambda: read_rows(sources, require_assistant=self.command == "sft"))
         if rows is None:
             return
         if self.tokenizer is None:
-            findings.add("ok", "data", f"{len(rows):,} rows read; their lengths are not known without a tokenizer")
+            self.findings.add("ok", check, f"{len(rows):,} rows read; their lengths are not known without a tokenizer")
         elif isinstance(self.config, GrpoConfig):
-            self._prompts(self.config, rows)
-        elif supervised:
-            dataset = findings.attempt("data", lambda: SftDataset(
-                rows, self.tokenizer, data.sequence_length, packing=data.packing, overlong=data.overlong))  # fmt: skip
-            if dataset is None:
-                return
-            if self.arch is not None:
-                arch = self.arch
-                findings.attempt("data", lambda: check_positions(dataset.lengths, arch))
-            lost = dataset.dropped > len(rows) // 10
-            findings.add("warn" if lost else "ok", "data", dataset.message,
-                         "raise data.sequence_length, or set data.overlong=truncate" if lost else "")  # fmt: skip
+            config = self.config
+            self.findings.attempt(check, lambda: prompts_of(config, rows, self.tokenizer), lambda found: found.message)
+        elif self.command == "sft":
+            dataset = self.findings.attempt(check, lambda: self._conversations(rows))
+            if dataset is not None:
+                lost = dataset.dropped > len(rows) // 10
+                fix = "raise data.sequence_length, or set data.overlong=truncate" if lost else ""
+                self.findings.add("warn" if lost else "ok", check, dataset.message, fix)
         else:
-            findings.add("ok", "data", f"{len(rows):,} rows")
+            self.findings.add("ok", check, f"{len(rows):,} rows")
 
-    def _prompts(self, config: GrpoConfig, rows: list[Row]) -> None:
-        from megatron_posttrain.rewards.registry import load_rewards
-
-        findings, longest = self.findings, config.data.sequence_length - config.rollout.max_tokens
-        findings.attempt("data", lambda: check_answers(rows, config.rewards))
-        if longest > 0:  # else the batch's line says it
-            findings.attempt("data", lambda: PromptDataset(rows, self.tokenizer, longest), lambda found: found.message)
-        findings.attempt(
-            "rewards", lambda: load_rewards(config.rewards), lambda found: ", ".join(reward.name for reward in found)
-        )
+    def _conversations(self, rows: list[Row]) -> SftDataset:
+        data = self.config.data
+        dataset = SftDataset(rows, self.tokenizer, data.sequence_length, packing=data.packing, overlong=data.overlong)
+        if self.arch is not None:
+            check_positions(dataset.lengths, self.arch)
+        return dataset
 
     # ---- memory --------------------------------------------------------------------------------------------
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from megatron_posttrain.config.schema import GrpoConfig, RewardConfig
+from megatron_posttrain.data.dataset import PromptDataset
 from megatron_posttrain.data.rows import Row
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
@@ -21,6 +23,13 @@ def check_answers(rows: Sequence[Row], rewards: Iterable[RewardConfig]) -> None:
     if missing:
         more = f" ({len(missing):,} of {len(rows):,} rows have none)" if len(missing) > 1 else ""
         raise UserError(f"{missing[0]}: no `answer`, which the reward '{needs}' compares with{more}")
+
+
+def prompts_of(config: GrpoConfig, rows: Sequence[Row], tokenizer: Any) -> PromptDataset:
+    """The prompts that leave room for a response. Raises UserError, also for a row that no reward could grade."""
+    check_answers(rows, config.rewards)
+    longest = config.data.sequence_length - config.rollout.max_tokens
+    return PromptDataset(rows, tokenizer, longest, config.training.seed)
 
 
 def check_positions(lengths: Iterable[int], arch: Architecture) -> None:
