@@ -12,7 +12,7 @@ from megatron_posttrain.checkpoint.hf import check_directory, read_json
 from megatron_posttrain.config.schema import Config, GrpoConfig
 from megatron_posttrain.config.unsupported import UNSUPPORTED
 from megatron_posttrain.data.tokenize import load_tokenizer
-from megatron_posttrain.errors import UserError
+from megatron_posttrain.errors import UserError, nearest_file
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.parallel.layout import Layout, batch_problem, check_layout
@@ -76,7 +76,7 @@ def model_directory(path: str) -> Path:
                 f"model.path: no directory '{path}', and no hub model of that id in the local cache "
                 "(fetch it first with `hf download`)"
             ) from None
-    raise UserError(f"model.path: no directory '{path}'")
+    raise UserError(f"model.path: no directory '{path}'{nearest_file(Path(path))}")
 
 
 def batch_problems(config: Config, layout: Layout) -> Iterator[str]:
