@@ -21,4 +21,4 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 def nearest_file(path: Path) -> str:
     """As `nearest`, among what lies beside `path`."""
     readable = path.parent.is_dir() and os.access(path.parent, os.R_OK)
-    return nearest(path.name, os.listdir(path.parent)) if readable else ""
+    return nearest(path.name, (other.name for other in path.parent.iterdir())) if readable else ""
