@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -14,3 +16,9 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` when a valid name is close to `name`, else the empty string."""
     close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def nearest_file(path: Path) -> str:
+    """As `nearest`, among what lies beside `path`."""
+    readable = path.parent.is_dir() and os.access(path.parent, os.R_OK)
+    return nearest(path.name, (other.name for other in path.parent.iterdir())) if readable else ""

@@ -25,6 +25,7 @@ from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import PromptDataset
 from megatron_posttrain.data.rows import read_rows
 from megatron_posttrain.errors import UserError
+from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.build import DTYPES
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
 from megatron_posttrain.platform import platform
@@ -35,6 +36,7 @@ from megatron_posttrain.training.batches import rank_token_batches, to_rows
 from megatron_posttrain.training.checkpoints import Checkpoints
 from megatron_posttrain.training.engine import Engine, Metrics, TokenOutput
 from megatron_posttrain.training.export import export, full_tensors
+from megatron_posttrain.training.limits import prompts_of, rollout_problems
 from megatron_posttrain.training.prepare import Prepared, prepare
 from megatron_posttrain.training.run import REQUEUE_STATUS, Run
 from megatron_posttrain.training.schedule import learning_rate, total_steps
@@ -47,7 +49,7 @@ CANARY_PROMPTS = 4
 def grpo(config: GrpoConfig) -> int:
     """Trains, resumes where a run stopped, exports. Exit status: 0, or REQUEUE_STATUS when asked to stop."""
     prepared = prepare(config)
-    prompts = check(config, prepared.tokenizer, platform().name)
+    prompts = check(config, prepared.tokenizer, prepared.arch, platform().name)
     rewards = load_rewards(config.rewards)
     steps = total_steps(config.training, prompts, config.rollout.prompts_per_step)
     start_distributed()
@@ -184,15 +186,11 @@ def policy_loss(
     return loss, {**metrics, "entropy": (output.entropy * batch.loss_mask).sum()}
 
 
-def check(config: GrpoConfig, tokenizer: Any, device: str) -> PromptDataset:
-    """What only RL asks of a config for `device`, cpu or cuda; the prompts."""
-    rollout = config.rollout
-    if rollout.offload and config.precision.dtype != "bf16":
-        raise UserError(f"rollout.offload needs precision.dtype bf16, found {config.precision.dtype}")
-    if rollout.quantization is not None and device != "cuda":
-        raise UserError(f"rollout.quantization: {rollout.quantization} runs on CUDA only; allowed here: null")
-    longest_prompt = config.data.sequence_length - rollout.max_tokens
-    return PromptDataset(read_rows(config.data.train), tokenizer, longest_prompt, config.training.seed)
+def check(config: GrpoConfig, tokenizer: Any, arch: Architecture | None, device: str) -> PromptDataset:
+    """What only RL asks of a config for `device`, cpu or cuda; the prompts. Raises UserError."""
+    if wrong := list(rollout_problems(config, arch, device)):
+        raise UserError("; ".join(wrong))
+    return prompts_of(config, read_rows(config.data.train), tokenizer)
 
 
 def make_rollout_engine(config: GrpoConfig, prepared: Prepared) -> RolloutEngine:

@@ -6,18 +6,19 @@ import json
 
 import torch.distributed as dist
 
-from megatron_posttrain.config.schema import SftConfig
+from megatron_posttrain.config.schema import ScoreConfig
 from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.rows import read_rows
 from megatron_posttrain.data.tokenize import encode_conversation
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
 from megatron_posttrain.training.engine import Engine
+from megatron_posttrain.training.limits import check_positions
 from megatron_posttrain.training.prepare import prepare
 from megatron_posttrain.training.sequences import sequence_logprobs
 
 
-def score(config: SftConfig) -> int:
+def score(config: ScoreConfig) -> int:
     """Writes OUTPUT/scores.jsonl: `{"index", "token_ids", "logprobs"}`, one log-prob fewer than tokens."""
     prepared = prepare(config)
     rows = read_rows(config.data.train)
@@ -26,6 +27,7 @@ def score(config: SftConfig) -> int:
     for row, ids in zip(rows, token_ids, strict=True):
         if len(ids) > limit:
             raise UserError(f"{row.source}: {len(ids)} tokens, data.sequence_length allows {limit}")
+    check_positions(map(len, token_ids), prepared.arch)
     start_distributed()
     groups = make_groups(prepared.layout, config.training.seed)
     engine = Engine(config, prepared.arch, groups, train=False)

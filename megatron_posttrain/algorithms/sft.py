@@ -16,6 +16,7 @@ from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.checkpoints import Checkpoints
 from megatron_posttrain.training.engine import Engine, Metrics, TokenOutput
 from megatron_posttrain.training.export import export
+from megatron_posttrain.training.limits import check_positions
 from megatron_posttrain.training.prepare import Prepared, prepare
 from megatron_posttrain.training.run import REQUEUE_STATUS, Run
 from megatron_posttrain.training.schedule import learning_rate, total_steps
@@ -84,7 +85,7 @@ def sft(config: SftConfig) -> int:
 
 def read_dataset(config: SftConfig, prepared: Prepared, source: str | list[str]) -> SftDataset:
     data = config.data
-    return SftDataset(
+    dataset = SftDataset(
         read_rows(source, require_assistant=True),
         prepared.tokenizer,
         data.sequence_length,
@@ -92,6 +93,8 @@ def read_dataset(config: SftConfig, prepared: Prepared, source: str | list[str])
         overlong=data.overlong,
         seed=config.training.seed,
     )
+    check_positions(dataset.lengths, prepared.arch)
+    return dataset
 
 
 def validation_loss(engine: Engine, dataset: SftDataset) -> float:

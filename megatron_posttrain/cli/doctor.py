@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_posttrain.doctor.machine import check_device, check_disk, check_ports, check_versions
+    from megatron_posttrain.doctor.machine import check_device, check_disk, check_network, check_ports, check_versions
     from megatron_posttrain.training.run import finish, quiet_libraries
 
     if args.overrides and not args.config:
@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     check_versions(findings)
     check_device(findings)
     check_ports(findings)
+    check_network(findings)
     if args.config:
         _check_job(args, findings)
     else:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from megatron_posttrain.errors import UserError
+from megatron_posttrain.output import check_output
+
+FILES = ("evaluation.json", "responses.jsonl")  # that it writes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,31 +59,45 @@ def run(args: argparse.Namespace) -> int:
     from megatron_posttrain.data.tokenize import load_tokenizer
     from megatron_posttrain.evaluation.evaluate import evaluate, save, table
     from megatron_posttrain.parallel.groups import start_distributed
+    from megatron_posttrain.parallel.network import check_interfaces
+    from megatron_posttrain.platform import platform
     from megatron_posttrain.rewards import load_rewards
+    from megatron_posttrain.rollout.limits import EngineKeys, engine_problems
+    from megatron_posttrain.training.limits import check_answers
 
+    check_output(Path(args.output), "--output", FILES)
+    check_interfaces()
     _, architecture = check_directory(args.model)
     tokenizer = load_tokenizer(args.model)
-    rewards = load_rewards([RewardConfig(name=args.reward, file=args.reward_file)])
+    graded_by = [RewardConfig(name=args.reward, file=args.reward_file)]
+    rewards = load_rewards(graded_by)
     rows = read_rows(args.data)[: args.limit]
-    unanswered = next((row for row in rows if row.answer is None), None)
-    if unanswered and args.reward == "math" and not args.reward_file:
-        raise UserError(f"{unanswered.source}: no `answer`, which the reward 'math' compares with")
+    check_answers(rows, graded_by)
     prompts = PromptDataset(rows, tokenizer, sys.maxsize).prompts
     longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
     max_model_len = len(longest.token_ids) + args.max_tokens
-    if max_model_len > architecture.max_position:
+    if max_model_len > architecture.context_length:
         raise UserError(
             f"--max-tokens {args.max_tokens}: with the {len(longest.token_ids)} tokens of the prompt at "
-            f"{rows[longest.index].source} that is {max_model_len}; the model allows {architecture.max_position}"
+            f"{rows[longest.index].source} that is {max_model_len}; the model allows {architecture.context_length}"
         )
-    start_distributed()
-    if dist.get_world_size() % args.tensor:
-        raise UserError(f"--tensor {args.tensor} does not divide the {dist.get_world_size()} processes")
     stored = HfReader(args.model)
     named = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    dtype = named.get(args.dtype) or stored.dtype(next(iter(stored.names())))
+    keys = EngineKeys(tensor="--tensor", length="--max-tokens and the longest prompt", cache="vLLM's cache, GiB")
+    wrong = engine_problems(
+        architecture, platform().name, tensor=args.tensor, length=max_model_len, cache_bytes=None,
+        dtype_bytes=dtype.itemsize, keys=keys,
+    )  # fmt: skip
+    if told := "; ".join(wrong):
+        raise UserError(told)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks % args.tensor:
+        raise UserError(f"--tensor {args.tensor} does not divide the {ranks} processes")
+    start_distributed()
     engine = RolloutEngine(
         args.model,
-        dtype=named.get(args.dtype) or stored.dtype(next(iter(stored.names()))),
+        dtype=dtype,
         max_model_len=max_model_len,
         tensor=args.tensor,
         gpu_memory_utilization=0.9,

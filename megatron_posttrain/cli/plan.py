@@ -8,18 +8,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from megatron_posttrain.config.unsupported import UNSUPPORTED
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.parallel.layout import LAYOUT_KEYS
 from megatron_posttrain.planning.flops import flops_per_token
-from megatron_posttrain.planning.gpus import GPUS, Gpu, find_gpu
-from megatron_posttrain.planning.known_models import KNOWN_MODELS, load_architecture
+from megatron_posttrain.planning.gpus import GPUS, Gpu, find_gpu, spread_of
+from megatron_posttrain.planning.known_models import KNOWN_MODELS, load_architecture, published_name
 from megatron_posttrain.planning.layouts import parse_layout
 from megatron_posttrain.planning.planner import Estimate, plan, plan_layout, scaling
-from megatron_posttrain.planning.recipe import config_of, launch_of
+from megatron_posttrain.planning.recipe import config_of, launch_of, rollout_of
 from megatron_posttrain.planning.rollout import weight_elements
 from megatron_posttrain.planning.workload import Workload
 
+WIDE = 1.5  # highest / lowest published throughput from which a range is told
 FILE_WIDTH = 130  # columns, where the output is no terminal
 LABELS = dict(zip(LAYOUT_KEYS, ("TP", "PP", "VP", "CP", "EP", "ETP"), strict=True))
 LAYOUT_HELP = "tensor=2,pipeline=1,virtual_pipeline=1,context=1,expert=8,expert_tensor=1"
@@ -51,8 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--lora-rank", type=int, default=16, help="of the adapters, for --task lora")
     add("--mean-length", type=int, help="grpo: mean tokens of a sample with its prompt; left out: 3/4 of the longest")
-    add("--rollout-tensor", type=int, help="grpo: GPUs of a vLLM engine; left out: the fewest that hold the weights")
-    add("--offload", action="store_true", help="grpo: optimizer states in host memory while vLLM is awake")
+    add("--rollout-tensor", type=int, help="grpo: GPUs of a vLLM engine; left out: the best")
+    add("--offload", action=argparse.BooleanOptionalAction, default=None,
+        help="grpo: optimizer states in host memory while vLLM is awake; left out: the better")  # fmt: skip
     add("--domain", type=int, help="GPUs that share NVLink; left out: the GPU's usual system")
     add("--nvlink-gb-per-s", type=float, help="GB/s a GPU and direction inside it")
     add("--network-gb-per-s", type=float, help="GB/s a GPU and direction between them")
@@ -84,9 +87,9 @@ def run(args: argparse.Namespace) -> int:
         everything = plan(arch, counts[0], work, gpu)
         considered, found = len(everything), everything[: args.top]
     if args.json:
-        print(json.dumps({"layouts": [entry(e) for e in found]}, indent=1))
+        print(json.dumps({"layouts": [entry(e, arch, gpu) for e in found]}, indent=1))
     else:
-        _print(name, arch, gpu, work, found, considered, len(counts) > 1)
+        _print(args.model, name, arch, gpu, work, found, considered, len(counts) > 1)
     return 0
 
 
@@ -96,6 +99,11 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{option.replace('_', '-')} {value}: must be more than 0")
     if args.mean_length is not None and args.mean_length > args.sequence_length:
         raise UserError(f"--mean-length {args.mean_length}: longer than --sequence-length {args.sequence_length}")
+    if args.task == "grpo" and args.global_batch_size < 2:
+        raise UserError("--global-batch-size 1: grpo compares samples of a prompt, so at least 2")
+    for option in ("mean_length", "rollout_tensor", "offload"):
+        if getattr(args, option) is not None and args.task != "grpo":
+            raise UserError(f"--{option.replace('_', '-')} has an effect with --task grpo only, found {args.task}")
 
 
 def _gpu(args: argparse.Namespace) -> Gpu:
@@ -111,7 +119,7 @@ def _counts(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def entry(e: Estimate) -> dict[str, Any]:
+def entry(e: Estimate, arch: Architecture, gpu: Gpu) -> dict[str, Any]:
     """One layout of the JSON output: sizes are GPUs, memory GiB of the fullest rank, times seconds of a step."""
     return {
         "layout": e.layout.sizes,
@@ -119,6 +127,7 @@ def entry(e: Estimate) -> dict[str, Any]:
         "micro_batch_size": e.micro_batch,
         "recompute": e.recompute,
         "step_seconds": e.step_seconds,
+        "step_seconds_range": _range(e, arch, gpu),
         "tokens_per_second_per_gpu": e.tokens_per_second_per_gpu,
         "tflops_per_gpu": e.tflops_per_gpu,
         "memory_gib": e.memory_gib,
@@ -126,12 +135,19 @@ def entry(e: Estimate) -> dict[str, Any]:
         "fits": e.fits,
         "reason": e.reason,
         "warnings": e.warnings,
-    }
+    } | ({"rollout": rollout_of(e, gpu)} if e.rollout else {})
+
+
+def _range(e: Estimate, arch: Architecture, gpu: Gpu) -> list[float]:
+    """Seconds of a step, from the fastest to the slowest that published runs of such a configuration have been."""
+    low, high = spread_of(gpu, arch.moe is not None)
+    return [e.step_seconds / high, e.step_seconds / low]
 
 
 def _print(
-    name: str, arch: Architecture, gpu: Gpu, work: Workload, found: Sequence[Estimate], considered: int, several: bool
-) -> None:
+    model: str, name: str, arch: Architecture, gpu: Gpu, work: Workload, found: Sequence[Estimate], considered: int,
+    several: bool,
+) -> None:  # fmt: skip
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -156,13 +172,20 @@ def _print(
     console.print(_split("Memory of the fullest rank, GiB", {k: v for k, v in best.memory_gib.items() if k != "total"}))
     console.print(_split("Time of a step, seconds", best.seconds))
     console.print(f"{best.layout}: {best.reason}")
+    low, high = spread_of(gpu, arch.moe is not None)
+    if high / low > WIDE:
+        fast, slow = _range(best, arch, gpu)
+        console.print(f"published runs of one configuration differ: a step of {fast:.2f} to {slow:.2f} seconds")
     for warning in best.warnings:
         console.print(f"[yellow]warning:[/] {warning}")
-    if best.fits:
+    if work.task in UNSUPPORTED:
+        console.print(f"\nno configuration: {UNSUPPORTED[work.task]}")
+    elif best.fits:
         import yaml
 
+        path = model if "/" in model else published_name(name) if name in KNOWN_MODELS else name
         console.print("\n[bold]plan.yaml[/]")
-        print(yaml.safe_dump(config_of(name, best, work), sort_keys=False), end="")
+        print(yaml.safe_dump(config_of(path, best, work, gpu), sort_keys=False), end="")
         console.print("\n[bold]on every node[/]")
         print(launch_of(work.task, best.layout.world_size, gpu))
 
@@ -179,9 +202,11 @@ def _table(title: str, columns: Sequence[str]) -> Any:
 
 def _row(e: Estimate) -> list[str]:
     sizes = [f"{LABELS[key]}{size}" for key, size in e.layout.sizes.items() if size > 1]
-    recompute = [] if e.recompute == "none" else [f"{e.recompute} recompute"]
+    chosen = [] if e.recompute == "none" else [f"{e.recompute} recompute"]
+    if e.rollout is not None:
+        chosen += [f"rollout TP{e.rollout.tensor}", *(["offload"] if e.offload else [])]
     return [
-        " ".join([*sizes, f"DP{e.layout.data}", *recompute]),
+        " ".join([*sizes, f"DP{e.layout.data}", *chosen]),
         f"{e.micro_batch}",
         f"{e.step_seconds:.2f}",
         f"{e.tokens_per_second_per_gpu:,.0f}",

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from megatron_posttrain.config.schema import Config
-from megatron_posttrain.errors import UserError, nearest
+from megatron_posttrain.errors import UserError, nearest, nearest_file
 
 ConfigType = TypeVar("ConfigType", bound=Config)
 
@@ -38,9 +38,27 @@ def load_config(schema: type[ConfigType], file: str | Path | None, overrides: Se
         raise UserError(f"{file}: {str(error).splitlines()[0]}") from None
     where = f"{file}: " if file is not None else ""
     try:
-        return schema.model_validate(plain)
+        config = schema.model_validate(plain)
     except ValidationError as error:
         raise UserError("\n".join(where + _explain(schema, e) for e in error.errors())) from None
+    if ignored := list(_ignored(config)):
+        raise UserError("\n".join(where + text for text in ignored))
+    return config
+
+
+def _ignored(config: Config) -> Iterator[str]:
+    """What was set and would have no effect. A value equal to the default may stay: a run's own config has all keys."""
+    for key, why in config.ignored.items():
+        *parents, name = key.split(".")
+        section: Any = config
+        for parent in parents:
+            section = getattr(section, parent)
+        value, default = getattr(section, name), type(section).model_fields[name].get_default(call_default_factory=True)
+        if isinstance(value, BaseModel):
+            changed = value.model_dump(exclude_defaults=True)
+            yield from (f"key '{key}.{sub}' would be ignored: {why}; remove it" for sub in changed)
+        elif value != default:
+            yield f"key '{key}' would be ignored: {why}; remove it"
 
 
 def to_yaml(config: BaseModel) -> str:
@@ -64,7 +82,7 @@ def describe(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def _read(file: Path, seen: tuple[Path, ...]) -> DictConfig:
     if not file.is_file():
-        raise UserError(f"config file {file} does not exist")
+        raise UserError(f"config file {file} does not exist{nearest_file(file)}")
     if file.resolve() in seen:
         raise UserError(f"{file}: `defaults` go in a circle")
     try:
@@ -109,12 +127,14 @@ def _explain(schema: type[BaseModel], error: Any) -> str:
     if error["type"] == "extra_forbidden":
         names = _names_at(schema, location[:-1])
         parent = ".".join(location[:-1])
-        return (
-            f"unknown key '{key}'{nearest(location[-1], names)} "
-            f"(allowed{f' under {parent}' if parent else ''}: {', '.join(names)})"
-        )
+        elsewhere = [line.split()[0] for line in describe(schema)]
+        same = next((name for name in elsewhere if name.rsplit(".", 1)[-1] == location[-1]), None)
+        hint = f"; did you mean '{same}'?" if same else nearest(location[-1], names)
+        return f"unknown key '{key}'{hint} (allowed{f' under {parent}' if parent else ''}: {', '.join(names)})"
     if error["type"] == "missing":
-        return f"key '{key}' is missing"
+        required = [line.split(" = ")[0].strip() for line in describe(schema) if " = (required)" in line]
+        inside = [name for name in required if name.startswith(f"{key}.")]
+        return f"key '{key}' is missing" + (f"; it needs {', '.join(inside)}" if inside else "")
     return f"key '{key}': {error['msg'][:1].lower() + error['msg'][1:]}, found {error['input']!r}"
 
 

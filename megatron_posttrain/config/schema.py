@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -172,6 +172,9 @@ class Config(Section):
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     output: str = Field(description="directory that the run writes")
 
+    # Keys that the command of this config would ignore, and why; refused where they are not at their default.
+    ignored: ClassVar[dict[str, str]] = {}
+
     @property
     def output_dir(self) -> Path:
         return Path(self.output)
@@ -181,7 +184,19 @@ class SftConfig(Config):
     algorithm: SftAlgorithm = Field(default_factory=SftAlgorithm)
 
 
+class ScoreConfig(SftConfig):
+    ignored = dict.fromkeys(
+        ("optimizer", "training.steps", "training.epochs", "checkpoint", "data.validation", "data.overlong"),
+        "`score` does not train",
+    )
+
+
 class GrpoConfig(Config):
+    ignored = {
+        "data.validation": "held-out problems are graded by `evaluate`",
+        "data.packing": "samples always share micro-batches",
+        "data.overlong": "prompts that leave no room for rollout.max_tokens are dropped, responses end there",
+    }
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     rewards: list[RewardConfig] = Field(
         default_factory=lambda: [RewardConfig(name="math")],
@@ -190,4 +205,4 @@ class GrpoConfig(Config):
     algorithm: GrpoAlgorithm = Field(default_factory=GrpoAlgorithm)
 
 
-CONFIGS: dict[str, type[Config]] = {"sft": SftConfig, "grpo": GrpoConfig, "score": SftConfig}
+CONFIGS: dict[str, type[Config]] = {"sft": SftConfig, "grpo": GrpoConfig, "score": ScoreConfig}

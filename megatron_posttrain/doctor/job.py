@@ -12,7 +12,7 @@ from typing import Any
 from megatron_posttrain.config.load import load_config
 from megatron_posttrain.config.schema import CONFIGS, Config, GrpoConfig
 from megatron_posttrain.data.dataset import SftDataset
-from megatron_posttrain.data.rows import read_rows
+from megatron_posttrain.data.rows import Row, read_rows
 from megatron_posttrain.doctor.findings import Findings, Status
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
@@ -20,10 +20,12 @@ from megatron_posttrain.models.build import check_fp8
 from megatron_posttrain.parallel.layout import Layout, check_layout
 from megatron_posttrain.planning.gpus import COMPUTE_CAPABILITIES, Gpu, find_gpu
 from megatron_posttrain.planning.known_models import load_architecture
-from megatron_posttrain.planning.planner import plan, plan_layout
+from megatron_posttrain.planning.planner import Estimate, plan, plan_layout
+from megatron_posttrain.planning.recipe import rollout_of
 from megatron_posttrain.planning.rollout import weight_elements
 from megatron_posttrain.planning.workload import Workload
 from megatron_posttrain.platform import platform
+from megatron_posttrain.training.limits import check_positions, prompts_of, rollout_problems
 from megatron_posttrain.training.prepare import (
     batch_problems,
     model_directory,
@@ -83,6 +85,8 @@ class JobCheck:
         layout = self._layout()
         if place := self.config.model.tokenizer or directory:
             self._tokenizer(place)
+        if isinstance(self.config, GrpoConfig):
+            self._engine(self.config)
         self._data()
         if self.cluster is not None and layout is not None:
             self._memory(layout, self.cluster)
@@ -154,45 +158,67 @@ class JobCheck:
             findings.add("ok", "batch", shown)
         return layout
 
+    def _engine(self, config: GrpoConfig) -> None:
+        """What vLLM would refuse."""
+        reasons = list(rollout_problems(config, self.arch, self.device))
+        for reason in reasons:
+            self.findings.add("fail", "rollout", reason)
+        if not reasons:
+            shapes = "" if self.arch is not None else " (the model's shapes are not known)"
+            self.findings.add("ok", "rollout", f"nothing that vLLM would refuse on {self.device}{shapes}")
+
+    @property
+    def device(self) -> str:
+        return platform().name if self.cluster is None else "cuda"
+
     # ---- data ----------------------------------------------------------------------------------------------
 
     def _data(self) -> None:
-        data, findings = self.config.data, self.findings
-        sources = [data.train] if isinstance(data.train, str) else data.train
-        missing = [source for source in sources if not Path(source).exists()]
+        data = self.config.data
+        self._source("data", data.train)
+        if data.validation is not None and self.command == "sft":
+            self._source("validation", data.validation)
+        if isinstance(self.config, GrpoConfig):
+            from megatron_posttrain.rewards.registry import load_rewards
+
+            specs = self.config.rewards
+            self.findings.attempt(
+                "rewards", lambda: load_rewards(specs), lambda found: ", ".join(reward.name for reward in found)
+            )
+
+    def _source(self, check: str, source: str | list[str]) -> None:
+        sources = [source] if isinstance(source, str) else source
+        missing = [place for place in sources if not Path(place).exists()]
         if missing:
             # A name may be a data set's on a hub; it is not fetched for a check.
             status: Status = "not checked here" if self.cluster is not None else "fail"
-            fix = "" if self.cluster is not None else "correct data.train, or fetch the file first"
-            findings.add(status, "data", f"{', '.join(missing)}: not on this machine", fix)
+            key = "data.train" if check == "data" else "data.validation"
+            fix = "" if self.cluster is not None else f"correct {key}, or fetch the file first"
+            self.findings.add(status, check, f"{', '.join(missing)}: not on this machine", fix)
             return
-        supervised = self.command == "sft"
-        rows = findings.attempt("data", lambda: read_rows(sources, require_assistant=supervised))
+        rows = self.findings.attempt(check, lambda: read_rows(sources, require_assistant=self.command == "sft"))
         if rows is None:
             return
         if self.tokenizer is None:
-            findings.add("ok", "data", f"{len(rows):,} rows read; their lengths are not known without a tokenizer")
+            self.findings.add("ok", check, f"{len(rows):,} rows read; their lengths are not known without a tokenizer")
         elif isinstance(self.config, GrpoConfig):
-            self._prompts(self.config)
-        elif supervised:
-            dataset = findings.attempt("data", lambda: SftDataset(
-                rows, self.tokenizer, data.sequence_length, packing=data.packing, overlong=data.overlong))  # fmt: skip
+            config = self.config
+            self.findings.attempt(check, lambda: prompts_of(config, rows, self.tokenizer), lambda found: found.message)
+        elif self.command == "sft":
+            dataset = self.findings.attempt(check, lambda: self._conversations(rows))
             if dataset is not None:
                 lost = dataset.dropped > len(rows) // 10
-                findings.add("warn" if lost else "ok", "data", dataset.message,
-                             "raise data.sequence_length, or set data.overlong=truncate" if lost else "")  # fmt: skip
+                fix = "raise data.sequence_length, or set data.overlong=truncate" if lost else ""
+                self.findings.add("warn" if lost else "ok", check, dataset.message, fix)
         else:
-            findings.add("ok", "data", f"{len(rows):,} rows")
+            self.findings.add("ok", check, f"{len(rows):,} rows")
 
-    def _prompts(self, config: GrpoConfig) -> None:
-        from megatron_posttrain.algorithms.grpo import check
-        from megatron_posttrain.rewards.registry import load_rewards
-
-        device = platform().name if self.cluster is None else "cuda"
-        self.findings.attempt("data", lambda: check(config, self.tokenizer, device), lambda prompts: prompts.message)
-        self.findings.attempt(
-            "rewards", lambda: load_rewards(config.rewards), lambda found: ", ".join(reward.name for reward in found)
-        )
+    def _conversations(self, rows: list[Row]) -> SftDataset:
+        data = self.config.data
+        dataset = SftDataset(rows, self.tokenizer, data.sequence_length, packing=data.packing, overlong=data.overlong)
+        if self.arch is not None:
+            check_positions(dataset.lengths, self.arch)
+        return dataset
 
     # ---- memory --------------------------------------------------------------------------------------------
 
@@ -221,15 +247,30 @@ class JobCheck:
         if found.fits:
             self.findings.add("ok", "memory", f"{shown}; about {found.step_seconds:.2f} s a step")
         else:
-            self.findings.add("fail", "memory", shown, self._what_fits(arch, work, cluster))
+            found_wrong = shown if found.memory_gib["total"] > cluster.gpu.memory_gib else f"{shown}; {found.reason}"
+            self.findings.add("fail", "memory", found_wrong, self._what_fits(arch, work, cluster))
         for warning in found.warnings:
             self.findings.add("warn", "plan", warning)
 
     def _what_fits(self, arch: Architecture, work: Workload, cluster: Cluster) -> str:
-        best = plan(arch, cluster.gpus, Workload(work.task, work.sequence_length, work.global_batch), cluster.gpu)[0]
+        free = Workload(work.task, work.sequence_length, work.global_batch)
+        best = plan(arch, cluster.gpus, free, cluster.gpu)[0]
         if not best.fits:
+            nodes = 2 * math.ceil(cluster.gpus / cluster.gpu.per_node)
+            wider = plan(arch, nodes * cluster.gpu.per_node, free, cluster.gpu)[0]
+            if wider.fits:
+                return (
+                    f"nothing fits on these GPUs; {nodes} nodes of {cluster.gpu.per_node}: {_told(wider, cluster.gpu)}"
+                )
             return "nothing fits on these GPUs: more of them, shorter sequences, or a smaller model (see `plan`)"
-        return f"{best.layout}, micro_batch_size={best.micro_batch}, recompute={best.recompute} fits"
+        return _told(best, cluster.gpu)
+
+
+def _told(e: Estimate, gpu: Gpu) -> str:
+    """`e`'s choices in the configuration's words."""
+    rollout = rollout_of(e, gpu) if e.rollout is not None else {}
+    chosen = "".join(f", rollout.{name}={str(value).lower()}" for name, value in rollout.items())
+    return f"{e.layout}, micro_batch_size={e.micro_batch}, recompute={e.recompute}{chosen} fits"
 
 
 def workload(config: Config) -> Workload:
@@ -247,7 +288,15 @@ def workload(config: Config) -> Workload:
         return work
     rollout = config.rollout
     samples = rollout.prompts_per_step * rollout.samples_per_prompt
-    return replace(work, task="grpo", global_batch=samples, rollout_tensor=rollout.tensor, offload=rollout.offload)
+    return replace(
+        work,
+        task="grpo",
+        global_batch=samples,
+        rollout_tensor=rollout.tensor,
+        offload=rollout.offload,
+        gpu_memory_fraction=rollout.gpu_memory_fraction,
+        kv_cache_gib=rollout.kv_cache_gib,
+    )
 
 
 def fewest_ranks(config: Config) -> int:

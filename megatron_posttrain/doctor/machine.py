@@ -14,6 +14,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from megatron_posttrain.doctor.findings import Findings
+from megatron_posttrain.output import check_output
+from megatron_posttrain.parallel.network import check_interfaces
 from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.describe import describe_device, gpu_without_cuda
 
@@ -99,12 +101,12 @@ def check_device(findings: Findings) -> None:
 
 def check_disk(findings: Findings, output: Path, needed_gib: float | None) -> None:
     """Room for the checkpoints and the export at `output`, and for messages between processes."""
-    place = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
+    place = findings.attempt("output", lambda: check_output(output))
+    if place is None:
+        return
     free = shutil.disk_usage(place).free / 2**30
     shown = f"{free:,.0f} GiB free for {output}"
-    if not os.access(place, os.W_OK):
-        findings.add("fail", "disk", f"{place} cannot be written to", "set another `output`")
-    elif needed_gib is not None and needed_gib > free:
+    if needed_gib is not None and needed_gib > free:
         findings.add("fail", "disk", f"{shown}, about {needed_gib:,.1f} GiB needed",
                      "free space, lower checkpoint.keep, or set another `output`")  # fmt: skip
     else:
@@ -113,6 +115,16 @@ def check_disk(findings: Findings, output: Path, needed_gib: float | None) -> No
     if shared.is_dir() and (size := shutil.disk_usage(shared).total / 2**30) < SHARED_MEMORY_GIB:
         findings.add("warn", "shared memory", f"/dev/shm has {size:.2f} GiB",
                      "start the container with --shm-size=16g or --ipc=host")  # fmt: skip
+
+
+def check_network(findings: Findings) -> None:
+    """The interfaces that the environment names."""
+    findings.attempt(
+        "network",
+        check_interfaces,
+        lambda used: f"interfaces: {', '.join(used) or 'chosen by gloo and NCCL'}",
+        "name one of this host's in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, or unset them",
+    )
 
 
 def check_ports(findings: Findings) -> None:

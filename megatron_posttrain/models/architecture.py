@@ -95,6 +95,12 @@ class Architecture:
         return moe is not None and layer >= moe.first_dense_layers and layer not in moe.dense_layers
 
     @property
+    def context_length(self) -> int:
+        """Positions that the rotary embedding covers, its scaling included; Llama 3's is part of `max_position`."""
+        scaled = {"yarn": self.rope.original_max_position, "linear": self.max_position}.get(self.rope.scaling or "", 0)
+        return max(self.max_position, int(scaled * self.rope.factor))
+
+    @property
     def query_size(self) -> int:
         return self.num_heads * self.head_dim
 

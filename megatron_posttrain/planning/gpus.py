@@ -72,6 +72,21 @@ EFFICIENCIES["ampere"] = EFFICIENCIES["hopper"]  # nothing published to fit
 SUSTAINED: dict[str, float] = {"H100": 0.9, "H200": 0.9, "B200": 1.15, "B300": 1.09, "GB200": 1.03, "GB300": 0.9}
 
 
+# Published / predicted throughput, 10th and 90th percentile by generation and kind of model, as benchmarks/
+# plan_accuracy.py finds them. Containers of different months differ by up to 1.7 times in one configuration.
+SPREADS: dict[tuple[str, bool], tuple[float, float]] = {  # (generation, mixture of experts)
+    ("hopper", False): (0.85, 1.06),
+    ("hopper", True): (0.54, 1.29),
+    ("blackwell", False): (0.90, 1.13),
+    ("blackwell", True): (0.82, 1.31),
+}
+
+
+def spread_of(gpu: Gpu, experts: bool) -> tuple[float, float]:
+    """Lowest and highest throughput that runs of one configuration have had, against the prediction."""
+    return SPREADS["hopper" if gpu.generation == "ampere" else gpu.generation, experts]
+
+
 def scaled(e: Efficiency, factor: float) -> Efficiency:
     """`e` for a GPU that takes `factor` times as long for everything but links and the fixed cost of layers."""
     return Efficiency(

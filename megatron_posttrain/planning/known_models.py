@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from pathlib import Path
 
-from megatron_posttrain.errors import UserError, nearest
+from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture, MixtureOfExperts, MultiLatentAttention, Rope
 
 
@@ -70,13 +72,41 @@ KNOWN_MODELS: dict[str, Architecture] = {
 }
 
 
-def _canonical(name: str) -> str:
-    """A name without organisation, case, separators and suffixes: meta-llama/Llama-3.1-8B-Instruct -> llama38b."""
-    name = name.rsplit("/", 1)[-1].lower().replace("meta-", "")
-    for suffix in ("-instruct", "-base", "-bf16", "-2507"):
-        name = name.removesuffix(suffix)
-    name = name.replace("llama-3.1", "llama-3").replace("llama-3.3", "llama-3").replace("llama3.1", "llama3")
-    return "".join(c for c in name if c.isalnum() or c == ".")
+# Words of published names that say how a model was trained or stored, not what it is.
+VARIANTS = (
+    "base instruct chat it hf thinking think preview 2507 0324 0528 0905 0711 fp8 bf16 fp16 fp4 nvfp4 mxfp4 awq gptq "
+    "int4 int8 4bit 8bit bnb unsloth gguf mlx dynamic block w4a16 w8a8 g128 exp"
+)
+# Published names of other releases with the same shapes, by their first words.
+ALIASES = {
+    "qwen3 coder 30b a3b": "Qwen3-30B-A3B",
+    "llama 3 1 8b": "Llama-3-8B", "llama 3 1 70b": "Llama-3-70B", "llama 3 3 70b": "Llama-3-70B",
+    "llama 3 405b": "Llama-3.1-405B",
+    "deepseek r1": "DeepSeek-V3", "deepseek v3 1": "DeepSeek-V3", "deepseek v3 1 terminus": "DeepSeek-V3",
+    "deepseek r1 distill llama 8b": "Llama-3-8B", "deepseek r1 distill llama 70b": "Llama-3-70B",
+    "deepseek r1 qwen3 8b": "Qwen3-8B",
+}  # fmt: skip
+ORGANISATIONS = {
+    "Qwen": "Qwen",
+    "Llama": "meta-llama",
+    "DeepSeek": "deepseek-ai",
+    "Kimi": "moonshotai",
+    "gpt": "openai",
+}
+RELEASES = {"Llama-3-8B": "Llama-3.1-8B", "Llama-3-70B": "Llama-3.1-70B"}  # whose positions the shapes have
+
+
+def canonical(name: str) -> str:
+    """The words of a published name without organisation, separators and variants:
+    `meta-llama/Meta-Llama-3.1-8B-Instruct` -> `llama 3 1 8b`."""
+    name = name.rstrip("/").rsplit("/", 1)[-1].lower().removeprefix("meta-")
+    name = re.sub(r"^llama-?(\d)", r"llama \1", name)
+    return " ".join(word for word in re.split(r"[^a-z0-9]+", name) if word and word not in VARIANTS.split())
+
+
+def published_name(name: str) -> str:
+    """The hub id of a model that is known by `name`."""
+    return f"{ORGANISATIONS[re.split('[-0-9]', name)[0]]}/{RELEASES.get(name, name)}"
 
 
 def load_architecture(model: str) -> tuple[str, Architecture]:
@@ -92,14 +122,13 @@ def load_architecture(model: str) -> tuple[str, Architecture]:
         if path.is_dir() and not (path / "config.json").exists():
             raise UserError(f"--model {model}: a directory without config.json")
         return str(path), architecture_from_hf(read_json(path / "config.json" if path.is_dir() else path))
-    by_key = {_canonical(name): name for name in KNOWN_MODELS}
-    known = by_key.get(_canonical(model))
-    if known is None:
-        close = nearest(_canonical(model), by_key)
-        for key, name in by_key.items():
-            close = close.replace(f"'{key}'", f"'{name}'")
+    by_key = {canonical(name): name for name in KNOWN_MODELS} | ALIASES
+    key = canonical(model)
+    if key not in by_key:
+        close = difflib.get_close_matches(key, by_key, n=1, cutoff=0.6)
+        hint = f"; did you mean '{by_key[close[0]]}'?" if close else ""
         raise UserError(
-            f"--model {model}: neither a known name nor a path with a config.json{close} "
-            f"(known: {', '.join(KNOWN_MODELS)})"
+            f"--model {model}: neither a known name nor a path with a config.json{hint} "
+            f"(known: {', '.join(KNOWN_MODELS)}, with or without organisation and -Base, -Instruct and the like)"
         )
-    return known, KNOWN_MODELS[known]
+    return by_key[key], KNOWN_MODELS[by_key[key]]

@@ -13,13 +13,18 @@ from megatron_posttrain.planning.flops import flops_per_token, lora_weights
 from megatron_posttrain.planning.gpus import Gpu
 from megatron_posttrain.planning.layouts import MICRO_BATCHES, enumerate_layouts, expert_data, hard_problem
 from megatron_posttrain.planning.parameters import rank_state, stage_elements, trained_elements
-from megatron_posttrain.planning.rollout import RolloutPlan, plan_rollout
+from megatron_posttrain.planning.rollout import ENGINE_GIB, GIB, RolloutPlan, plan_rollouts, rollout_part
 from megatron_posttrain.planning.step_time import step_time
 from megatron_posttrain.planning.workload import Workload
 
-GIB = 2.0**30
-LIBRARIES_GIB = 1.5  # NCCL channels, cuBLAS and attention workspaces, allocator fragments
+LIBRARIES_GIB = 0.75  # cuBLAS and attention workspaces, compiled kernels
+# A communicator of NCCL 2.29.7 takes 390 MiB on an H100 for one rank (benchmarks/results/h100_1_gpu.md); 512 and more
+# were reported for several ranks. megatron-core's groups of the same ranks have one each.
+COMMUNICATOR_GIB = 0.5
+ENGINE_COMMUNICATORS = 2
+ALLOCATOR_SHARE = 0.02  # of what is allocated for good: 6 MiB shards of optimizer states lie in 20 MiB segments
 PAGEABLE_BYTES_PER_S = 8e9  # host memory to GPU and back; assumed, not fitted
+SPARE = 0.1  # of a GPU's memory: what is estimated here varies by so much
 LOGPROB_PASS = 1 / 3  # GRPO's forward pass for the old log-probs, against forward and backward
 
 
@@ -35,7 +40,8 @@ class Estimate:
     tokens_per_second_per_gpu: float
     tflops_per_gpu: float
     fits: bool
-    rollout_tensor: int = 1
+    rollout: RolloutPlan | None = None
+    offload: bool = False
     reason: str = ""
     warnings: list[str] = field(default_factory=list)
 
@@ -54,40 +60,56 @@ def estimate(
     else:
         trained = trained_elements(arch, layout)
     seconds, _ = step_time(arch, layout, work, gpu, trained)
-    rollout = None
-    if work.task == "grpo":
-        rollout = plan_rollout(arch, layout.world_size, gpu, work)
-        for part in ("compute", "exposed_communication", "bubble"):
-            seconds[part] *= 1 + LOGPROB_PASS
-        seconds |= {"rollout": rollout.seconds, "refit": rollout.refit_seconds}
-    memory = _fullest_stage(arch, layout, work, rollout, exact)
-    if work.offload:
-        seconds["offload"] = 2 * memory["optimizer"] * GIB / PAGEABLE_BYTES_PER_S
-    tokens = work.global_batch * work.row_length / layout.world_size / sum(seconds.values())
+    stages = sorted({0, min(1, layout.pipeline - 1), layout.pipeline - 1})
+    memories = [_stage_memory(arch, layout, work, stage, exact) for stage in stages]
     flops = flops_per_token(arch, work.row_length, work.lora_rank if work.lora else None)
-    return Estimate(
-        layout, micro_batch, recompute, seconds, memory, tokens, tokens * flops / 1e12,
-        memory["total"] <= gpu.memory_gib, rollout.tensor if rollout else 1,
-    )  # fmt: skip
 
-
-def _fullest_stage(
-    arch: Architecture, layout: Layout, work: Workload, rollout: RolloutPlan | None, exact: bool
-) -> dict[str, float]:
-    """GiB by part."""
-    found = []
-    for stage in sorted({0, min(1, layout.pipeline - 1), layout.pipeline - 1}):
-        memory = _stage_memory(arch, layout, work, stage, exact)
-        asleep = 0.0
+    def of(rollout: RolloutPlan | None, offload: bool) -> Estimate:
+        memory = max((_with_engine(m, rollout, offload) for m in memories), key=lambda m: m["total"])
+        times = dict(seconds)
         if rollout is not None:
-            # Generation and training take turns: vLLM sleeps while the activations are there.
-            memory |= {"rollout_weights": rollout.weights_bytes, "rollout_cache": rollout.cache_bytes}
-            training = memory["activations"] + memory["logits"]
-            if work.offload:
-                training += memory["optimizer"] + memory["gradients"]
-            asleep = min(training, rollout.weights_bytes + rollout.cache_bytes)
-        found.append(memory | {"total": sum(memory.values()) - asleep})
-    return {name: size / GIB for name, size in max(found, key=lambda memory: memory["total"]).items()}
+            for part in ("compute", "exposed_communication", "bubble"):
+                times[part] *= 1 + LOGPROB_PASS
+            times |= {"rollout": rollout.seconds, "refit": rollout.refit_seconds}
+        if offload:
+            times["offload"] = 2 * memory["optimizer"] / PAGEABLE_BYTES_PER_S
+        memory = {name: size / GIB for name, size in memory.items()}
+        tokens = work.global_batch * work.row_length / layout.world_size / sum(times.values())
+        fits = memory["total"] <= gpu.memory_gib and (rollout is None or rollout.cache_bytes >= rollout.longest_bytes)
+        return Estimate(
+            layout, micro_batch, recompute, times, memory, tokens, tokens * flops / 1e12, fits, rollout, offload
+        )
+
+    if work.task != "grpo":
+        return of(None, False)
+    rollouts = plan_rollouts(arch, layout.world_size, gpu, rollout_part(work))
+    offloads = (False, True) if work.offload is None else (work.offload,)
+    return min((of(rollout, offload) for rollout in rollouts for offload in offloads), key=_order)
+
+
+def _with_engine(memory: dict[str, float], rollout: RolloutPlan | None, offload: bool) -> dict[str, float]:
+    """Bytes by part, and `total`: of the fuller phase where the trainer and an engine take turns."""
+    if rollout is None:
+        return memory | {"total": sum(memory.values())}
+    memory = memory | {"engine": (ENGINE_GIB + ENGINE_COMMUNICATORS * COMMUNICATOR_GIB) * GIB}
+    awake = {"rollout_weights": rollout.weights_bytes, "rollout_cache": rollout.cache_bytes}
+    gone = ["activations", "logits"] + (["optimizer", "gradients"] if offload else [])
+    total = sum(memory.values()) + max(0.0, sum(awake.values()) - sum(memory[name] for name in gone))
+    return memory | awake | {"total": total}
+
+
+def _communicators(layout: Layout) -> int:
+    """Groups of more than one rank that the trainer's collectives run on, as counted on eight ranks."""
+    sizes = {
+        "world": (layout.world_size, 1),
+        "data": (layout.data * layout.context, 3),  # with context, without, and the optimizer's
+        "tensor": (layout.tensor, 2),  # with context and without
+        "context": (layout.context, 1),
+        "pipeline": (layout.pipeline, 2),  # and the tied embeddings'
+        "expert": (layout.expert * layout.expert_tensor, 2),  # with expert tensor and without
+        "expert data": (expert_data(layout), 1 if layout.expert > 1 else 0),
+    }
+    return sum(count for size, count in sizes.values() if size > 1)
 
 
 def _stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int, exact: bool) -> dict[str, float]:
@@ -117,7 +139,9 @@ def _stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int
     rows = tokens / layout.context * arch.hidden_size * 2
     gathered = rows if layout.sequence_parallel else 0.0
     routed = 2 * rows / layout.tensor * arch.moe.top_k if arch.moe is not None and layout.expert > 1 else 0.0
-    memory["communication"] = LIBRARIES_GIB * GIB + gathered + routed
+    memory["allocator"] = ALLOCATOR_SHARE * (memory["weights"] + memory["gradients"] + memory["optimizer"])
+    libraries = LIBRARIES_GIB + COMMUNICATOR_GIB * _communicators(layout)
+    memory["communication"] = libraries * GIB + gathered + routed
     return memory
 
 
@@ -140,16 +164,16 @@ def plan_layout(arch: Architecture, layout: Layout, work: Workload, gpu: Gpu) ->
     check_precision(work, gpu)
     if (problem := hard_problem(layout, arch)) is not None:
         raise UserError(f"--layout {layout}: {problem}")
-    recompute = "none" if work.recompute == "auto" else work.recompute
     sizes = [work.micro_batch] if work.micro_batch else MICRO_BATCHES
     found = [
         estimate(arch, layout, size, recompute, work, gpu, exact=True)
         for size in sizes
         if work.global_batch % (size * layout.data) == 0
+        for recompute in _recomputes(work)
     ]
     if not found:
         raise UserError(f"--layout {layout}: {batch_problem(layout, work.global_batch, sizes[0])}")
-    best = max(found, key=lambda e: (e.fits, e.tokens_per_second_per_gpu))
+    best = min(found, key=_order)
     best.reason = "the given layout" if best.fits else _does_not_fit(best, gpu)
     best.warnings = layout_warnings(arch, best, work, gpu)
     return best
@@ -172,22 +196,30 @@ def plan(arch: Architecture, gpus: int, work: Workload, gpu: Gpu) -> list[Estima
     for other in ranked:
         other.reason = _why_lost(other, ranked[0], gpu)
         other.warnings = layout_warnings(arch, other, work, gpu)
-    ranked[0].reason = "the fastest that fits" if ranked[0].fits else _does_not_fit(ranked[0], gpu)
+    tight = ranked[0].memory_gib["total"] > (1 - SPARE) * gpu.memory_gib
+    fastest = "the fastest that fits" + (", with little to spare" if tight else "")
+    ranked[0].reason = fastest if ranked[0].fits else _does_not_fit(ranked[0], gpu)
     return ranked
 
 
+def _recomputes(work: Workload) -> tuple[str, ...]:
+    return ("none", "full") if work.recompute == "auto" else (work.recompute,)
+
+
 def _search(arch: Architecture, gpus: int, work: Workload, gpu: Gpu) -> list[Estimate]:
+    """One estimate of every split: layouts that differ in their virtual pipeline alone are one."""
     sizes = (work.micro_batch,) if work.micro_batch else MICRO_BATCHES
     best: dict[Layout, Estimate] = {}
     for layout, micro_batch in enumerate_layouts(
         arch, gpus, domain=gpu.group, global_batch=work.global_batch, sequence_length=work.sequence_length,
         micro_batches=sizes,
     ):  # fmt: skip
-        for recompute in ("none", "full") if work.recompute == "auto" else (work.recompute,):
+        split = replace(layout, virtual_pipeline=None)
+        for recompute in _recomputes(work):
             found = estimate(arch, layout, micro_batch, recompute, work, gpu)
-            if layout not in best or _order(found) < _order(best[layout]):
-                best[layout] = found
-            if found.fits:
+            if split not in best or _order(found) < _order(best[split]):
+                best[split] = found
+            if found.fits and work.task != "grpo":  # there, recomputation may spare an offload
                 break
     return sorted(best.values(), key=_order)
 
@@ -199,6 +231,11 @@ def _order(e: Estimate) -> tuple[bool, float, int]:
 
 
 def _does_not_fit(e: Estimate, gpu: Gpu) -> str:
+    if e.memory_gib["total"] <= gpu.memory_gib and e.rollout is not None:
+        return (
+            f"vLLM's cache has {e.rollout.cache_bytes / GIB:.1f} GiB a GPU, one sequence needs "
+            f"{e.rollout.longest_bytes / GIB:.1f}: raise rollout.gpu_memory_fraction or rollout.tensor"
+        )
     parts = sorted(((size, name) for name, size in e.memory_gib.items() if name != "total"), reverse=True)
     largest = ", ".join(f"{name} {size:.0f}" for size, name in parts[:2])
     return f"needs {e.memory_gib['total']:.0f} GiB of {gpu.memory_gib:.0f}: {largest}"
@@ -209,7 +246,8 @@ def _why_lost(e: Estimate, winner: Estimate, gpu: Gpu) -> str:
         return _does_not_fit(e, gpu)
     if e.recompute != winner.recompute and e.recompute == "full":
         return "fits only with full recomputation"
-    more = {name: e.seconds[name] - winner.seconds[name] for name in e.seconds}
+    names = e.seconds | winner.seconds
+    more = {name: e.seconds.get(name, 0.0) - winner.seconds.get(name, 0.0) for name in names}
     name, seconds = max(more.items(), key=lambda pair: pair[1])
     slower = winner.tokens_per_second_per_gpu / e.tokens_per_second_per_gpu - 1
     return f"{slower:.1%} slower: {seconds:+.2f} s {name.replace('_', ' ')}"
@@ -236,8 +274,15 @@ def layout_warnings(arch: Architecture, e: Estimate, work: Workload, gpu: Gpu) -
         found.append(f"training refuses this batch: {refused}")
     if e.seconds["bubble"] > 0.25 * e.step_seconds:
         found.append("more than a quarter of the step is pipeline bubble: use more microbatches or fewer stages")
-    if e.fits and e.memory_gib["total"] > 0.92 * gpu.memory_gib:
-        found.append("less than 8% of the memory is left; set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True")
+    if e.fits and e.memory_gib["total"] > (1 - SPARE) * gpu.memory_gib:
+        # vLLM's custom all-reduce cannot share memory of expandable segments between its GPUs.
+        advice = "" if e.rollout else "; set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+        found.append(f"less than {SPARE:.0%} of the memory is left{advice}")
+    if e.rollout is not None and e.rollout.cache_bytes < e.rollout.needed_bytes:
+        found.append(
+            f"vLLM's cache has {e.rollout.cache_bytes / GIB:.1f} GiB a GPU, the samples in flight need "
+            f"{e.rollout.needed_bytes / GIB:.1f}: some will wait; raise rollout.gpu_memory_fraction"
+        )
     if arch.num_mtp_layers:
         found.append("the checkpoint's multi-token-prediction layers are not counted")
     return found

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from megatron_posttrain.planning.gpus import Gpu
-from megatron_posttrain.planning.planner import Estimate
+from megatron_posttrain.planning.planner import COMMUNICATOR_GIB, ENGINE_COMMUNICATORS, Estimate
+from megatron_posttrain.planning.rollout import ENGINE_GIB, GIB
 from megatron_posttrain.planning.workload import Workload
 
 FP8_RECIPES = {"fp8": "tensorwise", "mxfp8": "mxfp8"}
-SAMPLES_PER_PROMPT = 8
+SAMPLES_PER_PROMPT = (8, 16, 4, 6, 10, 5, 7, 3, 2)  # the first that divides the batch
+PROMPT_TOKENS = 1024  # left for a prompt in a sequence, or a quarter of a short one
 
 
 def command_of(task: str) -> str:
@@ -17,7 +20,7 @@ def command_of(task: str) -> str:
     return "grpo" if task == "grpo" else "sft"
 
 
-def config_of(model: str, e: Estimate, work: Workload) -> dict[str, Any]:
+def config_of(model: str, e: Estimate, work: Workload, gpu: Gpu) -> dict[str, Any]:
     """A configuration tree with what the plan decides; data, rewards and learning rate are the user's."""
     sizes = {key: size for key, size in e.layout.sizes.items() if size > 1}
     tree: dict[str, Any] = {
@@ -30,14 +33,25 @@ def config_of(model: str, e: Estimate, work: Workload) -> dict[str, Any]:
     }
     if work.task == "lora":
         tree["lora"] = {"rank": work.lora_rank}
-    if work.task == "grpo":
-        samples = SAMPLES_PER_PROMPT if work.global_batch % SAMPLES_PER_PROMPT == 0 else 1
+    if work.task == "grpo" and e.rollout is not None:
+        samples = next((n for n in SAMPLES_PER_PROMPT if work.global_batch % n == 0), work.global_batch)
         tree["rollout"] = {
             "prompts_per_step": work.global_batch // samples,
             "samples_per_prompt": samples,
-            "tensor": e.rollout_tensor,
-        } | ({"offload": True} if work.offload else {})
+            "max_tokens": work.sequence_length - min(PROMPT_TOKENS, work.sequence_length // 4),
+        } | rollout_of(e, gpu)
     return {name: section for name, section in tree.items() if section != {}}
+
+
+def rollout_of(e: Estimate, gpu: Gpu) -> dict[str, Any]:
+    """What is chosen of an engine. vLLM is given room for its weights and the cache of all samples, and no more than
+    is free then."""
+    assert e.rollout is not None
+    wanted = (e.rollout.weights_bytes + e.rollout.cache_bytes) / GIB + ENGINE_GIB
+    kept = ["weights", "fp8_weights", "communication", "allocator"] + ([] if e.offload else ["gradients", "optimizer"])
+    free = gpu.memory_gib - sum(e.memory_gib.get(name, 0.0) for name in kept) - ENGINE_COMMUNICATORS * COMMUNICATOR_GIB
+    share = min(math.ceil(wanted / gpu.memory_gib * 20) / 20, math.floor(free / gpu.memory_gib * 100) / 100)
+    return {"tensor": e.rollout.tensor, "offload": e.offload, "gpu_memory_fraction": max(share, 0.0)}
 
 
 def launch_of(task: str, gpus: int, gpu: Gpu, config: str = "plan.yaml") -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.flops import layer_weights
@@ -13,18 +14,24 @@ from megatron_posttrain.planning.layers import mlp_linears
 from megatron_posttrain.planning.parameters import rank_state
 from megatron_posttrain.planning.workload import Workload
 
-WEIGHTS_SHARE = 0.45  # of a GPU's memory at most for an engine's weights; the trainer's state needs the rest
+ENGINE_GIB = 3.0  # of an engine beside weights and cache, asleep too: graphs, workspaces, compiled kernels; reported
+MAX_SEQUENCES = 256  # that run at once on an engine; more of them wait
 DECODE_LAYER_SECONDS = 300e-6  # launches, sampling and all-reduces of one layer and one token step
+GIB = 2.0**30
 REFIT_SECONDS = 2.0  # sleeping, waking and the last synchronisation, whatever the size
 
 
 @dataclass(frozen=True)
 class RolloutPlan:
+    """An engine that a GPU shares with the trainer; bytes are of one GPU."""
+
     tensor: int
     seconds: float
     refit_seconds: float
-    weights_bytes: float  # a GPU
-    cache_bytes: float  # a GPU, for all samples of an engine at their mean length
+    weights_bytes: float
+    cache_bytes: float  # what `gpu_memory_fraction` leaves, or `needed_bytes` where it is not given
+    needed_bytes: float  # of all samples that run at once, at their mean length
+    longest_bytes: float  # of one sample of the greatest length
 
 
 @lru_cache(maxsize=64)
@@ -34,30 +41,53 @@ def weight_elements(arch: Architecture) -> int:
     return state.dense_elements + state.expert_elements
 
 
-def _cache_bytes_per_token(arch: Architecture) -> float:
+def cache_bytes_per_token(arch: Architecture, tensor: int = 1, dtype_bytes: int = 2) -> float:
+    """Of one rank of an engine. Latent caches are not divided by tensor parallelism, grouped ones down to a group a
+    rank. Layers with a sliding window are left out: what they hold is bounded by the window, not by the length."""
     width = 2 * arch.key_value_size if arch.mla is None else arch.mla.kv_rank + arch.mla.qk_rope_dim
-    return 2.0 * width * arch.num_layers
+    shards = 1 if arch.mla is not None else min(tensor, arch.num_query_groups)
+    return float(dtype_bytes) * width / shards * (arch.num_layers - len(arch.sliding_layers))
 
 
-def plan_rollout(arch: Architecture, gpus: int, gpu: Gpu, work: Workload) -> RolloutPlan:
+def rollout_problem(arch: Architecture, gpus: int, tensor: int) -> str | None:
+    """Why engines of `tensor` GPUs cannot be made; None where they can."""
+    sizes = {"number of GPUs": gpus, "attention heads": arch.num_heads, "MLP width": arch.ffn_size}
+    if arch.moe is not None:
+        sizes["experts' width"] = arch.moe.expert_ffn_size
+    return next((f"{tensor} does not divide the {n} ({size})" for n, size in sizes.items() if size % tensor), None)
+
+
+@lru_cache(maxsize=256)
+def plan_rollouts(arch: Architecture, gpus: int, gpu: Gpu, work: Workload) -> tuple[RolloutPlan, ...]:
+    """The engine that the workload asks for, or all that a node's GPUs can hold. `work` counts without what only the
+    trainer is concerned with, see `rollout_part`. Raises UserError for a size that does not divide the model."""
+    if work.rollout_tensor is not None:
+        if problem := rollout_problem(arch, gpus, work.rollout_tensor):
+            raise UserError(f"rollout.tensor (--rollout-tensor): {problem}")
+        return (_plan_rollout(arch, gpus, gpu, work, work.rollout_tensor),)
+    sizes = [1 << k for k in range(min(gpus, gpu.group).bit_length())]
+    return tuple(_plan_rollout(arch, gpus, gpu, work, t) for t in sizes if rollout_problem(arch, gpus, t) is None)
+
+
+def rollout_part(work: Workload) -> Workload:
+    """`work` with equal values for whatever a rollout does not depend on."""
+    return replace(work, micro_batch=0, recompute="auto", offload=None)
+
+
+def _plan_rollout(arch: Architecture, gpus: int, gpu: Gpu, work: Workload, tensor: int) -> RolloutPlan:
     """Decoding reads an engine's weights (of the experts that its sequences use) and its cache once a token.
 
     All samples start together; once the mean length is reached, a quarter of them on average is left for the tail.
     """
     weights = 2.0 * weight_elements(arch)
-    tensor = work.rollout_tensor or 1
-    while work.rollout_tensor is None and weights / tensor > WEIGHTS_SHARE * gpu.memory_gib * 2**30 and tensor < gpus:
-        tensor *= 2
     batch = max(1.0, work.global_batch / (gpus // tensor))
-    per_token = _cache_bytes_per_token(arch)
-    # Latent caches are not divided by tensor parallelism, grouped ones down to a group a rank.
-    shards = 1 if arch.mla is not None else min(tensor, arch.num_query_groups)
+    per_token = cache_bytes_per_token(arch, tensor)
     e = constants_of(gpu)
     bandwidth = gpu.memory_tb_per_s * 1e12 / e.memory
 
     def step_seconds(sequences: float, length: float) -> float:
-        read = _weights_read(arch, weights, sequences) / tensor + sequences * length * per_token / shards
-        active = 2.0 * sum(layer_weights(arch, n) for n in range(arch.num_layers)) * sequences / tensor
+        read = _weights_read(arch, weights, sequences) / tensor + sequences * length * per_token
+        active = 2.0 * _active_weights(arch) * sequences / tensor
         return read / bandwidth + active / (gpu.bf16_tflops * 1e12 / e.matmul) + arch.num_layers * DECODE_LAYER_SECONDS
 
     tail = max(0, work.sequence_length - work.row_length)
@@ -66,7 +96,20 @@ def plan_rollout(arch: Architecture, gpus: int, gpu: Gpu, work: Workload) -> Rol
     inside = gpus <= gpu.domain
     rate = (gpu.nvlink_gb_per_s if inside else gpu.network_gb_per_s) * 1e9
     refit = REFIT_SECONDS + weights / tensor / rate / 0.5
-    return RolloutPlan(tensor, seconds, refit, weights / tensor, batch * work.row_length * per_token / shards)
+    needed = min(batch, MAX_SEQUENCES) * work.row_length * per_token
+    cache = needed
+    if work.kv_cache_gib is not None:
+        cache = work.kv_cache_gib * GIB
+    elif work.gpu_memory_fraction is not None:
+        cache = max(0.0, (work.gpu_memory_fraction * gpu.memory_gib - ENGINE_GIB) * GIB - weights / tensor)
+    return RolloutPlan(
+        tensor, seconds, refit, weights / tensor, cache, needed, longest_bytes=work.sequence_length * per_token
+    )
+
+
+@lru_cache(maxsize=64)
+def _active_weights(arch: Architecture) -> int:
+    return sum(layer_weights(arch, layer) for layer in range(arch.num_layers))
 
 
 def _weights_read(arch: Architecture, weights: float, sequences: float) -> float:

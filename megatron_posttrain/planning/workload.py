@@ -20,8 +20,10 @@ class Workload:
     routing: str = "auto"  # auto | balanced | natural
     lora_rank: int = 16
     mean_length: int | None = None
-    rollout_tensor: int | None = None  # GPUs of a vLLM engine; None: the fewest whose share of the weights fits
-    offload: bool = False  # grpo: optimizer states and gradients, while vLLM is awake
+    rollout_tensor: int | None = None  # GPUs of a vLLM engine; None: the best
+    offload: bool | None = None  # grpo: optimizer states and gradients, while vLLM is awake; None: the better
+    gpu_memory_fraction: float | None = None  # grpo: of a GPU, for vLLM; None: what its cache needs
+    kv_cache_gib: float | None = None  # grpo: of an engine's rank; None: by the fraction
 
     @property
     def lora(self) -> bool:

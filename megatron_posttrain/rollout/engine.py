@@ -20,8 +20,8 @@ from megatron_posttrain.parallel.groups import broadcast_object, start_distribut
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout import vllm_fixes
 from megatron_posttrain.rollout.isolation import Isolation
+from megatron_posttrain.rollout.limits import CPU_CACHE_BYTES, explained
 
-CPU_CACHE_BYTES = 256 << 20
 CPU_BLOCK_SIZE = 32  # the attention kernel wants multiples of 32; vLLM's 128 shares no prefix of a short prompt
 
 
@@ -63,7 +63,8 @@ class RolloutEngine:
         quantization: vLLM's name of what its linear layers are quantised to at every refit; CUDA only.
 
     Raises:
-        ValueError: `tensor` does not divide the world, or vLLM cannot run the model so.
+        ValueError: `tensor` does not divide the world.
+        UserError: vLLM cannot run the model so.
     """
 
     def __init__(
@@ -114,14 +115,22 @@ class RolloutEngine:
             from megatron_posttrain.rollout import transfer
 
             options["weight_transfer_config"] = WeightTransferConfig(backend=transfer.NAME)
-            if self._cpu:
-                with vllm_fixes.private_shared_memory(token), vllm_fixes.unbound_memory():
-                    self._llm: Any = LLM(**options)
-                    dist.barrier()  # every rank has mapped the memory before its names go
-            else:
-                self._llm = LLM(**options)
+            try:
+                self._llm: Any = self._start(LLM, options, token)
+            except Exception as error:
+                if (told := explained(error, str(model_path))) is None:
+                    raise
+                raise told from error
         # vLLM would destroy the trainer's process groups when this engine is collected, or at exit.
         self._llm.llm_engine.engine_core._finalizer.detach()
+
+    def _start(self, make: Any, options: dict[str, Any], token: str) -> Any:
+        if not self._cpu:
+            return make(**options)
+        with vllm_fixes.private_shared_memory(token), vllm_fixes.unbound_memory():
+            llm = make(**options)
+            dist.barrier()  # every rank has mapped the memory before its names go
+        return llm
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
         """`sampling.n` completions of every prompt: completion j of prompt i is number i * n + j.

@@ -10,11 +10,13 @@ from typing import Any
 
 from megatron_posttrain.checkpoint.hf import check_directory, read_json
 from megatron_posttrain.config.schema import Config, GrpoConfig
+from megatron_posttrain.config.unsupported import UNSUPPORTED
 from megatron_posttrain.data.tokenize import load_tokenizer
-from megatron_posttrain.errors import UserError
+from megatron_posttrain.errors import UserError, nearest_file
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.parallel.layout import Layout, batch_problem, check_layout
+from megatron_posttrain.parallel.network import check_interfaces
 from megatron_posttrain.platform import platform
 
 
@@ -38,6 +40,7 @@ def prepare(config: Config, world_size: int | None = None) -> Prepared:
     if wrong := list(batch_problems(config, layout)):
         raise UserError("; ".join(wrong))
     _check_implementation(config)
+    check_interfaces()
     return Prepared(arch, layout, read_tokenizer(config.model.tokenizer or path, arch), path)
 
 
@@ -73,7 +76,7 @@ def model_directory(path: str) -> Path:
                 f"model.path: no directory '{path}', and no hub model of that id in the local cache "
                 "(fetch it first with `hf download`)"
             ) from None
-    raise UserError(f"model.path: no directory '{path}'")
+    raise UserError(f"model.path: no directory '{path}'{nearest_file(Path(path))}")
 
 
 def batch_problems(config: Config, layout: Layout) -> Iterator[str]:
@@ -90,6 +93,11 @@ def batch_problems(config: Config, layout: Layout) -> Iterator[str]:
         yield (
             f"training.global_batch_size={training.global_batch_size} does not divide the samples of a step, "
             f"rollout.prompts_per_step x samples_per_prompt = {samples}; for one update a step set it to {samples}"
+        )
+    if rollout.samples_per_prompt < 2:
+        yield (
+            "rollout.samples_per_prompt=1: a sample is compared with the others of its prompt, so nothing would be "
+            "learned; allowed: 2 or more"
         )
     if layout.world_size % rollout.tensor:
         yield f"rollout.tensor={rollout.tensor} does not divide the {layout.world_size} ranks"
@@ -109,4 +117,4 @@ def _check_implementation(config: Config) -> None:
     if config.precision.fp8 is not None and not device.has_transformer_engine():
         raise UserError(f"precision.fp8={config.precision.fp8} needs Transformer Engine on a GPU; here: fp8=null")
     if config.lora is not None:
-        raise UserError("lora: training adapters is not supported by this version; remove the section")
+        raise UserError(UNSUPPORTED["lora"])

@@ -1,0 +1,63 @@
+"""Limits that config, rows and the model's shapes show before a model is built. Commands and `doctor` call the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from megatron_posttrain.config.schema import GrpoConfig, RewardConfig
+from megatron_posttrain.data.dataset import PromptDataset
+from megatron_posttrain.data.rows import Row
+from megatron_posttrain.errors import UserError
+from megatron_posttrain.models.architecture import Architecture
+
+NEED_ANSWERS = ("math",)  # built-in rewards that compare with a row's `answer`
+
+
+def check_answers(rows: Sequence[Row], rewards: Iterable[RewardConfig]) -> None:
+    """Raises UserError for the first row without `answer` where a reward compares with it."""
+    needs = next((spec.name for spec in rewards if spec.file is None and spec.name in NEED_ANSWERS), None)
+    if needs is None:
+        return
+    missing = [row.source for row in rows if row.answer is None]
+    if missing:
+        more = f" ({len(missing):,} of {len(rows):,} rows have none)" if len(missing) > 1 else ""
+        raise UserError(f"{missing[0]}: no `answer`, which the reward '{needs}' compares with{more}")
+
+
+def prompts_of(config: GrpoConfig, rows: Sequence[Row], tokenizer: Any) -> PromptDataset:
+    """The prompts that leave room for a response. Raises UserError, also for a row that no reward could grade."""
+    check_answers(rows, config.rewards)
+    longest = config.data.sequence_length - config.rollout.max_tokens
+    return PromptDataset(rows, tokenizer, longest, config.training.seed)
+
+
+def check_positions(lengths: Iterable[int], arch: Architecture) -> None:
+    """Raises UserError where a conversation is longer than the model's positions; rows packed from several may be."""
+    longest = max(lengths)
+    if longest > arch.context_length:
+        raise UserError(
+            f"data.train: a conversation has {longest} tokens, the model has {arch.context_length} positions "
+            f"(max_position_embeddings, with rope scaling); set data.sequence_length={arch.context_length} or less"
+        )
+
+
+def rollout_problems(config: GrpoConfig, arch: Architecture | None, device: str) -> Iterator[str]:
+    """Why vLLM on `device` (cpu or cuda) cannot run the config's rollouts; one reason each."""
+    from megatron_posttrain.rollout.limits import engine_problems
+
+    rollout, precision = config.rollout, config.precision.dtype
+    if rollout.offload and precision != "bf16":
+        yield f"rollout.offload needs precision.dtype bf16, found {precision}"
+    if rollout.quantization is not None and device != "cuda":
+        yield f"rollout.quantization: {rollout.quantization} runs on CUDA only; allowed here: null"
+    if arch is not None:
+        cache = rollout.kv_cache_gib
+        yield from engine_problems(
+            arch,
+            device,
+            tensor=rollout.tensor,
+            length=config.data.sequence_length,
+            cache_bytes=None if cache is None else int(cache * 2**30),
+            dtype_bytes=4 if precision == "fp32" else 2,
+        )
