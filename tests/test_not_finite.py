@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite is never trained on, under any layout: weights stay as they were, to the bit."""
+"""A loss or gradient that is not finite is never trained on, under any layout: weights keep every bit."""
 
 from __future__ import annotations
 

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from megatron_posttrain.checkpoint import megatron
-from megatron_posttrain.checkpoint.hf import check_tensors, directory_layout, table_reader
+from megatron_posttrain.checkpoint.hf import check_tensors, directory_layout, model_directory, table_reader
 from megatron_posttrain.checkpoint.hf_files import (
     HfReader,
     carry_side_files,
+    custom_code,
     has_weights,
     plan_shards,
     read_json,
+    side_file_paths,
     write_json,
     write_side_files,
 )
@@ -106,6 +108,7 @@ def plan_hf_to_megatron(directory: Path, options: ConvertOptions, weights: bool 
     if not extra & set(reader.names()):  # the config speaks of such layers, the checkpoint has none
         arch = without_mtp
     check_tensors(reader, arch)
+    side_file_paths(directory)
     layout = directory_layout(reader, arch)
 
     def dtype_of(plan: TensorPlan) -> torch.dtype:
@@ -134,7 +137,7 @@ def plan_hf_to_megatron(directory: Path, options: ConvertOptions, weights: bool 
 
 
 def _left_behind(directory: Path, options: ConvertOptions) -> list[str]:
-    return [] if options.custom_code else sorted(path.name for path in directory.glob("*.py"))
+    return [] if options.custom_code else custom_code(directory)
 
 
 def _bytes_in(arch: Architecture, config: HfConfig) -> int:
@@ -173,7 +176,7 @@ def side_files(directory: Path, source: Path | None) -> Path:
     if source is None and run_config.exists():
         from omegaconf import OmegaConf
 
-        source = Path(OmegaConf.select(OmegaConf.load(run_config), "model.path"))
+        source = model_directory(OmegaConf.select(OmegaConf.load(run_config), "model.path"))
     if source is None:
         missing = f"{directory}: has no {megatron.HF_FILES}/config.json"
         raise UserError(f"{missing}; name the model's directory with --source")

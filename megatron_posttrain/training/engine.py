@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_posttrain.checkpoint.hf import HfReader
+from megatron_posttrain.checkpoint.hf import HfReader, model_directory
 from megatron_posttrain.config.schema import Config
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.errors import NotFiniteError
@@ -65,7 +65,7 @@ class Engine:
         self.temperature = 1.0
         self.modules, self.model_config = build_model(arch, groups.layout, config.model, config.precision)
         if not config.model.random_init:
-            load_hf(self.modules, arch, HfReader(config.model.path), groups)
+            load_hf(self.modules, arch, HfReader(model_directory(config.model.path)), groups)
         self.chunks: Sequence[Any] = self.modules
         self.optimizer: Any = None
         if train:
