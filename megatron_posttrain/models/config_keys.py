@@ -21,13 +21,13 @@ NEUTRAL = """
     temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size num_return_sequences early_stopping diversity_penalty begin_suppress_tokens
     suppress_tokens bad_words_ids forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty
-    remove_invalid_values
+    remove_invalid_values is_llama_config transformers.js_config
 """
 
 COMMON = """
     hidden_act hidden_size intermediate_size max_position_embeddings num_attention_heads num_hidden_layers
     num_key_value_heads head_dim rms_norm_eps tie_word_embeddings vocab_size rope_parameters rope_scaling
-    rope_theta partial_rotary_factor original_max_position_embeddings quantization_config
+    rope_theta partial_rotary_factor quantization_config
 """
 
 _EXPERTS = "num_experts num_local_experts num_experts_per_tok router_aux_loss_coef"
