@@ -170,19 +170,27 @@ def side_files(directory: Path, source: Path | None) -> Path:
 
     `source`, else the one inside the checkpoint, else the model that a trainer's config.yaml names.
     """
-    run_config = directory.resolve().parent.parent / "config.yaml"
     if source is None and (directory / megatron.HF_FILES / "config.json").exists():
         source = directory / megatron.HF_FILES
-    if source is None and run_config.exists():
-        from omegaconf import OmegaConf
-
-        source = model_directory(OmegaConf.select(OmegaConf.load(run_config), "model.path"))
+    if source is None:
+        source = _of_run(directory, "model.path")
     if source is None:
         missing = f"{directory}: has no {megatron.HF_FILES}/config.json"
         raise UserError(f"{missing}; name the model's directory with --source")
     if not (source / "config.json").exists():
         raise UserError(f"{source / 'config.json'}: no such file; name the model's directory with --source")
     return source
+
+
+def _of_run(directory: Path, key: str) -> Path | None:
+    """What the config.yaml beside a trainer's checkpoints names; None where there is none, or it names nothing."""
+    run_config = directory.resolve().parent.parent / "config.yaml"
+    if not run_config.exists():
+        return None
+    from omegaconf import OmegaConf
+
+    found = OmegaConf.select(OmegaConf.load(run_config), key)
+    return None if found is None else model_directory(found, key)
 
 
 def plan_megatron_to_hf(directory: Path, options: ConvertOptions) -> Conversion:
@@ -203,8 +211,11 @@ def plan_megatron_to_hf(directory: Path, options: ConvertOptions) -> Conversion:
     if options.quantize:
         written[fp8.FIELD] = fp8.SECTION
 
+    own = options.source is not None or source == directory / megatron.HF_FILES
+    tokenizer = None if own else _of_run(directory, "model.tokenizer")
+
     def finish(partial: Path) -> None:
-        write_side_files(partial, targets, written, source, options.custom_code)
+        write_side_files(partial, targets, written, source, options.custom_code, tokenizer)
 
     sources = {directory / chunk.file for stored in reader.reader.tensors.values() for chunk in stored.chunks}
     bytes_in = sum(math.prod(plan.local_shape(1)) * reader.dtype(plan).itemsize for plan in registry.tensors(arch))
