@@ -11,6 +11,14 @@ from pathlib import Path
 class UserError(Exception):
     """Bad input. The message says where (key, file, line), what was found and what is allowed."""
 
+    status = 2  # of the process that it ends
+
+
+class NotFiniteError(UserError):
+    """NaN or infinite values where a run would train on them, or write them: it ends, and keeps what it has."""
+
+    status = 1
+
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` when a valid name is close to `name`, else the empty string."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_posttrain.checkpoint import megatron
 from megatron_posttrain.checkpoint.convert import side_files
 from megatron_posttrain.checkpoint.distcp import METADATA, DistcpReader
-from megatron_posttrain.checkpoint.hf import directory_layout, table_reader
+from megatron_posttrain.checkpoint.hf import HEAD, directory_layout, is_tied_copy, table_reader
 from megatron_posttrain.checkpoint.hf_files import HfReader, read_json
 from megatron_posttrain.models import fp8, registry
 from megatron_posttrain.models.weights import Shape, unmerged
@@ -122,7 +122,10 @@ def _has_3d(reader: HfReader) -> bool:
 
 
 def _on_disk(reader: HfReader) -> Tensors:
-    kinds = {name: (reader.dtype(name), reader.entry(name).shape) for name in reader.names()}
+    config = reader.directory / "config.json"
+    tied = config.exists() and read_json(config).get("tie_word_embeddings") and is_tied_copy(reader)
+    names = [name for name in reader.names() if not (tied and name == HEAD)]  # the model is the same without it
+    kinds = {name: (reader.dtype(name), reader.entry(name).shape) for name in names}
     return Tensors(kinds, lambda name: iter([reader.get_slice(name)]))
 
 
@@ -159,7 +162,8 @@ def _of_model(directory: Path, source: Path | None) -> Tensors:
             kinds[name] = (reader.plain_dtype(layout.places[name].name), shape)
     for name in sorted(set(reader.names()) - set(layout.shapes)):
         scale = name.endswith(fp8.SUFFIX) and reader.fp8_block is not None
-        if not scale and not registry.is_ignored(arch, name):
+        other_head = name == HEAD and not is_tied_copy(reader)
+        if not scale and (other_head or not registry.is_ignored(arch, name)):
             kinds[name] = (reader.dtype(name), reader.entry(name).shape)
 
     def parts(name: str) -> Iterator[Tensor]:

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from megatron_posttrain.checkpoint import megatron
-from megatron_posttrain.checkpoint.hf import check_tensors, directory_layout, table_reader
+from megatron_posttrain.checkpoint.hf import check_tensors, directory_layout, model_directory, table_reader
 from megatron_posttrain.checkpoint.hf_files import (
     HfReader,
     carry_side_files,
+    custom_code,
     has_weights,
     plan_shards,
     read_json,
+    side_file_paths,
     write_json,
     write_side_files,
 )
@@ -106,6 +108,7 @@ def plan_hf_to_megatron(directory: Path, options: ConvertOptions, weights: bool 
     if not extra & set(reader.names()):  # the config speaks of such layers, the checkpoint has none
         arch = without_mtp
     check_tensors(reader, arch)
+    side_file_paths(directory)
     layout = directory_layout(reader, arch)
 
     def dtype_of(plan: TensorPlan) -> torch.dtype:
@@ -134,7 +137,7 @@ def plan_hf_to_megatron(directory: Path, options: ConvertOptions, weights: bool 
 
 
 def _left_behind(directory: Path, options: ConvertOptions) -> list[str]:
-    return [] if options.custom_code else sorted(path.name for path in directory.glob("*.py"))
+    return [] if options.custom_code else custom_code(directory)
 
 
 def _bytes_in(arch: Architecture, config: HfConfig) -> int:
@@ -167,19 +170,27 @@ def side_files(directory: Path, source: Path | None) -> Path:
 
     `source`, else the one inside the checkpoint, else the model that a trainer's config.yaml names.
     """
-    run_config = directory.resolve().parent.parent / "config.yaml"
     if source is None and (directory / megatron.HF_FILES / "config.json").exists():
         source = directory / megatron.HF_FILES
-    if source is None and run_config.exists():
-        from omegaconf import OmegaConf
-
-        source = Path(OmegaConf.select(OmegaConf.load(run_config), "model.path"))
+    if source is None:
+        source = _of_run(directory, "model.path")
     if source is None:
         missing = f"{directory}: has no {megatron.HF_FILES}/config.json"
         raise UserError(f"{missing}; name the model's directory with --source")
     if not (source / "config.json").exists():
         raise UserError(f"{source / 'config.json'}: no such file; name the model's directory with --source")
     return source
+
+
+def _of_run(directory: Path, key: str) -> Path | None:
+    """What the config.yaml beside a trainer's checkpoints names; None where there is none, or it names nothing."""
+    run_config = directory.resolve().parent.parent / "config.yaml"
+    if not run_config.exists():
+        return None
+    from omegaconf import OmegaConf
+
+    found = OmegaConf.select(OmegaConf.load(run_config), key)
+    return None if found is None else model_directory(found, key)
 
 
 def plan_megatron_to_hf(directory: Path, options: ConvertOptions) -> Conversion:
@@ -200,8 +211,11 @@ def plan_megatron_to_hf(directory: Path, options: ConvertOptions) -> Conversion:
     if options.quantize:
         written[fp8.FIELD] = fp8.SECTION
 
+    own = options.source is not None or source == directory / megatron.HF_FILES
+    tokenizer = None if own else _of_run(directory, "model.tokenizer")
+
     def finish(partial: Path) -> None:
-        write_side_files(partial, targets, written, source, options.custom_code)
+        write_side_files(partial, targets, written, source, options.custom_code, tokenizer)
 
     sources = {directory / chunk.file for stored in reader.reader.tensors.values() for chunk in stored.chunks}
     bytes_in = sum(math.prod(plan.local_shape(1)) * reader.dtype(plan).itemsize for plan in registry.tensors(arch))

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_posttrain.checkpoint.hf_files import SHARD_BYTES, HfReader, HfWriter, has_weights, read_json
-from megatron_posttrain.errors import UserError, nearest
+from megatron_posttrain.checkpoint.hf_files import (
+    SHARD_BYTES,
+    HfReader,
+    HfWriter,
+    has_weights,
+    read_json,
+    side_file_paths,
+)
+from megatron_posttrain.errors import UserError, nearest, nearest_file
 from megatron_posttrain.models import fp8, registry
 from megatron_posttrain.models.architecture import Architecture, HfConfig
 from megatron_posttrain.models.layout import Layout
 from megatron_posttrain.models.weights import Read
 
 __all__ = ["HfReader", "HfWriter", "check_directory", "read_json", "table_reader", "write_directory"]
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def check_directory(directory: Path | str) -> tuple[HfConfig, Architecture]:
@@ -34,6 +45,7 @@ def check_directory(directory: Path | str) -> tuple[HfConfig, Architecture]:
     except UserError as error:
         raise UserError(f"{directory}/{error}") from None
     check_tensors(HfReader(directory), arch)
+    side_file_paths(directory)
     return config, arch
 
 
@@ -44,6 +56,19 @@ def check_tensors(reader: HfReader, arch: Architecture) -> None:
         if name in names and reader.dtype(name) == fp8.DTYPE and len(shape) == 2:
             expected[name + fp8.SUFFIX] = fp8.scale_shape(shape, reader.fp8_block or (fp8.BLOCK, fp8.BLOCK))
     unknown = [name for name in names if name not in expected and not registry.is_ignored(arch, name)]
+    for name in expected.keys() & set(names):
+        if reader.dtype(name) == fp8.DTYPE and reader.fp8_block is None:
+            raise UserError(
+                f"{reader.entry(name).file}: tensor '{name}' is FP8, but config.json has no {fp8.FIELD}, by which "
+                "its scales are read; put the section back"
+            )
+        if not reader.dtype(name).is_floating_point:
+            raise UserError(f"{reader.entry(name).file}: tensor '{name}' is {reader.dtype(name)}; supported: floats")
+    if arch.tied_embeddings and HEAD in names and not is_tied_copy(reader):
+        raise UserError(
+            f"{reader.entry(HEAD).file}: tensor '{HEAD}' is not '{EMBEDDING}', though config.json says that "
+            "tie_word_embeddings is true; set it to false to keep both, or remove the tensor"
+        )
     for name, shape in expected.items():
         if name not in names:
             hint = nearest(name, unknown)
@@ -57,6 +82,32 @@ def check_tensors(reader: HfReader, arch: Architecture) -> None:
             f"{reader.entry(unknown[0]).file}: tensor '{unknown[0]}' is not part of config.json's "
             f"model ({len(unknown)} such){nearest(unknown[0], expected)}"
         )
+
+
+def model_directory(path: str, key: str = "model.path") -> Path:
+    """A local directory, or the directory of a hub id in the local cache; nothing is downloaded."""
+    if Path(path).is_dir():
+        return Path(path)
+    if path.count("/") == 1 and not path.startswith((".", "/")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(path, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise UserError(
+                f"{key}: no directory '{path}', and no hub model of that id in the local cache "
+                "(fetch it first with `hf download`)"
+            ) from None
+    raise UserError(f"{key}: no directory '{path}'{nearest_file(Path(path))}")
+
+
+def is_tied_copy(reader: HfReader) -> bool:
+    """Whether the output layer that the directory holds is its word embeddings."""
+    if not {HEAD, EMBEDDING} <= set(reader.names()) or reader.entry(HEAD).shape != reader.entry(EMBEDDING).shape:
+        return False
+    pairs = zip(reader.get_slice(HEAD).split(4096), reader.get_slice(EMBEDDING).split(4096), strict=True)
+    return reader.dtype(HEAD) == reader.dtype(EMBEDDING) and all(torch.equal(*pair) for pair in pairs)
 
 
 def directory_layout(reader: HfReader, arch: Architecture) -> Layout:
@@ -79,11 +130,13 @@ def write_directory(
     source: Path | str,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
+    tokenizer: Path | None = None,
 ) -> None:
     """A whole Hugging Face directory from the tensors of the weight table (`models.sharded.Exporter`).
 
     `source`: the directory that the model came from. Its side files, the fields of its config and, where it
-    has weights, their dtypes and its layout of experts are kept; else tensors are bf16.
+    has weights, their dtypes and its layout of experts are kept; else tensors are bf16. `tokenizer`: another
+    directory to take the tokenizer and its template from.
     """
     layout, kinds = registry.layout(arch), {}
     if has_weights(Path(source)):  # else: random initialisation
@@ -94,6 +147,7 @@ def write_directory(
         name: (kinds.get(name, layout.dtypes.get(name, torch.bfloat16)), shape) for name, shape in layout.shapes.items()
     }
     config = fp8.without(registry.hf_config(arch, read_json(Path(source) / "config.json")))
-    with HfWriter(directory, contents, config, source=source, shard_bytes=shard_bytes, overwrite=overwrite) as writer:
+    options: dict[str, Any] = {"source": source, "tokenizer": tokenizer}
+    with HfWriter(directory, contents, config, shard_bytes=shard_bytes, overwrite=overwrite, **options) as writer:
         for name, tensor in layout.assemble(tensors):
             writer.write(name, tensor)

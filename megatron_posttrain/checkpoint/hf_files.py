@@ -20,8 +20,8 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-from megatron_posttrain.checkpoint.stream import check_target, map_file, partial_of, put_in_place, write_all
-from megatron_posttrain.errors import UserError, nearest
+from megatron_posttrain.checkpoint.stream import check_target, is_finite, map_file, partial_of, put_in_place, write_all
+from megatron_posttrain.errors import NotFiniteError, UserError, nearest
 from megatron_posttrain.models import fp8
 from megatron_posttrain.models.architecture import HfConfig
 from megatron_posttrain.models.weights import Shape
@@ -48,6 +48,11 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SHARD_BYTES = 5_000_000_000
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
+TEMPLATES = "additional_chat_templates"
+TOKENIZER_FILES = (  # what their names begin with
+    "tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template", "spiece", TEMPLATES,
+)  # fmt: skip
+
 Tensors = Mapping[str, tuple[torch.dtype, Shape]]
 
 
@@ -65,12 +70,20 @@ def has_weights(directory: Path) -> bool:
     return any((directory / name).exists() for name in (SINGLE, INDEX))
 
 
+def unreadable(path: Path, error: OSError) -> UserError:
+    """Why a file could not be read, in one message."""
+    if path.is_symlink() and not path.exists():
+        return UserError(f"{path}: dangling link to {path.readlink()}, which is not there (fetch the file again)")
+    missing = isinstance(error, FileNotFoundError)
+    return UserError(f"{path}: {'no such file' if missing else error.strerror}")
+
+
 def read_json(path: Path) -> Any:
     """`UserError` for a missing or malformed file, with the line of the mistake."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(f"{path}{line}: not valid JSON ({error})") from None
@@ -86,8 +99,8 @@ def read_header(path: Path) -> dict[str, Entry]:
             if 8 + length > size:
                 raise UserError(f"{path}: truncated safetensors file ({size} bytes, its header is not complete)")
             header = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
     except ValueError as error:
         raise UserError(f"{path}: malformed safetensors header ({error})") from None
     entries = {}
@@ -117,13 +130,16 @@ class HfReader:
         self._maps: dict[Path, Tensor] = {}
         index = self.directory / INDEX
         if not index.exists():
-            if not (self.directory / SINGLE).exists():
+            if not (self.directory / SINGLE).exists() and not (self.directory / SINGLE).is_symlink():
                 raise UserError(f"{self.directory}: has neither {SINGLE} nor {INDEX}")
             self._entries = read_header(self.directory / SINGLE)
             return
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise UserError(f"{index}: lacks 'weight_map'")
+        if (self.directory / SINGLE).exists() and SINGLE not in weight_map.values():
+            # transformers reads the single file, vLLM those of the index.
+            raise UserError(f"{self.directory}: has two sets of weights, {SINGLE} and those of {INDEX}; remove one")
         headers = {name: read_header(self.directory / name) for name in sorted(set(weight_map.values()))}
         self._entries = {}
         for name, file in weight_map.items():
@@ -210,6 +226,7 @@ class HfWriter:
         custom_code: carry Python files of `source` along too; without it they stay behind and
             config.json loses its `auto_map`.
         overwrite: replace an existing directory; without it that is a `UserError`.
+        tokenizer: the directory whose tokenizer and chat template are carried in place of `source`'s.
     """
 
     def __init__(
@@ -222,8 +239,9 @@ class HfWriter:
         shard_bytes: int = SHARD_BYTES,
         custom_code: bool = False,
         overwrite: bool = False,
+        tokenizer: Path | None = None,
     ) -> None:
-        self.directory = Path(directory)
+        self.directory, self.tokenizer = Path(directory), tokenizer
         check_target(self.directory, overwrite)
         self.partial = partial_of(self.directory)
         self.config, self.custom_code = config, custom_code
@@ -244,6 +262,10 @@ class HfWriter:
         if tuple(tensor.shape) != target.shape:
             raise ValueError(f"tensor '{name}' has shape {list(tensor.shape)}, announced was {list(target.shape)}")
         data = tensor.detach().to(device="cpu", dtype=target.dtype).contiguous()
+        if not is_finite(data):
+            raise NotFiniteError(
+                f"{self.directory}: tensor '{name}' has NaN or infinite values as {target.dtype}; nothing is written"
+            )
         self._write(target.file, target.start, memoryview(data.reshape(-1).view(torch.uint8).numpy().data))
         self.missing.discard(name)
 
@@ -259,7 +281,7 @@ class HfWriter:
         if self.missing:
             first = sorted(self.missing)[0]
             raise ValueError(f"{self.directory}: tensor '{first}' was not written ({len(self.missing)} such)")
-        write_side_files(self.partial, self.targets, self.config, self.source, self.custom_code)
+        write_side_files(self.partial, self.targets, self.config, self.source, self.custom_code, self.tokenizer)
         self.open_files.close()
         put_in_place(self.partial, self.directory)
 
@@ -277,24 +299,60 @@ class HfWriter:
             shutil.rmtree(self.partial, ignore_errors=True)  # renamed, when all went well
 
 
-def carry_side_files(source: Path, target: Path, custom_code: bool) -> None:
-    """Copies tokenizer, chat template and the like; Python files only where `custom_code`."""
+def side_file_paths(source: Path, custom_code: bool = False) -> list[Path]:
+    """Tokenizer, chat template and the like; Python files only where `custom_code`. `UserError` for one that cannot
+    be read: what is left out in silence is lost with the source."""
+    found = []
     for path in sorted(source.iterdir()):
         weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
         if weights or path.name == "config.json" or path.name.startswith("."):
             continue
-        if path.is_dir() and path.name == "additional_chat_templates":
-            shutil.copytree(path, target / path.name)
-        elif path.is_file() and (path.suffix != ".py" or custom_code):
-            shutil.copyfile(path, target / path.name)
+        if path.is_dir():
+            found += [path] if path.name == TEMPLATES else []
+            continue
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise unreadable(path, error) from None
+        if path.suffix != ".py" or custom_code:
+            found.append(path)
+    return found
+
+
+def carry_side_files(source: Path, target: Path, custom_code: bool, tokenizer: Path | None = None) -> None:
+    """Copies the side files of `source`; those of the tokenizer from `tokenizer`, where it is another directory."""
+    found = side_file_paths(source, custom_code)
+    if tokenizer is not None:
+        found = [path for path in found if not is_of_tokenizer(path)]
+        found += [path for path in side_file_paths(tokenizer, custom_code) if is_of_tokenizer(path)]
+    for path in found:
+        try:
+            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, target / path.name)
+        except OSError as error:
+            raise UserError(f"{error.filename or path}: {error.strerror}") from error
+
+
+def custom_code(directory: Path) -> list[str]:
+    """What of a directory is not carried along unless it is asked for: Python files, and what names them."""
+    auto_map = read_json(directory / "config.json").get("auto_map")
+    return sorted(path.name for path in directory.glob("*.py")) + (["config.json's auto_map"] if auto_map else [])
+
+
+def is_of_tokenizer(path: Path) -> bool:
+    return path.suffix == ".tiktoken" or path.name.startswith(TOKENIZER_FILES)
 
 
 def write_side_files(
-    directory: Path, targets: Mapping[str, Entry], config: HfConfig, source: Path | None, custom_code: bool
+    directory: Path,
+    targets: Mapping[str, Entry],
+    config: HfConfig,
+    source: Path | None,
+    custom_code: bool,
+    tokenizer: Path | None = None,
 ) -> None:
     """What a directory has beside its tensors: index, config.json and what `source` has."""
     if source is not None:
-        carry_side_files(source, directory, custom_code)
+        carry_side_files(source, directory, custom_code, tokenizer)
     weight_map = {name: target.file.name for name, target in targets.items()}
     if SINGLE not in weight_map.values():
         total = sum(target.stop - target.start for target in targets.values())

@@ -233,12 +233,16 @@ def _write_tensor(out: Any, block: Tensor, item: Item, check_finite: bool, progr
     step = STEP_BYTES // item.dtype.itemsize
     for start in range(0, len(flat), step):
         piece = flat[start : start + step]
-        # fp8 has no isfinite; its only non-finite value is NaN
-        if check_finite and not bool((piece.float() if piece.dtype.itemsize == 1 else piece).isfinite().all()):
-            raise UserError(f"tensor '{item.name}' has NaN or infinite values")
         piece = piece.to(item.dtype)
+        if check_finite and not is_finite(piece):
+            raise UserError(f"tensor '{item.name}' has NaN or infinite values as {item.dtype}")
         write_all(out, memoryview(piece.view(torch.uint8).numpy().data))
         progress.update(piece.nbytes)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    # fp8 has no isfinite; its only non-finite value is NaN
+    return bool((tensor.float() if tensor.dtype.itemsize == 1 else tensor).isfinite().all())
 
 
 def write_all(out: Any, content: memoryview) -> None:

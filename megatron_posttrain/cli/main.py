@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Under torchrun every rank finds the same mistake; one of a node says so.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return error.status
 
 
 def process(work: Callable[[], int] = main) -> int:

@@ -45,6 +45,12 @@ ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
 }
 
 
+ROPE_KEYS = {
+    "rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "finetuned",
+}  # fmt: skip
+OLD_NAMES = {"type": "rope_type"}  # of rope_scaling -> of rope_parameters
+
+
 def need(config: HfConfig, *keys: str) -> Any:
     """The value of the first of `keys` (one field, by its old and new names) that the config has."""
     for key in keys:
@@ -62,13 +68,19 @@ def require(config: HfConfig, key: str, allowed: Sequence[Any], default: Any) ->
 
 def rope(config: HfConfig, default_base: float = 10_000.0) -> Rope:
     """Either style: `rope_theta` and `rope_scaling`, or `rope_parameters` of transformers 5."""
-    values = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
+    if new and any(new.get(key, new.get(OLD_NAMES.get(key, ""))) != value for key, value in old.items()):
+        raise UserError("config.json: rope_scaling and rope_parameters differ; keep the one that is meant")
+    values = new or old
     kind = values.get("rope_type", values.get("type", "default"))
     base = float(values.get("rope_theta") or config.get("rope_theta") or default_base)
     if kind not in ROPE_SCALINGS:
         raise UserError(f"config.json: rope type {kind!r}; supported: {', '.join(ROPE_SCALINGS)}")
     if values.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UserError("config.json: partial_rotary_factor other than 1.0 is not supported")
+    known = ROPE_KEYS.union(*ROPE_SCALINGS.values())
+    if unknown := [key for key in values if key not in known]:
+        raise UserError(f"config.json: {unknown[0]} in the rotary section is not supported{nearest(unknown[0], known)}")
     if kind == "default":
         return Rope(base=base)
     longest = need(config, "max_position_embeddings")

@@ -23,6 +23,7 @@ def architecture(config: HfConfig) -> Architecture:
     common.require(config, "attention_bias", (False,), False)
     common.require(config, "rope_interleave", (True, None), True)
     common.require(config, "scoring_func", ("sigmoid",), "sigmoid")
+    common.require(config, "topk_method", ("noaux_tc",), "noaux_tc")
     common.require(config, "moe_layer_freq", (1,), 1)
     common.require(config, "norm_topk_prob", (True,), True)  # megatron-core always normalises sigmoid scores
     mla = MultiLatentAttention(

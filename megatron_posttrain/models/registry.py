@@ -10,6 +10,7 @@ from functools import lru_cache
 from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models import deepseek_v3, gpt_oss, llama, mistral, mixtral, qwen2, qwen3
 from megatron_posttrain.models.architecture import Architecture, HfConfig
+from megatron_posttrain.models.config_keys import check_keys
 from megatron_posttrain.models.layout import Layout
 from megatron_posttrain.models.weights import Shape, TensorPlan, expand
 
@@ -37,6 +38,7 @@ def architecture_from_hf(config: HfConfig, keep_mtp: bool = False) -> Architectu
         supported = ", ".join(sorted(FAMILIES))
         hint = nearest(str(kind), FAMILIES)
         raise UserError(f"config.json: model_type {kind!r} is not supported (one of {supported}){hint}")
+    check_keys(config)
     arch = FAMILIES[kind].architecture(config)
     return arch if keep_mtp else replace(arch, num_mtp_layers=0)
 

@@ -39,13 +39,19 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
-def table_name(name: str, layer_numbers: dict[str, int], expert_offset: int) -> str:
-    """The name in the weight table (global layer and expert numbers) of a local parameter.
+def layer_numbers(model: nn.Module) -> dict[str, int]:
+    """Global numbers from 0 by the local prefix of a layer, such as `decoder.layers.1`."""
+    return {
+        prefix: number - 1
+        for prefix, module in model.named_modules()
+        if LAYER.fullmatch(prefix) and isinstance(number := getattr(module, "layer_number", None), int)
+    }
 
-    `layer_numbers`: global number from 0 by the local prefix of a layer, such as `decoder.layers.1`.
-    """
+
+def table_name(name: str, numbers: dict[str, int], expert_offset: int) -> str:
+    """The name in the weight table (global layer and expert numbers) of a local parameter or module."""
     name = GROUPED_EXPERT.sub(r"local_experts.\3.\1.\2", unmerged(name))
-    name = LAYER.sub(lambda match: f"{match[1]}.{layer_numbers.get(match[0], match[2])}", name)
+    name = LAYER.sub(lambda match: f"{match[1]}.{numbers.get(match[0], match[2])}", name)
     return EXPERT.sub(lambda match: str(int(match[1]) + expert_offset), name)
 
 
@@ -64,11 +70,7 @@ def local_tensors(
     offset = expert[0] * (arch.moe.num_experts // expert[1]) if arch.moe else 0
     for chunk in model_chunks:
         model = unwrap(chunk)
-        numbers = {
-            prefix: number - 1
-            for prefix, module in model.named_modules()
-            if LAYER.fullmatch(prefix) and isinstance(number := getattr(module, "layer_number", None), int)
-        }
+        numbers = layer_numbers(model)
         for local_name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             name = table_name(local_name, numbers, offset)
             if arch.tied_embeddings and name == "output_layer.weight":

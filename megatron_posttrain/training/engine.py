@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,15 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_posttrain.checkpoint.hf import HfReader
+from megatron_posttrain.checkpoint.hf import HfReader, model_directory
 from megatron_posttrain.config.schema import Config
 from megatron_posttrain.data.batch import PackedBatch
+from megatron_posttrain.errors import NotFiniteError
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.build import FP8_TOKENS, build_model
 from megatron_posttrain.models.sharded import Exporter, load_hf
 from megatron_posttrain.parallel.context import gather_tokens, local_index
 from megatron_posttrain.parallel.groups import Groups
 from megatron_posttrain.platform import platform
+from megatron_posttrain.training.finite import Recorder, anywhere, refuse
 from megatron_posttrain.training.optimizer import make_optimizer, overlaps, wrap_for_data_parallel
 from megatron_posttrain.training.timing import PhaseTimer
 from megatron_posttrain.training.token_logprobs import token_logprobs
@@ -61,7 +65,7 @@ class Engine:
         self.temperature = 1.0
         self.modules, self.model_config = build_model(arch, groups.layout, config.model, config.precision)
         if not config.model.random_init:
-            load_hf(self.modules, arch, HfReader(config.model.path), groups)
+            load_hf(self.modules, arch, HfReader(model_directory(config.model.path)), groups)
         self.chunks: Sequence[Any] = self.modules
         self.optimizer: Any = None
         if train:
@@ -113,7 +117,8 @@ class Engine:
         """Forward, backward and optimizer step. Every data parallel rank gives as many micro-batches.
 
         The losses of all micro-batches of all ranks are summed: `loss_function` divides by the global
-        count, so the result does not depend on the layout.
+        count, so the result does not depend on the layout. NotFiniteError, on all ranks and with the weights as
+        they were, for a loss or gradient that is not finite.
         """
         micro_batches = self._padded(micro_batches)
         for group in self.optimizer.param_groups:
@@ -126,12 +131,27 @@ class Engine:
             timer = PhaseTimer()
             with timer("forward_backward"):
                 outputs = self._schedule(micro_batches, loss_function, forward_only=False)
-            with timer("optimizer"):
-                updated, grad_norm, _ = self.optimizer.step()
-        totals = self._total(outputs)
-        if not updated:
-            raise RuntimeError("the optimizer skipped a step: gradients are not finite")
+            totals = self._total(outputs)
+            try:
+                if anywhere(not math.isfinite(totals["loss"])):
+                    raise NotFiniteError("the loss is not finite")
+                with timer("optimizer"):
+                    _, grad_norm, _ = self.optimizer.step()
+            except NotFiniteError as error:
+                refuse(self, str(error), partial(self._again, micro_batches, loss_function), gradients=True)
         return StepResult(totals.pop("loss"), float(grad_norm), totals, timer.seconds)
+
+    def _again(self, micro_batches: Sequence[PackedBatch], loss_function: LossFunction, recorder: Recorder) -> None:
+        """The forward passes of a step, whose losses the recorder sees too."""
+
+        def watched(output: TokenOutput, batch: PackedBatch) -> tuple[Tensor, Metrics]:
+            loss, metrics = loss_function(output, batch)
+            last = len(self.chunks) - 1
+            recorder.look(output.logprobs, last, sys.maxsize, "the log-probs")
+            recorder.look(loss, last, sys.maxsize, "the loss")
+            return loss, metrics
+
+        self._schedule(micro_batches, watched, forward_only=True)
 
     # ---- log-probabilities -----------------------------------------------------------------------------
 
@@ -150,6 +170,12 @@ class Engine:
                 chunk.eval()
             self._schedule(micro_batches, keep, forward_only=True)
         return self._from_last_stage(kept, micro_batches)
+
+    def refuse_logprobs(self, micro_batches: Sequence[PackedBatch]) -> None:
+        """Collective: raises NotFiniteError that names the rank and layer which made log-probs that are not finite."""
+        with platform().megatron():
+            score = partial(self._again, self._padded(micro_batches), lambda output, _: (output.logprobs.sum(), {}))
+            refuse(self, "log-probs are not finite", score)
 
     def _from_last_stage(self, kept: list[TokenOutput], batches: Sequence[PackedBatch]) -> list[TokenOutput]:
         group = self.groups.pipeline

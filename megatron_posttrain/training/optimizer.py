@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from megatron_posttrain.config.schema import Config
+from megatron_posttrain.errors import NotFiniteError
 from megatron_posttrain.platform import platform
 
 BUCKET_ELEMENTS = 40_000_000  # of one message of gradients or weights
@@ -89,4 +91,18 @@ def make_optimizer(chunks: Sequence[Any], model_config: Any, config: Config) -> 
     if overlaps(config):
         no_sync = [chunk.no_sync for chunk in chunks]
         model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    optimizer.get_grad_norm = _finite_norm(optimizer.get_grad_norm)
     return optimizer
+
+
+def _finite_norm(get_grad_norm: Callable[[], float]) -> Callable[[], float]:
+    """The norm, of all ranks' gradients, is asked for after them and before the first weight is written; megatron-core
+    looks at it only where it scales losses (fp16)."""
+
+    def norm() -> float:
+        found = get_grad_norm()
+        if not math.isfinite(found):
+            raise NotFiniteError(f"the gradient norm is {found}")
+        return found
+
+    return norm

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_posttrain.checkpoint.hf import check_directory, read_json
+from megatron_posttrain.checkpoint.hf import check_directory, model_directory, read_json
 from megatron_posttrain.config.schema import Config, GrpoConfig
 from megatron_posttrain.config.unsupported import UNSUPPORTED
 from megatron_posttrain.data.tokenize import load_tokenizer
-from megatron_posttrain.errors import UserError, nearest_file
+from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.parallel.layout import Layout, batch_problem, check_layout
@@ -59,24 +59,6 @@ def read_tokenizer(place: Path | str, arch: Architecture | None) -> Any:
             f"{place}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {arch.vocab_size}"
         )
     return tokenizer
-
-
-def model_directory(path: str) -> Path:
-    """A local directory, or the directory of a hub id in the local cache; nothing is downloaded."""
-    if Path(path).is_dir():
-        return Path(path)
-    if path.count("/") == 1 and not path.startswith((".", "/")):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(path, local_files_only=True))
-        except LocalEntryNotFoundError:
-            raise UserError(
-                f"model.path: no directory '{path}', and no hub model of that id in the local cache "
-                "(fetch it first with `hf download`)"
-            ) from None
-    raise UserError(f"model.path: no directory '{path}'{nearest_file(Path(path))}")
 
 
 def batch_problems(config: Config, layout: Layout) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import signal
 import time
 from datetime import timedelta
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_posttrain.config.load import to_yaml
 from megatron_posttrain.config.schema import Config
+from megatron_posttrain.errors import NotFiniteError
 from megatron_posttrain.platform import platform
 from megatron_posttrain.training.heartbeat import Heartbeat, diagnosis
 
@@ -35,6 +37,7 @@ class Run:
         self._stop = False
         self._started = time.perf_counter()
         self._first_step = first_step
+        self._step = first_step + 1  # in work
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
         self._metrics: Any = None
@@ -73,10 +76,13 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One object a step; a progress line every `logging.every` steps."""
+        self._step = step + 1
         self._heartbeat.step(min(step + 1, self.total_steps))
         if not self.is_main:
             return
-        self._metrics.write(json.dumps({"step": step} | metrics) + "\n")
+        # JSON has no NaN: a figure that is not finite is null.
+        kept = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._metrics.write(json.dumps({"step": step} | kept) + "\n")
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -120,6 +126,8 @@ class Run:
         for file in (self._metrics, self._tensorboard):
             if file is not None:
                 file.close()
+        if isinstance(error, NotFiniteError):
+            raise NotFiniteError(f"step {self._step}: {error}") from None
 
 
 def quiet_libraries() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.training.batches import rank_token_batches
 from megatron_posttrain.training.engine import Engine
+from megatron_posttrain.training.finite import anywhere
 
 
 def sequence_logprobs(
@@ -32,4 +33,6 @@ def sequence_logprobs(
     if layout.data > 1:
         dist.all_gather_object(gathered, found, group=groups.data)
     everything = {index: values for part in gathered for index, values in part.items()}
+    if anywhere(not all(values.isfinite().all() for values in everything.values())):
+        engine.refuse_logprobs(batches)
     return [everything[i] for i in range(len(sequences))]

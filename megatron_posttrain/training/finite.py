@@ -1,0 +1,131 @@
+"""Where a loss, gradient or log-prob that is not finite comes from: looked for only once it is there."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_posttrain.errors import NotFiniteError
+from megatron_posttrain.models.sharded import layer_numbers, position, table_name, unwrap
+from megatron_posttrain.platform import platform
+
+if TYPE_CHECKING:
+    from megatron_posttrain.training.engine import Engine
+
+WEIGHT, FORWARD, GRADIENT = range(3)  # what is looked at first: it spoils all that follows
+
+
+def anywhere(bad: bool) -> bool:
+    """Collective over all ranks, whose answers have to agree: whether it is so on one of them."""
+    flag = torch.tensor([int(bad)], device=platform().device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+class Finding(NamedTuple):
+    order: tuple[int, ...]  # the smallest of all ranks is the one first seen
+    rank: int
+    text: str
+
+
+class Recorder:
+    """Remembers the first output that is not finite of this rank's modules, in the order in which they end."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.found: list[Finding] = []
+        self.calls = itertools.count()
+        self.micro_batch = [-1] * len(engine.modules)
+
+    def watch(self, hooks: ExitStack) -> None:
+        for index, (stage, model, name_of) in enumerate(_stages(self.engine)):
+            hooks.callback(model.register_forward_pre_hook(self._begins(index)).remove)
+            for name, module in model.named_modules():
+                hook = self._ends(index, stage, name_of(name) if name else "the model")
+                hooks.callback(module.register_forward_hook(hook).remove)
+
+    def _begins(self, index: int) -> Callable[..., None]:
+        def hook(*unused: Any) -> None:
+            self.micro_batch[index] += 1
+
+        return hook
+
+    def _ends(self, index: int, stage: int, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            self.look(output, index, stage, f"the output of {name}")
+
+        return hook
+
+    def look(self, output: Any, index: int, stage: int, text: str) -> None:
+        call = next(self.calls)
+        parts = output if isinstance(output, tuple | list) else [output]
+        if not self.found and not all(_finite(part) for part in parts if isinstance(part, Tensor)):
+            batch = self.micro_batch[index]
+            self.found.append(Finding((FORWARD, batch, stage, call), dist.get_rank(), f"{text}, micro-batch {batch}"))
+
+
+def refuse(engine: Engine, what: str, forward: Callable[[Recorder], Any], *, gradients: bool = False) -> None:
+    """Collective: raises NotFiniteError that names the rank and the layer where it was first seen.
+
+    Args:
+        what: what was found to be not finite.
+        forward: repeats the forward passes, under hooks of the recorder that it is given.
+        gradients: whether there are gradients to look at.
+    """
+    recorder = Recorder(engine)
+    found = list(_first_weight(engine))
+    with torch.no_grad(), ExitStack() as hooks:
+        recorder.watch(hooks)
+        forward(recorder)
+    found += recorder.found
+    if gradients:
+        found += _last_gradient(engine)
+    gathered: list[list[Finding]] = [found] * dist.get_world_size()
+    dist.all_gather_object(gathered, found)
+    first = min(itertools.chain(*gathered), default=None)
+    where = (
+        f"first seen on rank {first.rank} in {first.text}" if first else "each value by itself is finite: an overflow"
+    )
+    raise NotFiniteError(f"{what}; {where}. The step was not trained on, nothing of it is saved")
+
+
+def _stages(engine: Engine) -> Iterator[tuple[int, nn.Module, Callable[[str], str]]]:
+    """Of every chunk: its place in the whole model, the model itself, and names with global numbers of layers."""
+    rank, size = position(engine.groups.pipeline)
+    moe, (expert, experts) = engine.arch.moe, position(engine.groups.expert)
+    offset = expert * (moe.num_experts // experts) if moe else 0
+    for index, chunk in enumerate(engine.modules):
+        model = unwrap(chunk)
+        numbers = layer_numbers(model)
+        yield index * size + rank, model, lambda name, numbers=numbers: table_name(name, numbers, offset)  # type: ignore[misc]
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def _first_weight(engine: Engine) -> Iterator[Finding]:
+    for stage, model, name_of in _stages(engine):
+        for number, (name, parameter) in enumerate(model.named_parameters()):
+            if not _finite(parameter.detach()):
+                yield Finding((WEIGHT, stage, number), dist.get_rank(), f"the weight {name_of(name)}")
+                return
+
+
+def _last_gradient(engine: Engine) -> list[Finding]:
+    """Backward passes begin at the last layer. A rank's own gradients outside of its shard are not yet summed over
+    ranks: the rank with most values that are not finite is the one that made them."""
+    found, bad = [], 0
+    for stage, model, name_of in _stages(engine):
+        for number, (name, parameter) in enumerate(model.named_parameters()):
+            count = int((~parameter.main_grad.isfinite()).sum())  # type: ignore[attr-defined]
+            if count:
+                bad += count
+                found.append(((GRADIENT, -stage, -number), f"the gradient of {name_of(name)}"))
+    return [Finding((*order, -bad), dist.get_rank(), text) for order, text in found]
