@@ -9,13 +9,16 @@ from megatron_posttrain.rewards.extract import boxed, final_answer
 from megatron_posttrain.rewards.normalize import base_of, normalize, number, same_unit, split_unit
 
 LONGEST = 2000  # characters of an answer; a longer one is compared as text
+LONGEST_FORMULA = 400  # characters that the grammar is asked about
 MOST_ELEMENTS = 50
 _ROUNDED = Fraction(1, 10**6)  # how far a decimal may be from what it rounds
 _CHOICE = re.compile(r"\(?([A-J])\)?(?:[.:)]\s*\S.*)?")
 _OPEN, _CLOSE = "([{", ")]}"
 # What math-verify's grammar reads as something else, in silence: words as products of letters, arrows as letters,
 # numbers side by side as a sum, a base as nothing.
-_WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|cot|sec|csc|log|exp|det|gcd|lcm|max|min|pmatrix)(?![A-Za-z]))[A-Za-z]{3,}")
+_WORD = re.compile(
+    r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|cot|sec|csc|log|exp|det|gcd|lcm|max|min|pmatrix)(?![A-Za-z]))[A-Za-z]{3,}"
+)
 _MISREAD = re.compile(r"arrow|\d \d|\d_\{?\d|\\(?:implies|iff|mapsto)")
 _PRODUCT = re.compile(r"[abcxyzmnpqrst]{2}")
 
@@ -35,7 +38,7 @@ def equal(expected: str, given: str) -> bool:
     """Compares two normalised answers. A unit, a base and a variable's name may be left out where the key has them."""
     if _squeezed(expected) == _squeezed(given):
         return expected != ""
-    if not expected or not given:
+    if not re.search(r"[\w\\]", expected) or not re.search(r"[\w\\]", given):
         return False
     choice = _CHOICE.fullmatch(given)
     if re.fullmatch(r"\(?[A-J]\)?", expected):
@@ -65,7 +68,7 @@ def _same_value(expected: str, given: str) -> bool:
     if _MISREAD.search(core) or _MISREAD.search(found):
         value, other = number(core), number(found)
         return value is not None and value == other
-    if _WORD.search(core) or _WORD.search(found):
+    if max(len(core), len(found)) > LONGEST_FORMULA or _WORD.search(core) or _WORD.search(found):
         return _as_words(core) == _as_words(found)
     from megatron_posttrain.rewards.symbolic import equivalent
 
@@ -141,7 +144,9 @@ def _elements(text: str) -> tuple[str, list[str]] | None:
     whole = re.fullmatch(r"(\\\{|[(\[])(.*)(\\\}|[)\]])", text, re.DOTALL)
     if whole and _closes_at_end(text):
         brackets, inner = whole[1][-1] + whole[3][-1], whole[2]
-    elif re.search(r"[=<>|]|\\(?:cup|cap|in|le|ge|ne|begin)(?![A-Za-z])", text) and not re.search(r",| (?:and|or) ", text):
+    elif re.search(r"[=<>|]|\\(?:cup|cap|in|le|ge|ne|begin)(?![A-Za-z])", text) and not re.search(
+        r",| (?:and|or) ", text
+    ):
         return None
     if not brackets and number(split_unit(text)[0]) is not None:
         return None
@@ -159,7 +164,9 @@ def _split(text: str) -> list[str]:
     parts, depth, start = [], 0, 0
     for i, character in enumerate(text):
         depth += (character in _OPEN) - (character in _CLOSE)
-        separates = character == ";" or (character == "," and not (spaced and re.match(r",\d{3}(?!\d)", text[i : i + 5])))
+        separates = character == ";" or (
+            character == "," and not (spaced and re.match(r",\d{3}(?!\d)", text[i : i + 5]))
+        )
         if separates and depth == 0:
             parts.append(text[start:i].strip())
             start = i + 1

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 
 TAIL = 2000  # characters at the end of a text without a box in which its answer is looked for
+MOST_BOXES = 20  # that are one answer
 
 _BOX_TOKEN = re.compile(r"\\(?:f?boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_BOX_OPENED = re.compile(r"\\f?boxed\b|\\fbox\b")
 _BETWEEN_BOXES = re.compile(r"[\s$,;.]*(?:and|or|\\text\s*\{\s*(?:and|or)\s*\}|和|或|以及)?[\s$,;]*")
 _HASHES = re.compile(r"####[ \t]*([^\n]*)")
 _NOT = r"(?!\s*(?:not\b|n't|不))"
@@ -19,7 +21,12 @@ _SENTENCE_END = re.compile(r"(?<!\b[A-Za-z])[.!?](?=\s+[A-Z\u4e00-\u9fff]|\s*$)|
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff，、；：]+")
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")  # GSM8K's calculator
 _NEGATED = re.compile(r"(?:\bnot|n't|\bnever)\s+\S+")
+_TEXT = re.compile(r"\\text\s*\{[^{}]*\}")
 _JOINS = {"and", "or", "\\text{and}", "\\text{or}"}
+_SPAN = re.compile(
+    r"(?P<display>\$\$[^$]{1,500}\$\$)|(?P<inline>\$(?=[^\s$])[^$\n]{0,300}[^\s$\\]\$(?!\d))|(?P<one>\$[^\s$]\$(?!\d))"
+    r"|(?P<round>\\\([^\n]{1,300}?\\\))|(?P<square>\\\[[^\n]{1,300}?\\\])|(?P<word>\S+)"
+)
 _CURRENCY = "$€£¥₹₩"
 
 
@@ -32,12 +39,12 @@ def boxed(text: str) -> str | None:
     if not boxes:
         return None
     answer = [boxes[-1]]
-    for box in reversed(boxes[:-1]):
-        between = text[box[2] + 1 : answer[0][0]]
+    for box in boxes[-2:-MOST_BOXES:-1]:
+        between = text[box[2] + 1 : answer[-1][0]]
         if len(between) > 40 or not _BETWEEN_BOXES.fullmatch(between) or not re.search(r"[,;\w]", between):
             break
-        answer.insert(0, box)
-    return ", ".join(text[start:end] for _, start, end in answer)
+        answer.append(box)
+    return ", ".join(text[start:end] for _, start, end in reversed(answer))
 
 
 def _boxes(text: str) -> list[tuple[int, int, int]]:
@@ -81,10 +88,10 @@ def final_answer(text: str) -> str:
         found = _after_marker(tail[marker.end() :])
         if found:
             return found
-    return tail if "\n" not in tail and not _has_prose(tail) else _last_expression(tail)
-
-
-_BOX_OPENED = re.compile(r"\\f?boxed\b|\\fbox\b")
+    alone = "\n" not in tail
+    if alone and not _has_prose(_TEXT.sub(" ", tail)):
+        return tail
+    return _last_expression(tail) or (tail if alone else "")
 
 
 def _has_prose(line: str) -> bool:
@@ -140,12 +147,6 @@ def _pieces(sentence: str) -> list[str | None]:
         else:
             pieces.append(match.group())
     return pieces
-
-
-_SPAN = re.compile(
-    r"(?P<display>\$\$[^$]{1,500}\$\$)|(?P<inline>\$(?=[^\s$])[^$\n]{0,300}[^\s$\\]\$(?!\d))|(?P<one>\$[^\s$]\$(?!\d))"
-    r"|(?P<round>\\\([^\n]{1,300}?\\\))|(?P<square>\\\[[^\n]{1,300}?\\\])|(?P<word>\S+)"
-)
 
 
 def _is_word(word: str) -> bool:

@@ -58,9 +58,7 @@ class _Worker:
         root = str(Path(__file__).parents[2])  # this package, wherever the parent found it
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
         command = [sys.executable, "-P", "-m", "megatron_posttrain.rewards.math_worker", str(self._seconds)]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         if process.stdout is None or process.stdout.readline() != "ready\n":
             raise RuntimeError("the grading worker did not start; its error is above")
         return process

@@ -131,7 +131,7 @@ def compute_rewards(
 def _call(job: tuple[Sample, Reward]) -> float:
     sample, item = job
     try:
-        value = item.function(sample)
+        value: Any = item.function(sample)
     except Exception as error:
         raise UserError(f"reward {item.name!r} failed on a sample: {_last_line(error)}") from error
     number = value.item() if getattr(value, "ndim", None) == 0 else value  # a scalar of numpy or torch

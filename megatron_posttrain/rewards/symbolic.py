@@ -14,9 +14,7 @@ _NORMALIZATION = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
 )
 _WHOLE = [
-    LatexExtractionConfig(
-        try_extract_without_anchor=False, boxed_match_priority=0, normalization_config=_NORMALIZATION
-    )
+    LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0, normalization_config=_NORMALIZATION)
 ]
 _EXACT, _ROUNDED = 1e-12, 1e-4  # relative; the second where one side is a decimal
 _numeric_eq = grader.sympy_numeric_eq
@@ -25,9 +23,7 @@ _numeric_eq = grader.sympy_numeric_eq
 def equivalent(expected: str, given: str) -> bool:
     """Without math-verify's own timeouts, which are signals with handlers."""
     gold, answer = _parse(expected), _parse(given)
-    return bool(gold and answer) and verify(
-        gold, answer, timeout_seconds=None, allow_set_relation_comp=True
-    )
+    return bool(gold and answer) and verify(gold, answer, timeout_seconds=None, allow_set_relation_comp=True)
 
 
 def _parse(answer: str) -> list[Any]:
