@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from megatron_posttrain.rewards import Sample
-from megatron_posttrain.rewards.extract import boxed, final_answer
 from megatron_posttrain.rewards.math import math_reward
 
 SAME = [

@@ -90,13 +90,16 @@ def _without_dollars(text: str) -> str:
 
 _DIGITS = 1000  # longer numbers are compared as text
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d{1,3}(?: \d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)"
-_FRACTION = rf"(?:\\frac\{{ ?(?P<top>-?{_DECIMAL}) ?\}}\{{ ?(?P<bottom>{_DECIMAL}) ?\}}|(?P<up>{_DECIMAL}) ?/ ?(?P<down>{_DECIMAL}))"
+_FRACTION = (
+    rf"(?:\\frac\{{ ?(?P<top>-?{_DECIMAL}) ?\}}\{{ ?(?P<bottom>{_DECIMAL}) ?\}}"
+    rf"|(?P<up>{_DECIMAL}) ?/ ?(?P<down>{_DECIMAL}))"
+)
+_POWER = r"(?:e|E|\\(?:times|cdot) ?10\^|\*10\^|x10\^)\{?(?P<exponent>[+-]?\d{1,3})\}?"
 _NUMBER = re.compile(
     r"(?P<sign>[+-]?) ?(?:"
     rf"(?:(?P<whole>\d+)(?: (?=[\d])| ?(?=\\frac)))?{_FRACTION}"
     r"|(?P<plain>\d*)\.(?P<fixed>\d*)(?:\\overline ?\{(?P<repeat>\d+)\}|\((?P<repeated>\d+)\))"
-    rf"|(?P<decimal>{_DECIMAL})"
-    r"(?:(?:e|E|\\(?:times|cdot) ?10\^|\*10\^|x10\^)\{?(?P<exponent>[+-]?\d{1,3})\}?| (?P<scale>thousand|million|billion|trillion))?"
+    rf"|(?P<decimal>{_DECIMAL})(?:{_POWER}| (?P<scale>thousand|million|billion|trillion))?"
     r"|(?P<digits>[0-9A-Fa-f]+)_\{?(?:\\?[a-z]* ?)(?P<base>\d{1,2})\}?"
     r")"
 )
@@ -147,18 +150,20 @@ def base_of(text: str) -> str | None:
 
 # ---- units --------------------------------------------------------------------------------------------------
 
-_SHORT_UNITS = set("m g s h L l N J W V K C F".split())
-_GLUED_UNITS = set(
-    "km cm mm nm kg mg ml mL mi ft in lb lbs oz hr hrs min sec mph kph kmh yd pm am USD cents degrees th".split()
+_SHORT_UNIT = re.compile("[mgshLlNJWVKCF]")
+_GLUED_UNIT = re.compile(
+    "km|cm|mm|nm|kg|mg|m[lL]|mi|ft|in|lbs?|oz|hrs?|min|sec|mph|kmh|kph|yd|pm|am|USD|cents|degrees|st|nd|rd|th"
 )
-_NO_UNITS = set(
-    "and or not to if for where when with over mod choose times plus minus divided by squared cubed factorial half "
-    "halves third thirds quarter quarters dozen hundred thousand million billion trillion sin cos tan cot sec csc log "
-    "ln exp sqrt pi det gcd lcm max min arcsin arccos arctan mod base".split()
-) - {"min", "sec"}
+_NO_UNIT = re.compile(
+    "and|or|not|to|if|for|where|when|with|over|mod|choose|times|plus|minus|divided|by|squared|cubed|factorial|base|"
+    "half|halves|thirds?|quarters?|dozen|hundred|thousand|million|billion|trillion|"
+    "sin|cos|tan|cot|csc|log|ln|exp|sqrt|pi|det|gcd|lcm|max|arcsin|arccos|arctan",
+    re.IGNORECASE,
+)
 _UNIT = re.compile(
     r"(?P<core>.*[\d})\]!.])(?P<space> ?)(?P<unit>\^\\circ ?[CF]?|\^\{ ?\\circ ?\} ?[CF]?|\\%|%|\([A-Za-z][A-Za-z ]*\)"
-    r"|[A-Za-z¢€£¥₹₩\u3040-\u9fff][A-Za-z\u3040-\u9fff. ]*(?:\^\{?[23]\}?)?(?: ?(?:/|per) ?[A-Za-z]+(?:\^\{?[23]\}?)?)?)",
+    r"|[A-Za-z¢€£¥₹₩\u3040-\u9fff][A-Za-z\u3040-\u9fff. ]*(?:\^\{?[23]\}?)?"
+    r"(?: ?(?:/|per) ?[A-Za-z]+(?:\^\{?[23]\}?)?)?)",
     re.DOTALL,
 )
 _MONEY = {"USD": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "₩": "won"}
@@ -180,11 +185,11 @@ def split_unit(text: str) -> tuple[str, str]:
     if "circ" in unit:
         return core, "degree"
     words = re.findall(r"[A-Za-z]+", unit)
-    if any(word.lower() in _NO_UNITS for word in words):
+    if any(map(_NO_UNIT.fullmatch, words)):
         return text, ""
     if words and words[0] == words[-1] == unit and len(unit) <= 3:
-        spaced = match["space"] and (len(unit) > 1 or unit in _SHORT_UNITS)
-        return (core, unit) if spaced or unit in _GLUED_UNITS else (text, "")
+        spaced = match["space"] and (len(unit) > 1 or _SHORT_UNIT.fullmatch(unit))
+        return (core, unit) if spaced or _GLUED_UNIT.fullmatch(unit) else (text, "")
     return (core, unit) if match["space"] or number(core) is not None else (text, "")
 
 

@@ -55,7 +55,8 @@ _registering = _builtin  # where `reward` puts names: the built-in ones, or thos
 def reward(name: str) -> Callable[[RewardFunction], RewardFunction]:
     """Make a function a reward that the configuration can name: `rewards: [{name: NAME, weight: 1.0}]`.
 
-    The function takes a `Sample` and returns a finite number (a scalar of numpy or torch too). It is called from several threads at once.
+    The function takes a `Sample` and returns a finite number, as a scalar of numpy or torch too. It is called
+    from several threads at once.
     """
 
     def register(function: RewardFunction) -> RewardFunction:

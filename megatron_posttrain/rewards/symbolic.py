@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from math_verify import LatexExtractionConfig, grader, parse, verify
 from latex2sympy2_extended import NormalizationConfig
+from math_verify import LatexExtractionConfig, grader, parse, verify
 from sympy import Float, Integer
 
 # Only what is in the box, read whole as LaTeX: by default a fragment that parses is enough, and letters that
