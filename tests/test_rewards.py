@@ -2,13 +2,17 @@
 
 import math
 import threading
+import time
 
+import numpy as np
 import pytest
+import torch
 
 from megatron_posttrain.config.schema import RewardConfig
 from megatron_posttrain.errors import UserError
-from megatron_posttrain.rewards import Sample, compute_rewards, load_rewards
-from megatron_posttrain.rewards.math import _Worker, boxed, final_text
+from megatron_posttrain.rewards import Reward, Sample, compute_rewards, load_rewards
+from megatron_posttrain.rewards.math import _Worker, boxed
+from megatron_posttrain.rewards.response import split_reasoning
 
 
 def spec(name, weight=1.0, file=None):
@@ -72,13 +76,62 @@ def test_hostile_answer_ends_and_the_next_is_graded():
     assert worker.equivalent("0.5", "\\frac{2}{4}")
 
 
-def test_final_text_and_boxed():
-    assert final_text("no tags") == "no tags"
-    assert final_text("<think>a</think>\n\nb") == "b"
+@pytest.mark.parametrize(
+    ("response", "opened", "parts"),
+    [
+        ("no tags", "", ("", "no tags")),
+        ("<think>a</think>\n\nb", "", ("a", "b")),
+        ("a</think>b", "<think>", ("a", "b")),
+        ("a</think>b", "", ("a", "b")),
+        ("I guess 42, but", "<think>", ("I guess 42, but", "")),
+        ("<think>42", "", ("42", "")),
+        ("<think>a</think>1<think>b", "", ("a</think>1<think>b", "")),
+        ("a</think>b</think>c", "<think>", ("a</think>b", "c")),
+        ("[THINK]a[/THINK]b", "", ("a", "b")),
+    ],
+)
+def test_reasoning_and_answer(response, opened, parts):
+    assert split_reasoning(response, opened) == parts
+    if not opened:
+        sample = Sample([], response)
+        assert (sample.reasoning, sample.final) == parts
+
+
+def test_boxed():
     assert boxed("\\boxed{a{b}c} d") == "a{b}c"
     assert boxed("\\boxed{a} \\boxed{b") == "a"
     assert boxed("\\boxed{\\{1\\}}") == "\\{1\\}"
     assert boxed("none") is None
+    assert boxed("\\boxed{\\boxed{1}}") == "\\boxed{1}"
+    assert boxed("\\boxed{a\\boxed{b}") == "b"
+    assert boxed("\\boxed{3} and \\boxed{-3}") == "3, -3"
+    assert boxed("\\boxed{3}, so \\boxed{4}") == "4"
+
+
+@pytest.mark.parametrize(
+    "piece", ["\\boxed{", "\\boxed{1}, ", "(", "$", "1,", "answer is ", "\\frac", "<<", "1 ", "\\( ", "**"]
+)
+def test_degenerate_responses_take_bounded_time(piece):
+    start = time.monotonic()
+    assert grade(piece * (140_000 // len(piece)), "812") == 0.0
+    assert grade("812", "812") == 1.0
+    assert time.monotonic() - start < 60  # CPU limit of a comparison: 3 s; the rest is for a loaded machine
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5)])
+def test_scalars_of_numpy_and_torch(value):
+    by_name, totals = compute_rewards([Sample([], "")], [Reward("mine", 2.0, lambda sample: value)])
+    assert by_name == [{"mine": 0.5}]
+    assert totals == [1.0]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, [1.0], float("nan"), np.float32("nan"), torch.tensor(float("inf")), np.array([1.0]), "1", 1j, np.array("1")],
+)
+def test_refused_values(value):
+    with pytest.raises(UserError, match="must return a finite number"):
+        compute_rewards([Sample([], "")], [Reward("mine", 1.0, lambda sample: value)])
 
 
 def test_math_needs_an_answer():

@@ -19,7 +19,7 @@ from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.rewards.registry import Reward, Sample, compute_rewards
 from megatron_posttrain.rollout.engine import Completion, RolloutEngine, Sampling
-from megatron_posttrain.rollout.text import response_text, stop_token_ids
+from megatron_posttrain.rollout.text import response_text, split_response, stop_token_ids
 
 
 @dataclass
@@ -110,8 +110,12 @@ def generate_samples(
     texts = [response_text(tokenizer, c.token_ids) for c in completions]
     graded: tuple[list[dict[str, float]], list[float]] = ([], [])
     if dist.get_rank() % rollout.tensor == 0:
-        said = zip(mine, texts, strict=True)
-        graded = compute_rewards([Sample(p.messages, text, p.answer, p.metadata) for p, text in said], rewards)
+        parts_of = (split_response(tokenizer, p.token_ids, c.token_ids) for p, c in zip(mine, completions, strict=True))
+        said = [
+            Sample(prompt.messages, text, prompt.answer, prompt.metadata, reasoning, final)
+            for prompt, text, (reasoning, final) in zip(mine, texts, parts_of, strict=True)
+        ]
+        graded = compute_rewards(said, rewards)
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, (completions, texts, *graded, [seconds]))
     completions, texts, by_name, totals, times = (

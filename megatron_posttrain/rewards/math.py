@@ -3,75 +3,35 @@
 from __future__ import annotations
 
 import json
-import re
+import os
 import subprocess
 import sys
 import threading
-from fractions import Fraction
 from pathlib import Path
 
 from megatron_posttrain.errors import UserError
+from megatron_posttrain.rewards.extract import boxed
 from megatron_posttrain.rewards.registry import Sample, reward
 
+__all__ = ["boxed", "math_reward"]
 TIME_LIMIT = 3.0  # CPU seconds for one comparison; after them the answers count as different
-NUMBER = re.compile(r"[+-]?(?:[0-9]{1,99}(?:\.[0-9]{0,99})?|\.[0-9]{1,99})(?:/[0-9]{1,99})?")
 
 
 @reward("math")
 def math_reward(sample: Sample) -> float:
-    """Compare what follows `</think>` (the whole response where there is none) with `sample.answer`.
+    """Compare the answer that follows the reasoning with `sample.answer`.
 
-    The last `\\boxed{}` is the answer where there is one. Equal strings after normalising are equal, plain
-    numbers are compared as fractions, and all else goes to math-verify for mathematical equivalence.
+    The last `\\boxed{}` is the answer where there is one, else what follows `####` or `the answer is`, else the
+    text's last expression; see `final_answer`. Equal texts after normalising are equal, numbers are compared as
+    fractions, lists by element, and all else goes to math-verify for mathematical equivalence.
     """
     if sample.answer is None:
         raise UserError("the reward 'math' needs rows with an `answer`")
-    text = final_text(sample.response)
-    text = boxed(text) or text
-    answer = boxed(sample.answer) or sample.answer
-    found, expected = normalize(text), normalize(answer)
-    if found == expected:
-        return float(found != "")
-    if NUMBER.fullmatch(found) and NUMBER.fullmatch(expected):
-        return float(_fraction(found) == _fraction(expected))
-    if not re.search(r"[\w\\]", text):
-        return 0.0
-    return float(_worker.equivalent(answer, text))
-
-
-def final_text(response: str) -> str:
-    """What follows the reasoning: nothing when it was begun and never closed."""
-    _, closed, final = response.rpartition("</think>")
-    return final.strip() if closed or "<think>" not in response else ""
-
-
-def boxed(text: str) -> str | None:
-    """Content of the last `\\boxed{...}` whose braces are closed."""
-    for match in reversed(list(re.finditer(r"\\f?boxed\s*\{", text))):
-        depth = 1
-        for end in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0) if text[end - 1] != "\\" else 0
-            if depth == 0:
-                return text[match.end() : end]
-    return None
-
-
-def normalize(answer: str) -> str:
-    """Without what does not change an answer: dollar signs, spacing, thousands separators, a final period."""
-    answer = re.sub(r"\\(?:left|right|[,;:!]|\s)|\$|\\[()\[\]]", "", answer)
-    answer = re.sub(r"\\[dt]frac", r"\\frac", re.sub(r"\\(?:text|mathrm)\{([^{}]*)\}", r"\1", answer))
-    answer = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer)
-    return re.sub(r"\s+", "", answer).rstrip(".")
-
-
-def _fraction(number: str) -> Fraction | None:
-    numerator, _, denominator = number.partition("/")
-    divisor = int(denominator or 1)
-    return Fraction(numerator) / divisor if divisor else None
+    return float(_worker.equivalent(sample.answer, sample.final or ""))
 
 
 class _Worker:
-    """A process that runs math-verify.
+    """A process that grades.
 
     A hostile answer (9^9^9^9) can hold Python's global lock for hours inside one big-integer operation, out
     of reach of a timeout in any thread. The process ends itself by a timer; a new one takes its place.
@@ -95,11 +55,12 @@ class _Worker:
             return line == "true\n"
 
     def _start(self) -> subprocess.Popen[str]:
-        # -P: else this directory's math.py would hide the standard library's.
-        command = [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py")), str(self._seconds)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        root = str(Path(__file__).parents[2])  # this package, wherever the parent found it
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+        command = [sys.executable, "-P", "-m", "megatron_posttrain.rewards.math_worker", str(self._seconds)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         if process.stdout is None or process.stdout.readline() != "ready\n":
-            raise RuntimeError("the math-verify worker did not start; its error is above")
+            raise RuntimeError("the grading worker did not start; its error is above")
         return process
 
 

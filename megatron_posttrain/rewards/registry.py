@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from megatron_posttrain.errors import UserError, nearest
+from megatron_posttrain.rewards.response import split_reasoning
 
 if TYPE_CHECKING:
     from megatron_posttrain.config.schema import RewardConfig
@@ -20,12 +21,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sample:
-    """One response to grade."""
+    """One response to grade. `reasoning` and `final` are its parts, split at `</think>` where they are not given."""
 
     messages: list[dict[str, Any]]  # the prompt
-    response: str  # special tokens left out, `<think>` and `</think>` kept
+    response: str  # as generated: only the tokens that end it are left out
     answer: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    reasoning: str = ""
+    final: str | None = None  # what follows the reasoning: empty when that was cut off; None: find it in `response`
+
+    def __post_init__(self) -> None:
+        if self.final is None:
+            reasoning, final = split_reasoning(self.response)
+            object.__setattr__(self, "reasoning", reasoning)
+            object.__setattr__(self, "final", final)
 
 
 RewardFunction = Callable[[Sample], float]
@@ -46,7 +55,8 @@ _registering = _builtin  # where `reward` puts names: the built-in ones, or thos
 def reward(name: str) -> Callable[[RewardFunction], RewardFunction]:
     """Make a function a reward that the configuration can name: `rewards: [{name: NAME, weight: 1.0}]`.
 
-    The function takes a `Sample` and returns a finite number. It is called from several threads at once.
+    The function takes a `Sample` and returns a finite number, as a scalar of numpy or torch too. It is called
+    from several threads at once.
     """
 
     def register(function: RewardFunction) -> RewardFunction:
@@ -122,12 +132,13 @@ def compute_rewards(
 def _call(job: tuple[Sample, Reward]) -> float:
     sample, item = job
     try:
-        value = item.function(sample)
+        value: Any = item.function(sample)
     except Exception as error:
         raise UserError(f"reward {item.name!r} failed on a sample: {_last_line(error)}") from error
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    number = value.item() if getattr(value, "ndim", None) == 0 else value  # a scalar of numpy or torch
+    if not isinstance(number, int | float) or not math.isfinite(number):
         raise UserError(f"reward {item.name!r} returned {value!r}; it must return a finite number")
-    return float(value)
+    return float(number)
 
 
 def _last_line(error: Exception) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from megatron_posttrain.data.tokenize import encode_conversation
-
-# Kept in a response's text although some tokenizers call them special: rewards look for them.
-REASONING = ("<think>", "</think>")
+from megatron_posttrain.rewards.response import REASONING, split_reasoning
 
 
 def stop_token_ids(tokenizer: Any) -> tuple[int, ...]:
@@ -25,10 +24,60 @@ def stop_token_ids(tokenizer: Any) -> tuple[int, ...]:
 
 
 def response_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    """The text that a reward sees: no special tokens, except `<think>` and `</think>`."""
-    dropped = _special_ids(tokenizer) - set(tokenizer.convert_tokens_to_ids(list(REASONING)))
-    kept = [t for t in token_ids if t not in dropped]
-    return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    """The text that a reward sees: all that was generated, but the tokens that end or pad a response.
+
+    A user's own special tokens are in it, and those that separate reasoning from answer.
+    """
+    dropped = _ends(tokenizer)
+    return _decode(tokenizer, [t for t in token_ids if t not in dropped])
+
+
+@lru_cache(maxsize=4)
+def _ends(tokenizer: Any) -> frozenset[int]:
+    return frozenset({*stop_token_ids(tokenizer), tokenizer.bos_token_id, tokenizer.pad_token_id} - {None})
+
+
+def split_response(tokenizer: Any, prompt: Sequence[int], token_ids: Sequence[int]) -> tuple[str, str]:
+    """Reasoning and answer of a response to `prompt`.
+
+    The answer of a model with channels (gpt-oss) is its last `final` message. For others it follows the last
+    end of reasoning; a prompt that ends with `<think>` has begun the reasoning.
+    """
+    added = tokenizer.get_added_vocab()
+    channel, start = added.get("<|channel|>"), added.get("<|start|>")
+    begun = max((i for i, t in enumerate(prompt) if t == start), default=len(prompt))  # the response's message
+    if channel is not None and (channel in token_ids or channel in prompt[begun:]):
+        return _split_channels(tokenizer, [*prompt[begun + 1 :], *token_ids])
+    end = _decode(tokenizer, prompt[-32:]).rstrip()
+    opened = next((begin for begin, _ in REASONING if end.endswith(begin)), "")
+    return split_reasoning(response_text(tokenizer, token_ids), opened)
+
+
+def _split_channels(tokenizer: Any, token_ids: Sequence[int]) -> tuple[str, str]:
+    """Messages are `<|start|>assistant<|channel|>NAME<|message|>TEXT<|end|>`; the prompt may have begun the first."""
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("start", "channel", "message")}
+    ends = {tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("end", "return", "call")} | {ids["start"]}
+    header: list[int] = []
+    body: list[int] | None = None  # None: in a header
+    messages: list[tuple[str, list[int]]] = []
+    for token in token_ids:
+        if token in ends or (token == ids["channel"] and body is not None):
+            header, body = [], None
+        elif token == ids["channel"]:
+            header = []
+        elif token == ids["message"]:
+            body = []
+            messages.append((_decode(tokenizer, header).split("<|")[0].strip(), body))
+        else:
+            (header if body is None else body).append(token)
+    final = [i for i, (name, _) in enumerate(messages) if name == "final"]
+    texts = [_decode(tokenizer, content).strip() for _, content in messages]
+    reasoning = "\n".join(text for i, text in enumerate(texts) if i not in final[-1:])
+    return reasoning, texts[final[-1]] if final else ""
+
+
+def _decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    return tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
