@@ -192,7 +192,8 @@ def check(config: GrpoConfig, tokenizer: Any, device: str) -> PromptDataset:
     if rollout.quantization is not None and device != "cuda":
         raise UserError(f"rollout.quantization: {rollout.quantization} runs on CUDA only; allowed here: null")
     longest_prompt = config.data.sequence_length - rollout.max_tokens
-    return PromptDataset(read_rows(config.data.train), tokenizer, longest_prompt, config.training.seed)
+    rows = read_rows(config.data.train, columns=config.data.columns)
+    return PromptDataset(rows, tokenizer, longest_prompt, config.training.seed, config.data.omissions)
 
 
 def make_rollout_engine(config: GrpoConfig, prepared: Prepared) -> RolloutEngine:

@@ -60,10 +60,26 @@ class PrecisionConfig(Section):
     )
 
 
+# Our names of columns, which `data.columns` gives the files' names for.
+Column = Literal[
+    "messages", "conversations", "prompt", "question", "problem", "response", "completion", "instruction", "input",
+    "output", "context", "text", "answer", "solution", "chosen", "rejected", "margin", "label", "system", "history",
+    "tools", "metadata", "chat_template_kwargs",
+]  # fmt: skip
+
+
 class DataConfig(Section):
     train: str | list[str] = Field(description="JSONL file(s), or any `datasets` source")
     validation: str | list[str] | None = Field(
         None, description="as `train`; its loss is logged at every checkpoint and at the end; null: none"
+    )
+    columns: dict[Column, str | list[str]] = Field(
+        default_factory=dict,
+        description="our column names to the files': {prompt: question, answer: final_answer}; question.stem reaches "
+        "into a column, a list joins several",
+    )
+    omissions: Literal["refuse", "allow"] = Field(
+        "refuse", description="rows of which the chat template leaves a text, a tool or a tool call out"
     )
     sequence_length: PositiveInt = Field(2048, description="tokens of a packed row; RL: of a micro-batch row")
     packing: bool = Field(True, description="several conversations a row, without attention across them")

@@ -167,7 +167,7 @@ class JobCheck:
             findings.add(status, "data", f"{', '.join(missing)}: not on this machine", fix)
             return
         supervised = self.command == "sft"
-        rows = findings.attempt("data", lambda: read_rows(sources, require_assistant=supervised))
+        rows = findings.attempt("data", lambda: read_rows(sources, require_assistant=supervised, columns=data.columns))
         if rows is None:
             return
         if self.tokenizer is None:
@@ -176,7 +176,8 @@ class JobCheck:
             self._prompts(self.config)
         elif supervised:
             dataset = findings.attempt("data", lambda: SftDataset(
-                rows, self.tokenizer, data.sequence_length, packing=data.packing, overlong=data.overlong))  # fmt: skip
+                rows, self.tokenizer, data.sequence_length, packing=data.packing, overlong=data.overlong,
+                omissions=data.omissions))  # fmt: skip
             if dataset is not None:
                 lost = dataset.dropped > len(rows) // 10
                 findings.add("warn" if lost else "ok", "data", dataset.message,
