@@ -31,6 +31,7 @@ from megatron_posttrain.platform import platform
 from megatron_posttrain.rewards.registry import load_rewards
 from megatron_posttrain.rollout.engine import RolloutEngine
 from megatron_posttrain.rollout.refit import Refit, prove
+from megatron_posttrain.rollout.text import stop_message
 from megatron_posttrain.training.batches import rank_token_batches, to_rows
 from megatron_posttrain.training.checkpoints import Checkpoints
 from megatron_posttrain.training.engine import Engine, Metrics, TokenOutput
@@ -71,6 +72,7 @@ def grpo(config: GrpoConfig) -> int:
 
     with Run(config, steps, first) as run:
         run.say(f"{prompts.message}; {steps} steps on {prepared.layout}, {rollout.replicas} rollout replicas")
+        run.say(stop_message(prepared.tokenizer))
         for step in range(first, steps):
             timer = PhaseTimer(memory=True)
             with timer("refit"):

@@ -147,7 +147,9 @@ class PromptDataset(_Epochs):
         UserError: a row whose last message is an assistant's, or no prompt short enough.
     """
 
-    def __init__(self, rows: Seq[Row], tokenizer: Any, max_prompt_length: int, seed: int = 0, omissions: Omissions = "refuse") -> None:
+    def __init__(
+        self, rows: Seq[Row], tokenizer: Any, max_prompt_length: int, seed: int = 0, omissions: Omissions = "refuse"
+    ) -> None:
         self.seed, self.max_prompt_length = seed, max_prompt_length
         self.prompts: list[Prompt] = []
         longest = 0

@@ -37,7 +37,7 @@ def _suffix(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".zst":
@@ -112,8 +112,8 @@ def _entries(path: Path, document: Any) -> Iterator[Located]:
     if isinstance(document, dict):
         arrays = {key: value for key, value in document.items() if isinstance(value, list | dict)}
         entries = next(iter(arrays.values()), None)
-        wrapped = len(arrays) == 1 and isinstance(entries, list) and bool(entries) and isinstance(entries[0], dict)
-        if not wrapped or {"role", "from"} & set(entries[0]):
+        first = entries[0] if isinstance(entries, list) and entries else None
+        if len(arrays) != 1 or not isinstance(first, dict) or {"role", "from"} & set(first):
             yield f"{path}:1", document
             return
         document = entries

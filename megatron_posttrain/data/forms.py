@@ -95,6 +95,18 @@ def _from_text(record: Record) -> dict[str, Any]:
     return {"messages": turns}
 
 
+def _sharegpt(record: Record) -> dict[str, Any]:
+    turns = record["conversations"]
+    for number, turn in enumerate(turns if isinstance(turns, list) else []):
+        called = isinstance(turn, dict) and turn.get("from") == "function_call"
+        if called and not record.get("tools"):
+            raise BadRow(
+                f"conversations[{number}] is a function_call, and the row has no `tools`: the model would learn to "
+                "call what it is not told of; allowed: a list of tools, or its JSON text, beside conversations"
+            )
+    return {"messages": read_messages(turns, "conversations"), **_answer(record)}
+
+
 def _conversation(key: str) -> Callable[[Record], dict[str, Any]]:
     def read(record: Record) -> dict[str, Any]:
         return {"messages": read_messages(record[key], key), **_answer(record)}
@@ -223,7 +235,7 @@ FORMS: tuple[Form, ...] = (
     Form("labelled", "preference", ("messages", "response", "label"), _labelled("messages", "response")),
     Form("labelled", "preference", ("messages", "label"), _labelled("messages", None)),
     Form("messages", "sft", ("messages",), _conversation("messages"), BESIDE),
-    Form("ShareGPT", "sft", ("conversations",), _conversation("conversations"), BESIDE),
+    Form("ShareGPT", "sft", ("conversations",), _sharegpt, BESIDE),
     Form("prompt and response", "sft", ("prompt", "response"), _pair("prompt", "response"), BESIDE),
     Form("prompt and response", "sft", ("prompt", "completion"), _pair("prompt", "completion"), BESIDE),
     Form("Alpaca", "sft", ("instruction", "output"), _instruction("input", "output"), ("input",)),
@@ -268,9 +280,11 @@ def unread_question(record: Record, form: Form) -> None:
         if parts:
             parts = sorted([*parts, form.keys[0]], key=lambda key: key in ("options", "choices"))  # they come last
             joined = ", ".join(parts)
+            unread = ", ".join(key for key in parts if key != form.keys[0])
+            answer = "answer" if "answer" in record else "..."
             raise BadRow(
-                f"{', '.join(key for key in parts if key != form.keys[0])} beside {form.keys[0]} would not be read; join them with data.columns: "
-                f"{{prompt: [{joined}], answer: {'answer' if 'answer' in record else '...'}}}"
+                f"{unread} beside {form.keys[0]} would not be read; join them with data.columns: "
+                f"{{prompt: [{joined}], answer: {answer}}}"
             )
     for key in ("weight", "train", "loss_weight"):
         if key in record and record[key] not in (1, True):
