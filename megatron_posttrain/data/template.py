@@ -26,6 +26,7 @@ TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, Attrib
 STARTED = datetime.now()
 # Keys under which templates look for a turn's reasoning.
 REASONING = ("reasoning_content", "thinking", "reasoning")
+SAMPLE = "Two words,  2 spaces.\n\n\tx = 1234; \u00e9\u4e16\U0001f600"
 NOT_THE_TEMPLATES = ("weight",)
 
 
@@ -48,7 +49,25 @@ def load_tokenizer(directory: str | Path) -> Any:
         )
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {directory}: a fast tokenizer (tokenizer.json) is needed for the loss mask")
-    return tokenizer
+    return _as_stored(tokenizer, directory)
+
+
+def _as_stored(tokenizer: Any, directory: str | Path) -> Any:
+    """The tokenizer that `tokenizer.json` describes.
+
+    transformers 5 builds some classes anew from the vocabulary: DeepSeek-V3's (`LlamaTokenizerFast` in its
+    config) then loses every space.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if type(tokenizer) is PreTrainedTokenizerFast:
+        return tokenizer
+    try:
+        stored = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+    except (OSError, ValueError):  # there is no tokenizer.json: nothing to differ from
+        return tokenizer
+    same = stored.encode(SAMPLE, add_special_tokens=False) == tokenizer.encode(SAMPLE, add_special_tokens=False)
+    return tokenizer if same else stored
 
 
 @dataclass(frozen=True)
