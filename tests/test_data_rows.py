@@ -76,8 +76,8 @@ def test_several_files_keep_their_order(tmp_path):
         ('{"messages": [', ["malformed JSON", "column"]),
         ("[1, 2]", ["JSON object", "[1, 2]"]),
         (
-            {"question": "x", "reply": "y"},
-            ["['question', 'reply']", "messages", "ShareGPT", "Alpaca", "Dolly"],
+            {"query": "x", "reply": "y"},
+            ["['query', 'reply']", "messages", "ShareGPT", "Alpaca", "Dolly", "{prompt: query, response: reply}"],
         ),
         ({"messages": "hello"}, ["messages must be a list", '"hello"']),
         ({"messages": []}, ["without messages"]),

@@ -32,6 +32,7 @@ from megatron_posttrain.platform import platform
 from megatron_posttrain.rewards.registry import load_rewards
 from megatron_posttrain.rollout.engine import RolloutEngine
 from megatron_posttrain.rollout.refit import Refit, prove
+from megatron_posttrain.rollout.text import stop_message
 from megatron_posttrain.training.batches import rank_token_batches, to_rows
 from megatron_posttrain.training.checkpoints import Checkpoints
 from megatron_posttrain.training.engine import Engine, Metrics, TokenOutput
@@ -73,6 +74,7 @@ def grpo(config: GrpoConfig) -> int:
 
     with Run(config, steps, first) as run:
         run.say(f"{prompts.message}; {steps} steps on {prepared.layout}, {rollout.replicas} rollout replicas")
+        run.say(stop_message(prepared.tokenizer))
         for step in range(first, steps):
             timer = PhaseTimer(memory=True)
             with timer("refit"):
@@ -190,7 +192,7 @@ def check(config: GrpoConfig, tokenizer: Any, arch: Architecture | None, device:
     """What only RL asks of a config for `device`, cpu or cuda; the prompts. Raises UserError."""
     if wrong := list(rollout_problems(config, arch, device)):
         raise UserError("; ".join(wrong))
-    return prompts_of(config, read_rows(config.data.train), tokenizer)
+    return prompts_of(config, read_rows(config.data.train, columns=config.data.columns), tokenizer)
 
 
 def make_rollout_engine(config: GrpoConfig, prepared: Prepared) -> RolloutEngine:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron_posttrain.config.schema import ScoreConfig
 from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.rows import read_rows
-from megatron_posttrain.data.tokenize import encode_conversation
+from megatron_posttrain.data.tokenize import encode_row
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
 from megatron_posttrain.training.engine import Engine
@@ -21,8 +21,8 @@ from megatron_posttrain.training.sequences import sequence_logprobs
 def score(config: ScoreConfig) -> int:
     """Writes OUTPUT/scores.jsonl: `{"index", "token_ids", "logprobs"}`, one log-prob fewer than tokens."""
     prepared = prepare(config)
-    rows = read_rows(config.data.train)
-    token_ids = [encode_conversation(prepared.tokenizer, row.messages, row.source).token_ids for row in rows]
+    rows = read_rows(config.data.train, columns=config.data.columns)
+    token_ids = [encode_row(prepared.tokenizer, row, config.data.omissions).token_ids for row in rows]
     limit = config.data.sequence_length
     for row, ids in zip(rows, token_ids, strict=True):
         if len(ids) > limit:

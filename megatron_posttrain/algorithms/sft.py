@@ -86,12 +86,13 @@ def sft(config: SftConfig) -> int:
 def read_dataset(config: SftConfig, prepared: Prepared, source: str | list[str]) -> SftDataset:
     data = config.data
     dataset = SftDataset(
-        read_rows(source, require_assistant=True),
+        read_rows(source, require_assistant=True, columns=data.columns),
         prepared.tokenizer,
         data.sequence_length,
         packing=data.packing,
         overlong=data.overlong,
         seed=config.training.seed,
+        omissions=data.omissions,
     )
     check_positions(dataset.lengths, prepared.arch)
     return dataset

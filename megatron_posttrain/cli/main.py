@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "grpo": ("megatron_posttrain.cli.train", "GRPO with vLLM in every trainer rank"),
     "score": ("megatron_posttrain.cli.train", "log-probabilities of the tokens of conversations"),
     "evaluate": ("megatron_posttrain.cli.evaluate", "generate with vLLM, grade with a reward"),
+    "data": ("megatron_posttrain.cli.data", "what data files hold and how they would be read"),
     "plan": ("megatron_posttrain.cli.plan", "memory, step time and best layouts of a model on a cluster"),
     "doctor": ("megatron_posttrain.cli.doctor", "check a config, the machine and the versions"),
 }

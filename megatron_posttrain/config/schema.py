@@ -5,7 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
+
+from megatron_posttrain.errors import nearest
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -60,16 +71,40 @@ class PrecisionConfig(Section):
     )
 
 
+# Our names of columns, which `data.columns` gives the files' names for.
+COLUMNS = (
+    "messages", "conversations", "prompt", "question", "problem", "response", "completion", "instruction", "input",
+    "output", "context", "text", "answer", "solution", "chosen", "rejected", "margin", "label", "system", "history",
+    "tools", "metadata", "chat_template_kwargs",
+)  # fmt: skip
+
+
 class DataConfig(Section):
     train: str | list[str] = Field(description="JSONL file(s), or any `datasets` source")
     validation: str | list[str] | None = Field(
         None, description="as `train`; its loss is logged at every checkpoint and at the end; null: none"
+    )
+    columns: dict[str, str | list[str]] = Field(
+        default_factory=dict,
+        description="our column names to the files': {prompt: question, answer: final_answer}; question.stem reaches "
+        "into a column, a list joins several",
+    )
+    omissions: Literal["refuse", "allow"] = Field(
+        "refuse", description="rows of which the chat template leaves a text, a tool or a tool call out"
     )
     sequence_length: PositiveInt = Field(2048, description="tokens of a packed row; RL: of a micro-batch row")
     packing: bool = Field(True, description="several conversations a row, without attention across them")
     overlong: Literal["drop", "truncate"] = Field(
         "drop", description="what to do with a conversation longer than sequence_length; counted and reported"
     )
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, columns: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
+        for name in columns:
+            if name not in COLUMNS:
+                raise ValueError(f"no column '{name}'{nearest(name, COLUMNS)}; allowed: {', '.join(COLUMNS)}")
+        return columns
 
 
 class OptimizerConfig(Section):

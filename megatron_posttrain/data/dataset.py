@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_posttrain.data.packing import pack
 from megatron_posttrain.data.rows import Message, Row
-from megatron_posttrain.data.tokenize import Conversation, encode_conversation, encode_prompt
+from megatron_posttrain.data.tokenize import Conversation, Omissions, encode_prompt, encode_row
 from megatron_posttrain.errors import UserError
 
 
@@ -58,15 +58,19 @@ class SftDataset(_Epochs):
         packing: bool = True,
         overlong: Literal["drop", "truncate"] = "drop",
         seed: int = 0,
+        omissions: Omissions = "refuse",
     ) -> None:
         self.sequence_length, self.packing, self.seed = sequence_length, packing, seed
-        self.dropped = self.truncated = 0
+        self.dropped = self.truncated = self.unlearned = 0
         tokens: list[np.ndarray] = []
         masks: list[np.ndarray] = []
         longest = 0
         for row in rows:
-            conversation = encode_conversation(tokenizer, row.messages, row.source)
+            conversation = encode_row(tokenizer, row, omissions)
             if 1 not in conversation.loss_mask:
+                if any("weight" in message for message in row.messages):
+                    self.unlearned += 1
+                    continue
                 raise UserError(
                     f"{row.source}: no token of an assistant in this conversation; roles found: "
                     f"{[message['role'] for message in row.messages]}"
@@ -106,6 +110,7 @@ class SftDataset(_Epochs):
             f"{len(self):,} conversations, {len(self._tokens):,} tokens, {self._masks.sum():,} with loss; "
             f"{self.rows_per_epoch:,} rows, {filled:.1%} full; longer than {self.sequence_length} tokens: "
             f"{self.dropped:,} dropped, {self.truncated:,} truncated"
+            + (f"; {self.unlearned:,} left out, every turn of weight 0" if self.unlearned else "")
         )
 
     def _make_rows(self, epoch: int) -> list[list[int]]:
@@ -142,7 +147,9 @@ class PromptDataset(_Epochs):
         UserError: a row whose last message is an assistant's, or no prompt short enough.
     """
 
-    def __init__(self, rows: Seq[Row], tokenizer: Any, max_prompt_length: int, seed: int = 0) -> None:
+    def __init__(
+        self, rows: Seq[Row], tokenizer: Any, max_prompt_length: int, seed: int = 0, omissions: Omissions = "refuse"
+    ) -> None:
         self.seed, self.max_prompt_length = seed, max_prompt_length
         self.prompts: list[Prompt] = []
         longest = 0
@@ -152,7 +159,7 @@ class PromptDataset(_Epochs):
                     f"{row.source}: a prompt must end with a user's turn, found an assistant's; "
                     "put the expected answer in `answer`"
                 )
-            token_ids = encode_prompt(tokenizer, row.messages, row.source)
+            token_ids = encode_prompt(tokenizer, row.messages, row.source, row.options, omissions)
             longest = max(longest, len(token_ids))
             if len(token_ids) <= max_prompt_length:
                 self.prompts.append(Prompt(index, token_ids, row.answer, row.metadata, row.messages))

@@ -196,7 +196,10 @@ class JobCheck:
             fix = "" if self.cluster is not None else f"correct {key}, or fetch the file first"
             self.findings.add(status, check, f"{', '.join(missing)}: not on this machine", fix)
             return
-        rows = self.findings.attempt(check, lambda: read_rows(sources, require_assistant=self.command == "sft"))
+        rows = self.findings.attempt(
+            check,
+            lambda: read_rows(sources, require_assistant=self.command == "sft", columns=self.config.data.columns),
+        )
         if rows is None:
             return
         if self.tokenizer is None:
@@ -215,7 +218,14 @@ class JobCheck:
 
     def _conversations(self, rows: list[Row]) -> SftDataset:
         data = self.config.data
-        dataset = SftDataset(rows, self.tokenizer, data.sequence_length, packing=data.packing, overlong=data.overlong)
+        dataset = SftDataset(
+            rows,
+            self.tokenizer,
+            data.sequence_length,
+            packing=data.packing,
+            overlong=data.overlong,
+            omissions=data.omissions,
+        )
         if self.arch is not None:
             check_positions(dataset.lengths, self.arch)
         return dataset

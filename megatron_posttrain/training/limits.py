@@ -29,7 +29,7 @@ def prompts_of(config: GrpoConfig, rows: Sequence[Row], tokenizer: Any) -> Promp
     """The prompts that leave room for a response. Raises UserError, also for a row that no reward could grade."""
     check_answers(rows, config.rewards)
     longest = config.data.sequence_length - config.rollout.max_tokens
-    return PromptDataset(rows, tokenizer, longest, config.training.seed)
+    return PromptDataset(rows, tokenizer, longest, config.training.seed, config.data.omissions)
 
 
 def check_positions(lengths: Iterable[int], arch: Architecture) -> None:

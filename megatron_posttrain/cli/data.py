@@ -1,0 +1,113 @@
+"""`data FILE...`: what files hold, how they would be read, and which tokens of the first rows count."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from megatron_posttrain.data.rows import Row, columns_ignored, read_records
+from megatron_posttrain.data.tokenize import encode_prompt, encode_row, load_tokenizer
+from megatron_posttrain.errors import UserError
+
+COUNTED, PLAIN = "\x1b[32m", "\x1b[0m"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help="JSON lines or array, CSV (.gz, .zst too), Parquet, a dataset")
+    add("--json", action="store_true", help="a list of {file, form, use, rows, columns_ignored}")
+    add("--tokenizer", metavar="DIR", help="Hugging Face directory: token lengths, and the first rows' tokens")
+    add("--columns", type=json.loads, default={}, metavar="JSON", help='as data.columns: {"prompt": "question.stem"}')
+    add("--rows", type=int, default=2, metavar="N", help="rows to show (default: 2)")
+    add("--omissions", choices=("refuse", "allow"), default="refuse", help="as data.omissions (default: refuse)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status: 0 when every file can be read, else 2."""
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    found: list[dict[str, Any]] = []
+    refused = 0
+    for file in args.files:
+        try:
+            rows, about = _read(file, args.columns)
+        except UserError as error:
+            refused += 1
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        found.append(about)
+        if not args.json:
+            _show(rows, about, tokenizer, args)
+    if args.json:
+        print(json.dumps(found, ensure_ascii=False, indent=1))
+    return 2 if refused else 0
+
+
+def _read(file: str, columns: dict[str, str | list[str]]) -> tuple[list[Row], dict[str, Any]]:
+    rows: list[Row] = []
+    forms: Counter[tuple[str, str]] = Counter()
+    ignored: set[str] = set()
+    for row, record in read_records(file, columns):
+        rows.append(row)
+        if row.form is not None:
+            forms[row.form.name, row.form.use] += 1
+        ignored.update(columns_ignored(record, row.form))
+    if not rows:
+        raise UserError(f"{file}: no rows in it")
+    names, uses = zip(*forms, strict=True)
+    about = {
+        "file": file,
+        "form": ", ".join(dict.fromkeys(names)),
+        "use": ", ".join(dict.fromkeys(uses)),
+        "rows": len(rows),
+        "columns_ignored": sorted(ignored),
+    }
+    return rows, about
+
+
+def _show(rows: list[Row], about: dict[str, Any], tokenizer: Any, args: argparse.Namespace) -> None:
+    print(f"{about['file']}: {about['rows']:,} rows of the form {about['form']}, for {about['use']}")
+    if about["columns_ignored"]:
+        print(f"  not read: {', '.join(about['columns_ignored'])}")
+    answered = sum(row.answer is not None for row in rows)
+    if answered:
+        print(f"  with an answer: {answered:,}")
+    if tokenizer is not None:
+        encoded = [_encode(tokenizer, row, args.omissions) for row in rows]
+        for name, lengths in (("tokens", [len(ids) for ids, _ in encoded]), ("counted", [sum(m) for _, m in encoded])):
+            shown = ", ".join(f"{p}%: {np.percentile(lengths, p):,.0f}" for p in (0, 50, 90, 99, 100))
+            print(f"  {name} a row: {shown}")
+    for number, row in enumerate(rows[: args.rows]):
+        print(f"  --- {row.source}" + (f", answer {row.answer!r}" if row.answer is not None else ""))
+        if tokenizer is not None:
+            print(_marked(tokenizer, *encoded[number]))
+        else:
+            print(json.dumps([*row.messages, *row.chosen], ensure_ascii=False)[:1000])
+
+
+def _encode(tokenizer: Any, row: Row, omissions: Any) -> tuple[list[int], list[int]]:
+    """Tokens of a row and which of them count; of two answers the chosen one."""
+    messages = [*row.messages, *row.chosen]
+    if messages[-1]["role"] != "assistant":
+        ids = encode_prompt(tokenizer, messages, row.source, row.options, omissions)
+        return ids, [0] * len(ids)
+    conversation = encode_row(tokenizer, Row(messages, source=row.source, tools=row.tools,
+                                             template_options=row.template_options), omissions)  # fmt: skip
+    return conversation.token_ids, conversation.loss_mask
+
+
+def _marked(tokenizer: Any, ids: list[int], mask: list[int]) -> str:
+    """The tokens' text; those that count in colour on a terminal, within « » elsewhere."""
+    begin, end = (COUNTED, PLAIN) if sys.stdout.isatty() else ("«", "»")
+    pieces: list[str] = []
+    start = 0
+    for i in range(1, len(ids) + 1):
+        if i == len(ids) or mask[i] != mask[start]:
+            text = tokenizer.decode(ids[start:i], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            pieces.append(f"{begin}{text}{end}" if mask[start] else text)
+            start = i
+    return "".join(pieces)

@@ -1,0 +1,165 @@
+"""Records of data files: JSON lines, JSON arrays, CSV, any of them compressed, and whatever `datasets` reads."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_posttrain.errors import UserError
+
+Located = tuple[str, Any]  # "file:line" of a record, for messages about it, and the record
+
+COMPRESSIONS = (".gz", ".zst")
+TEXT = (".jsonl", ".json", ".ndjson", ".csv", ".txt")
+TABLES = (".parquet", ".arrow")
+
+
+def records(source: str) -> Iterator[Located]:
+    """Every record of a file, of a directory that `datasets` saved, or of a dataset known by name."""
+    path = Path(source)
+    suffix = _suffix(path)
+    if path.is_file() and suffix not in TABLES:
+        return _csv(path) if suffix == ".csv" else _json(path)
+    if not path.exists() and (suffix in (*TEXT, *TABLES) or source.startswith((".", "/"))):
+        raise UserError(f"{source}: no such file")
+    return _dataset(source)
+
+
+def _suffix(path: Path) -> str:
+    """The suffix below a compression's."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
+
+
+def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix == ".zst":
+        try:
+            import pyarrow
+        except ImportError:
+            raise UserError(f"{path}: .zst needs the package pyarrow (it comes with datasets): install it") from None
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return path.open("rb")
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Lines of a file; what its compression cannot read is told with the file."""
+    try:
+        with _open(path) as file:
+            yield from file
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+# ---- JSON --------------------------------------------------------------------------------------------------
+
+
+def _json(path: Path) -> Iterator[Located]:
+    lines = _lines(path)
+    head = b""
+    while not head.strip(b"\xef\xbb\xbf \t\r\n"):  # the first line that is not blank
+        following = next(lines, None)
+        if following is None:
+            return
+        head += following
+    opening = head.strip(b"\xef\xbb\xbf \t\r\n")
+    if opening.startswith(b"[") or opening == b"{" or _suffix(path) == ".json":
+        whole = head + b"".join(lines)
+        try:
+            document = json.loads(whole)
+        except ValueError as error:
+            # A row a line in a file named .json, or lists as lines; anything else is a broken document.
+            if opening in (b"[", b"{") or "Extra data" not in str(error):
+                raise _malformed(path, 1, error) from None
+            yield from _json_lines(path, iter(whole.splitlines(keepends=True)))
+            return
+        if opening.startswith(b"[") or _suffix(path) == ".json":
+            yield from _entries(path, document)
+            return
+        yield f"{path}:1", document
+        return
+    yield from _json_lines(path, itertools.chain(head.splitlines(keepends=True), lines))
+
+
+def _json_lines(path: Path, lines: Iterator[bytes]) -> Iterator[Located]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip(b"\xef\xbb\xbf \t\r\n"):
+            continue
+        try:
+            yield f"{path}:{number}", json.loads(line.rstrip())
+        except ValueError as error:
+            raise _malformed(path, number, error) from None
+
+
+def _malformed(path: Path, number: int, error: ValueError) -> UserError:
+    where = f"{path}:{number}"
+    if isinstance(error, UnicodeDecodeError):
+        return UserError(f"{where}: not UTF-8: {error.reason} at byte {error.start}")
+    if isinstance(error, json.JSONDecodeError):
+        return UserError(f"{path}:{number + error.lineno - 1}: malformed JSON: {error.msg} at column {error.colno}")
+    return UserError(f"{where}: malformed JSON: {error}")
+
+
+def _entries(path: Path, document: Any) -> Iterator[Located]:
+    """Entries of an array, or of the one array in an object of texts (`{"version": ..., "examples": [...]}`)."""
+    if isinstance(document, dict):
+        arrays = {key: value for key, value in document.items() if isinstance(value, list | dict)}
+        entries = next(iter(arrays.values()), None)
+        first = entries[0] if isinstance(entries, list) and entries else None
+        if len(arrays) != 1 or not isinstance(first, dict) or {"role", "from"} & set(first):
+            yield f"{path}:1", document
+            return
+        document = entries
+    if not isinstance(document, list):
+        yield f"{path}:1", document
+        return
+    for number, entry in enumerate(document):
+        yield f"{path}[{number}]", entry
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
+
+
+def _csv(path: Path) -> Iterator[Located]:
+    try:
+        # The file's own line breaks: those within quotes are text.
+        text = io.StringIO(b"".join(_lines(path)).decode("utf-8-sig"), newline="")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(text, strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            record = next(reader, None)
+        except csv.Error as error:
+            raise UserError(f"{path}:{line}: malformed CSV: {error}") from None
+        if record is None:
+            return
+        if None in record or None in record.values():
+            raise UserError(f"{path}:{line}: not as many fields as the {len(reader.fieldnames or [])} of the header")
+        yield f"{path}:{max(line, 2)}", dict(record)
+
+
+def _dataset(source: str) -> Iterator[Located]:
+    import datasets
+
+    path = Path(source)
+    try:
+        if path.is_file():
+            loaded = datasets.load_dataset(path.suffix[1:], data_files=source, split="train")
+        elif (path / "state.json").exists():
+            loaded = datasets.load_from_disk(source)
+        else:
+            loaded = datasets.load_dataset(source, split="train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{source}: no such file, and `datasets` cannot load it: {error}") from error
+    for number, record in enumerate(loaded, start=1):
+        yield f"{source}:{number}", record

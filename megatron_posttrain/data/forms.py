@@ -1,0 +1,357 @@
+"""The row forms of public data: which keys make one, what it is for, how it becomes messages."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_posttrain.data.messages import BadRow, Message, kind, read_messages
+
+Record = dict[str, Any]
+Columns = Mapping[str, str | list[str]]
+
+DESCRIPTION = (
+    "allowed: {messages: [{role, content}...]}, {prompt, response or completion}, {instruction, input, output} "
+    "(Alpaca), {instruction, context, response} (Dolly), {conversations: [{from, value}...]} (ShareGPT); for "
+    "reinforcement learning {messages or prompt or question or problem, answer, metadata}; for preferences "
+    "{prompt or messages, chosen, rejected} or {prompt or messages, response, label}"
+)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A row form: the keys that a row of it has, and how its fields are read."""
+
+    name: str
+    use: str  # sft | rl | preference
+    keys: tuple[str, ...]
+    read: Callable[[Record], dict[str, Any]]
+    more: tuple[str, ...] = ()  # keys that are read when they are there
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (*self.keys, *self.more)
+
+
+# ---- conversations -----------------------------------------------------------------------------------------
+
+
+def _text(record: Record, key: str, default: str | None = None) -> str:
+    value = record.get(key, default)
+    if not isinstance(value, str):
+        raise BadRow(f"{key} must be a string, found {kind(value)}")
+    return value
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def _turns(value: Any, key: str) -> list[Message]:
+    """A prompt: a text, a transcript or messages."""
+    if isinstance(value, str):
+        return transcript(value) or [_user(value)]
+    if isinstance(value, list | dict):
+        return read_messages(value, key)
+    raise BadRow(f"{key} must be a string, found {kind(value)}")
+
+
+def _reply(value: Any, key: str) -> list[Message]:
+    """An answer: a text, a message or messages."""
+    if isinstance(value, str):
+        return [_assistant(value)]
+    if isinstance(value, list | dict):
+        return read_messages(value, key)
+    raise BadRow(f"{key} must be a string, found {kind(value)}")
+
+
+TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
+
+
+def transcript(text: str) -> list[Message]:
+    """Turns of a `Human:`/`Assistant:` transcript as hh-rlhf has them; empty when the text is none."""
+    if not re.match(r"\s*(?:Human|Assistant):", text) or "Human:" not in text:
+        return []
+    pieces = TRANSCRIPT.split("\n\n" + text.lstrip())
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = [
+        {"role": roles[name], "content": said.strip()}
+        for name, said in zip(pieces[1::2], pieces[2::2], strict=True)
+    ]  # fmt: skip
+    return turns
+
+
+def _from_text(record: Record) -> dict[str, Any]:
+    turns = transcript(_text(record, "text"))
+    if not turns:
+        raise BadRow("text must be a transcript of `Human:` and `Assistant:` turns; " + DESCRIPTION)
+    return {"messages": turns}
+
+
+def _sharegpt(record: Record) -> dict[str, Any]:
+    turns = record["conversations"]
+    for number, turn in enumerate(turns if isinstance(turns, list) else []):
+        called = isinstance(turn, dict) and turn.get("from") == "function_call"
+        if called and not record.get("tools"):
+            raise BadRow(
+                f"conversations[{number}] is a function_call, and the row has no `tools`: the model would learn to "
+                "call what it is not told of; allowed: a list of tools, or its JSON text, beside conversations"
+            )
+    return {"messages": read_messages(turns, "conversations"), **_answer(record)}
+
+
+def _conversation(key: str) -> Callable[[Record], dict[str, Any]]:
+    def read(record: Record) -> dict[str, Any]:
+        return {"messages": read_messages(record[key], key), **_answer(record)}
+
+    return read
+
+
+def _pair(prompt: str, response: str) -> Callable[[Record], dict[str, Any]]:
+    def read(record: Record) -> dict[str, Any]:
+        return {"messages": [*_turns(record[prompt], prompt), *_reply(record[response], response)], **_answer(record)}
+
+    return read
+
+
+def _instruction(context: str, response: str) -> Callable[[Record], dict[str, Any]]:
+    def read(record: Record) -> dict[str, Any]:
+        parts = [_text(record, "instruction"), _text(record, context, "")]
+        question = "\n\n".join(part for part in parts if part)
+        return {"messages": [_user(question), *_reply(record[response], response)]}
+
+    return read
+
+
+# ---- prompts -----------------------------------------------------------------------------------------------
+
+
+def _prompt(key: str) -> Callable[[Record], dict[str, Any]]:
+    def read(record: Record) -> dict[str, Any]:
+        return {"messages": _turns(record[key], key), **_answer(record)}
+
+    return read
+
+
+def _answer(record: Record) -> dict[str, Any]:
+    """The expected answer: `answer`, verl's ground truth, or the last box of a MATH `solution`."""
+    found: dict[str, Any] = {}
+    if "reward_model" in record:
+        truth = record["reward_model"].get("ground_truth") if isinstance(record["reward_model"], dict) else None
+        if truth is None:
+            raise BadRow(f"reward_model.ground_truth must be there, found {kind(record['reward_model'])}")
+        # A verifier's specification: as text, which a reward of one's own reads again.
+        found["answer"] = json.dumps(truth, ensure_ascii=False) if isinstance(truth, dict | list) else _number(truth)
+        extra = {key: record[key] for key in ("data_source", "ability") if key in record}
+        found["metadata"] = {**extra, **(record["extra_info"] if isinstance(record.get("extra_info"), dict) else {})}
+    if "answer" in record:
+        answer = _number(record["answer"])
+        if "answer" in found and found["answer"] != answer:
+            raise BadRow(f"answer {answer!r} and reward_model.ground_truth {found['answer']!r} differ")
+        found["answer"] = answer.rpartition("####")[2].strip() if "\n####" in answer else answer
+    elif "answer" not in found and isinstance(record.get("solution"), str):
+        from megatron_posttrain.rewards.math import boxed
+
+        box = boxed(record["solution"])
+        if box is not None:
+            found["answer"] = box
+    return found
+
+
+def _number(answer: Any) -> str:
+    if isinstance(answer, str):
+        return answer
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        return str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer)
+    raise BadRow(f"answer must be a string or a number, found {kind(answer)}")
+
+
+# ---- preferences -------------------------------------------------------------------------------------------
+
+
+def _comparison(key: str | None) -> Callable[[Record], dict[str, Any]]:
+    """Two answers to one prompt; without a prompt, two conversations with a common beginning."""
+
+    def read(record: Record) -> dict[str, Any]:
+        prompt = _turns(record[key], key) if key else []
+        sides = {}
+        for name in ("chosen", "rejected"):
+            value = record[name]
+            turns = transcript(value) if isinstance(value, str) else []
+            sides[name] = turns or _reply(value, name)
+        chosen, rejected = sides["chosen"], sides["rejected"]
+        # The answers may repeat the prompt (UltraFeedback); what both begin with belongs to the prompt.
+        if prompt and chosen[: len(prompt)] == prompt and rejected[: len(prompt)] == prompt:
+            prompt = []
+        common = 0
+        while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
+            common += 1
+        if common == len(chosen) or common == len(rejected):
+            # One side ends where the other goes on, or they are the same: the last turn is the answer.
+            common = max(common - 1, 0)
+        prompt, chosen, rejected = [*prompt, *chosen[:common]], chosen[common:], rejected[common:]
+        if not prompt:
+            raise BadRow("chosen and rejected have no common beginning, and there is no prompt")
+        for name, turns in (("chosen", chosen), ("rejected", rejected)):
+            if not turns or turns[0]["role"] != "assistant":
+                raise BadRow(f"{name} must go on with an assistant's turn, found {kind(turns[:1])}")
+        margin = record.get("margin")
+        if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
+            raise BadRow(f"margin must be a number, found {kind(margin)}")
+        return {"messages": prompt, "chosen": chosen, "rejected": rejected, "margin": margin}
+
+    return read
+
+
+def _labelled(key: str, response: str | None) -> Callable[[Record], dict[str, Any]]:
+    def read(record: Record) -> dict[str, Any]:
+        messages = _turns(record[key], key) + (_reply(record[response], response) if response else [])
+        if messages[-1]["role"] != "assistant":
+            raise BadRow(f"a labelled row must end with the assistant's turn, found {kind(messages[-1])}")
+        return {"messages": messages, "label": bool(record["label"])}
+
+    return read
+
+
+# The first form whose keys are all there is the row's.
+BESIDE = ("answer", "solution", "reward_model", "extra_info", "data_source", "ability")
+FORMS: tuple[Form, ...] = (
+    Form("comparison", "preference", ("prompt", "chosen", "rejected"), _comparison("prompt"), ("margin",)),
+    Form("comparison", "preference", ("messages", "chosen", "rejected"), _comparison("messages"), ("margin",)),
+    Form(
+        "comparison", "preference", ("conversations", "chosen", "rejected"), _comparison("conversations"), ("margin",)
+    ),
+    Form("comparison", "preference", ("question", "chosen", "rejected"), _comparison("question"), ("margin",)),
+    Form("comparison", "preference", ("chosen", "rejected"), _comparison(None), ("margin",)),
+    Form("labelled", "preference", ("prompt", "completion", "label"), _labelled("prompt", "completion")),
+    Form("labelled", "preference", ("prompt", "response", "label"), _labelled("prompt", "response")),
+    Form("labelled", "preference", ("messages", "response", "label"), _labelled("messages", "response")),
+    Form("labelled", "preference", ("messages", "label"), _labelled("messages", None)),
+    Form("messages", "sft", ("messages",), _conversation("messages"), BESIDE),
+    Form("ShareGPT", "sft", ("conversations",), _sharegpt, BESIDE),
+    Form("prompt and response", "sft", ("prompt", "response"), _pair("prompt", "response"), BESIDE),
+    Form("prompt and response", "sft", ("prompt", "completion"), _pair("prompt", "completion"), BESIDE),
+    Form("Alpaca", "sft", ("instruction", "output"), _instruction("input", "output"), ("input",)),
+    Form("GPTeacher", "sft", ("instruction", "input", "response"), _instruction("input", "response"), ("input",)),
+    Form("Dolly", "sft", ("instruction", "response"), _instruction("context", "response"), ("context",)),
+    Form("prompt", "rl", ("prompt",), _prompt("prompt"), BESIDE),
+    Form("question", "rl", ("question",), _prompt("question"), BESIDE),
+    Form("problem", "rl", ("problem",), _prompt("problem"), BESIDE),
+    Form("transcript", "sft", ("text",), _from_text),
+)
+# Read beside every form.
+COMMON = (
+    "system", "system_prompt", "history", "tools", "chat_template_kwargs", "metadata",
+)  # fmt: skip
+# Without a meaning for what is trained.
+MEANINGLESS = (
+    "id", "ID", "_id", "idx", "index", "uid", "uuid", "key", "name", "task_id", "prompt_id", "question_id", "unique_id",
+    "source", "url", "license", "dataset", "data_source", "category", "subject", "level", "type", "lang", "language",
+    "model", "model_id", "created", "timestamp", "tstamp", "split",
+)  # fmt: skip
+KNOWN = frozenset((*COMMON, *MEANINGLESS))
+# Parts of a question that no form reads: without them the question is another one.
+QUESTION_PARTS = ("body", "Body", "context", "passage", "options", "choices", "input", "instruction", "question")
+
+
+def find_form(record: Record) -> Form | None:
+    for form in FORMS:
+        if all(key in record for key in form.keys):
+            if form.name == "labelled" and not (isinstance(record["label"], bool) or record["label"] in (0, 1)):
+                continue
+            if form.name == "transcript" and not transcript(str(record["text"])):
+                continue
+            return form
+    return None
+
+
+def unread_question(record: Record, form: Form) -> None:
+    """Refuse a row with a part of the question, a mask or a weight that its form would leave out."""
+    if form.use == "rl" and isinstance(record[form.keys[0]], str):
+        parts = [key for key in QUESTION_PARTS if record.get(key) and key not in form.reads]
+        parts = [key for key in parts if record[key] != record[form.keys[0]]]
+        if parts:
+            parts = sorted([*parts, form.keys[0]], key=lambda key: key in ("options", "choices"))  # they come last
+            joined = ", ".join(parts)
+            unread = ", ".join(key for key in parts if key != form.keys[0])
+            answer = "answer" if "answer" in record else "..."
+            raise BadRow(
+                f"{unread} beside {form.keys[0]} would not be read; join them with data.columns: "
+                f"{{prompt: [{joined}], answer: {answer}}}"
+            )
+    for key in ("weight", "train", "loss_weight"):
+        if key in record and record[key] not in (1, True):
+            raise BadRow(f"{key} of a whole row must be 1 or left out, found {kind(record[key])}; leave the row out")
+
+
+# ---- columns -----------------------------------------------------------------------------------------------
+
+
+TARGETS = {key for form in FORMS for key in form.reads} | set(COMMON)
+
+
+def rename(record: Record, columns: Columns) -> Record:
+    """The record under our names; a column that is renamed is no longer there under its own.
+
+    A name may reach into a column (`question.stem`, `turns.0`); several are joined by an empty line.
+    """
+    found: Record = {}
+    gone: set[str] = set()
+    for ours, theirs in columns.items():
+        names = [theirs] if isinstance(theirs, str) else theirs
+        gone |= {*names, *(name.partition(".")[0] for name in names)}
+        values = [_reach(record, name) for name in names]
+        value = values[0] if len(values) == 1 else "\n\n".join(filter(None, map(_joined, values))) or None
+        if value is None:
+            raise BadRow(f"data.columns.{ours}: no column {' or '.join(names)}; found {sorted(record)}")
+        found[ours] = value
+    return {**{key: value for key, value in record.items() if key not in gone}, **found}
+
+
+def _reach(record: Record, name: str) -> Any:
+    if name in record:
+        return record[name]
+    value: Any = record
+    for step in name.split("."):
+        if isinstance(value, dict) and step in value:
+            value = value[step]
+        elif isinstance(value, list) and step.isdigit() and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            return None
+    return value
+
+
+def _joined(value: Any) -> str:
+    if isinstance(value, list):
+        return "\n".join(x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for x in value)
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+# Names that public files have for what we call by others.
+LIKELY = {
+    "prompt": ("question", "Question", "query", "problem", "instruction", "input", "text", "quiz", "content", "prompt", "turns"),  # noqa: E501
+    "answer": ("answer", "Answer", "final_answer", "target", "gt", "ground_truth", "correct", "solution_text", "answerKey", "label"),  # noqa: E501
+    "response": ("response", "output", "completion", "Best Answer", "code", "reply", "canonical_solution"),
+    "chosen": ("chosen_messages", "chosen_response", "output_1"),
+    "rejected": ("rejected_messages", "rejected_response", "output_2"),
+}  # fmt: skip
+
+
+def proposal(record: Record) -> str:
+    """The mapping that would make a known form of the keys of a row, as the end of a message."""
+    found = {ours: next((key for key in keys if key in record), None) for ours, keys in LIKELY.items()}
+    wanted = [("chosen", "rejected"), ("prompt", "response"), ("prompt", "answer"), ("prompt",)]
+    for names in wanted:
+        if all(found[name] for name in names):
+            if names[0] == "chosen" and found["prompt"]:
+                names = ("prompt", *names)
+            return "; try data.columns: {" + ", ".join(f"{name}: {found[name]}" for name in names) + "}"
+    return "; data.columns: {prompt: THEIR_NAME, response or answer: THEIR_NAME} renames columns"
