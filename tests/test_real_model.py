@@ -23,9 +23,6 @@ TEXTS = [
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(not MODEL, reason="SMOLLM2 names no Hugging Face directory of SmolLM2-135M-Instruct")
-@pytest.mark.xfail(
-    strict=True, reason="wanted is 3e-5; seen is 3.7e-5 (tensor 3: 4.3e-5), on one rank too: the cause is not yet known"
-)
 @pytest.mark.parametrize(("processes", "layout"), [(3, "tensor"), (2, "pipeline"), (2, "context")])
 def test_logprobs_are_those_of_transformers(tmp_path: Path, processes: int, layout: str) -> None:
     rows = tmp_path / "rows.jsonl"
@@ -43,5 +40,7 @@ def test_logprobs_are_those_of_transformers(tmp_path: Path, processes: int, layo
         assert score["token_ids"] == ids
         t = torch.tensor(ids)
         with torch.no_grad():
-            expected = model(t[None]).logits[0, :-1].log_softmax(-1).gather(1, t[1:, None])[:, 0]
-        assert (torch.tensor(score["logprobs"]) - expected).abs().max() < 3e-5
+            # In fp64: torch's own fp32 log-softmax of 49,152 columns is off by 1.5e-5 in the mean, ours is not.
+            logprobs = model(t[None]).logits[0, :-1].double().log_softmax(-1)
+        expected = logprobs.gather(1, t[1:, None])[:, 0]
+        assert (torch.tensor(score["logprobs"], dtype=torch.float64) - expected).abs().max() < 3e-5
