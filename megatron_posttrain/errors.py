@@ -9,6 +9,14 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Bad input. The message says where (key, file, line), what was found and what is allowed."""
 
+    status = 2  # of the process that it ends
+
+
+class SaveError(UserError):
+    """What a run made could not be written. The message says what, why, and what is left."""
+
+    status = 1
+
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` when a valid name is close to `name`, else the empty string."""

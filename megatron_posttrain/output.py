@@ -1,0 +1,25 @@
+"""The directory that a command writes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megatron_posttrain.errors import UserError
+
+
+def check_output(directory: Path, key: str = "output", files: tuple[str, ...] = ()) -> Path:
+    """The part of `directory`'s path that is there already. Makes nothing.
+
+    Raises UserError where the directory cannot be made or written to, or one of `files` in it is a directory.
+    """
+    there = next(p for p in (directory.absolute(), *directory.absolute().parents) if os.path.lexists(p))
+    if not there.is_dir():
+        what = "a link to nowhere" if there.is_symlink() and not there.exists() else "a file"
+        raise UserError(f"{key}={directory}: {there} is {what}, so no directory can be made there; choose another one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{key}={directory}: {there} cannot be written to by this user; choose another directory")
+    for name in files:
+        if (directory / name).is_dir():
+            raise UserError(f"{key}={directory}: {directory / name} is a directory, a file is to be written there")
+    return there
