@@ -33,7 +33,7 @@ def report(error: Exception) -> int:
     """Prints why this process ends, last of all why the first rank of its job did; the exit status."""
     status = error.status if isinstance(error, UserError) else 1
     kind = "error" if isinstance(error, UserError) else type(error).__name__
-    mine = {"rank": int(os.environ.get("RANK", "0")), "reason": f"{kind}: {error}", "status": status}
+    mine: dict[str, Any] = {"rank": int(os.environ.get("RANK", "0")), "reason": f"{kind}: {error}", "status": status}
     if os.environ.get("WORLD_SIZE", "1") == "1":
         _show(error, mine["reason"])
         return status
