@@ -204,6 +204,20 @@ def last_lines(path: Path, count: int = 20) -> str:
     return "".join(f"\n    | {line}" for line in lines[-count:] if line.strip())
 
 
+def reason_of(failure: ProcessFailure) -> str:
+    """What a rank wrote into its error file about its end; empty when it could not."""
+    data = failure.error_file_data
+    message = data.get("message") if isinstance(data, dict) else None
+    return str(message["message"]).removeprefix("UserError: ") if isinstance(message, dict) else ""
+
+
+def write_to_logs(folder: Path, text: str) -> None:
+    """Into every rank's log of this node: one that was killed with the others could not write why."""
+    for log in sorted(folder.glob("rank_*.err")):
+        with log.open("a") as file:
+            file.write(f"launch [{HOST}]: {text}\n")
+
+
 # Running
 
 
@@ -289,17 +303,19 @@ class Node:
             return 1, self.lost
         if not failures:
             return 0, ""
-        rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
+        # A rank that knows why it failed has said so in its error file; one that lost its peers has none.
+        rank, first = min(failures.items(), key=lambda item: (not reason_of(item[1]), item[1].timestamp))
         code = first.exitcode
         log = log_folder(self.args.log_dir, self.args.max_restarts) / f"rank_{rank:05d}.err"
         if code == STOPPED or (self.stop.is_set() and code in (-signal.SIGUSR1, -signal.SIGTERM)):
             return STOPPED, "stopped on request"
         if code == BAD_INPUT:
-            return BAD_INPUT, f"rank {rank} refused its input: see above, or {log}"
+            return BAD_INPUT, f"rank {rank} refused its input: {reason_of(first) or f'see above, or {log}'}"
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         if code == -signal.SIGKILL:
             how += " (out of memory? see dmesg on that node)"
-        return 1, f"rank {rank} on {HOST} {how}; its log: {log}{last_lines(log)}"
+        reason = f"\n    {reason_of(first)}" if reason_of(first) else ""
+        return 1, f"rank {rank} on {HOST} {how}; its log: {log}{last_lines(log)}{reason}"
 
     def _conclude(self, status: int, text: str) -> int:
         """Says how it ended. Waits for the other nodes for some seconds, to name the first that failed."""
@@ -313,6 +329,8 @@ class Node:
                 first = self._first_to_fail(self.roll_call, status, text)
             except RuntimeError:
                 first = f"the head node {self.roll_call.members[0].name} is gone"
+        if failed:
+            write_to_logs(log_folder(self.args.log_dir, self.args.max_restarts), f"FAILED: {first or text}")
         if first and first != text:
             say(f"FAILED because {first}")
             say(f"on this node: {text.splitlines()[0]}")

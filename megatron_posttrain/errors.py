@@ -20,6 +20,12 @@ class NotFiniteError(UserError):
     status = 1
 
 
+class SaveError(UserError):
+    """What a run made could not be written. The message says what, why, and what is left."""
+
+    status = 1
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` when a valid name is close to `name`, else the empty string."""
     close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)

@@ -36,9 +36,10 @@ from megatron_posttrain.rollout.text import stop_message
 from megatron_posttrain.training.batches import rank_token_batches, to_rows
 from megatron_posttrain.training.checkpoints import Checkpoints
 from megatron_posttrain.training.engine import Engine, Metrics, TokenOutput
-from megatron_posttrain.training.export import export, full_tensors
+from megatron_posttrain.training.export import export_run, full_tensors
 from megatron_posttrain.training.limits import prompts_of, rollout_problems
 from megatron_posttrain.training.prepare import Prepared, prepare
+from megatron_posttrain.training.resume import Origin
 from megatron_posttrain.training.run import REQUEUE_STATUS, Run
 from megatron_posttrain.training.schedule import learning_rate, total_steps
 from megatron_posttrain.training.sequences import sequence_logprobs
@@ -53,11 +54,12 @@ def grpo(config: GrpoConfig) -> int:
     prompts = check(config, prepared.tokenizer, prepared.arch, platform().name)
     rewards = load_rewards(config.rewards)
     steps = total_steps(config.training, prompts, config.rollout.prompts_per_step)
+    origin = Origin.of(config, prepared.model_path, prompts.fingerprint)
+    checkpoints = Checkpoints(config.output_dir, config.checkpoint, origin)
     start_distributed()
     groups = make_groups(prepared.layout, config.training.seed)
     engine = Engine(config, prepared.arch, groups)
     reference = Engine(config, prepared.arch, groups, train=False) if config.algorithm.kl_coefficient else None
-    checkpoints = Checkpoints(config.output_dir, config.checkpoint)
     first = checkpoints.resume(engine)
     if config.rollout.offload:
         engine.offload()  # vLLM asks for its share of the memory when it is made
@@ -112,8 +114,7 @@ def grpo(config: GrpoConfig) -> int:
                 write_rollouts(config.output_dir / "rollouts" / f"step_{step + 1:06d}.jsonl", samples)
             if checkpoints.after_step(engine, run, step + 1):
                 return REQUEUE_STATUS
-        export(engine, prepared.model_path, config.output_dir / "hf")
-        run.say(f"wrote {config.output_dir / 'hf'}")
+        export_run(engine, checkpoints, run, prepared.model_path)
     rollout.close()
     return 0
 

@@ -15,9 +15,10 @@ from megatron_posttrain.parallel.groups import make_groups, start_distributed
 from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.checkpoints import Checkpoints
 from megatron_posttrain.training.engine import Engine, Metrics, TokenOutput
-from megatron_posttrain.training.export import export
+from megatron_posttrain.training.export import export_run
 from megatron_posttrain.training.limits import check_positions
 from megatron_posttrain.training.prepare import Prepared, prepare
+from megatron_posttrain.training.resume import Origin
 from megatron_posttrain.training.run import REQUEUE_STATUS, Run
 from megatron_posttrain.training.schedule import learning_rate, total_steps
 from megatron_posttrain.training.sequences import sequence_logprobs
@@ -30,10 +31,11 @@ def sft(config: SftConfig) -> int:
     dataset = read_dataset(config, prepared, config.data.train)
     validation = read_dataset(config, prepared, config.data.validation) if config.data.validation else None
     steps = total_steps(config.training, dataset, config.training.global_batch_size)
+    origin = Origin.of(config, prepared.model_path, dataset.fingerprint)
+    checkpoints = Checkpoints(config.output_dir, config.checkpoint, origin)
     start_distributed()
     groups = make_groups(prepared.layout, config.training.seed)
     engine = Engine(config, prepared.arch, groups)
-    checkpoints = Checkpoints(config.output_dir, config.checkpoint)
     first = checkpoints.resume(engine)
 
     with Run(config, steps, first) as run:
@@ -78,8 +80,7 @@ def sft(config: SftConfig) -> int:
             )
             if checkpoints.after_step(engine, run, step + 1):
                 return REQUEUE_STATUS
-        export(engine, prepared.model_path, config.output_dir / "hf")
-        run.say(f"wrote {config.output_dir / 'hf'}")
+        export_run(engine, checkpoints, run, prepared.model_path)
     return 0
 
 

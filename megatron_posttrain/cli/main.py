@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 from megatron_posttrain import __version__
-from megatron_posttrain.errors import UserError, nearest
+from megatron_posttrain.errors import SaveError, UserError, nearest
+from megatron_posttrain.failure import end_with_launcher, report
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 # Command -> (module, one line of help). A module has `add_arguments(parser)` and `run(args) -> int`;
 # it is imported only when its command is asked for, so `--help` and `plan` start without torch.
@@ -60,10 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return module.run(args)
     except UserError as error:
-        # Under torchrun every rank finds the same mistake; one of a node says so.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.status
+        return report(error)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        return report(SaveError(f"{error.filename or 'a file of the run'} could not be written: {error.strerror}"))
 
 
 def process(work: Callable[[], int] = main) -> int:
@@ -72,11 +77,11 @@ def process(work: Callable[[], int] = main) -> int:
     gloo's threads (torch 2.13) may drop their last Python objects while the interpreter ends, which aborts the
     process: one in six failing ranks of a busy machine was reported as killed by SIGABRT in place of status 1.
     """
+    end_with_launcher()
     try:
         status = work()
-    except Exception:
-        sys.excepthook(*sys.exc_info())
-        status = 1
+    except Exception as error:
+        status = report(error)
     if status and "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()

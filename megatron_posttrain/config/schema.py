@@ -135,7 +135,9 @@ class LoraConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: PositiveInt | None = Field(None, description="steps between checkpoints; null: only on a stop signal")
+    every: PositiveInt | None = Field(
+        None, description="steps between checkpoints; null: on a stop signal, and before the export, until it is whole"
+    )
     keep: PositiveInt = Field(2, description="newest checkpoints kept")
     resume: Literal["auto", "never"] = Field("auto", description="auto: from the newest whole checkpoint of `output`")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -113,6 +114,14 @@ class SftDataset(_Epochs):
             + (f"; {self.unlearned:,} left out, every turn of weight 0" if self.unlearned else "")
         )
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the tokens, what counts of them, and where conversations begin."""
+        total = hashlib.sha256()
+        for part in (self._tokens, self._masks, self._starts):
+            total.update(part.tobytes())
+        return total.hexdigest()[:16]
+
     def _make_rows(self, epoch: int) -> list[list[int]]:
         """The rows of an epoch in their order, each a list of conversation indices."""
         random = np.random.default_rng([self.seed, epoch])
@@ -178,6 +187,14 @@ class PromptDataset(_Epochs):
     def message(self) -> str:
         """One line about what was read and dropped."""
         return f"{len(self):,} prompts; longer than {self.max_prompt_length} tokens: {self.dropped:,} dropped"
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the tokens of prompts, and their answers."""
+        total = hashlib.sha256()
+        for prompt in self.prompts:
+            total.update(f"{prompt.token_ids} {prompt.answer!r}\n".encode())
+        return total.hexdigest()[:16]
 
     def _make_rows(self, epoch: int) -> list[int]:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts)).tolist()

@@ -6,18 +6,24 @@ import contextlib
 import json
 import multiprocessing.dummy
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_posttrain.config.schema import CheckpointConfig
+from megatron_posttrain.errors import SaveError, UserError
 from megatron_posttrain.parallel.groups import broadcast_object
 from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.scope import replaced
+from megatron_posttrain.training.disk import agree, cause
 from megatron_posttrain.training.engine import Engine
+from megatron_posttrain.training.optimizer import set_hyper_parameters
 from megatron_posttrain.training.optimizer_fixes import optimizer_can_resume
+from megatron_posttrain.training.resume import Origin
 from megatron_posttrain.training.run import Run
 
 # Any data parallel size can read what any other wrote.
@@ -28,9 +34,14 @@ STATE_FILE = "trainer_state.json"
 class Checkpoints:
     """`output`/checkpoints/step_000100, newest `keep` of them; a directory without a state file is not whole."""
 
-    def __init__(self, output: Path, config: CheckpointConfig) -> None:
+    def __init__(self, output: Path, config: CheckpointConfig, origin: Origin | None = None) -> None:
+        """Raises UserError where the newest one is of another run than `origin` is; needs no model."""
         self.directory = output / "checkpoints"
-        self.config = config
+        self.config, self.origin = config, origin
+        self._changes: list[str] = []
+        if config.resume == "auto" and origin is not None:
+            newest = next((path for path in reversed(self.whole()) if damage(path) is None), None)
+            self._changes = [] if newest is None else origin.changes(newest, read_state(newest))
 
     def due(self, step: int, last: bool) -> bool:
         """Whether to save after step number `step` (from 1)."""
@@ -46,46 +57,159 @@ class Checkpoints:
         return stop and not last
 
     def save(self, engine: Engine, step: int) -> None:
-        """Collective. What a loop needs beside weights and optimizer follows from the step's number."""
-        from megatron.core import dist_checkpointing
+        """Collective. What a loop needs beside weights and optimizer follows from the step's number.
 
+        Raises SaveError on every rank when one cannot write; what was there before stays.
+        """
         final = self.directory / f"step_{step:06d}"
         partial = self.directory / f".step_{step:06d}.partial"
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
+        with self._failing_together(final, partial):
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
         engine.gather_weights()
-        with platform().megatron(), optimizer_can_resume(), _written_by_threads():
-            dist_checkpointing.save(_sharded_state(engine, loading=False), str(partial), content_metadata=SHARDING)
-        dist.barrier()
-        if dist.get_rank() == 0:
-            (partial / STATE_FILE).write_text(json.dumps({"step": step}))
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            for old in self.whole()[: -self.config.keep]:
-                shutil.rmtree(old)
-        dist.barrier()
+        with self._failing_together(final, partial):
+            from megatron.core import dist_checkpointing
+
+            with platform().megatron(), optimizer_can_resume(), _written_by_threads():
+                dist_checkpointing.save(_sharded_state(engine, loading=False), str(partial), content_metadata=SHARDING)
+        with self._failing_together(final, partial):
+            if dist.get_rank() == 0:
+                state = {"step": step} if self.origin is None else self.origin.state(step)
+                (partial / STATE_FILE).write_text(json.dumps(state))
+                shutil.rmtree(final, ignore_errors=True)
+                partial.rename(final)
+                self._remove_old(step)
+
+    def _remove_old(self, step: int) -> None:
+        """All but the newest `keep`; first those of later steps, of an attempt that this one does not go on from."""
+        whole = self.whole()
+        later = [path for path in whole if _step_of(path) > step]
+        for old in [*later, *[path for path in whole if path not in later][: -self.config.keep]]:
+            shutil.rmtree(old)
+
+    @contextlib.contextmanager
+    def _failing_together(self, final: Path, partial: Path) -> Iterator[None]:
+        """Collective: the first rank's failure to write becomes every rank's SaveError, and makes room again."""
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        problem = None
+        try:
+            yield
+        except (OSError, RuntimeError, CheckpointException) as error:
+            problem = f"{final} could not be written: {cause(partial, error)}"
+        try:
+            agree(problem)
+        except SaveError as error:
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise SaveError(f"{error}; {self.left()}") from None
+
+    def left(self) -> str:
+        """What there is to go on from, for a message."""
+        whole = self.whole()
+        return f"{whole[-1]} is whole, the same command goes on from it" if whole else "no checkpoint is there"
+
+    def secure(self, engine: Engine, run: Run) -> None:
+        """Collective: a checkpoint of the last step, if there is none, so that a failing export loses nothing."""
+        if broadcast_object(any(_step_of(path) == run.total_steps for path in self.whole())):
+            return
+        try:
+            self.save(engine, run.total_steps)
+        except SaveError as error:  # the export, which is smaller, may still fit
+            run.say(f"warning: no checkpoint before the export: {error}")
+
+    def release(self, step: int) -> None:
+        """Removes what `secure` has left where no checkpoints were asked for."""
+        if self.config.every is None and dist.get_rank() == 0:
+            shutil.rmtree(self.directory / f"step_{step:06d}", ignore_errors=True)
+            with contextlib.suppress(OSError):  # others may be in it
+                self.directory.rmdir()
 
     def whole(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
         return sorted(p.parent for p in self.directory.glob(f"step_*/{STATE_FILE}"))
 
     def resume(self, engine: Engine) -> int:
-        """Collective. Loads the newest whole checkpoint; the number of its step, or 0 when there is none."""
-        from megatron.core import dist_checkpointing
+        """Collective. Loads the newest checkpoint that can be read; the number of its step, or 0 without any.
 
-        newest = self.whole()[-1:] if self.config.resume == "auto" else []
-        # One answer for all ranks: a shared file system may show them different listings.
-        path = broadcast_object(str(newest[0]) if newest else None)
-        if path is None:
-            return 0
+        Those that cannot are named. Raises UserError when none of several can.
+        """
+        unreadable: list[str] = []
+        path: Path | None
+        problem: str | None
+        while True:
+            # One answer for all ranks: a shared file system may show them different listings.
+            path, problem = broadcast_object(self._newest(unreadable))  # type: ignore[misc]
+            if path is None or not (problem := problem or _load(engine, path)):
+                break
+            unreadable.append(f"{path} cannot be read: {problem}")
+            _say(f"warning: {unreadable[-1]}; the one before it is tried")
+        if path is None and unreadable:
+            raise UserError(
+                f"{'; '.join(unreadable)}; no other checkpoint is there. checkpoint.resume=never trains anew"
+            )
+        if path is not None and self._changes:
+            _say(f"changed from step {_step_of(path) + 1} on: {', '.join(self._changes)}")
+        return 0 if path is None else _step_of(path)
+
+    def _newest(self, unreadable: list[str]) -> tuple[Path | None, str | None]:
+        """The newest checkpoint but for those that were tried, and what is wrong with it as far as files tell."""
+        left = self.whole()[: len(self.whole()) - len(unreadable)] if self.config.resume == "auto" else []
+        return (left[-1], damage(left[-1])) if left else (None, None)
+
+
+def damage(path: Path) -> str | None:
+    """What files that are cut off or missing say against a checkpoint; needs no rank but this one."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    try:
+        read_state(path)
+        stored = FileSystemReader(str(path)).read_metadata().storage_data
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    ends: dict[str, int] = {}
+    for info in (stored or {}).values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    for name, end in sorted(ends.items()):
+        size = (path / name).stat().st_size if (path / name).exists() else 0
+        if size < end:
+            return f"{name} has {size:,} bytes, {end:,} were written"
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    return json.loads((path / STATE_FILE).read_text())
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _say(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def _load(engine: Engine, path: Path) -> str | None:
+    """Collective: why the checkpoint cannot be read, the same on all ranks."""
+    from megatron.core import dist_checkpointing
+
+    problem = None
+    try:
         with platform().megatron(), optimizer_can_resume():
             loaded = dist_checkpointing.load(_sharded_state(engine, loading=True), str(path))
             for index, chunk in enumerate(engine.modules):
                 chunk.load_state_dict(loaded[_model_key(engine, index)], strict=False)
             engine.optimizer.load_state_dict(loaded["optimizer"])
-        return json.loads((Path(str(path)) / STATE_FILE).read_text())["step"]
+        set_hyper_parameters(engine.optimizer, engine.config.optimizer)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        problem = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next((p for p in problems if p), None)
 
 
 def _written_by_threads() -> contextlib.AbstractContextManager[None]:

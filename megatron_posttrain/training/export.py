@@ -10,8 +10,12 @@ from torch import Tensor
 
 from megatron_posttrain.checkpoint.hf import model_directory, write_directory
 from megatron_posttrain.checkpoint.hf_files import custom_code
+from megatron_posttrain.errors import SaveError, UserError
 from megatron_posttrain.platform import platform
+from megatron_posttrain.training.checkpoints import Checkpoints
+from megatron_posttrain.training.disk import agree, cause
 from megatron_posttrain.training.engine import Engine
+from megatron_posttrain.training.run import Run
 
 
 def full_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
@@ -22,15 +26,34 @@ def full_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
 
 
 def export(engine: Engine, source: Path, directory: Path) -> None:
-    """Collective: writes `directory` anew, with the run's tokenizer and the other files of `source`."""
+    """Collective: writes `directory` anew, with the run's tokenizer and the other files of `source`.
+
+    Raises SaveError on every rank when it cannot be written.
+    """
     tensors = full_tensors(engine)
-    if dist.get_rank() == 0:
-        of_run = engine.config.model.tokenizer
-        tokenizer = None if of_run is None else model_directory(of_run, "model.tokenizer")
-        write_directory(directory, engine.arch, tensors, source=source, overwrite=True, tokenizer=tokenizer)
-        if left := custom_code(source):
-            print(f"{directory}: left behind, custom code of {source}: {', '.join(left)}", flush=True)
-    else:
-        for _ in tensors:
-            pass
-    dist.barrier()
+    problem = None
+    try:
+        if dist.get_rank() == 0:
+            of_run = engine.config.model.tokenizer
+            tokenizer = None if of_run is None else model_directory(of_run, "model.tokenizer")
+            write_directory(directory, engine.arch, tensors, source=source, overwrite=True, tokenizer=tokenizer)
+            if left := custom_code(source):
+                print(f"{directory}: left behind, custom code of {source}: {', '.join(left)}", flush=True)
+    except OSError as error:
+        problem = f"{directory} could not be written: {cause(directory, error)}"
+    except UserError as error:
+        problem = f"{directory} could not be written: {error}"
+    for _ in tensors:  # on all other ranks, and where it failed: each tensor is gathered by all
+        pass
+    agree(problem)
+
+
+def export_run(engine: Engine, checkpoints: Checkpoints, run: Run, source: Path) -> None:
+    """Collective: the run's last step as a checkpoint, then as output/hf; one that fails leaves the other."""
+    checkpoints.secure(engine, run)
+    try:
+        export(engine, source, run.directory / "hf")
+    except SaveError as error:
+        raise SaveError(f"{error}; {checkpoints.left()}") from None
+    checkpoints.release(run.total_steps)
+    run.say(f"wrote {run.directory / 'hf'}")

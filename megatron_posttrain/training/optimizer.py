@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_posttrain.config.schema import Config
+from megatron_posttrain.config.schema import Config, OptimizerConfig
 from megatron_posttrain.errors import NotFiniteError
 from megatron_posttrain.platform import platform
 
@@ -84,8 +84,7 @@ def make_optimizer(chunks: Sequence[Any], model_config: Any, config: Config) -> 
         ),
         list(chunks),
     )
-    for group in optimizer.param_groups:
-        group["weight_decay"] = o.weight_decay * group.get("wd_mult", 1.0)
+    set_hyper_parameters(optimizer, o)
     model_config.finalize_model_grads_func = finalize_model_grads
     model_config.grad_scale_func = optimizer.scale_loss
     if overlaps(config):
@@ -106,3 +105,10 @@ def _finite_norm(get_grad_norm: Callable[[], float]) -> Callable[[], float]:
         return found
 
     return norm
+
+
+def set_hyper_parameters(optimizer: Any, config: OptimizerConfig) -> None:
+    """The config's, also after a checkpoint's state, which has those of its run, was loaded."""
+    for group in optimizer.param_groups:
+        group["weight_decay"] = config.weight_decay * group.get("wd_mult", 1.0)
+        group["betas"], group["eps"] = (config.beta1, config.beta2), config.epsilon

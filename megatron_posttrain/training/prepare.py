@@ -18,6 +18,7 @@ from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.parallel.layout import Layout, batch_problem, check_layout
 from megatron_posttrain.parallel.network import check_interfaces
 from megatron_posttrain.platform import platform
+from megatron_posttrain.training.disk import check_disk
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,9 @@ class Prepared:
 
 def prepare(config: Config, world_size: int | None = None) -> Prepared:
     """Raises UserError for whatever is wrong with the model, layout, batch, precision or tokenizer."""
+    training = world_size is None
     if world_size is None:
+        check_launcher()
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
     path = model_directory(config.model.path)
     arch = read_architecture(config, path)
@@ -41,7 +44,20 @@ def prepare(config: Config, world_size: int | None = None) -> Prepared:
         raise UserError("; ".join(wrong))
     _check_implementation(config)
     check_interfaces()
+    if training:
+        check_disk(config, arch)
     return Prepared(arch, layout, read_tokenizer(config.model.tokenizer or path, arch), path)
+
+
+def check_launcher() -> None:
+    """Raises UserError where the environment speaks of several processes, but not of how they find each other."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    absent = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if size != "1" and absent:
+        raise UserError(
+            f"the environment has WORLD_SIZE={size}, but not {', '.join(absent)}: start this with torchrun or "
+            "launch/node.sh, or unset WORLD_SIZE to train with one process"
+        )
 
 
 def read_architecture(config: Config, directory: Path) -> Architecture:

@@ -1,0 +1,75 @@
+"""Room for what a run writes, and why a write failed."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_posttrain.config.schema import Config
+from megatron_posttrain.errors import SaveError, UserError
+from megatron_posttrain.models import registry
+from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.output import check_output
+
+PROBE_BYTES = 1 << 20
+OPTIMIZER_BYTES = 12  # a parameter: fp32 main weight and two moments
+FILES = ("config.yaml", "metrics.jsonl", ".stop")
+DIRECTORIES = ("checkpoints", "hf", "heartbeats", "tensorboard", "rollouts")
+
+
+def check_disk(config: Config, arch: Architecture) -> None:
+    """Raises UserError where `output` cannot be written to, or has no room for the export and a checkpoint."""
+    output = config.output_dir
+    there = check_output(output, files=FILES)
+    for name in DIRECTORIES:
+        if (output / name).exists():
+            check_output(output / name)
+    parameters = sum(math.prod(plan.local_shape(1)) for plan in registry.tensors(arch))
+    width = 4 if config.precision.dtype == "fp32" else 2
+    parts = {"the export": 2 * parameters}  # at least: bf16
+    if config.checkpoint.every is not None:
+        parts["a checkpoint"] = (width + OPTIMIZER_BYTES) * parameters
+    free, needed = shutil.disk_usage(there).free, sum(parts.values())
+    if free < needed:
+        listed = " and ".join(f"{name} takes {_size(size)}" for name, size in parts.items())
+        raise UserError(f"output={output}: {_size(free)} are free there, {listed}; make room or choose another one")
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**29 else f"{count / 2**20:,.1f} MiB"
+
+
+def cause(directory: Path, error: BaseException) -> str:
+    """Why a write below `directory` failed, in the system's words where they can be found."""
+    for part in _chain(error):
+        if isinstance(part, OSError) and part.strerror:
+            return part.strerror
+    # torch's writer of files reports an internal position; the next write meets what it met.
+    files = sorted((f for f in directory.glob("*") if f.is_file()), key=lambda f: -f.stat().st_size)
+    for file in files[:2]:
+        try:
+            with file.open("ab") as stream:
+                stream.write(bytes(PROBE_BYTES))
+                os.fsync(stream.fileno())
+        except OSError as found:
+            return str(found.strerror)
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def agree(problem: str | None) -> None:
+    """Collective: SaveError on every rank when any has a problem, the lowest rank's."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if found := [p for p in problems if p]:
+        raise SaveError(found[0])
