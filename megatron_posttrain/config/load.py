@@ -48,7 +48,7 @@ def load_config(schema: type[ConfigType], file: str | Path | None, overrides: Se
 
 def _ignored(config: Config) -> Iterator[str]:
     """What was set and would have no effect. A value equal to the default may stay: a run's own config has all keys."""
-    for key, why in config.ignored.items():
+    for key, why in getattr(config, "ignored", {}).items():
         *parents, name = key.split(".")
         section: Any = config
         for parent in parents:
