@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import textwrap
 import threading
 import time
 from typing import Any
@@ -52,7 +53,7 @@ def report(error: Exception) -> int:
     if first["reason"] == mine["reason"]:
         print(f"rank {mine['rank']}: {mine['reason']}", file=sys.stderr, flush=True)
     else:
-        own = mine["reason"].splitlines()[0]
+        own = textwrap.shorten(mine["reason"].splitlines()[0], 120, placeholder="...")
         print(
             f"rank {mine['rank']} ends ({own}), since rank {first['rank']} failed first: {first['reason']}",
             file=sys.stderr,

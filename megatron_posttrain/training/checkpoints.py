@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_posttrain.config.schema import CheckpointConfig
 from megatron_posttrain.errors import SaveError, UserError
 from megatron_posttrain.parallel.groups import broadcast_object
 from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.scope import replaced
-from megatron_posttrain.training.disk import agree, cause
+from megatron_posttrain.training.disk import agree, cause, described
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.optimizer import set_hyper_parameters
 from megatron_posttrain.training.optimizer_fixes import optimizer_can_resume
@@ -91,8 +92,6 @@ class Checkpoints:
     @contextlib.contextmanager
     def _failing_together(self, final: Path, partial: Path) -> Iterator[None]:
         """Collective: the first rank's failure to write becomes every rank's SaveError, and makes room again."""
-        from torch.distributed.checkpoint.api import CheckpointException
-
         problem = None
         try:
             yield
@@ -166,8 +165,8 @@ def damage(path: Path) -> str | None:
     try:
         read_state(path)
         stored = FileSystemReader(str(path)).read_metadata().storage_data
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+    except (Exception, CheckpointException) as error:
+        return described(error)
     ends: dict[str, int] = {}
     for info in (stored or {}).values():
         ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
@@ -205,8 +204,8 @@ def _load(engine: Engine, path: Path) -> str | None:
         set_hyper_parameters(engine.optimizer, engine.config.optimizer)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:
-        problem = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+    except (Exception, CheckpointException) as error:
+        problem = described(error)
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     return next((p for p in problems if p), None)
