@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing.dummy
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from megatron_posttrain.training.run import Run
 
 # Any data parallel size can read what any other wrote.
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError)
 STATE_FILE = "trainer_state.json"
 
 
@@ -165,7 +167,7 @@ def damage(path: Path) -> str | None:
     try:
         read_state(path)
         stored = FileSystemReader(str(path)).read_metadata().storage_data
-    except (Exception, CheckpointException) as error:
+    except Exception as error:  # a damaged pickle may raise anything
         return described(error)
     ends: dict[str, int] = {}
     for info in (stored or {}).values():
@@ -193,6 +195,7 @@ def _say(text: str) -> None:
 def _load(engine: Engine, path: Path) -> str | None:
     """Collective: why the checkpoint cannot be read, the same on all ranks."""
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
 
     problem = None
     try:
@@ -204,7 +207,7 @@ def _load(engine: Engine, path: Path) -> str | None:
         set_hyper_parameters(engine.optimizer, engine.config.optimizer)
     except torch.OutOfMemoryError:
         raise
-    except (Exception, CheckpointException) as error:
+    except (CheckpointException, CheckpointingException, *UNREADABLE) as error:
         problem = described(error)
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
