@@ -189,13 +189,17 @@ class RankLogs(LogsSpecs):
         stems = {local: str(folder / f"rank_{int(env['RANK']):05d}") for local, env in envs.items()}
         out = {local: f"{stem}.out" for local, stem in stems.items()}
         err = {local: f"{stem}.err" for local, stem in stems.items()}
+        errors = {local: f"{stem}.error.json" for local, stem in stems.items()}
+        for local, file in errors.items():
+            Path(file).unlink(missing_ok=True)  # of an earlier run with this log folder
+            envs[local]["TORCHELASTIC_ERROR_FILE"] = file
         first = [local for local, env in envs.items() if env["RANK"] == "0"]
         return LogsDest(
             stdouts=out,
             stderrs=err,
             tee_stdouts={local: out[local] for local in first},
             tee_stderrs={local: err[local] for local in first},
-            error_files={local: f"{stem}.error.json" for local, stem in stems.items()},
+            error_files=errors,
         )
 
 
@@ -208,7 +212,11 @@ def reason_of(failure: ProcessFailure) -> str:
     """What a rank wrote into its error file about its end; empty when it could not."""
     data = failure.error_file_data
     message = data.get("message") if isinstance(data, dict) else None
-    return str(message["message"]).removeprefix("UserError: ") if isinstance(message, dict) else ""
+    return (
+        str(message["message"]).removeprefix("UserError: ").removeprefix("SaveError: ")
+        if isinstance(message, dict)
+        else ""
+    )
 
 
 def write_to_logs(folder: Path, text: str) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import textwrap
 import threading
 import time
 from typing import Any
@@ -34,7 +35,7 @@ def report(error: Exception) -> int:
     status = error.status if isinstance(error, UserError) else 1
     kind = "error" if isinstance(error, UserError) else type(error).__name__
     mine: dict[str, Any] = {"rank": int(os.environ.get("RANK", "0")), "reason": f"{kind}: {error}", "status": status}
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if _ranks() == 1:
         _show(error, mine["reason"])
         return status
     if not _ranks_have_met():
@@ -52,7 +53,7 @@ def report(error: Exception) -> int:
     if first["reason"] == mine["reason"]:
         print(f"rank {mine['rank']}: {mine['reason']}", file=sys.stderr, flush=True)
     else:
-        own = mine["reason"].splitlines()[0]
+        own = textwrap.shorten(mine["reason"].splitlines()[0], 120, placeholder="...")
         print(
             f"rank {mine['rank']} ends ({own}), since rank {first['rank']} failed first: {first['reason']}",
             file=sys.stderr,
@@ -68,6 +69,13 @@ def _show(error: Exception, reason: str) -> None:
     else:
         sys.excepthook(type(error), error, error.__traceback__)
         sys.stderr.flush()
+
+
+def _ranks() -> int:
+    """Of this job: those that have met, or that a launcher has announced."""
+    if _ranks_have_met():
+        return sys.modules["torch.distributed"].get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _ranks_have_met() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing.dummy
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_posttrain.config.schema import CheckpointConfig
 from megatron_posttrain.errors import SaveError, UserError
 from megatron_posttrain.parallel.groups import broadcast_object
 from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.scope import replaced
-from megatron_posttrain.training.disk import agree, cause
+from megatron_posttrain.training.disk import agree, cause, described
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.optimizer import set_hyper_parameters
 from megatron_posttrain.training.optimizer_fixes import optimizer_can_resume
@@ -28,6 +30,7 @@ from megatron_posttrain.training.run import Run
 
 # Any data parallel size can read what any other wrote.
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError)
 STATE_FILE = "trainer_state.json"
 
 
@@ -91,8 +94,6 @@ class Checkpoints:
     @contextlib.contextmanager
     def _failing_together(self, final: Path, partial: Path) -> Iterator[None]:
         """Collective: the first rank's failure to write becomes every rank's SaveError, and makes room again."""
-        from torch.distributed.checkpoint.api import CheckpointException
-
         problem = None
         try:
             yield
@@ -166,8 +167,8 @@ def damage(path: Path) -> str | None:
     try:
         read_state(path)
         stored = FileSystemReader(str(path)).read_metadata().storage_data
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+    except Exception as error:  # a damaged pickle may raise anything
+        return described(error)
     ends: dict[str, int] = {}
     for info in (stored or {}).values():
         ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
@@ -194,6 +195,7 @@ def _say(text: str) -> None:
 def _load(engine: Engine, path: Path) -> str | None:
     """Collective: why the checkpoint cannot be read, the same on all ranks."""
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
 
     problem = None
     try:
@@ -205,8 +207,8 @@ def _load(engine: Engine, path: Path) -> str | None:
         set_hyper_parameters(engine.optimizer, engine.config.optimizer)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:
-        problem = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+    except (CheckpointException, CheckpointingException, *UNREADABLE) as error:
+        problem = described(error)
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     return next((p for p in problems if p), None)

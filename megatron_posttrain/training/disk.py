@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_posttrain.config.schema import Config
 from megatron_posttrain.errors import SaveError, UserError
@@ -48,7 +49,7 @@ def cause(directory: Path, error: BaseException) -> str:
     """Why a write below `directory` failed, in the system's words where they can be found."""
     for part in _chain(error):
         if isinstance(part, OSError) and part.strerror:
-            return part.strerror
+            return part.strerror + (f" ({part.filename})" if part.filename else "")
     # torch's writer of files reports an internal position; the next write meets what it met.
     files = sorted((f for f in directory.glob("*") if f.is_file()), key=lambda f: -f.stat().st_size)
     for file in files[:2]:
@@ -58,12 +59,21 @@ def cause(directory: Path, error: BaseException) -> str:
                 os.fsync(stream.fileno())
         except OSError as found:
             return str(found.strerror)
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return described(error)
+
+
+def described(error: BaseException) -> str:
+    """One line about an error, where several ranks had one about the first of them."""
+    first = next((part for part in _chain(error) if not isinstance(part, CheckpointException)), error)
+    return f"{type(first).__name__}: {(str(first).strip().splitlines() or [''])[0]}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
+        if isinstance(error, CheckpointException):
+            for failure, _ in error.failures.values():
+                yield from _chain(failure)
         error = error.__cause__ or error.__context__
 
 

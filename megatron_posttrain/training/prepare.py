@@ -35,7 +35,6 @@ def prepare(config: Config, world_size: int | None = None) -> Prepared:
     """Raises UserError for whatever is wrong with the model, layout, batch, precision or tokenizer."""
     training = world_size is None
     if world_size is None:
-        check_launcher()
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
     path = model_directory(config.model.path)
     arch = read_architecture(config, path)
@@ -45,6 +44,7 @@ def prepare(config: Config, world_size: int | None = None) -> Prepared:
     _check_implementation(config)
     check_interfaces()
     if training:
+        check_launcher()
         check_disk(config, arch)
     return Prepared(arch, layout, read_tokenizer(config.model.tokenizer or path, arch), path)
 
