@@ -214,7 +214,8 @@ def make(mistake: Mistake, place: Path) -> tuple[int, str]:
     if words[0].endswith(".py"):
         run = _script(words[0])
     err, out = io.StringIO(), io.StringIO()
-    environment = {"WORLD_SIZE": "1"} | mistake.environment
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    environment = launched | {"WORLD_SIZE": "1"} | mistake.environment
     with (
         mock.patch.dict(os.environ, environment),
         mock.patch.object(sys, "argv", words),
