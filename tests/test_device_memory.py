@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from megatron_posttrain.algorithms.losses import cross_entropy_sum
+from megatron_posttrain.checkpoint.hf import check_directory
 from megatron_posttrain.config.schema import SftConfig
+from megatron_posttrain.data.batch import Sequence
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.training import engine as engine_module
 from megatron_posttrain.training import optimizer
+from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.engine import Engine
+from megatron_posttrain.training.sequences import sequence_logprobs
+from tests.models import make_qwen3
 
 
 class Recorder:
@@ -83,7 +92,6 @@ def one_rank() -> Iterator[None]:
     from megatron.core import parallel_state
 
     start_distributed()
-    make_groups(Layout(), 0)
     yield
     parallel_state.destroy_model_parallel()
 
@@ -109,8 +117,44 @@ def test_a_bucket_is_bounded(
     """megatron-core makes it the whole buffer without overlap, and in later chunks and pipeline stages."""
     from megatron_posttrain.platform import platform
 
+    make_groups(Layout(), 0)
     monkeypatch.setattr(optimizer, "BUCKET_ELEMENTS", 8_000)
     with platform().megatron():
         sizes = buckets(tmp_path, overlap=overlap, disable=later_chunk)
     assert sum(sizes) == 8 * 64 * 64
     assert max(sizes) <= 8_000 + 64 * 64
+
+
+COLLECTIVES = ("all_reduce", "all_gather_object", "all_gather_into_tensor", "broadcast", "broadcast_object_list")
+
+
+def test_no_collective_of_ours_is_in_a_group_of_one(
+    one_rank: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first of a group makes a NCCL communicator: 390 MiB on an H100, also of one rank. The world has one."""
+    found: list[str] = []
+
+    def watched(name: str) -> Any:
+        original = getattr(dist, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            caller = sys._getframe(1)
+            if "megatron_posttrain" in caller.f_code.co_filename and kwargs.get("group") is not None:
+                found.append(f"{name} in {caller.f_code.co_qualname}")
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in COLLECTIVES:
+        monkeypatch.setattr(dist, name, watched(name))
+    path = make_qwen3(tmp_path, "moe")
+    config = SftConfig.model_validate(
+        {"model": {"path": path}, "precision": {"dtype": "fp32"}, "data": {"train": "-"}, "output": str(tmp_path)}
+    )
+    engine = Engine(config, check_directory(path)[1], make_groups(Layout(), 0))
+    rows = [[Sequence(list(range(20)), [1] * 20)]]
+    sequence_logprobs(engine, rows[0], 64)
+    batches = rank_micro_batches(rows, engine.groups, 1)
+    engine.train_step(batches, lambda out, b: (cross_entropy_sum(out.logprobs, b.loss_mask) / 19, {}), 1e-3)
+    assert len(list(engine.exporter.hf_tensors())) > 20
+    assert found == []

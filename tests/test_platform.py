@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_posttrain.platform import platform
+from megatron_posttrain.config.schema import SftConfig
+from megatron_posttrain.errors import UserError
+from megatron_posttrain.platform import describe, platform
+from megatron_posttrain.training import prepare
+from tests.models import make_assets
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: CUDA needs no stand-ins")
 
@@ -46,3 +52,25 @@ def test_leaving_the_scope_inside_another_keeps_it() -> None:
         with platform().megatron():
             pass
         assert torch.zeros(2, device="cuda").device.type == "cpu"
+
+
+def test_a_gpu_that_torch_cannot_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old driver makes is_available() False; the whole job would then crawl on the CPU, without a word."""
+    answers = {"name": "NVIDIA H100 80GB HBM3", "driver_version": "550.54.15"}
+    monkeypatch.setattr(describe, "_nvidia_smi", answers.get)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(UserError, match=r"H100 80GB HBM3 is there, but torch .* cannot use it \(driver 550\.54\.15\)"):
+        prepare.refuse_unused_gpu()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    prepare.refuse_unused_gpu()
+
+
+def test_every_training_command_looks_for_an_unused_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def found() -> None:
+        raise UserError("a GPU is idle")
+
+    monkeypatch.setattr(prepare, "refuse_unused_gpu", found)
+    assets = make_assets(tmp_path)
+    tree = {"model": {"path": str(assets / "model")}, "data": {"train": "none"}, "output": str(tmp_path / "run")}
+    with pytest.raises(UserError, match="a GPU is idle"):
+        prepare.prepare(SftConfig.model_validate(tree))

@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_posttrain.parallel.groups import start_distributed
     from megatron_posttrain.parallel.network import check_interfaces
     from megatron_posttrain.platform import platform
+    from megatron_posttrain.platform.describe import refuse_unused_gpu
     from megatron_posttrain.rewards import load_rewards
     from megatron_posttrain.rollout.limits import EngineKeys, engine_problems
     from megatron_posttrain.training.limits import check_answers
@@ -94,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks % args.tensor:
         raise UserError(f"--tensor {args.tensor} does not divide the {ranks} processes")
+    refuse_unused_gpu()
     start_distributed()
     engine = RolloutEngine(
         args.model,

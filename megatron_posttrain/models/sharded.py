@@ -174,8 +174,9 @@ class Exporter:
 
     def _agree_on_owners(self) -> None:
         mine = {i: (slot.dtype, slot.whole) for i, slot in enumerate(self.slots) if slot.local}
-        stages: list[dict[int, tuple[torch.dtype, bool]]] = [{} for _ in range(self.stages)]
-        dist.all_gather_object(stages, mine, group=self.groups.pipeline)
+        stages: list[dict[int, tuple[torch.dtype, bool]]] = [mine] * self.stages
+        if self.stages > 1:  # on a GPU a group's first collective takes 390 MiB, also of one rank
+            dist.all_gather_object(stages, mine, group=self.groups.pipeline)
         for stage, held in reversed(list(enumerate(stages))):  # of two that hold a tensor the first owns it
             for index, (dtype, whole) in held.items():
                 slot = self.slots[index]

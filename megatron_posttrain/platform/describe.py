@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from megatron_posttrain.errors import UserError
 from megatron_posttrain.platform import platform
 
+HIDDEN = ("", "-1")  # values of CUDA_VISIBLE_DEVICES
 MATMUL_SIZE = {"cpu": 768, "cuda": 8192}
 
 
@@ -35,8 +37,23 @@ def describe_device() -> dict[str, Any]:
 
 
 def gpu_without_cuda() -> str:
-    """The name of an NVIDIA GPU that the machine has and this torch cannot use; else the empty string."""
-    return "" if torch.cuda.is_available() else _nvidia_smi("name")
+    """The name of an NVIDIA GPU that the machine has and this torch cannot use; empty without one, or where
+    CUDA_VISIBLE_DEVICES hides them all on purpose."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in HIDDEN or torch.cuda.is_available():
+        return ""
+    return _nvidia_smi("name")
+
+
+def refuse_unused_gpu() -> None:
+    """Raises UserError where training would go to the CPU although there is a GPU: an old driver, or torch for CPU."""
+    if not (name := gpu_without_cuda()):
+        return
+    built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built for CPU"
+    raise UserError(
+        f"{name} is there, but torch {torch.__version__} {built} and cannot use it (driver {_driver()}): update the "
+        "driver (CUDA 13 needs 580 or newer), or install torch for CUDA (`bash tools/setup.sh`); to train on the "
+        "CPU all the same, set CUDA_VISIBLE_DEVICES to the empty string"
+    )
 
 
 def _driver() -> str:

@@ -21,7 +21,8 @@ from megatron_posttrain.errors import SaveError, UserError
 from megatron_posttrain.parallel.groups import broadcast_object
 from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.scope import replaced
-from megatron_posttrain.training.disk import agree, cause, described
+from megatron_posttrain.training.deadline import Deadline
+from megatron_posttrain.training.disk import agree, cause, checkpoint_bytes, described
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.optimizer import set_hyper_parameters
 from megatron_posttrain.training.optimizer_fixes import optimizer_can_resume
@@ -41,6 +42,7 @@ class Checkpoints:
         """Raises UserError where the newest one is of another run than `origin` is; needs no model."""
         self.directory = output / "checkpoints"
         self.config, self.origin = config, origin
+        self._deadline: Deadline | None = None
         self._changes: list[str] = []
         if config.resume == "auto" and origin is not None:
             newest = next((path for path in reversed(self.whole()) if damage(path) is None), None)
@@ -52,10 +54,14 @@ class Checkpoints:
 
     def after_step(self, engine: Engine, run: Run, step: int) -> bool:
         """Collective: saves when it is due or a stop was asked for; whether the run is to end before its last step."""
-        stop, last = run.stop_requested(), step == run.total_steps
+        self._deadline = self._deadline or Deadline(checkpoint_bytes(engine.config, engine.arch))
+        late = run.is_main and self._deadline.near()
+        stop, last = run.stop_requested(also=late), step == run.total_steps
         if stop or self.due(step, last):
             self.save(engine, step)
         if stop and not last:
+            if late:
+                self._deadline.tell_job()
             run.say(f"stopped on request after step {step}; the same command resumes")
         return stop and not last
 

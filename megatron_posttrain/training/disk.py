@@ -30,15 +30,21 @@ def check_disk(config: Config, arch: Architecture) -> None:
     for name in DIRECTORIES:
         if (output / name).exists():
             check_output(output / name)
-    parameters = sum(math.prod(plan.local_shape(1)) for plan in registry.tensors(arch))
-    width = 4 if config.precision.dtype == "fp32" else 2
-    parts = {"the export": 2 * parameters}  # at least: bf16
+    parts = {"the export": 2 * parameter_count(arch)}  # at least: bf16
     if config.checkpoint.every is not None:
-        parts["a checkpoint"] = (width + OPTIMIZER_BYTES) * parameters
+        parts["a checkpoint"] = checkpoint_bytes(config, arch)
     free, needed = shutil.disk_usage(there).free, sum(parts.values())
     if free < needed:
         listed = " and ".join(f"{name} takes {_size(size)}" for name, size in parts.items())
         raise UserError(f"output={output}: {_size(free)} are free there, {listed}; make room or choose another one")
+
+
+def parameter_count(arch: Architecture) -> int:
+    return sum(math.prod(plan.local_shape(1)) for plan in registry.tensors(arch))
+
+
+def checkpoint_bytes(config: Config, arch: Architecture) -> int:
+    return ((4 if config.precision.dtype == "fp32" else 2) + OPTIMIZER_BYTES) * parameter_count(arch)
 
 
 def _size(count: float) -> str:

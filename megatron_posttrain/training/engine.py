@@ -283,7 +283,7 @@ class Engine:
         for micro_batch in outputs:
             flat += torch.tensor([float(micro_batch[n]) for n in names[0]], dtype=torch.float64)
         flat = flat.to(platform().device)
-        if self.groups.last_stage:
+        if self.groups.last_stage and self.groups.data.size() > 1:
             dist.all_reduce(flat, group=self.groups.data)
         if group.size() > 1:
             dist.broadcast(flat, src=dist.get_global_rank(group, group.size() - 1), group=group)

@@ -18,6 +18,7 @@ from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.parallel.layout import Layout, batch_problem, check_layout
 from megatron_posttrain.parallel.network import check_interfaces
 from megatron_posttrain.platform import platform
+from megatron_posttrain.platform.describe import refuse_unused_gpu
 from megatron_posttrain.training.disk import check_disk
 
 
@@ -45,6 +46,7 @@ def prepare(config: Config, world_size: int | None = None) -> Prepared:
     check_interfaces()
     if training:
         check_launcher()
+        refuse_unused_gpu()
         check_disk(config, arch)
     return Prepared(arch, layout, read_tokenizer(config.model.tokenizer or path, arch), path)
 

@@ -105,9 +105,9 @@ class Run:
         if self.is_main:
             print(text, flush=True)
 
-    def stop_requested(self) -> bool:
-        """Collective: whether any rank was asked to stop."""
-        asked = self._stop or (self.is_main and (self.directory / STOP_FILE).exists())
+    def stop_requested(self, *, also: bool = False) -> bool:
+        """Collective: whether any rank was asked to stop, or has a reason of its own: `also`."""
+        asked = also or self._stop or (self.is_main and (self.directory / STOP_FILE).exists())
         flag = torch.tensor([int(asked)], device=platform().device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
