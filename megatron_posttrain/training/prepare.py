@@ -19,6 +19,7 @@ from megatron_posttrain.parallel.layout import Layout, batch_problem, check_layo
 from megatron_posttrain.parallel.network import check_interfaces
 from megatron_posttrain.platform import platform
 from megatron_posttrain.training.disk import check_disk
+from megatron_posttrain.training.resume import keep_date
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def prepare(config: Config, world_size: int | None = None) -> Prepared:
     if training:
         check_launcher()
         check_disk(config, arch)
+        keep_date(config)
     return Prepared(arch, layout, read_tokenizer(config.model.tokenizer or path, arch), path)
 
 
