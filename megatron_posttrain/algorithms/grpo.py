@@ -85,8 +85,6 @@ def grpo(config: GrpoConfig) -> int:
                 batch = prompts.batch(step, config.rollout.prompts_per_step)
                 samples = collect_samples(rollout, prepared.tokenizer, batch, rewards, config, step)
                 rollout.sleep()
-                if config.rollout.offload:
-                    engine.restore()
             with timer("train"):
                 samples.advantages = group_advantages(
                     torch.tensor(samples.rewards),
@@ -137,6 +135,8 @@ def update(engine: Engine, samples: Samples, config: GrpoConfig, lr: float) -> d
     budget = token_budget(config)
     results = []
     for start in range(0, len(sequences), size):
+        if start and config.rollout.offload:
+            engine.offload()  # as before the first: no update has states beside its activations
         mini_batch = sequences[start : start + size]
         batches = rank_token_batches(mini_batch, engine.groups, budget)
         counted = sum(sum(s.loss_mask) for s in mini_batch)

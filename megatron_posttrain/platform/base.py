@@ -22,6 +22,9 @@ class Platform(Protocol):
     def synchronize(self) -> None:
         """Waits for the device, for timing."""
 
+    def release_memory(self) -> None:
+        """Gives cached memory that nothing is in back to the device."""
+
     def peak_memory_bytes(self) -> int:
         """Most memory held since `reset_peak_memory`: device memory on CUDA, resident memory on CPU."""
 

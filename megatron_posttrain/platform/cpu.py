@@ -57,6 +57,9 @@ class CpuPlatform:
     def synchronize(self) -> None:
         pass
 
+    def release_memory(self) -> None:
+        pass  # nothing is cached
+
     def peak_memory_bytes(self) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

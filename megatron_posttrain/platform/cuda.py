@@ -32,6 +32,9 @@ class CudaPlatform:
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
+    def release_memory(self) -> None:
+        torch.cuda.empty_cache()
+
     def peak_memory_bytes(self) -> int:
         return torch.cuda.max_memory_allocated()
 

@@ -63,6 +63,7 @@ class Engine:
     def __init__(self, config: Config, arch: Architecture, groups: Groups, *, train: bool = True) -> None:
         self.config, self.arch, self.groups = config, arch, groups
         self.temperature = 1.0
+        self._offloaded = False
         self.modules, self.model_config = build_model(arch, groups.layout, config.model, config.precision)
         if not config.model.random_init:
             load_hf(self.modules, arch, HfReader(model_directory(config.model.path)), groups)
@@ -99,17 +100,20 @@ class Engine:
 
     def offload(self) -> None:
         """Frees what only a training step needs: drops gradients, moves optimizer states to host memory. bf16 only:
-        fp32 main weights are the weights themselves. `restore` undoes it; both may be repeated."""
+        fp32 main weights are the weights themselves. The next step takes each back where it needs it; may be repeated.
+        """
         with platform().megatron():
             for chunk in self.chunks:
                 chunk.offload_grad_buffers()
             self.optimizer.offload_to_cpu()
+        self._offloaded = True
 
-    def restore(self) -> None:
-        with platform().megatron():
-            for chunk in self.chunks:
-                chunk.restore_grad_buffers()
+    def _restore_optimizer(self) -> None:
+        """After backward, so that states and activations are never on the device together."""
+        if self._offloaded:
+            platform().release_memory()  # what activations took is in blocks of other sizes
             self.optimizer.restore_from_cpu()
+            self._offloaded = False
 
     # ---- a training step -------------------------------------------------------------------------------
 
@@ -126,6 +130,8 @@ class Engine:
         with platform().megatron():
             for chunk in self.chunks:
                 chunk.train()
+                if self._offloaded:
+                    chunk.restore_grad_buffers()
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
             timer = PhaseTimer()
@@ -136,6 +142,7 @@ class Engine:
                 if anywhere(not math.isfinite(totals["loss"])):
                     raise NotFiniteError("the loss is not finite")
                 with timer("optimizer"):
+                    self._restore_optimizer()
                     _, grad_norm, _ = self.optimizer.step()
             except NotFiniteError as error:
                 refuse(self, str(error), partial(self._again, micro_batches, loss_function), gradients=True)

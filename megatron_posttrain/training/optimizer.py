@@ -25,12 +25,17 @@ def wrap_for_data_parallel(modules: Sequence[torch.nn.Module], model_config: Any
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap,
         use_distributed_optimizer=True,
-        # Buckets let communication start early; without overlap one bucket is one message.
-        bucket_size=BUCKET_ELEMENTS if overlap else None,
     )
+
+    class Bucketed(DistributedDataParallel):  # type: ignore[misc]
+        """Buckets of one size everywhere. megatron-core makes the whole buffer one without overlap, on later pipeline
+        stages and in later chunks; a checkpoint sends each bucket through the device, gathered and whole."""
+
+        bucket_size = property(lambda self: BUCKET_ELEMENTS, lambda self, size: None)
+
     chunks = [
-        # Only the first chunk's buckets of an interleaved pipeline are worth overlapping.
-        DistributedDataParallel(model_config, options, module, disable_bucketing=index > 0)
+        # Only the first chunk's messages of an interleaved pipeline are worth overlapping.
+        Bucketed(model_config, options, module, disable_bucketing=index > 0)
         for index, module in enumerate(modules)
     ]
     if overlap:

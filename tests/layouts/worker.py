@@ -82,7 +82,6 @@ def run(job: dict[str, Any]) -> None:
         if job.get("offload"):
             engine.offload()
             assert all(buffer.grad_data.untyped_storage().size() == 0 for c in engine.chunks for buffer in c.buffers)
-            engine.restore()
         losses.append(result.loss)
         norms.append(result.grad_norm)
     if job.get("trained"):
