@@ -23,6 +23,8 @@ from torch.nn import functional as F
 
 from megatron_posttrain.training.run import quiet_libraries
 
+Mask = Callable[[list[int]], list[int]]  # 1 where a token counts
+
 SIZES: dict[str, Any] = {
     "vocab_size": 4096,
     "num_hidden_layers": 4,
@@ -59,7 +61,11 @@ def make_rows(count: int, sequence_length: int) -> list[list[list[int]]]:
     return rows
 
 
-def ours(directory: Path, dense: bool) -> Callable[[list[Any]], dict[str, float]]:
+def every_token(ids: list[int]) -> list[int]:
+    return [1] * len(ids)
+
+
+def ours(directory: Path, mask: Mask = every_token) -> Callable[[list[Any]], dict[str, float]]:
     from megatron_posttrain.algorithms.losses import cross_entropy_sum
     from megatron_posttrain.checkpoint.hf import check_directory
     from megatron_posttrain.config.schema import SftConfig
@@ -83,8 +89,8 @@ def ours(directory: Path, dense: bool) -> Callable[[list[Any]], dict[str, float]
     engine = Engine(config, check_directory(directory)[1], groups)
 
     def step(rows: list[list[list[int]]]) -> dict[str, float]:
-        batch = [[Sequence(ids, [1] * len(ids)) for ids in row] for row in rows]
-        counted = sum(len(ids) - 1 for row in rows for ids in row)
+        batch = [[Sequence(ids, mask(ids)) for ids in row] for row in rows]
+        counted = sum(sum(mask(ids)[1:]) for row in rows for ids in row)
         result = engine.train_step(
             rank_micro_batches(batch, groups, 1),
             lambda output, b: (cross_entropy_sum(output.logprobs, b.loss_mask) / counted, {}),
@@ -95,7 +101,7 @@ def ours(directory: Path, dense: bool) -> Callable[[list[Any]], dict[str, float]
     return step
 
 
-def bare(directory: Path, dense: bool) -> Callable[[list[Any]], dict[str, float]]:
+def bare(directory: Path, mask: Mask = every_token) -> Callable[[list[Any]], dict[str, float]]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -103,12 +109,13 @@ def bare(directory: Path, dense: bool) -> Callable[[list[Any]], dict[str, float]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
     def step(rows: list[list[list[int]]]) -> dict[str, float]:
-        counted = sum(len(ids) - 1 for row in rows for ids in row)
+        counted = sum(sum(mask(ids)[1:]) for row in rows for ids in row)
         total = 0.0
         for row in rows:
             ids = torch.tensor([t for sequence in row for t in sequence])
             positions = torch.cat([torch.arange(len(sequence)) for sequence in row])
-            labels = torch.cat([torch.tensor([*sequence[1:], -100]) for sequence in row])
+            shifted = [[*(t if m else -100 for t, m in zip(s[1:], mask(s)[1:], strict=True)), -100] for s in row]
+            labels = torch.tensor([label for sequence in shifted for label in sequence])
             # Positions that start again make transformers attend within each sequence only.
             logits = model(ids[None], position_ids=positions[None], use_cache=False).logits[0]
             loss = F.cross_entropy(logits.float(), labels, reduction="sum") / counted
@@ -133,7 +140,7 @@ def main() -> None:
     quiet_libraries()
     with tempfile.TemporaryDirectory() as temporary:
         make_model(Path(temporary), args.dense)
-        sides = {"ours": ours(Path(temporary), args.dense), "bare": bare(Path(temporary), args.dense)}
+        sides = {"ours": ours(Path(temporary)), "bare": bare(Path(temporary))}
     torch.set_num_threads(args.threads)
     timings: dict[str, list[dict[str, float]]] = {"ours": [], "bare": []}
     for number in range(args.steps + 2):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from megatron_posttrain.errors import UserError
 from megatron_posttrain.training import disk
 from megatron_posttrain.training.checkpoints import damage
 from megatron_posttrain.training.resume import Origin, fingerprint_of_weights
-from tests.launch import Done, ranks
+from tests.launch import ROOT, Done, command, environment, ranks
 from tests.models import make_assets
 
 
@@ -38,12 +40,16 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def train(assets: Path, output: Path, *more: str, processes: int = 1, check: bool = True) -> Done:
-    line = [
-        "-m", "megatron_posttrain", "sft", f"model.path={assets / 'model'}", f"data.train={assets / 'train.jsonl'}",
+def arguments(assets: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "sft", f"model.path={assets / 'model'}", f"data.train={assets / 'train.jsonl'}",
         f"output={output}", "precision.dtype=fp32", "data.sequence_length=64", "training.global_batch_size=4",
         "optimizer.schedule=constant", "logging.tensorboard=false", *more,
     ]  # fmt: skip
+
+
+def train(assets: Path, output: Path, *more: str, processes: int = 1, check: bool = True) -> Done:
+    line = ["-m", "megatron_posttrain", *arguments(assets, output, *more)]
     return ranks(processes, *line, check=check, timeout=300)
 
 
@@ -95,8 +101,7 @@ def test_another_run_is_refused_before_a_model_is_built(assets: Path, run: Path,
         content = bytearray(file.read_bytes())
         content[-2] ^= 1
         file.write_bytes(content)
-    lines = (assets / "train.jsonl").read_text().splitlines(keepends=True)
-    (assets / "fewer.jsonl").write_text("".join(lines[:-1]))
+    shorter(assets)
     done = train(assets, run, "training.steps=3", change.format(assets=assets), check=False)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {run / 'checkpoints' / 'step_000002'} cannot be gone on from, after 8 rows")
@@ -171,18 +176,9 @@ def test_an_export_that_fails_does_not_lose_the_run(assets: Path, tmp_path: Path
     assert not (output / "checkpoints").exists()
 
 
-def test_a_save_that_finds_the_disk_full_names_it(assets: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import subprocess
-    import sys
-
-    from tests.launch import ROOT, environment
-
-    line = [
-        sys.executable, "-m", "megatron_posttrain", "sft", f"model.path={assets / 'model'}",
-        f"data.train={assets / 'train.jsonl'}", f"output={run}", "precision.dtype=fp32", "data.sequence_length=64",
-        "training.global_batch_size=4", "optimizer.schedule=constant", "logging.tensorboard=false",
-        "training.steps=3", "checkpoint.every=1",
-    ]  # fmt: skip
+def test_a_save_that_finds_the_disk_full_names_it(assets: Path, run: Path) -> None:
+    line = [sys.executable, "-m", "megatron_posttrain"]
+    line += arguments(assets, run, "training.steps=3", "checkpoint.every=1")
     size = 200_000
     done = subprocess.run(
         line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False,
@@ -234,3 +230,23 @@ def test_what_another_version_had_not_is_not_compared() -> None:
     assert now.changes(Path("c"), state | {"config": old}) == ["optimizer.lr 1.0 -> 2.0"]
     with pytest.raises(UserError, match=r"training\.seed=0 differs from its 5"):
         now.changes(Path("c"), state | {"config": old | {"training.seed": 5}})
+
+
+def test_a_template_that_writes_the_date_keeps_that_of_the_first_attempt(assets: Path, tmp_path: Path) -> None:
+    dated, output = Path(shutil.copytree(assets / "model", tmp_path / "dated")), tmp_path / "run"
+    (template,) = [file for file in dated.iterdir() if file.name == "chat_template.jinja"]
+    template.write_text("{{ strftime_now('%S%f') }}" + template.read_text())  # another "date" every microsecond
+    line = [f"model.path={dated}", "checkpoint.every=1"]
+    train(assets, output, *line, "training.steps=1")
+    # A process of its own: those of `train` are forks of one, and so of one moment.
+    assert "resumed after step 1" in command(*arguments(assets, output, *line, "training.steps=2")).stdout
+    refused = train(assets, output, *line, "training.steps=3", "data.train=" + str(shorter(assets)), check=False)
+    assert "the rows of data.train=" in refused.stderr
+
+
+def shorter(assets: Path) -> Path:
+    """The rows without the last."""
+    lines = (assets / "train.jsonl").read_text().splitlines(keepends=True)
+    file = assets / "fewer.jsonl"
+    file.write_text("".join(lines[:-1]))
+    return file

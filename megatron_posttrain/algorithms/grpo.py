@@ -42,7 +42,7 @@ from megatron_posttrain.training.prepare import Prepared, prepare
 from megatron_posttrain.training.resume import Origin
 from megatron_posttrain.training.run import REQUEUE_STATUS, Run
 from megatron_posttrain.training.schedule import learning_rate, total_steps
-from megatron_posttrain.training.sequences import sequence_logprobs
+from megatron_posttrain.training.sequences import gather_sequences, sequence_logprobs
 from megatron_posttrain.training.timing import PhaseTimer
 
 CANARY_PROMPTS = 4
@@ -118,18 +118,21 @@ def grpo(config: GrpoConfig) -> int:
 
 
 def score_samples(samples: Samples, engine: Engine, reference: Engine | None, config: GrpoConfig) -> None:
-    """The trainer's own log-probs of what was sampled, before any update; the reference's where KL is on."""
+    """The trainer's own log-probs of what was sampled, where several updates need them; the reference's for KL."""
     sequences = training_sequences(samples)
     budget = token_budget(config)
     temperature = config.rollout.temperature
-    samples.set_logprobs("old_logprobs", sequence_logprobs(engine, sequences, budget, temperature))
+    if len(sequences) > config.training.global_batch_size:
+        samples.set_logprobs("old_logprobs", sequence_logprobs(engine, sequences, budget, temperature))
     if reference is not None:
         samples.set_logprobs("reference_logprobs", sequence_logprobs(reference, sequences, budget, temperature))
 
 
 def update(engine: Engine, samples: Samples, config: GrpoConfig, lr: float) -> dict[str, float]:
-    """Optimizer steps over the samples, `training.global_batch_size` of them a step."""
-    engine.temperature = config.rollout.temperature
+    """Optimizer steps over the samples, `training.global_batch_size` of them a step.
+
+    Log-probs of the first one are those of the policy that sampled: a single one needs no pass for them before it.
+    """
     sequences = training_sequences(samples)
     size = config.training.global_batch_size
     budget = token_budget(config)
@@ -145,8 +148,12 @@ def update(engine: Engine, samples: Samples, config: GrpoConfig, lr: float) -> d
             "sequence": len(mini_batch),
             "constant": len(mini_batch) * config.rollout.max_tokens,
         }[config.algorithm.aggregation]
-        loss = partial(policy_loss, config.algorithm, float(denominator))
-        results.append((counted, engine.train_step(batches, loss, lr)))
+        kept: list[TokenOutput] = []
+        loss = partial(policy_loss, config.algorithm, float(denominator), kept)
+        results.append((counted, engine.train_step(batches, loss, lr, config.rollout.temperature)))
+        if "old_logprobs" not in samples.token_fields:
+            own = engine.from_last_stage(kept, batches)
+            samples.set_logprobs("old_logprobs", gather_sequences(engine.groups, batches, own))
     total = sum(counted for counted, _ in results)
     names = results[0][1].metrics
     return {
@@ -161,8 +168,12 @@ def token_budget(config: GrpoConfig) -> int:
 
 
 def policy_loss(
-    algorithm: GrpoAlgorithm, denominator: float, output: TokenOutput, batch: PackedBatch
+    algorithm: GrpoAlgorithm, denominator: float, kept: list[TokenOutput], output: TokenOutput, batch: PackedBatch
 ) -> tuple[torch.Tensor, Metrics]:
+    """The update's loss; keeps log-probs, which are the old ones too where the batch has none."""
+    own = TokenOutput(output.logprobs.detach(), output.entropy)
+    kept.append(own)
+
     def rows(flat: torch.Tensor) -> torch.Tensor:
         return to_rows(flat, batch.cu_seqlens)
 
@@ -170,7 +181,7 @@ def policy_loss(
     reference = batch.extras.get("reference_logprobs")
     loss, metrics = policy_gradient_loss(
         rows(output.logprobs),
-        rows(batch.extras["old_logprobs"]),
+        rows(batch.extras.get("old_logprobs", own.logprobs)),
         rows(batch.extras["advantages"]),
         rows(batch.loss_mask),
         clip_low=algorithm.clip_low,

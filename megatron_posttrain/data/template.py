@@ -22,12 +22,24 @@ Omissions = Literal["refuse", "allow"]
 PROBE = "\ue5f0\ue5f1\ue5f2"
 # What a template raises by itself, and what its code raises on messages that it was not written for.
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError)
-# Templates write the date (Llama 3.2, gpt-oss); a run that crosses midnight keeps its own.
-STARTED = datetime.now()
+# Templates write the date (Llama 3.2, gpt-oss); a run that crosses midnight keeps its own, resumed ones that of the
+# first attempt: rows are the same tokens to the end.
+_started = datetime.now()
 # Keys under which templates look for a turn's reasoning.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 SAMPLE = "Two words,  2 spaces.\n\n\tx = 1234; \u00e9\u4e16\U0001f600"
 NOT_THE_TEMPLATES = ("weight",)
+
+
+def started() -> datetime:
+    """The moment that templates write as now."""
+    return _started
+
+
+def keep_started(moment: datetime) -> None:
+    """Templates write `moment` from here on."""
+    global _started
+    _started = moment
 
 
 def load_tokenizer(directory: str | Path) -> Any:
@@ -97,7 +109,7 @@ class Template:
             chat_template=self.text,
             add_generation_prompt=prompt,
             return_assistant_tokens_mask=spans,
-            **{**self.tokenizer.special_tokens_map, "strftime_now": STARTED.strftime, **extra},
+            **{**self.tokenizer.special_tokens_map, "strftime_now": _started.strftime, **extra},
         )
         return texts[0], [tuple(span) for span in found[0]] if spans else []
 

@@ -175,7 +175,19 @@ def _reduce_scatter(output: torch.Tensor, inputs: list[torch.Tensor], group: Any
     torch.sum(parts, dim=0, out=output)
 
 
+def _in_place_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """The same but for a group of one whose shard is the whole buffer: gloo copies it out and back, 3% of a step."""
+
+    def run(output: torch.Tensor, tensor: torch.Tensor, *, async_op: bool = False, **options: Any) -> Any:
+        if options["group"].size() == 1 and output.data_ptr() == tensor.data_ptr() and not async_op:
+            return None
+        return collective(output, tensor, async_op=async_op, **options)
+
+    return run
+
+
 def _replacements() -> Iterator[Replacement]:
+    import megatron.core.distributed.param_and_grad_buffer as buffers
     import megatron.core.tensor_parallel.random as megatron_random
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
@@ -199,6 +211,8 @@ def _replacements() -> Iterator[Replacement]:
     yield cuda, "initial_seed", torch.initial_seed
     yield dist, "all_gather", _all_gather
     yield dist, "reduce_scatter", _reduce_scatter
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        yield buffers, name, _in_place_alone(getattr(buffers, name))
     yield megatron_random, "_get_cuda_rng_state", lambda *a, **k: torch.get_rng_state()
     yield megatron_random, "_set_cuda_rng_state", lambda state, *a, **k: torch.set_rng_state(state)
     yield token_dispatcher, "maybe_move_tensor_to_cpu", _splits_to_host

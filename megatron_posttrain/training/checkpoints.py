@@ -26,13 +26,12 @@ from megatron_posttrain.training.disk import agree, cause, checkpoint_bytes, des
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.optimizer import set_hyper_parameters
 from megatron_posttrain.training.optimizer_fixes import optimizer_can_resume
-from megatron_posttrain.training.resume import Origin
+from megatron_posttrain.training.resume import STATE_FILE, Origin
 from megatron_posttrain.training.run import Run
 
 # Any data parallel size can read what any other wrote.
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError)
-STATE_FILE = "trainer_state.json"
 
 
 class Checkpoints:

@@ -20,6 +20,7 @@ from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.errors import NotFiniteError
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.build import FP8_TOKENS, build_model
+from megatron_posttrain.models.head import output_rows
 from megatron_posttrain.models.sharded import Exporter, load_hf
 from megatron_posttrain.parallel.context import gather_tokens, local_index
 from megatron_posttrain.parallel.groups import Groups
@@ -32,7 +33,10 @@ from megatron_posttrain.training.token_logprobs import token_logprobs
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """What the model says of a micro-batch's labels, in natural order whatever the layout."""
+    """What the model says of a micro-batch's labels that count, in natural order whatever the layout; else 0.
+
+    Log-probs are of softmax(logits / temperature), as the rollout engine samples.
+    """
 
     logprobs: Tensor  # [t] fp32, differentiable
     entropy: Tensor  # [t] fp32, nats
@@ -56,13 +60,10 @@ class Engine:
 
     Args:
         train: also make gradient buffers and the optimizer.
-    `temperature` may be set between calls: log-probs are of softmax(logits / temperature), as the rollout
-    engine samples.
     """
 
     def __init__(self, config: Config, arch: Architecture, groups: Groups, *, train: bool = True) -> None:
         self.config, self.arch, self.groups = config, arch, groups
-        self.temperature = 1.0
         self._offloaded = False
         self.modules, self.model_config = build_model(arch, groups.layout, config.model, config.precision)
         if not config.model.random_init:
@@ -117,7 +118,9 @@ class Engine:
 
     # ---- a training step -------------------------------------------------------------------------------
 
-    def train_step(self, micro_batches: Sequence[PackedBatch], loss_function: LossFunction, lr: float) -> StepResult:
+    def train_step(
+        self, micro_batches: Sequence[PackedBatch], loss_function: LossFunction, lr: float, temperature: float = 1.0
+    ) -> StepResult:
         """Forward, backward and optimizer step. Every data parallel rank gives as many micro-batches.
 
         The losses of all micro-batches of all ranks are summed: `loss_function` divides by the global
@@ -136,7 +139,7 @@ class Engine:
             self.optimizer.zero_grad()
             timer = PhaseTimer()
             with timer("forward_backward"):
-                outputs = self._schedule(micro_batches, loss_function, forward_only=False)
+                outputs = self._schedule(micro_batches, loss_function, temperature, forward_only=False)
             totals = self._total(outputs)
             try:
                 if anywhere(not math.isfinite(totals["loss"])):
@@ -145,10 +148,17 @@ class Engine:
                     self._restore_optimizer()
                     _, grad_norm, _ = self.optimizer.step()
             except NotFiniteError as error:
-                refuse(self, str(error), partial(self._again, micro_batches, loss_function), gradients=True)
+                again = partial(self._again, micro_batches, loss_function, temperature)
+                refuse(self, str(error), again, gradients=True)
         return StepResult(totals.pop("loss"), float(grad_norm), totals, timer.seconds)
 
-    def _again(self, micro_batches: Sequence[PackedBatch], loss_function: LossFunction, recorder: Recorder) -> None:
+    def _again(
+        self,
+        micro_batches: Sequence[PackedBatch],
+        loss_function: LossFunction,
+        temperature: float,
+        recorder: Recorder,
+    ) -> None:
         """The forward passes of a step, whose losses the recorder sees too."""
 
         def watched(output: TokenOutput, batch: PackedBatch) -> tuple[Tensor, Metrics]:
@@ -158,13 +168,13 @@ class Engine:
             recorder.look(loss, last, sys.maxsize, "the loss")
             return loss, metrics
 
-        self._schedule(micro_batches, watched, forward_only=True)
+        self._schedule(micro_batches, watched, temperature, forward_only=True)
 
     # ---- log-probabilities -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def logprobs(self, micro_batches: Sequence[PackedBatch]) -> list[TokenOutput]:
-        """Log-probs and entropies [t] of every micro-batch's labels, on every rank of the model's copy."""
+    def logprobs(self, micro_batches: Sequence[PackedBatch], temperature: float = 1.0) -> list[TokenOutput]:
+        """Of every micro-batch, on every rank of the model's copy."""
         micro_batches = self._padded(micro_batches)
         kept: list[TokenOutput] = []
 
@@ -175,20 +185,22 @@ class Engine:
         with platform().megatron():
             for chunk in self.chunks:
                 chunk.eval()
-            self._schedule(micro_batches, keep, forward_only=True)
-        return self._from_last_stage(kept, micro_batches)
+            self._schedule(micro_batches, keep, temperature, forward_only=True)
+        return self.from_last_stage(kept, micro_batches)
 
-    def refuse_logprobs(self, micro_batches: Sequence[PackedBatch]) -> None:
+    def refuse_logprobs(self, micro_batches: Sequence[PackedBatch], temperature: float) -> None:
         """Collective: raises NotFiniteError that names the rank and layer which made log-probs that are not finite."""
         with platform().megatron():
-            score = partial(self._again, self._padded(micro_batches), lambda output, _: (output.logprobs.sum(), {}))
+            batches = self._padded(micro_batches)
+            score = partial(self._again, batches, lambda output, _: (output.logprobs.sum(), {}), temperature)
             refuse(self, "log-probs are not finite", score)
 
-    def _from_last_stage(self, kept: list[TokenOutput], batches: Sequence[PackedBatch]) -> list[TokenOutput]:
+    def from_last_stage(self, kept: list[TokenOutput], batches: Sequence[PackedBatch]) -> list[TokenOutput]:
+        """Collective: the outputs of these micro-batches, which the last stage kept, on every stage."""
         group = self.groups.pipeline
         if group.size() == 1:
             return kept
-        sizes = [len(b.tokens) for b in batches]
+        sizes = [len(b.tokens) for b in self._padded(batches)]
         if self.groups.last_stage:
             flat = torch.stack([torch.cat([o.logprobs for o in kept]), torch.cat([o.entropy for o in kept])])
         else:
@@ -200,7 +212,7 @@ class Engine:
     # ---- megatron-core's schedules ---------------------------------------------------------------------
 
     def _schedule(
-        self, batches: Sequence[PackedBatch], loss_function: LossFunction, *, forward_only: bool
+        self, batches: Sequence[PackedBatch], loss_function: LossFunction, temperature: float, *, forward_only: bool
     ) -> list[dict[str, Tensor]]:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -208,7 +220,7 @@ class Engine:
         rows = max(len(b.tokens) for b in batches)
         iterators: list[Iterator[PackedBatch]] = [iter(batches) for _ in self.chunks]
         return get_forward_backward_func()(
-            forward_step_func=partial(self._forward, loss_function, len(batches)),
+            forward_step_func=partial(self._forward, loss_function, len(batches), temperature),
             data_iterator=iterators if layout.virtual_pipeline else iterators[0],
             model=list(self.chunks) if layout.virtual_pipeline else self.chunks[0],
             num_microbatches=len(batches),
@@ -218,7 +230,7 @@ class Engine:
         )
 
     def _forward(
-        self, loss_function: LossFunction, count: int, batches: Iterator[PackedBatch], model: Any
+        self, loss_function: LossFunction, count: int, temperature: float, batches: Iterator[PackedBatch], model: Any
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Metrics]]]:
         from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -235,14 +247,17 @@ class Engine:
             max_seqlen_q=batch.max_seqlen,
             max_seqlen_kv=batch.max_seqlen,
         )
-        output = model(
-            tokens[None],
-            positions[None],
-            None,
-            packed_seq_params=packed,
-            padding_mask=self._padding_mask(batch, mine, model),
-        )
-        return output, partial(self._loss, loss_function, count, batch, labels)
+        counted = batch.loss_mask[mine].nonzero()[:, 0]
+        rows = (counted if len(counted) else counted.new_zeros(1)).to(device)  # kernels need not take none
+        with output_rows(model, rows):
+            output = model(
+                tokens[None],
+                positions[None],
+                None,
+                packed_seq_params=packed,
+                padding_mask=self._padding_mask(batch, mine, model),
+            )
+        return output, partial(self._loss, loss_function, count, temperature, batch, rows, labels)
 
     def _padding_mask(self, batch: PackedBatch, mine: Any, model: Any) -> Tensor | None:
         """[1, t] True at padding, which the routers' balancing loss must not count; None without any."""
@@ -257,16 +272,18 @@ class Engine:
         return mask[None]
 
     def _loss(
-        self, loss_function: LossFunction, count: int, batch: PackedBatch, labels: Tensor, logits: Tensor
+        self,
+        loss_function: LossFunction,
+        count: int,
+        temperature: float,
+        batch: PackedBatch,
+        rows: Tensor,
+        labels: Tensor,
+        logits: Tensor,
     ) -> tuple[Tensor, Metrics]:
-        logprobs, entropy = token_logprobs(
-            logits[0], labels, self.arch.vocab_size, self.groups.tensor, self.temperature
-        )
-        context = self.groups.context
-        output = TokenOutput(
-            gather_tokens(logprobs, batch.cu_seqlens, context),
-            gather_tokens(entropy, batch.cu_seqlens, context),
-        )
+        found = token_logprobs(logits[0], labels[rows], self.arch.vocab_size, self.groups.tensor, temperature)
+        everywhere = (x.new_zeros(len(labels)).index_copy(0, rows, x) for x in found)
+        output = TokenOutput(*(gather_tokens(x, batch.cu_seqlens, self.groups.context) for x in everywhere))
         loss, metrics = loss_function(output, batch.to(platform().device))
         sums = {"loss": loss.detach().clone(), **metrics}
         # Undone later: the schedule multiplies by context ranks and divides by micro-batches, and the

@@ -20,6 +20,7 @@ from megatron_posttrain.parallel.network import check_interfaces
 from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.describe import refuse_unused_gpu
 from megatron_posttrain.training.disk import check_disk
+from megatron_posttrain.training.resume import keep_date
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def prepare(config: Config, world_size: int | None = None) -> Prepared:
         check_launcher()
         refuse_unused_gpu()
         check_disk(config, arch)
+        keep_date(config)
     return Prepared(arch, layout, read_tokenizer(config.model.tokenizer or path, arch), path)
 
 

@@ -6,13 +6,16 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from megatron_posttrain.checkpoint.hf_files import read_json
 from megatron_posttrain.config.schema import Config, GrpoConfig
+from megatron_posttrain.data.template import keep_started, started
 from megatron_posttrain.errors import UserError
 
+STATE_FILE = "trainer_state.json"
 ENDS = 1 << 20  # bytes of a weight file's beginning and end that its fingerprint takes
 WRITTEN_BY_ANYONE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")  # of a config.json
 
@@ -50,7 +53,7 @@ class Origin:
 
     def state(self, step: int) -> dict[str, Any]:
         """What lies beside a checkpoint of step number `step`."""
-        return {"step": step, "rows": step * self.rows_per_step} | asdict(self)
+        return {"step": step, "rows": step * self.rows_per_step, "started": started().isoformat()} | asdict(self)
 
     def changes(self, checkpoint: Path, state: dict[str, Any]) -> list[str]:
         """Settings that differ from those of `checkpoint` and hold from now on; UserError for those that may not.
@@ -85,6 +88,19 @@ class Origin:
         for key, now in self.config.items():
             if key in config and config[key] != now:
                 yield key, config[key], now
+
+
+def keep_date(config: Config) -> None:
+    """Templates that write the date write that of the attempt which the next one goes on from; before rows are read."""
+    states = sorted((config.output_dir / "checkpoints").glob(f"step_*/{STATE_FILE}"))
+    for file in reversed(states if config.checkpoint.resume == "auto" else []):
+        try:
+            moment = json.loads(file.read_text()).get("started")
+        except ValueError:  # damaged; told when it is to be loaded
+            continue
+        if moment is not None:
+            keep_started(datetime.fromisoformat(moment))
+        return
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

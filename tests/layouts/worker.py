@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -65,7 +66,7 @@ def run(job: dict[str, Any]) -> None:
     engine = Engine(config, arch, groups)
     packed, alone = [], []
     if job.get("score", True):
-        scored = sequences(SCORED, 7, arch.vocab_size)
+        scored = [replace(s, loss_mask=[1] * len(s.token_ids)) for s in sequences(SCORED, 7, arch.vocab_size)]
         packed = sequence_logprobs(engine, scored, 64)
         alone = sequence_logprobs(engine, scored, max(SCORED))
     if job.get("export"):

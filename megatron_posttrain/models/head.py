@@ -1,0 +1,44 @@
+"""The output layer on the tokens that are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_posttrain.models.sharded import unwrap
+
+
+@contextmanager
+def output_rows(model: torch.nn.Module, rows: Tensor) -> Iterator[None]:
+    """Forward passes meanwhile give logits [1, n, vocabulary] of `rows` [n] of this context rank's tokens only.
+
+    Nothing changes in a chunk that has no output layer. Under sequence parallelism the hidden states are gathered
+    here instead of in the layer, because rows are numbers of all tensor ranks' tokens.
+    """
+    layer: Any = getattr(unwrap(model), "output_layer", None)
+    if layer is None:
+        yield
+        return
+    split = layer.sequence_parallel
+
+    def select(module: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+        hidden = inputs[0]
+        if split:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return (hidden.index_select(0, rows),)
+
+    hook = layer.register_forward_pre_hook(select)
+    if split:
+        layer.sequence_parallel, layer.allreduce_dgrad = False, True
+    try:
+        yield
+    finally:
+        hook.remove()
+        if split:
+            layer.sequence_parallel, layer.allreduce_dgrad = True, False
