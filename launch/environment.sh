@@ -17,6 +17,13 @@ export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 # Rank logs are read while the job runs.
 export PYTHONUNBUFFERED=1
 
+# Kernels compiled at run time, a node's own: on a home that nodes share, their ranks would wait for each other's locks.
+caches=${TMPDIR:-/tmp}/posttrain-caches-$UID
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$caches/triton}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$caches/inductor}
+export VLLM_CACHE_ROOT=${VLLM_CACHE_ROOT:-$caches/vllm}
+export FLASHINFER_WORKSPACE_BASE=${FLASHINFER_WORKSPACE_BASE:-$caches/flashinfer}
+
 # Left to the cluster's defaults; uncomment or set in your cluster's YAML where the README says so.
 # export NCCL_IB_HCA=mlx5                 # InfiniBand adapters to use, when some are for storage
 # export NCCL_SOCKET_IFNAME=ib0           # interface of NCCL's set-up traffic, when it picks a wrong one

@@ -17,6 +17,13 @@ if ! command -v "$PYTHON" >/dev/null; then
   echo "launch: no Python at '$PYTHON': set PYTHON, or make the environment with 'bash tests/run.sh'" >&2
   exit 2
 fi
+# Programs of the environment, ninja among them, for what is compiled at run time; its CUDA, where there is no other.
+PATH=$(dirname "$(command -v "$PYTHON")"):$PATH
+export PATH
+if [[ -z ${CUDA_HOME:-} ]] && ! command -v nvcc >/dev/null; then
+  cuda=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia/cu13
+  if [[ -d $cuda ]]; then export CUDA_HOME=$cuda; fi
+fi
 # shellcheck disable=SC1091
 source "$repository/launch/environment.sh"
 export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
+import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
 
 from megatron_posttrain.cli.main import main
 from megatron_posttrain.config.schema import SftConfig
+from megatron_posttrain.doctor import compiler, machine
+from megatron_posttrain.doctor.findings import Findings
 from megatron_posttrain.doctor.job import Cluster, fewest_ranks
 from megatron_posttrain.errors import UserError
 from tests.launch import torchrun
@@ -167,6 +173,42 @@ def test_port_in_use(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert status == 0
     assert found["port"]["status"] == "warn"
     assert "--master-port" in found["port"]["fix"]
+
+
+def test_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Triton compiles against Python.h while it runs; slim images have neither compiler nor headers."""
+    findings = Findings()
+    monkeypatch.setattr(compiler, "platform", lambda: SimpleNamespace(name="cuda"))
+    include = Path(sysconfig.get_paths()["include"])
+    if shutil.which("gcc") and (include / "Python.h").exists():
+        compiler.check_compiler(findings)
+        assert findings[-1].status == "ok"
+    monkeypatch.setattr(sysconfig, "get_paths", lambda *scheme: {"include": str(tmp_path)})
+    if shutil.which("gcc"):
+        compiler.check_compiler(findings)
+        assert findings[-1].status == "fail"
+        assert "Python.h" in findings[-1].found
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    compiler.check_compiler(findings)
+    assert "no C compiler" in findings[-1].found
+    monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    assert "No such file" in compiler.compiler_problem()
+
+
+def test_lock_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA its own lock; torch may name the CUDA that it was built for."""
+    lines = (ROOT / "requirements" / "cuda.lock").read_text().splitlines()
+    pins = [pin for pin in map(Requirement, lines) if pin.marker is None or pin.marker.evaluate()]
+    installed = {pin.name: str(pin.specifier)[2:] for pin in pins}
+    installed |= {"torch": f"{installed['torch']}+cu130", "vllm": "0.31.0"}
+    monkeypatch.setattr(machine, "platform", lambda: SimpleNamespace(name="cuda"))
+    monkeypatch.setattr(machine, "_version", installed.get)
+    findings = Findings()
+    machine.check_versions(findings)
+    found = next(f for f in findings if f.check == "lock")
+    assert found.status == "warn"
+    assert found.found == f"1 of {len(pins)} differ: vllm 0.31.0 (lock: 0.32.0)"
 
 
 def test_cluster_is_parsed() -> None:

@@ -93,6 +93,25 @@ def test_a_rank_that_fails_is_named_by_the_head(tmp_path: Path) -> None:
     assert "ValueError: told to fail at step 2" in text
 
 
+def test_workers_find_the_environment_and_caches_of_their_node(tmp_path: Path) -> None:
+    """The interpreter is a link, as in a virtual environment; ninja lies beside it, the CUDA below its packages."""
+    programs, packages = tmp_path / "venv" / "bin", tmp_path / "packages"
+    programs.mkdir(parents=True)
+    (packages / "nvidia" / "cu13").mkdir(parents=True)
+    python = programs / "python"
+    python.write_text(f"#!/bin/bash\n[[ $1 == -c ]] && {{ echo {packages}; exit; }}\nenv\n")
+    python.chmod(0o755)
+    names = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT", "FLASHINFER_WORKSPACE_BASE")
+    own = {"PYTHON": str(python), "TMPDIR": str(tmp_path), "PATH": "/usr/bin:/bin", "VLLM_CACHE_ROOT": "/elsewhere"}
+    settings = {k: v for k, v in os.environ.items() if k not in (*names, "CUDA_HOME")} | own
+    done = subprocess.run(["bash", "launch/node.sh", "x"], cwd=ROOT, env=settings, capture_output=True, text=True)
+    found = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
+    assert found["PATH"].split(":")[0] == str(programs)
+    assert found["CUDA_HOME"] == str(packages / "nvidia" / "cu13")
+    assert found["VLLM_CACHE_ROOT"] == "/elsewhere"
+    assert all(found[name].startswith(f"{tmp_path}/posttrain-caches-") for name in names if name != "VLLM_CACHE_ROOT")
+
+
 FAILING = """
 import atexit, os, sys
 import torch.distributed as dist

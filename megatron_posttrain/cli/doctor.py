@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from megatron_posttrain.doctor.compiler import check_compiler
     from megatron_posttrain.doctor.machine import check_device, check_disk, check_network, check_ports, check_versions
     from megatron_posttrain.training.run import finish, quiet_libraries
 
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     findings = Findings()
     check_versions(findings)
     check_device(findings)
+    check_compiler(findings)
     check_ports(findings)
     check_network(findings)
     if args.config:
