@@ -158,3 +158,16 @@ def test_no_collective_of_ours_is_in_a_group_of_one(
     engine.train_step(batches, lambda out, b: (cross_entropy_sum(out.logprobs, b.loss_mask) / 19, {}), 1e-3)
     assert len(list(engine.exporter.hf_tensors())) > 20
     assert found == []
+
+
+def test_what_is_offloaded_are_not_the_weights(one_rank: None, tmp_path: Path) -> None:
+    """With megatron-core's precision-aware optimizer they would be: moving them would cut training off the model."""
+    path = make_qwen3(tmp_path, "moe")
+    config = SftConfig.model_validate({"model": {"path": path}, "data": {"train": "-"}, "output": str(tmp_path)})
+    engine = Engine(config, check_directory(path)[1], make_groups(Layout(), 0))
+    moved = [
+        p for part in engine.optimizer.chained_optimizers for g in part.optimizer.param_groups for p in g["params"]
+    ]
+    assert len(moved) > 20
+    weights = {p.untyped_storage().data_ptr() for module in engine.modules for p in module.parameters()}
+    assert weights.isdisjoint(p.untyped_storage().data_ptr() for p in moved)

@@ -27,7 +27,11 @@ CPU_BLOCK_SIZE = 32  # the attention kernel wants multiples of 32; vLLM's 128 sh
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a prompt is continued. A temperature of 0 is greedy."""
+    """How a prompt is continued. A temperature of 0 is greedy.
+
+    vLLM keeps what these need in host memory or in buffers that a request fills when it begins. Before a field is
+    added: level 2 sleep discards every other tensor of the sampler (tests/test_vllm_sleep.py).
+    """
 
     n: int = 1  # completions a prompt
     max_tokens: int = 1024  # of a completion
@@ -214,6 +218,10 @@ class RolloutEngine:
 
         core = self._llm.llm_engine.engine_core.engine_core
         with self._isolated():
+            if not self._cpu and self._llm.llm_engine.is_sleeping():
+                from vllm.device_allocator.cumem import CuMemAllocator
+
+                vllm_fixes.map_when_freed(CuMemAllocator.get_instance())
             core.structured_output_manager.clear_backend()
             core.model_executor.shutdown()
             core.scheduler.shutdown()

@@ -1,6 +1,6 @@
-"""Defects of vLLM 0.32.0 on CPU and the ways round them. Nothing here applies on CUDA.
+"""Defects of vLLM 0.32.0 on CPU, and of its sleep mode on CUDA (`map_when_freed`), and the ways round them.
 
-Each has a test in tests/test_rollout.py that fails once vLLM no longer needs the fix. vLLM itself is not
+Each of CPU has a test in tests/test_rollout.py that fails once vLLM no longer needs the fix. vLLM itself is not
 edited; the patches (`private_shared_memory`, `unbound_memory`) last only while an engine starts.
 """
 
@@ -71,6 +71,26 @@ def private_shared_memory(token: str) -> Iterator[None]:
         _CPUSHMDistributed.make_group_name = staticmethod(original)
         for path in SHARED_MEMORY.glob(f"{prefix}*"):
             path.unlink(missing_ok=True)
+
+
+class _MappedWhenFreed(dict[int, Any]):
+    def pop(self, pointer: int, *default: Any) -> Any:
+        data = super().pop(pointer, *default)
+        if data.is_asleep:
+            from vllm.device_allocator.cumem import create_and_map
+
+            with contextlib.suppress(RuntimeError):  # no memory left: the allocator then says what it says today
+                create_and_map(data.handle)
+                data.is_asleep = False
+        return data
+
+
+def map_when_freed(allocator: Any) -> None:
+    """Before an engine that sleeps on CUDA is closed. CuMemAllocator's C++ unmaps what is freed, also what sleep has
+    unmapped: "CUDA Error: invalid argument at cumem_allocator.cpp", once an allocation. Each is mapped again for that
+    moment, which takes one allocation's memory and not the whole engine's.
+    """
+    allocator.pointer_to_data = _MappedWhenFreed(allocator.pointer_to_data)
 
 
 @contextlib.contextmanager
