@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_posttrain.config.schema import SftConfig
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.platform import describe, platform
+from megatron_posttrain.platform.cuda import CudaPlatform
 from megatron_posttrain.training import prepare
 from tests.models import make_assets
 
@@ -74,3 +75,15 @@ def test_every_training_command_looks_for_an_unused_gpu(monkeypatch: pytest.Monk
     tree = {"model": {"path": str(assets / "model")}, "data": {"train": "none"}, "output": str(tmp_path / "run")}
     with pytest.raises(UserError, match="a GPU is idle"):
         prepare.prepare(SftConfig.model_validate(tree))
+
+
+def test_cudnns_masked_attention_is_off_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its backward pass gives NaN for some lengths, seen on an H100."""
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        CudaPlatform().initialize(0)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

@@ -1,4 +1,4 @@
-"""vLLM's sleep mode, which only CUDA has: what its own sources say here, and what is done about it, with stand-ins."""
+"""What only vLLM on CUDA does, sleep above all: options and what is done about its defects, with stand-ins."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_posttrain import rollout
 from megatron_posttrain.rollout import vllm_fixes
-from megatron_posttrain.rollout.engine import RolloutEngine, Sampling
+from megatron_posttrain.rollout.engine import RolloutEngine, Sampling, _cuda_options
+from megatron_posttrain.rollout.isolation import Isolation
 
 
 class Driver:
@@ -107,3 +110,39 @@ def test_sampling_needs_nothing_that_sleep_discards() -> None:
     assert fields == {"n", "max_tokens", "temperature", "top_p", "stop_token_ids"}
     with pytest.raises(TypeError, match="repetition_penalty"):
         Sampling(repetition_penalty=1.1)  # type: ignore[call-arg]
+
+
+def test_flashinfer_compiles_nothing_at_its_first_call() -> None:
+    """Its all-reduce, which vLLM prefers between tensor ranks, is made by nvcc and ninja outside of any try."""
+    from vllm.config import CompilationConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    assert rollout._ENVIRONMENT["VLLM_ALLREDUCE_USE_FLASHINFER"] == "0"
+    options = _cuda_options(None, 0.5)
+    assert options.keys() <= {field.name for field in dataclasses.fields(EngineArgs)}
+    assert CompilationConfig(**options["compilation_config"]).pass_config.fuse_allreduce_rms is False
+
+
+def test_the_trainers_stream_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM makes one of its own the current one; its work ends before the trainer's goes on."""
+    calls: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def synchronize(self) -> None:
+            calls.append(f"wait for {self.name}")
+
+    current = [Stream("trainer")]
+    for name, value in {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "get_rng_state": lambda: None,
+        "current_stream": lambda: current[0],
+        "set_stream": lambda stream: calls.append(f"set {stream.name}"),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    with Isolation()():
+        current[0] = Stream("vllm")
+    assert calls == ["wait for vllm", "set trainer"]
