@@ -146,11 +146,12 @@ def test_profile_of_a_mixture_of_experts(tmp_path: Path) -> None:
             # Tokens and their gates to the experts, results back, and the gradient of each.
             assert of(rank, "expert parallel all-to-all")["calls"] == micro_batches * layers * (3 + 3)
             # Sequence parallelism (arXiv 2205.05198): attention's output in forward, its input in backward; so the
-            # embedding's output and the head's input. Gathers are the other way round, and once more for the
-            # weights' gradients of what was gathered or is gathered again.
+            # embedding's output. Gathers are the other way round, and once more for the weights' gradients of what was
+            # gathered or is gathered again; the head's input is gathered once, to choose the tokens that count, whose
+            # gradient is then summed among ranks instead of scattered.
             first, last = (number < 2, number >= 2) if result is staged else (True, True)
-            scatters = micro_batches * (2 * layers + first + last)
-            gathers = micro_batches * (3 * layers + first + 2 * last)
+            scatters = micro_batches * (2 * layers + first)
+            gathers = micro_batches * (3 * layers + first + last)
             figures = of(rank, "tensor parallel reduce-scatter")
             assert figures["calls"] == scatters
             assert figures["bytes"] == scatters * message  # half of a whole message, 2 x `message`
