@@ -18,9 +18,10 @@ from megatron_posttrain.algorithms.losses import cross_entropy_sum
 from megatron_posttrain.checkpoint.hf import check_directory
 from megatron_posttrain.config.schema import SftConfig
 from megatron_posttrain.errors import NotFiniteError
+from megatron_posttrain.models.layout_checks import check_layout
 from megatron_posttrain.models.sharded import unwrap
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
-from megatron_posttrain.parallel.layout import Layout, check_layout
+from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.engine import Engine, TokenOutput
 from tests.layouts.worker import batch

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from megatron_posttrain.models.architecture import Architecture, MixtureOfExperts, MultiLatentAttention
-from megatron_posttrain.parallel.layout import Layout, problems
+from megatron_posttrain.models.layout_checks import problems
+from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.activations import Shapes, in_flight, layer_tensors, stage_activations
 from megatron_posttrain.planning.layouts import chunk_layers
 from megatron_posttrain.planning.parameters import chunk_parameters, rank_state, trained_elements

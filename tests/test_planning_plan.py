@@ -18,8 +18,8 @@ from megatron_posttrain.config.load import load_config
 from megatron_posttrain.config.schema import CONFIGS
 from megatron_posttrain.doctor.job import workload
 from megatron_posttrain.errors import UserError
+from megatron_posttrain.models.layout_checks import problems
 from megatron_posttrain.models.registry import architecture_from_hf
-from megatron_posttrain.parallel.layout import problems
 from megatron_posttrain.planning import rollout
 from megatron_posttrain.planning.gpus import GPUS, SPREADS
 from megatron_posttrain.planning.known_models import KNOWN_MODELS, load_architecture, published_name

@@ -137,7 +137,8 @@ def measure_sft(config: Any, sweep: str | None, options: Any) -> list[dict[str, 
 
 
 def chosen_layouts(config: Any, arch: Any, sweep: str | None) -> Iterator[Any]:
-    from megatron_posttrain.parallel.layout import Layout, batch_problem, check_layout, problems
+    from megatron_posttrain.models.layout_checks import check_layout, problems
+    from megatron_posttrain.parallel.layout import Layout, batch_problem
     from megatron_posttrain.planning.layouts import enumerate_layouts, parse_layout
 
     world, training = int(os.environ.get("WORLD_SIZE", "1")), config.training

@@ -14,9 +14,10 @@ from torch import Tensor
 from benchmarks.gpu_check import subjects
 from benchmarks.gpu_check.harness import Check, Facts, Setting, Skip, seconds_of
 from megatron_posttrain.checkpoint.hf import HfReader, check_directory
+from megatron_posttrain.checkpoint.load import load_hf
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.build import build_model
-from megatron_posttrain.models.sharded import Exporter, load_hf
+from megatron_posttrain.models.sharded import Exporter
 from megatron_posttrain.planning.flops import attention_pairs, layer_weights
 from megatron_posttrain.planning.known_models import KNOWN_MODELS
 from megatron_posttrain.planning.layers import attention_dims

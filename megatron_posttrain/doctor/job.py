@@ -17,7 +17,8 @@ from megatron_posttrain.doctor.findings import Findings, Status
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.build import check_fp8
-from megatron_posttrain.parallel.layout import Layout, check_layout
+from megatron_posttrain.models.layout_checks import check_layout
+from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.gpus import COMPUTE_CAPABILITIES, Gpu, find_gpu
 from megatron_posttrain.planning.known_models import load_architecture
 from megatron_posttrain.planning.planner import Estimate, plan, plan_layout

@@ -15,13 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_posttrain.checkpoint.hf import HfReader, model_directory
+from megatron_posttrain.checkpoint.load import load_hf
 from megatron_posttrain.config.schema import Config
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.errors import NotFiniteError
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.build import FP8_TOKENS, build_model
 from megatron_posttrain.models.head import output_rows
-from megatron_posttrain.models.sharded import Exporter, load_hf
+from megatron_posttrain.models.sharded import Exporter
 from megatron_posttrain.parallel.context import gather_tokens, local_index
 from megatron_posttrain.parallel.groups import Groups
 from megatron_posttrain.platform import platform

@@ -15,7 +15,8 @@ from megatron_posttrain.data.tokenize import load_tokenizer
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.parallel.layout import Layout, batch_problem, check_layout
+from megatron_posttrain.models.layout_checks import check_layout
+from megatron_posttrain.parallel.layout import Layout, batch_problem
 from megatron_posttrain.parallel.network import check_interfaces
 from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.describe import refuse_unused_gpu

@@ -25,9 +25,10 @@ from megatron_posttrain.checkpoint.hf import check_directory
 from megatron_posttrain.config.schema import SftConfig
 from megatron_posttrain.data.batch import Sequence
 from megatron_posttrain.models import build
+from megatron_posttrain.models.layout_checks import check_layout
 from megatron_posttrain.models.modules import kernels
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
-from megatron_posttrain.parallel.layout import Layout, check_layout
+from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.training import optimizer
 from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.engine import Engine
