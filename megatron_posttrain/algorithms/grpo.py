@@ -52,7 +52,7 @@ def grpo(config: GrpoConfig) -> int:
     """Trains, resumes where a run stopped, exports. Exit status: 0, or REQUEUE_STATUS when asked to stop."""
     prepared = prepare(config)
     prompts = check(config, prepared.tokenizer, prepared.arch, platform().name)
-    rewards = load_rewards(config.rewards)
+    rewards = load_rewards(config.rewards, unsafe=config.sandbox.unsafe)
     with Run(prepared, prompts) as run:
         engine = run.model(keep=REFERENCE if config.algorithm.kl_coefficient else None)
         if config.rollout.offload:
