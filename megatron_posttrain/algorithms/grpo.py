@@ -129,7 +129,7 @@ def update(engine: Engine, samples: Samples, config: GrpoConfig, lr: float) -> d
 def denominator(config: GrpoConfig, totals: Totals) -> float:
     """What the terms of the global batch are divided by."""
     return {
-        "token": totals.tokens,
+        "token": max(1, totals.tokens),  # none where all samples are masked
         "sequence": totals.sequences,
         "constant": totals.sequences * config.rollout.max_tokens,
     }[config.algorithm.aggregation]

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch import Tensor
 from megatron_posttrain.config.algorithms import GrpoConfig
 from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import Prompt
-from megatron_posttrain.rewards.registry import Reward, Sample, compute_rewards
+from megatron_posttrain.rewards.grading import Grade, compute_rewards, grade_metrics
+from megatron_posttrain.rewards.registry import Reward, Sample
 from megatron_posttrain.rollout.engine import Completion, RolloutEngine, Sampling
 from megatron_posttrain.rollout.text import response_text, split_response, stop_token_ids
 
@@ -29,11 +31,22 @@ class Samples:
     prompts: list[Prompt]  # of every sample
     completions: list[Completion]
     texts: list[str]
-    rewards_by_name: list[dict[str, float]]
-    rewards: list[float]
+    grades: list[Grade]
     seconds: float  # of generation, the slowest replica's
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # [samples]
     token_fields: dict[str, list[list[float]]] = field(default_factory=dict)  # by name, of every response token
+
+    @property
+    def rewards(self) -> list[float]:
+        """Totals; that of a masked sample is the mean of its prompt's others, so that it moves no baseline."""
+        totals = [grade.total for grade in self.grades]
+        for _, group in groupby(range(len(totals)), lambda k: id(self.prompts[k])):
+            members = list(group)
+            graded = [totals[k] for k in members if not self.grades[k].masked]
+            mean = sum(graded) / len(graded) if graded else 0.0
+            for k in members:
+                totals[k] = mean if self.grades[k].masked else totals[k]
+        return totals
 
     @property
     def tokens(self) -> int:
@@ -58,16 +71,18 @@ class Samples:
         lengths = [len(c.token_ids) for c in self.completions]
         own = np.concatenate([np.asarray(x) for x in self.token_fields["old_logprobs"]])
         engine = np.concatenate([np.asarray(c.logprobs) for c in self.completions])
-        by_name = {
-            f"reward/{name}": sum(r[name] for r in self.rewards_by_name) / count for name in self.rewards_by_name[0]
-        }
+        of_rewards = grade_metrics(self.grades)
+        if len(self.grades[0].rewards) == 1:
+            of_rewards.pop(f"reward/{next(iter(self.grades[0].rewards))}", None)  # it is `reward`
+        if masked := sum(grade.masked for grade in self.grades):
+            of_rewards["masked_fraction"] = masked / count
         return {
             "reward": sum(self.rewards) / count,
             "response_length": sum(lengths) / count,
             "truncated_fraction": sum(c.finish_reason == "length" for c in self.completions) / count,
             "logprob_difference": float(np.abs(own - engine).mean()),
             "tokens": self.tokens,
-        } | (by_name if len(by_name) > 1 else {})
+        } | of_rewards
 
 
 def collect_samples(
@@ -100,7 +115,8 @@ def generate_samples(
         seeds: one a sample, so that they do not depend on the number of replicas.
     """
     of_sample = [prompt for prompt in prompts for _ in range(sampling.n)]
-    share = -(-len(of_sample) // rollout.replicas)
+    unit = 1 if all(item.per == "sample" for item in rewards) else sampling.n  # never part a group that is graded whole
+    share = -(-len(of_sample) // unit // rollout.replicas) * unit
     where = slice(rollout.replica * share, (rollout.replica + 1) * share)
     mine = of_sample[where]
     single = replace(sampling, n=1, stop_token_ids=stop_token_ids(tokenizer))
@@ -108,24 +124,26 @@ def generate_samples(
     completions = rollout.generate([prompt.token_ids for prompt in mine], single, seeds[where])
     seconds = time.perf_counter() - start
     texts = [response_text(tokenizer, c.token_ids) for c in completions]
-    graded: tuple[list[dict[str, float]], list[float]] = ([], [])
+    grades: list[Grade] = []
     if dist.get_rank() % rollout.tensor == 0:
         parts_of = (split_response(tokenizer, p.token_ids, c.token_ids) for p, c in zip(mine, completions, strict=True))
         said = [
-            Sample(prompt.messages, text, prompt.answer, prompt.metadata, reasoning, final)
-            for prompt, text, (reasoning, final) in zip(mine, texts, parts_of, strict=True)
-        ]
-        graded = compute_rewards(said, rewards)
+            Sample(
+                p.messages, text, p.answer, p.metadata, *parts, len(c.token_ids), truncated=c.finish_reason == "length"
+            )
+            for p, c, text, parts in zip(mine, completions, texts, parts_of, strict=True)
+        ]  # fmt: skip
+        grades = compute_rewards(said, rewards)
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, (completions, texts, *graded, [seconds]))
-    completions, texts, by_name, totals, times = (
-        [item for part in parts[:: rollout.tensor] for item in part[i]] for i in range(5)
+    dist.all_gather_object(parts, (completions, texts, grades, [seconds]))
+    completions, texts, grades, times = (
+        [item for part in parts[:: rollout.tensor] for item in part[i]] for i in range(4)
     )
-    return Samples(of_sample, completions, texts, by_name, totals, max(times))
+    return Samples(of_sample, completions, texts, grades, max(times))
 
 
 def training_sequences(samples: Samples) -> list[TokenSequence]:
-    """Prompt and response of every sample; the response's tokens count."""
+    """Prompt and response of every sample; the response's tokens count, but those of a masked sample."""
     sequences = []
     advantages = samples.advantages.tolist()
     for k, (prompt, completion) in enumerate(zip(samples.prompts, samples.completions, strict=True)):
@@ -137,7 +155,12 @@ def training_sequences(samples: Samples) -> list[TokenSequence]:
         }
         extras |= {name: none + values[k] for name, values in samples.token_fields.items()}
         sequences.append(
-            TokenSequence([*prompt.token_ids, *completion.token_ids], [0] * asked + [1] * said, extras, index=k)
+            TokenSequence(
+                [*prompt.token_ids, *completion.token_ids],
+                [0] * asked + [int(not samples.grades[k].masked)] * said,
+                extras,
+                index=k,
+            )
         )
     return sequences
 
@@ -155,10 +178,12 @@ def write_rollouts(path: Path, samples: Samples) -> None:
                 "response": samples.texts[k],
                 "prompt_token_ids": prompt.token_ids,
                 "token_ids": completion.token_ids,
-                "reward": samples.rewards[k],
-                "rewards": samples.rewards_by_name[k],
+                "reward": samples.grades[k].total,
+                "rewards": samples.grades[k].rewards,
                 "advantage": float(samples.advantages[k]),
                 "finish_reason": completion.finish_reason,
                 "logprob_difference": differences[k],
             }
+            if samples.grades[k].failures:
+                record |= {"failures": dict(samples.grades[k].failures), "masked": samples.grades[k].masked}
             file.write(json.dumps(record) + "\n")

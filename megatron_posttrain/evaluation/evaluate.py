@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_posttrain.algorithms.samples import generate_samples
 from megatron_posttrain.data.dataset import Prompt
+from megatron_posttrain.errors import UserError
 from megatron_posttrain.rewards import Reward
 from megatron_posttrain.rollout import RolloutEngine, Sampling
 
@@ -73,12 +74,15 @@ def evaluate(
             "answer": prompt.answer,
             "response": samples.texts[k],
             "reward": samples.rewards[k],
-            "rewards": samples.rewards_by_name[k],
+            "rewards": samples.grades[k].rewards,
+            "failures": dict(samples.grades[k].failures),
             "tokens": len(completion.token_ids),
             "finish_reason": completion.finish_reason,
         }
         for k, (prompt, completion) in enumerate(zip(samples.prompts, samples.completions, strict=True))
     ]
+    if failed := next((record["failures"] for record in records if record["failures"]), None):
+        raise UserError("; ".join(f"reward {name!r} failed on a sample: {why}" for name, why in failed.items()))
     return _summary(records, sampling, len(prompts), samples.seconds), records
 
 
