@@ -13,12 +13,6 @@ import torch
 
 from megatron_posttrain.algorithms.advantages import group_advantages
 from megatron_posttrain.algorithms.losses import policy_gradient_loss
-from megatron_posttrain.algorithms.samples import (
-    Samples,
-    collect_samples,
-    training_sequences,
-    write_rollouts,
-)
 from megatron_posttrain.config.schema import GrpoAlgorithm, GrpoConfig
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.data.batch import Sequence as TokenSequence
@@ -32,8 +26,9 @@ from megatron_posttrain.platform import platform
 from megatron_posttrain.rewards.registry import load_rewards
 from megatron_posttrain.rollout.engine import RolloutEngine
 from megatron_posttrain.rollout.refit import Refit, prove
+from megatron_posttrain.rollout.samples import Samples, collect_samples, save_samples
 from megatron_posttrain.rollout.text import stop_message
-from megatron_posttrain.training.batches import rank_token_batches, to_rows
+from megatron_posttrain.training.batches import pack_share, to_rows, token_shares
 from megatron_posttrain.training.checkpoints import Checkpoints
 from megatron_posttrain.training.engine import Engine, Metrics, TokenOutput
 from megatron_posttrain.training.export import export_run, full_tensors
@@ -42,7 +37,7 @@ from megatron_posttrain.training.prepare import Prepared, prepare
 from megatron_posttrain.training.resume import Origin
 from megatron_posttrain.training.run import REQUEUE_STATUS, Run
 from megatron_posttrain.training.schedule import learning_rate, total_steps
-from megatron_posttrain.training.sequences import gather_sequences, sequence_logprobs
+from megatron_posttrain.training.sequences import batch_logprobs, sequence_logprobs, sums_by_sequence
 from megatron_posttrain.training.timing import PhaseTimer
 
 CANARY_PROMPTS = 4
@@ -87,14 +82,15 @@ def grpo(config: GrpoConfig) -> int:
                 rollout.sleep()
             with timer("train"):
                 samples.advantages = group_advantages(
-                    torch.tensor(samples.rewards),
+                    torch.tensor(samples.rewards, dtype=torch.float32),
                     config.rollout.samples_per_prompt,
                     normalize_std=config.algorithm.normalize_std,
                     leave_one_out=config.algorithm.leave_one_out,
                 )
-                score_samples(samples, engine, reference, config)
+                mini_batches = receive_samples(samples, engine, config)
+                score_samples(mini_batches, engine, reference, config)
                 lr = learning_rate(config.optimizer, step, steps)
-                metrics = update(engine, samples, config, lr)
+                metrics = update(engine, samples, mini_batches, config, lr)
             seconds = timer.total()
             run.log(
                 step + 1,
@@ -108,8 +104,7 @@ def grpo(config: GrpoConfig) -> int:
                 | {f"{phase}_seconds": value for phase, value in timer.seconds.items()}
                 | {f"{phase}_memory_gib": value for phase, value in timer.memory_gib.items()},
             )
-            if run.is_main:
-                write_rollouts(config.output_dir / "rollouts" / f"step_{step + 1:06d}.jsonl", samples)
+            save_samples(config.output_dir / "rollouts" / f"step_{step + 1:06d}.jsonl", samples)
             if checkpoints.after_step(engine, run, step + 1):
                 return REQUEUE_STATUS
         export_run(engine, checkpoints, run, prepared.model_path)
@@ -117,49 +112,69 @@ def grpo(config: GrpoConfig) -> int:
     return 0
 
 
-def score_samples(samples: Samples, engine: Engine, reference: Engine | None, config: GrpoConfig) -> None:
+def receive_samples(samples: Samples, engine: Engine, config: GrpoConfig) -> list[list[PackedBatch]]:
+    """This rank's micro-batches of every update; `training.global_batch_size` samples each."""
+    size, groups = config.training.global_batch_size, engine.groups
+    lengths = samples.total_lengths
+    updates = []
+    for start in range(0, len(lengths), size):
+        shares = token_shares(lengths[start : start + size], groups.layout, engine.arch, token_budget(config))
+        updates.append([[[start + i for i in batch] for batch in batches] for batches in shares])
+    wanted = [[i for shares in updates for batch in shares[rank] for i in batch] for rank in range(groups.data.size())]
+    mine = groups.data.rank()
+    sequence = samples.receive(wanted, mine)
+    return [pack_share(shares[mine], sequence, groups.layout) for shares in updates]
+
+
+def score_samples(
+    mini_batches: list[list[PackedBatch]], engine: Engine, reference: Engine | None, config: GrpoConfig
+) -> None:
     """The trainer's own log-probs of what was sampled, where several updates need them; the reference's for KL."""
-    sequences = training_sequences(samples)
-    budget = token_budget(config)
-    temperature = config.rollout.temperature
-    if len(sequences) > config.training.global_batch_size:
-        samples.set_logprobs("old_logprobs", sequence_logprobs(engine, sequences, budget, temperature))
-    if reference is not None:
-        samples.set_logprobs("reference_logprobs", sequence_logprobs(reference, sequences, budget, temperature))
+    for batches in mini_batches:
+        for name, model in (("old", engine if len(mini_batches) > 1 else None), ("reference", reference)):
+            if model is not None:
+                logprobs = batch_logprobs(model, batches, config.rollout.temperature)
+                for batch, values in zip(batches, logprobs, strict=True):
+                    batch.extras[f"{name}_logprobs"] = values
 
 
-def update(engine: Engine, samples: Samples, config: GrpoConfig, lr: float) -> dict[str, float]:
-    """Optimizer steps over the samples, `training.global_batch_size` of them a step.
+def update(
+    engine: Engine, samples: Samples, mini_batches: list[list[PackedBatch]], config: GrpoConfig, lr: float
+) -> dict[str, float]:
+    """An optimizer step for each mini-batch.
 
     Log-probs of the first one are those of the policy that sampled: a single one needs no pass for them before it.
     """
-    sequences = training_sequences(samples)
     size = config.training.global_batch_size
-    budget = token_budget(config)
-    results = []
-    for start in range(0, len(sequences), size):
-        if start and config.rollout.offload:
+    results, differences = [], list[torch.Tensor]()
+    for number, batches in enumerate(mini_batches):
+        if number and config.rollout.offload:
             engine.offload()  # as before the first: no update has states beside its activations
-        mini_batch = sequences[start : start + size]
-        batches = rank_token_batches(mini_batch, engine.groups, budget)
-        counted = sum(sum(s.loss_mask) for s in mini_batch)
+        responses = samples.lengths[number * size : (number + 1) * size]
+        counted = int(responses.sum())
         denominator = {
             "token": counted,
-            "sequence": len(mini_batch),
-            "constant": len(mini_batch) * config.rollout.max_tokens,
+            "sequence": len(responses),
+            "constant": len(responses) * config.rollout.max_tokens,
         }[config.algorithm.aggregation]
         kept: list[TokenOutput] = []
         loss = partial(policy_loss, config.algorithm, float(denominator), kept)
         results.append((counted, engine.train_step(batches, loss, lr, config.rollout.temperature)))
-        if "old_logprobs" not in samples.token_fields:
-            own = engine.from_last_stage(kept, batches)
-            samples.set_logprobs("old_logprobs", gather_sequences(engine.groups, batches, own))
+        differences += [_differences(b, output) for b, output in zip(batches, kept, strict=False)]  # on the last stage
+    everything = [batch for batches in mini_batches for batch in batches]
+    samples.differences = sums_by_sequence(engine.groups, everything, differences, len(samples.prompts)).numpy()
     total = sum(counted for counted, _ in results)
     names = results[0][1].metrics
     return {
         "loss": sum(r.loss for _, r in results) / len(results),
         "grad_norm": sum(r.grad_norm for _, r in results) / len(results),
     } | {name: sum(r.metrics[name] for _, r in results) / total for name in names}
+
+
+def _differences(batch: PackedBatch, output: TokenOutput) -> torch.Tensor:
+    """[T] |trainer - engine| log-probs of the policy that sampled, 0 where a label does not count."""
+    own = batch.extras.get("old_logprobs", output.logprobs.cpu()[: len(batch.tokens)])
+    return (own.double() - batch.extras["rollout_logprobs"]).abs() * batch.loss_mask
 
 
 def token_budget(config: GrpoConfig) -> int:
