@@ -113,7 +113,7 @@ def fake_rank(layout: Layout, rank: int) -> Iterator[None]:
 
 
 def make_config(dtype: str, recompute: str = "none") -> Any:
-    from megatron_posttrain.config.schema import SftConfig
+    from megatron_posttrain.config.algorithms import SftConfig
 
     return SftConfig.model_validate(
         {

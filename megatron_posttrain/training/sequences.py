@@ -16,6 +16,7 @@ from megatron_posttrain.platform import platform
 from megatron_posttrain.training.batches import rank_token_batches
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.finite import anywhere
+from megatron_posttrain.training.heads import LabelLogprobs
 
 
 def sequence_logprobs(
@@ -45,10 +46,11 @@ def batch_logprobs(engine: Engine, batches: Sequence[PackedBatch], temperature: 
 
     Raises NotFiniteError on all ranks when one is not finite.
     """
-    outputs = engine.logprobs(batches, temperature)
-    logprobs = [o.logprobs[: len(batch.tokens)].cpu() for batch, o in zip(batches, outputs, strict=True)]
+    head = LabelLogprobs(temperature)
+    outputs = engine.forward(batches, head)
+    logprobs = [o["logprobs"][: len(batch.tokens)].cpu() for batch, o in zip(batches, outputs, strict=True)]
     if anywhere(not all(values.isfinite().all() for values in logprobs)):
-        engine.refuse_logprobs(batches, temperature)
+        engine.refuse_outputs(batches, head)
     return logprobs
 
 
