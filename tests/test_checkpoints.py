@@ -79,17 +79,19 @@ def test_another_layout_reads_it_and_is_read(runs: Path) -> None:
 def test_every_rank_writes_its_share_from_a_share_of_host_memory(runs: Path) -> None:
     sizes = [sum(f.stat().st_size for f in step(runs, "new").glob(f"__{rank}_*.distcp")) for rank in range(RANKS)]
     assert max(sizes) < 1.1 * min(sizes)
-    for rank in facts(runs, "whole"):
+    tensors = DistcpReader(step(runs, "new")).tensors.values()
+    for rank, found in enumerate(facts(runs, "whole")):
         # bf16 weights, fp32 main weights and two moments; on CPU a bucket on its way is in host memory too.
-        assert 13 * rank["share"] < rank["peak"] < 14 * rank["share"] + 8 * rank["bucket"] + (16 << 10)
+        pieces = sum(chunk.file.startswith(f"__{rank}_") for stored in tensors for chunk in stored.chunks)
+        rounding = 512 * (pieces + 4)  # the tracker's
+        plans = (step(runs, "new") / ".metadata").stat().st_size  # of all ranks, on rank 0
+        assert 13 * found["share"] < found["peak"] < 14 * found["share"] + 8 * found["bucket"] + rounding + plans
 
 
 def test_a_resume_reads_each_byte_of_optimizer_states_once_and_no_weights(runs: Path) -> None:
     reader = DistcpReader(step(runs, "new"))
     states = sum(c.length for k, t in reader.tensors.items() if "optimizer.state" in k for c in t.chunks)
     read = sum(rank["read"] for rank in facts(runs, "same"))
-    replicas = sum(math.prod(t.shape) for k, t in reader.tensors.items() if "norm" in k)  # none under this layout
-    assert replicas
     assert read == states
 
 

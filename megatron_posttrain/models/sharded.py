@@ -99,17 +99,29 @@ def partition(plan: TensorPlan, local: Tensor, rank: int, size: int) -> tuple[in
 
 @torch.no_grad()
 def load_hf(model_chunks: Sequence[nn.Module], arch: Architecture, reader: HfReader, groups: Groups) -> None:
-    """Fill this rank's parameters from a Hugging Face directory, reading only the slices that it holds.
+    """Collective: fill this rank's parameters from a Hugging Face directory, reading only slices that it holds.
 
-    Values are converted to the parameters' dtype and device. The caller has checked the directory
+    Of ranks that hold the same, each reads a share and gives it to the others: the directory is read once, by all
+    ranks together. Values are converted to the parameters' dtype and device. The caller has checked the directory
     (`checkpoint.hf.check_directory`).
     """
     read = table_reader(reader, arch)
     plans = {plan.name: plan for plan in registry.tensors(arch)}
     tensor, expert_tensor = position(groups.tensor), position(groups.expert_tensor)
+    given: list[tuple[Tensor, ProcessGroup, int]] = []
+    loads: dict[ProcessGroup, list[int]] = {}
     for plan, local in local_tensors(model_chunks, plans, arch, position(groups.expert)):
         rank, size = partition(plan, local, *(tensor if plan.expert is None else expert_tensor))
-        plan.fill(local, read, rank, size)
+        group = groups.copies if plan.expert is None else groups.expert_copies
+        load = loads.setdefault(group, [0] * group.size())
+        reader_rank = load.index(min(load))
+        load[reader_rank] += local.numel()
+        given.append((local, group, reader_rank))
+        if reader_rank == group.rank():
+            plan.fill(local, read, rank, size)
+    for local, group, reader_rank in given:  # after all were read: they read at the same time
+        if group.size() > 1:
+            dist.broadcast(local, src=dist.get_global_rank(group, reader_rank), group=group)
 
 
 # ---- export: whole tensors, a bucket at a time
@@ -214,21 +226,35 @@ class Exporter:
 
     # ---- tensors ---------------------------------------------------------------------------------------
 
-    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def hf_tensors(self, *, of_stage: bool = False) -> Iterator[tuple[str, Tensor]]:
         """All tensors, whole, under the names that `transformers` and vLLM know, in the same order on every rank.
 
         Experts come one by one, but for families that only have them fused. Collective: every rank has to run
-        through it. A rank holds one gathered bucket and one tensor more.
+        through it. A rank holds one gathered bucket and one tensor more. `of_stage`: on every rank only those of
+        its pipeline stage, which the stages do not tell each other.
         """
-        return registry.layout(self.arch).assemble(self._tensors())
+        return registry.layout(self.arch).assemble(self._tensors(of_stage))
+
+    @property
+    def writer_of(self) -> int | None:
+        """The pipeline stage whose tensors this rank, the first one of it, is to write; None on all others."""
+        groups = self.groups
+        inside = (groups.tensor, groups.context, groups.data, groups.expert, groups.expert_tensor)
+        return self.stage if not any(group.rank() for group in inside) else None
+
+    def stage_of(self) -> dict[str, int]:
+        """The pipeline stage that owns a tensor of the weight table."""
+        return {name: slot.stage for slot in self.slots for plan in slot.plans for name in plan.hf}
 
     @torch.no_grad()
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def _tensors(self, of_stage: bool) -> Iterator[tuple[str, Tensor]]:
         group = self.groups.pipeline
         for bucket in self._buckets():
             owner = bucket[0][0].stage
+            if of_stage and owner != self.stage:
+                continue
             gathered = self._gather(bucket, owner == self.stage)
-            if self.stages > 1:
+            if self.stages > 1 and not of_stage:
                 dist.broadcast(gathered, src=dist.get_global_rank(group, owner), group=group)
             yield from self._join(bucket, gathered)
 

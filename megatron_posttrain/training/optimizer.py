@@ -88,6 +88,7 @@ def make_optimizer(chunks: Sequence[Any], model_config: Any, config: Config) -> 
             overlap_param_gather=overlaps(config),
         ),
         list(chunks),
+        use_gloo_process_groups=False,
     )
     set_hyper_parameters(optimizer, o)
     model_config.finalize_model_grads_func = finalize_model_grads
