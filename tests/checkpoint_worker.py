@@ -2,7 +2,8 @@
 
 worker.py JOBS.json: [{"model", "layout", "out", "bucket", "load", "stock", "train", "save", "gather", "then"}]
 `bucket`: its elements; `load`: a directory; `train`: steps; `save`: into a directory, `gather`: as megatron-core does
-it by itself, `stock`: load as it does; `then`: steps after that. OUT.RANK.json has what is to be compared.
+it by itself, `stock`: load as it does; `export`: a Hugging Face directory; `then`: steps after that. OUT.RANK.json has
+what is to be compared.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_posttrain.algorithms.losses import cross_entropy_sum
 from megatron_posttrain.checkpoint.hf import check_directory
+from megatron_posttrain.checkpoint.hf_files import HfWriter
 from megatron_posttrain.config.schema import CheckpointConfig, SftConfig
+from megatron_posttrain.models.weights import TensorPlan
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
 from megatron_posttrain.parallel.layout import Layout, check_layout
 from megatron_posttrain.platform import platform
@@ -29,6 +32,7 @@ from megatron_posttrain.training import optimizer
 from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.checkpoints import Checkpoints, _written_by_threads
 from megatron_posttrain.training.engine import Engine
+from megatron_posttrain.training.export import export
 from megatron_posttrain.training.optimizer_fixes import optimizer_can_resume
 from tests.layouts.worker import batch
 
@@ -47,6 +51,14 @@ def digest(engine: Engine) -> str:
                 tensors += [parameter.detach(), state["exp_avg"], state["exp_avg_sq"]]
     for tensor in tensors:
         total.update(tensor.contiguous().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def digest_of_weights(engine: Engine) -> str:
+    total = hashlib.sha256()
+    for module in engine.modules:
+        for parameter in module.parameters():
+            total.update(parameter.detach().contiguous().view(torch.uint8).numpy())
     return total.hexdigest()
 
 
@@ -108,8 +120,16 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     arch = check_directory(config.model.path)[1]
     layout = Layout.from_config(config.parallel, dist.get_world_size())
     check_layout(layout, arch)
-    engine = Engine(config, arch, make_groups(layout, 0))
-    facts: dict[str, Any] = {}
+    filled: list[int] = []
+    fill = TensorPlan.fill
+
+    def counted_fill(plan: TensorPlan, out: torch.Tensor, *rest: Any) -> None:
+        filled.append(out.numel())
+        fill(plan, out, *rest)
+
+    with patch.object(TensorPlan, "fill", counted_fill):
+        engine = Engine(config, arch, make_groups(layout, 0))
+    facts: dict[str, Any] = {"filled": sum(filled), "loaded": digest_of_weights(engine)}
     first = 0
     if "load" in job:
         read: list[int] = []
@@ -136,6 +156,17 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         facts["peak"] -= sum(b.param_data.nbytes for b in buffers)  # weights were there before
     if "gather" in job:
         gather(engine, Path(job["gather"]))
+    if "export" in job:
+        opened: list[str] = []
+        write = HfWriter._write
+
+        def watched(self: HfWriter, file: Path, *rest: Any) -> None:
+            opened.append(str(file))
+            write(self, file, *rest)
+
+        with patch.object(HfWriter, "_write", watched):
+            export(engine, Path(job["model"]), Path(job["export"]))
+        facts["wrote"] = sorted(set(opened))
     facts["then"] = train(engine, 2, job.get("then", 0))
     return facts
 

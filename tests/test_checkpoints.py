@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from megatron_posttrain.checkpoint.distcp import DistcpReader
+from megatron_posttrain.checkpoint.hf import HfReader, check_directory
 from megatron_posttrain.training.stretches import boxes
 from tests.launch import ranks
 from tests.models import make_qwen3
@@ -33,10 +37,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         job("whole", EXPERTS, train=2, save=new, then=2),
         job("same", EXPERTS, load=new, then=2),
         # megatron-core's own way shifts what comes after a bucket's padding: one bucket.
-        job("gathers", EXPERTS, load=new, gather=old, bucket=ONE_BUCKET),
+        job("gathers", EXPERTS, load=new, gather=old, bucket=ONE_BUCKET, export=str(directory / "hf")),
         job("of_old", EXPERTS, load=old, then=2),
         job("stock", EXPERTS, stock=new),
-        job("gathers_split", SPLIT, load=new, gather=other, bucket=ONE_BUCKET),
+        job("gathers_split", SPLIT, load=new, gather=other, bucket=ONE_BUCKET, export=str(directory / "hf_split")),
         job("of_split", EXPERTS, load=other),
     ]
     (directory / "jobs.json").write_text(json.dumps(jobs))
@@ -103,12 +107,36 @@ def test_few_pieces_however_many_buckets(runs: Path) -> None:
     assert pieces <= whole + 2 * 4 * RANKS
 
 
+def test_a_directory_is_read_once_by_all_ranks(runs: Path) -> None:
+    """Of 4 copies of dense weights and 2 of each expert: the ranks together fill each parameter once."""
+    found = facts(runs, "whole")
+    reader = HfReader(runs / "moe")
+    padding = 0  # the vocabulary's, without tensor parallelism
+    assert sum(rank["filled"] for rank in found) == padding + sum(
+        math.prod(reader.entry(n).shape) for n in reader.names()
+    )
+    assert min(rank["filled"] for rank in found) > 0
+    # expert ranks alternate: (0, 2) and (1, 3) hold the same
+    assert [rank["loaded"] for rank in found[:2]] == [rank["loaded"] for rank in found[2:]]
+
+
+def test_each_stage_writes_its_own_files_of_the_same_tensors(runs: Path) -> None:
+    wrote = [rank["wrote"] for rank in facts(runs, "gathers_split")]
+    first, second = ("model-00001-of-00002.safetensors",), ("model-00002-of-00002.safetensors",)
+    assert [tuple(w) for w in wrote] == [first, (), second, ()]
+    assert [rank["wrote"] for rank in facts(runs, "gathers")] == [["model.safetensors"], [], [], []]
+    whole, split = load_file(runs / "hf" / "model.safetensors"), {}
+    for file in (*first, *second):
+        split |= load_file(runs / "hf_split" / file)
+    assert whole.keys() == split.keys()
+    assert all(torch.equal(whole[name], split[name]) for name in whole)
+    index = json.loads((runs / "hf_split" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(whole)
+    check_directory(runs / "hf_split")
+
+
 @pytest.mark.parametrize("shape", [(7,), (5, 6), (3, 4, 5), (1, 9)])
 def test_boxes_are_the_elements_in_their_order(shape: tuple[int, ...]) -> None:
-    import itertools
-
-    import torch
-
     numbers = torch.arange(math.prod(shape)).view(shape)
     for start, stop in itertools.combinations(range(numbers.numel() + 1), 2):
         found = [
