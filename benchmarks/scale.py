@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "launch"))
@@ -31,7 +31,10 @@ from megatron_posttrain.planning.layouts import expert_data
 from megatron_posttrain.planning.parameters import rank_state
 from megatron_posttrain.training.heartbeat import WRITE_EVERY, WRITES_PER_S
 
-MODELS = {"Qwen3-30B-A3B": {"tensor": 2, "expert": 8}, "Qwen3-235B-A22B": {"tensor": 4, "pipeline": 4, "expert": 8}}
+MODELS: dict[str, dict[str, Any]] = {
+    "Qwen3-30B-A3B": {"tensor": 2, "expert": 8},
+    "Qwen3-235B-A22B": {"tensor": 4, "pipeline": 4, "expert": 8},
+}
 NODE = 8  # ranks
 OPTIMIZER, WEIGHTS = 12.0, 2.0  # bytes a parameter
 BASE_FILES = 60  # of a rank before any group: libraries, logs, its store
@@ -196,7 +199,7 @@ def main() -> None:
     calls = {max(1, n // NODE): roll_call_requests(max(1, n // NODE)) for n in counts}
     print(f"a request to the store takes {request * 1e6:.0f} us here; before -> now")
     for name, sizes in MODELS.items():
-        fitting = [n for n in counts if n % Layout(**cast(Any, sizes)).model == 0 and n >= 8 * sizes.get("pipeline", 1)]
+        fitting = [n for n in counts if n % Layout(**sizes).model == 0 and n >= 8 * sizes.get("pipeline", 1)]
         found = [costs(name, n, calls) for n in fitting]
         print(f"\n{name}, {sizes}")
         print(f"{'ranks':<44}" + "".join(f"{n:>24,}" for n in fitting))
