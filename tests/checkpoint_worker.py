@@ -128,7 +128,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         fill(plan, out, *rest)
 
     with patch.object(TensorPlan, "fill", counted_fill):
-        engine = Engine(config, arch, make_groups(layout, 0))
+        engine = Engine.of(config, arch, make_groups(layout, 0))
     facts: dict[str, Any] = {"filled": sum(filled), "loaded": digest_of_weights(engine)}
     first = 0
     if "load" in job:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_posttrain.checkpoint.hf import HfReader, table_reader
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.weights import Replicated, TensorPlan, unmerged
@@ -95,33 +94,6 @@ def partition(plan: TensorPlan, local: Tensor, rank: int, size: int) -> tuple[in
         f"parameter '{plan.name}' has the local shape {list(local.shape)}, the weight table says "
         f"{list(plan.local_shape(size))} on each of {size} ranks"
     )
-
-
-@torch.no_grad()
-def load_hf(model_chunks: Sequence[nn.Module], arch: Architecture, reader: HfReader, groups: Groups) -> None:
-    """Collective: fill this rank's parameters from a Hugging Face directory, reading only slices that it holds.
-
-    Of ranks that hold the same, each reads a share and gives it to the others: the directory is read once, by all
-    ranks together. Values are converted to the parameters' dtype and device. The caller has checked the directory
-    (`checkpoint.hf.check_directory`).
-    """
-    read = table_reader(reader, arch)
-    plans = {plan.name: plan for plan in registry.tensors(arch)}
-    tensor, expert_tensor = position(groups.tensor), position(groups.expert_tensor)
-    given: list[tuple[Tensor, ProcessGroup, int]] = []
-    loads: dict[ProcessGroup, list[int]] = {}
-    for plan, local in local_tensors(model_chunks, plans, arch, position(groups.expert)):
-        rank, size = partition(plan, local, *(tensor if plan.expert is None else expert_tensor))
-        group = groups.copies if plan.expert is None else groups.expert_copies
-        load = loads.setdefault(group, [0] * group.size())
-        reader_rank = load.index(min(load))
-        load[reader_rank] += local.numel()
-        given.append((local, group, reader_rank))
-        if reader_rank == group.rank():
-            plan.fill(local, read, rank, size)
-    for local, group, reader_rank in given:  # after all were read: they read at the same time
-        if group.size() > 1:
-            dist.broadcast(local, src=dist.get_global_rank(group, reader_rank), group=group)
 
 
 # ---- export: whole tensors, a bucket at a time

@@ -16,7 +16,7 @@ from megatron_posttrain.platform import platform
 from megatron_posttrain.training.checkpoints import Checkpoints
 from megatron_posttrain.training.disk import agree, cause
 from megatron_posttrain.training.engine import Engine
-from megatron_posttrain.training.run import Run
+from megatron_posttrain.training.record import Record
 
 
 def full_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
@@ -26,8 +26,9 @@ def full_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
         yield from engine.exporter.hf_tensors()
 
 
-def export(engine: Engine, source: Path, directory: Path) -> None:
-    """Collective: writes `directory` anew, with the run's tokenizer and the other files of `source`.
+def export(engine: Engine, source: Path, directory: Path, tokenizer: str | None = None) -> None:
+    """Collective: writes `directory` anew, with the tokenizer of another directory or hub id, and the other files of
+    `source`.
 
     The first rank of each pipeline stage writes the stage's tensors, in files of their own. Raises SaveError on every
     rank when it cannot be written.
@@ -38,9 +39,8 @@ def export(engine: Engine, source: Path, directory: Path) -> None:
     main = dist.get_rank() == 0
     with _failing_together(directory):
         if here is not None:
-            of_run = engine.config.model.tokenizer
-            tokenizer = None if of_run is None else model_directory(of_run, "model.tokenizer")
-            options = {"overwrite": True, "tokenizer": tokenizer}
+            place = None if tokenizer is None else model_directory(tokenizer, "model.tokenizer")
+            options = {"overwrite": True, "tokenizer": place}
             layout, writer = directory_writer(
                 directory, engine.arch, source=source, stages=exporter.stage_of(), **options
             )
@@ -81,11 +81,11 @@ def _failing_together(directory: Path) -> Iterator[None]:
     agree(problem)
 
 
-def export_run(engine: Engine, checkpoints: Checkpoints, run: Run, source: Path) -> None:
+def export_run(engine: Engine, checkpoints: Checkpoints, run: Record, source: Path) -> None:
     """Collective: the run's last step as a checkpoint, then as output/hf; one that fails leaves the other."""
     checkpoints.secure(engine, run)
     try:
-        export(engine, source, run.directory / "hf")
+        export(engine, source, run.directory / "hf", run.config.model.tokenizer)
     except SaveError as error:
         raise SaveError(f"{error}; {checkpoints.left()}") from None
     checkpoints.release(run.total_steps)
