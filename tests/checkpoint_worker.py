@@ -20,13 +20,15 @@ import torch.distributed as dist
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_posttrain.algorithms.losses import cross_entropy_sum
+from megatron_posttrain.algorithms.losses import cross_entropy
 from megatron_posttrain.checkpoint.hf import check_directory
 from megatron_posttrain.checkpoint.hf_files import HfWriter
-from megatron_posttrain.config.schema import CheckpointConfig, SftConfig
+from megatron_posttrain.config.algorithms import SftConfig
+from megatron_posttrain.config.schema import CheckpointConfig
+from megatron_posttrain.models.layout_checks import check_layout
 from megatron_posttrain.models.weights import TensorPlan
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
-from megatron_posttrain.parallel.layout import Layout, check_layout
+from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.platform import platform
 from megatron_posttrain.training import optimizer
 from megatron_posttrain.training.batches import rank_micro_batches
@@ -34,6 +36,7 @@ from megatron_posttrain.training.checkpoints import Checkpoints, _written_by_thr
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.export import export
 from megatron_posttrain.training.optimizer_fixes import optimizer_can_resume
+from megatron_posttrain.training.totals import per_token
 from tests.layouts.worker import batch
 
 BUCKET = 5_000  # elements, so that even this model has many
@@ -66,12 +69,8 @@ def train(engine: Engine, first: int, count: int) -> list[float]:
     found = []
     for step in range(first, first + count):
         rows = batch(step, engine.arch.vocab_size)
-        counted = sum(sum(s.loss_mask) for row in rows for s in row)
-        result = engine.train_step(
-            rank_micro_batches(rows, engine.groups, 1),
-            lambda output, b, n=counted: (cross_entropy_sum(output.logprobs, b.loss_mask) / n, {}),
-            1e-3,
-        )
+        micro_batches = rank_micro_batches(rows, engine.groups, 1)
+        result = engine.train_step(micro_batches, cross_entropy, per_token, 1e-3)
         found += [result.loss, result.grad_norm]
     return found
 
