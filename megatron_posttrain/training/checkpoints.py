@@ -22,7 +22,7 @@ from megatron_posttrain.parallel.groups import broadcast_object
 from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.scope import replaced
 from megatron_posttrain.training.deadline import Deadline
-from megatron_posttrain.training.disk import agree, cause, checkpoint_bytes, described
+from megatron_posttrain.training.disk import agree, cause, checkpoint_bytes, described, first_problem
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.optimizer import set_hyper_parameters
 from megatron_posttrain.training.optimizer_fixes import optimizer_can_resume
@@ -226,9 +226,7 @@ def _load(engine: Engine, path: Path) -> str | None:
         raise
     except (CheckpointException, CheckpointingException, *UNREADABLE) as error:
         problem = described(error)
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    return next((p for p in problems if p), None)
+    return first_problem(problem)
 
 
 def _written_by_threads() -> contextlib.AbstractContextManager[None]:
