@@ -350,13 +350,13 @@ class Node:
         failed = status not in (0, STOPPED)
         roll_call.report(status, text, failed=failed)
         deadline = time.monotonic() + (15.0 if failed else 50.0)
-        while len(outcomes := roll_call.outcomes()) < roll_call.card.nodes and time.monotonic() < deadline:
+        while roll_call.reported() < roll_call.card.nodes and time.monotonic() < deadline:
             if failed and (silent := roll_call.silent(6.0)):
                 return f"{silent} died, froze or lost its network"
-            time.sleep(0.2)
+            time.sleep(2 * roll_call.patience)
+        outcomes = roll_call.outcomes() if roll_call.serves else []
         roll_call.leave(15.0)
-        bad = [end["text"] for end in outcomes if end["status"] not in (0, STOPPED)]
-        return bad[0] if bad and roll_call.serves else ""
+        return next((end["text"] for end in outcomes if end["status"] not in (0, STOPPED)), "")
 
 
 def leave_after(seconds: float, status: int) -> None:

@@ -210,6 +210,7 @@ def make_rollout_engine(config: GrpoConfig, prepared: Prepared) -> RolloutEngine
         seed=config.training.seed,
         gpu_memory_utilization=config.rollout.gpu_memory_fraction,
         quantization=config.rollout.quantization,
+        load_weights=False,
     )
 
 
