@@ -143,9 +143,8 @@ def write_directory(
         reader = HfReader(source)
         layout = directory_layout(reader, arch)
         kinds = {name: reader.plain_dtype(name) for name in reader.names()}
-    contents = {
-        name: (kinds.get(name, layout.dtypes.get(name, torch.bfloat16)), shape) for name, shape in layout.shapes.items()
-    }
+    usual = kinds.get(EMBEDDING, torch.bfloat16)  # of a new head
+    contents = {name: (kinds.get(name, layout.dtypes.get(name, usual)), shape) for name, shape in layout.shapes.items()}
     config = fp8.without(registry.hf_config(arch, read_json(Path(source) / "config.json")))
     options: dict[str, Any] = {"source": source, "tokenizer": tokenizer}
     with HfWriter(directory, contents, config, shard_bytes=shard_bytes, overwrite=overwrite, **options) as writer:
