@@ -99,6 +99,23 @@ class ScoreConfig(SftConfig):
     )
 
 
+class DpoConfig(Config):
+    command = "dpo"
+    algorithm: DpoAlgorithm = Field(default_factory=DpoAlgorithm)
+
+    def problems(self, world_size: int) -> Iterator[str]:
+        a = self.algorithm
+        found = preference_problems(a.loss, a.label_smoothing, a.length_normalized, a.gamma, a.sft_weight)
+        yield from (f"algorithm.{problem}" for problem in found)
+        if a.reference_cache is not None and a.loss in WITHOUT_REFERENCE:
+            yield f"algorithm.reference_cache has no effect: {a.loss} has no reference; allowed: null"
+
+
+class RewardModelConfig(Config):
+    command = "reward-model"
+    algorithm: RewardModelAlgorithm = Field(default_factory=RewardModelAlgorithm)
+
+
 class GrpoConfig(Config):
     command = "grpo"
     ignored: ClassVar[dict[str, str]] = {
@@ -153,7 +170,7 @@ class Algorithm:
     config: type[Config]
     function: str
     help: str
-    rows: Literal["conversations", "prompts", "any"] = "conversations"
+    rows: Literal["conversations", "prompts", "preferences", "any"] = "conversations"
     rollouts: bool = False
 
     @property
@@ -176,6 +193,18 @@ ALGORITHMS = {
             "GRPO with vLLM in every trainer rank",
             rows="prompts",
             rollouts=True,
+        ),
+        Algorithm(
+            DpoConfig,
+            "megatron_posttrain.algorithms.dpo:dpo",
+            "preferences: DPO and its relatives, KTO",
+            rows="preferences",
+        ),
+        Algorithm(
+            RewardModelConfig,
+            "megatron_posttrain.algorithms.reward_model:reward_model",
+            "a scalar reward from pairs",
+            rows="preferences",
         ),
         Algorithm(
             ScoreConfig,
