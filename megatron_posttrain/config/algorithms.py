@@ -80,6 +80,9 @@ class DistillAlgorithm(Section):
     top_k: PositiveInt | None = Field(
         None, description="the teacher's k likeliest tokens, and all others as one; null: the whole vocabulary"
     )
+    student_fraction: Fraction = Field(
+        0.0, description="of rows that the student samples itself; 0 is what is supported"
+    )
 
 
 class TeacherConfig(Section):
@@ -114,6 +117,19 @@ class DpoConfig(Config):
 class RewardModelConfig(Config):
     command = "reward-model"
     algorithm: RewardModelAlgorithm = Field(default_factory=RewardModelAlgorithm)
+
+
+class DistillConfig(Config):
+    command = "distill"
+    teacher: TeacherConfig = Field(description="a frozen model with the student's tokenizer, in its layout")
+    algorithm: DistillAlgorithm = Field(default_factory=DistillAlgorithm)
+
+    def problems(self, world_size: int) -> Iterator[str]:
+        a = self.algorithm
+        if a.divergence == "jsd" and not 0 < a.beta < 1:
+            yield f"algorithm.beta={a.beta} makes jsd zero; allowed: above 0 and below 1, or forward_kl or reverse_kl"
+        if a.student_fraction:
+            yield f"algorithm.student_fraction={a.student_fraction}: no samples of the student yet; allowed: 0"
 
 
 class GrpoConfig(Config):
@@ -205,6 +221,9 @@ ALGORITHMS = {
             "megatron_posttrain.algorithms.reward_model:reward_model",
             "a scalar reward from pairs",
             rows="preferences",
+        ),
+        Algorithm(
+            DistillConfig, "megatron_posttrain.algorithms.distill:distill", "a student learns a teacher's distributions"
         ),
         Algorithm(
             ScoreConfig,
