@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from megatron_posttrain.algorithms.preferences import (
     token_budget,
     unit_batches,
 )
+from megatron_posttrain.checkpoint.hf_files import read_json, write_json
 from megatron_posttrain.config.algorithms import RewardModelConfig
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.data.pairs import PreferenceDataset
@@ -55,7 +57,16 @@ def reward_model(config: RewardModelConfig) -> int:
                 with step.phase("validation", apart=True):
                     figures |= validate(engine, config, held_out)
             step.log(result.figures(), figures)
+        if run.is_main and not run.status:
+            name_padding(run.directory / "hf" / "config.json", prepared.tokenizer.pad_token_id)
     return run.status
+
+
+def name_padding(file: Path, token: int | None) -> None:
+    """transformers finds a conversation's last token by the padding behind it, in batches of more than one."""
+    config = read_json(file)
+    if config.get("pad_token_id") is None and token is not None:
+        write_json(file, config | {"pad_token_id": token})
 
 
 def pair_loss(center: float, margins: Tensor, output: Output, batch: PackedBatch) -> tuple[Tensor, dict[str, Mean]]:
