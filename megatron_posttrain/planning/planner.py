@@ -55,7 +55,8 @@ def estimate(
     arch: Architecture, layout: Layout, micro_batch: int, recompute: str, work: Workload, gpu: Gpu, exact: bool = False
 ) -> Estimate:
     """Memory and time of one layout. `exact`: count the padding of gradient buckets too, as a rank holds them."""
-    work = replace(work, micro_batch=micro_batch, recompute=recompute)
+    count = work.sequences_per_row
+    work = replace(work, micro_batch=count * micro_batch, global_batch=count * work.global_batch, recompute=recompute)
     if work.lora:
         trained = (max(_adapters(arch, layout, stage, work.lora_rank) for stage in range(layout.pipeline)), 0)
     else:
@@ -73,6 +74,11 @@ def estimate(
             for part in ("compute", "exposed_communication", "bubble"):
                 times[part] *= 1 + LOGPROB_PASS
             times |= {"rollout": rollout.seconds, "refit": refit}
+        if work.task == "dpo":  # each row once; no memory, for its log-probs are kept
+            times["reference"] = LOGPROB_PASS * (times["compute"] + times["exposed_communication"] + times["bubble"])
+        if work.teacher is not None:
+            theirs, _ = step_time(work.teacher, layout, work, gpu, (0, 0))
+            times["teacher"] = LOGPROB_PASS * (theirs["compute"] + theirs["exposed_communication"] + theirs["bubble"])
         if offload:
             times["offload"] = 2 * memory["optimizer"] / PAGEABLE_BYTES_PER_S
         memory = {name: size / GIB for name, size in memory.items()}
@@ -142,6 +148,13 @@ def _stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int
         memory["fp8_weights"] = 2.0 * (dense + experts)  # copies of the weights, in both orientations
     memory["activations"] = sum(stage_activations(arch, layout, shapes, stage, microbatches).values())
     memory["logits"] = logits_bytes(arch, layout, shapes) if stage == layout.pipeline - 1 else 0.0
+    if work.teacher is not None:
+        memory["teacher"] = 2.0 * sum(stage_elements(work.teacher, layout, stage))
+        if stage == layout.pipeline - 1:
+            # Its last hidden states of a whole step, and its logits beside the student's.
+            of_step = microbatches * tokens / layout.context
+            memory["teacher"] += 2.0 * of_step * work.teacher.hidden_size
+            memory["logits"] += logits_bytes(work.teacher, layout, shapes)
     rows = tokens / layout.context * arch.hidden_size * 2
     gathered = rows if layout.sequence_parallel else 0.0
     routed = 2 * rows / layout.tensor * arch.moe.top_k if arch.moe is not None and layout.expert > 1 else 0.0
