@@ -184,10 +184,11 @@ def test_bubble_is_that_of_the_interleaved_schedule() -> None:
         assert e.seconds["bubble"] / steady == pytest.approx(3 / chunks / 32, rel=0.05)
 
 
-@pytest.mark.parametrize("task", ["sft", "lora", "grpo"])
+@pytest.mark.parametrize("task", ["sft", "lora", "dpo", "distill", "grpo"])
 def test_the_recipe_is_a_valid_config(tmp_path: Path, task: str) -> None:
     arch, gpu = KNOWN_MODELS["Qwen3-30B-A3B"], GPUS["H200"]
-    work = Workload(task, 4096, 256)
+    teacher = KNOWN_MODELS["Qwen3-32B"] if task == "distill" else None
+    work = Workload(task, 4096, 256, teacher=teacher, teacher_path="Qwen/Qwen3-32B")
     best = plan(arch, 32, work, gpu)[0]
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump(config_of("model", best, work, gpu)))
@@ -256,7 +257,7 @@ def test_grpo_searches_what_it_may_choose(capsys: pytest.CaptureFixture[str]) ->
     assert rows[0]["fits"]
     assert rows[0]["rollout"]["offload"]
     assert rows[0]["recompute"] == "full"
-    assert {row["rollout"]["tensor"] for row in rows} > {2}
+    assert all(row["rollout"]["tensor"] > 1 for row in rows)
     _, out, _ = command(capsys, *arguments, "--no-offload", "--json")
     assert not any(row["fits"] for row in json.loads(out)["layouts"])
     _, out, _ = command(capsys, *arguments)
@@ -305,3 +306,35 @@ def test_published_throughput() -> None:
     error = abs(signed)
     assert np.median(error) <= 0.15
     assert np.percentile(error, 90) <= 0.35
+
+
+def test_pairs_are_two_sequences_and_a_teacher_is_weights_and_a_pass() -> None:
+    arch, gpu = KNOWN_MODELS["Qwen3-8B"], GPUS["H100"]
+    layout = parse_layout("tensor=2", 8)
+    sft = estimate(arch, layout, 2, "none", Workload("sft", 2048, 128), gpu)
+    dpo = estimate(arch, layout, 1, "none", Workload("dpo", 2048, 64), gpu)
+    assert dpo.memory_gib == sft.memory_gib  # the reference takes none: its log-probs are kept
+    assert dpo.seconds.pop("reference") == pytest.approx(
+        sum(sft.seconds[part] for part in ("compute", "exposed_communication", "bubble")) / 3
+    )
+    assert dpo.seconds == sft.seconds
+    teacher = KNOWN_MODELS["Qwen3-32B"]
+    alone = estimate(arch, layout, 1, "none", Workload("sft", 2048, 64), gpu)
+    taught = estimate(arch, layout, 1, "none", Workload("distill", 2048, 64, teacher=teacher), gpu)
+    hidden = 64 // 4 * 2048 * teacher.hidden_size * 2 / 2**30  # of a step's tokens on one of 4 replicas
+    assert taught.memory_gib["teacher"] == pytest.approx(32.76e9 / 2 * 2 / 2**30 + hidden, rel=0.01)
+    assert taught.memory_gib["weights"] == alone.memory_gib["weights"]
+    assert 0.9 < taught.seconds["teacher"] / alone.seconds["compute"] < 2  # four times the weights, a third of the work
+
+
+def test_a_teacher_belongs_to_distill(capsys: pytest.CaptureFixture[str]) -> None:
+    for extra, said in (
+        (["--task", "distill"], "no --teacher"),
+        (["--task", "sft", "--teacher", "qwen3-32b"], "no other task has one"),
+        (["--task", "distill", "--teacher", "qwen3-33b"], "--teacher qwen3-33b: neither a known name"),
+    ):
+        status, out, error = command(capsys, "--model", "qwen3-8b", *USUAL, *extra)
+        assert (status, said in out + error) == (2, True), out + error
+    status, out, _ = command(capsys, "--model", "qwen3-8b", *USUAL, "--task", "distill", "--teacher", "qwen3-32b")
+    assert status == 0
+    assert "teacher: {path: Qwen/Qwen3-32B}" in out or "path: Qwen/Qwen3-32B" in out

@@ -38,3 +38,30 @@ def group_advantages(
     # Rounding leaves a mean of equal rewards an ulp away from them; that is no signal.
     same = (groups == groups[:, :1]).all(-1, keepdim=True)
     return torch.where(same, torch.zeros_like(advantages), advantages).view(-1)
+
+
+def generalized_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation (arXiv 1506.02438, eq. 16), from a sequence's end to its beginning.
+
+    A token's next one is the next that counts: what an environment said in between is no step. After the last token
+    that counts nothing follows, so that its advantage is reward - value.
+
+    Args:
+        rewards, values, mask: [batch, sequence] of every token; `mask` is 1 where the policy wrote it.
+
+    Returns:
+        advantages and returns (advantage + value), each [batch, sequence], 0 where the mask is.
+    """
+    counts = mask.bool()
+    following = values.new_zeros(len(values))
+    advantage = values.new_zeros(len(values))
+    found = torch.zeros_like(values)
+    for t in reversed(range(values.shape[1])):
+        here = rewards[:, t] + gamma * following - values[:, t] + gamma * lam * advantage
+        advantage = torch.where(counts[:, t], here, advantage)
+        following = torch.where(counts[:, t], values[:, t], following)
+        found[:, t] = advantage
+    zero = torch.zeros_like(values)
+    return torch.where(counts, found, zero), torch.where(counts, found + values, zero)

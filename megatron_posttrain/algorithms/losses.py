@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from megatron_posttrain.algorithms.preference_losses import dpo_loss, reward_model_loss
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.errors import UserError
+from megatron_posttrain.training.divergence import Divergence
+from megatron_posttrain.training.divergence import divergence as token_divergence
 from megatron_posttrain.training.totals import Mean
+
+__all__ = ["cross_entropy", "distillation_loss", "dpo_loss", "policy_gradient_loss", "reward_model_loss"]
 
 Metrics = dict[str, Tensor]
 Aggregation = Literal["token", "sequence", "constant"]
 KlEstimator = Literal["k1", "k2", "k3"]
+Objective = Literal["clip", "cispo"]
 RATIO_EXPONENT_LIMIT = 20.0  # exp() of more is no ratio that clipping would let pass, only an overflow
 
 
@@ -36,6 +41,7 @@ def policy_gradient_loss(
     advantages: Tensor,
     mask: Tensor,
     *,
+    objective: Objective = "clip",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
@@ -57,6 +63,8 @@ def policy_gradient_loss(
         logprobs: of the policy that is trained, differentiable.
         old_logprobs: of the policy at the start of the step.
         advantages: of every token.
+        objective: "clip" as above; "cispo": -min(r, 1 + clip_high) A logprobs, the ratio without gradient, so that
+            no token loses its gradient (MiniMax-M1, arXiv 2506.13585, eq. 4).
         dual_clip: c > 1; for negative advantages the loss is at most -c A (arXiv 1912.09729, eq. 5).
         ratio_level: "sequence" uses the geometric mean of a sequence's ratios (GSPO, arXiv 2507.18071).
         aggregation: "token" one mean over all tokens; "sequence" mean of the sequences' means;
@@ -72,13 +80,14 @@ def policy_gradient_loss(
         scalar loss and metrics (sums over tokens that count: `clip_fraction`, `ratio`, `kl`, `old_kl`).
 
     Raises:
-        UserError: dual_clip not above 1, or a KL or importance cap without its log-probs.
+        UserError: dual_clip not above 1 or with cispo, or a KL or importance cap without its log-probs.
     """
     terms, metrics = policy_gradient_terms(
         logprobs,
         old_logprobs,
         advantages,
         mask,
+        objective=objective,
         clip_low=clip_low,
         clip_high=clip_high,
         dual_clip=dual_clip,
@@ -99,6 +108,7 @@ def policy_gradient_terms(
     advantages: Tensor,
     mask: Tensor,
     *,
+    objective: Objective = "clip",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
@@ -111,17 +121,21 @@ def policy_gradient_terms(
     kl_estimator: KlEstimator = "k3",
 ) -> tuple[Tensor, Metrics]:
     """The [batch, sequence] terms whose sum `policy_gradient_loss` divides, and its metrics."""
-    _check(dual_clip, rollout_logprobs, importance_cap, reference_logprobs, kl_coefficient)
+    _check(objective, dual_clip, rollout_logprobs, importance_cap, reference_logprobs, kl_coefficient)
     mask = mask.to(logprobs.dtype)
     log_ratio = logprobs - old_logprobs
     if ratio_level == "sequence":
         mean = (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
         log_ratio = mean.expand_as(logprobs)
     ratio = log_ratio.clamp(-RATIO_EXPONENT_LIMIT, RATIO_EXPONENT_LIMIT).exp()
-    unclipped = -ratio * advantages
-    clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    losses = torch.maximum(unclipped, clipped)
-    was_clipped = (clipped > unclipped).to(mask.dtype)
+    if objective == "cispo":
+        losses = -ratio.clamp(max=1 + clip_high).detach() * advantages * logprobs
+        was_clipped = (ratio > 1 + clip_high).to(mask.dtype)
+    else:
+        unclipped = -ratio * advantages
+        clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+        losses = torch.maximum(unclipped, clipped)
+        was_clipped = (clipped > unclipped).to(mask.dtype)
     if dual_clip is not None:
         losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
     if importance_cap is not None:
@@ -159,38 +173,45 @@ def own_count(mask: Tensor, aggregation: Aggregation) -> Tensor | int:
     return mask.numel()
 
 
-def dpo_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor,
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    denominator: Tensor | float | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """Direct preference optimization (arXiv 2305.18290, eq. 7).
+    """Mean over tokens of a divergence of the student from the teacher; `training.divergence` has the formulas.
 
-    Args are [batch] sequence log-probs; `label_smoothing` is the chance that a preference is wrong
-    (conservative DPO, Mitchell 2023).
+    Args:
+        student_logits, teacher_logits: [batch, sequence, vocabulary].
+        mask: [batch, sequence] 1 where a token counts.
+        beta: jsd: the teacher's share of the mixture.
+        denominator: what the sum is divided by, where these are a part of a larger batch; default: their own count.
+
+    Returns:
+        scalar loss and metrics (`divergence`: sum over tokens that count).
     """
-    margin = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
-    losses = -F.logsigmoid(margin) * (1 - label_smoothing) - F.logsigmoid(-margin) * label_smoothing
-    metrics = {
-        "chosen_reward": beta * (chosen - reference_chosen).mean(),
-        "rejected_reward": beta * (rejected - reference_rejected).mean(),
-        "margin": margin.mean(),
-        "accuracy": (margin > 0).float().mean(),
-    }
-    return losses.mean(), {name: value.detach() for name, value in metrics.items()}
+    student, teacher = student_logits.flatten(0, 1), teacher_logits.flatten(0, 1)
+    each = token_divergence(student, teacher, divergence, beta=beta, temperature=temperature)
+    total = (each * mask.flatten()).sum()
+    return total / (own_count(mask, "token") if denominator is None else denominator), {"divergence": total.detach()}
 
 
 def _check(
+    objective: str,
     dual_clip: float | None,
     rollout_logprobs: Tensor | None,
     importance_cap: float | None,
     reference_logprobs: Tensor | None,
     kl_coefficient: float,
 ) -> None:
+    if objective not in get_args(Objective):
+        raise UserError(f"objective must be clip or cispo, found {objective!r}")
+    if dual_clip is not None and objective == "cispo":
+        raise UserError("dual_clip has no effect on objective cispo")
     if dual_clip is not None and (dual_clip <= 1 or not math.isfinite(dual_clip)):
         raise UserError(f"dual_clip must be above 1, found {dual_clip}")
     if importance_cap is not None and rollout_logprobs is None:

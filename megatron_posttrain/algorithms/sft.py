@@ -6,6 +6,7 @@ import torch
 
 from megatron_posttrain.algorithms.losses import cross_entropy, cross_entropy_terms
 from megatron_posttrain.config.algorithms import SftConfig
+from megatron_posttrain.config.schema import Config
 from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import SftDataset
 from megatron_posttrain.data.rows import read_rows
@@ -43,7 +44,7 @@ def sft(config: SftConfig) -> int:
     return run.status
 
 
-def read_dataset(config: SftConfig, prepared: Prepared, source: str | list[str]) -> SftDataset:
+def read_dataset(config: Config, prepared: Prepared, source: str | list[str]) -> SftDataset:
     data = config.data
     dataset = SftDataset(
         read_rows(source, require_assistant=True, columns=data.columns),

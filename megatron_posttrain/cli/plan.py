@@ -33,11 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, help=f"a directory or config.json, or one of {', '.join(KNOWN_MODELS)}")
     add("--gpu", required=True, help=f"one of {', '.join(GPUS)}")
     add("--gpus", required=True, help="how many, or several counts for a scaling table: 8,64,512")
-    add("--sequence-length", type=int, required=True, help="tokens of a row; grpo: of the longest sample")
-    add("--global-batch-size", type=int, required=True, help="rows an optimizer step; grpo: samples")
+    add("--sequence-length", type=int, required=True,
+        help="tokens of a row; dpo: of a conversation; grpo: of the longest sample")  # fmt: skip
+    add("--global-batch-size", type=int, required=True, help="rows an optimizer step; dpo: pairs; grpo: samples")
     add("--micro-batch-size", type=int, help="rows a forward pass of one replica; left out: the best of 1, 2, 4, 8")
     add("--precision", choices=("bf16", "fp8", "mxfp8"), default="bf16", help="of matrix multiplications")
-    add("--task", choices=("pretrain", "sft", "lora", "grpo"), default="sft", help="what is run")
+    add("--task", choices=("pretrain", "sft", "lora", "dpo", "distill", "grpo"), default="sft", help="what is run")
+    add("--teacher", help="distill: as --model; frozen, in the student's layout")
     add("--layout", help=f"one layout instead of a search; sizes left out are 1: {LAYOUT_HELP}")
     add(
         "--recompute",
@@ -75,6 +77,13 @@ def run(args: argparse.Namespace) -> int:
         args.recompute, args.routing, args.lora_rank, args.mean_length, args.rollout_tensor,
         args.offload,
     )  # fmt: skip
+    if args.teacher is not None:
+        try:
+            name_of_teacher, teacher = load_architecture(args.teacher)
+        except UserError as error:
+            raise UserError(str(error).replace("--model", "--teacher", 1)) from None
+        path = args.teacher if "/" in args.teacher else published_name(name_of_teacher)
+        work = replace(work, teacher=teacher, teacher_path=path)
     if len(counts) > 1 and args.layout:
         raise UserError("--layout: one layout belongs to one number of --gpus")
     considered = 1
@@ -101,6 +110,9 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--mean-length {args.mean_length}: longer than --sequence-length {args.sequence_length}")
     if args.task == "grpo" and args.global_batch_size < 2:
         raise UserError("--global-batch-size 1: grpo compares samples of a prompt, so at least 2")
+    if (args.teacher is not None) != (args.task == "distill"):
+        found = "no --teacher" if args.teacher is None else f"--teacher {args.teacher}"
+        raise UserError(f"--task {args.task}: {found}; distill needs one, and no other task has one")
     for option in ("mean_length", "rollout_tensor", "offload"):
         if getattr(args, option) is not None and args.task != "grpo":
             raise UserError(f"--{option.replace('_', '-')} has an effect with --task grpo only, found {args.task}")

@@ -18,7 +18,7 @@ from megatron_posttrain.data.tokenize import Conversation, Omissions, encode_pro
 from megatron_posttrain.errors import UserError
 
 
-class _Epochs:
+class Epochs:
     """The rows of step n: epochs, each in its own order, laid end to end, so that no row is left out.
 
     A pure function of (seed, step): a resumed run needs no state, and every rank computes the same.
@@ -28,7 +28,7 @@ class _Epochs:
         self.rows_per_epoch = rows_per_epoch
         self.epoch_rows = lru_cache(maxsize=2)(make_rows)  # a batch may reach into the next epoch
 
-    def _take(self, step: int, count: int) -> list[Any]:
+    def take(self, step: int, count: int) -> list[Any]:
         places = range(step * count, (step + 1) * count)
         return [self.epoch_rows(place // self.rows_per_epoch)[place % self.rows_per_epoch] for place in places]
 
@@ -37,7 +37,7 @@ class _Epochs:
         return math.ceil(math.ceil(epochs * self.rows_per_epoch) / batch_size)
 
 
-class SftDataset(_Epochs):
+class SftDataset(Epochs):
     """Conversations for supervised training, packed into rows of at most `sequence_length` tokens.
 
     Args:
@@ -135,7 +135,7 @@ class SftDataset(_Epochs):
 
     def batch(self, step: int, global_batch_size: int) -> list[list[Conversation]]:
         """The rows of optimizer step `step`, counted from 0: `global_batch_size` lists of conversations."""
-        return [[self[i] for i in row] for row in self._take(step, global_batch_size)]
+        return [[self[i] for i in row] for row in self.take(step, global_batch_size)]
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Prompt:
     messages: list[Message]
 
 
-class PromptDataset(_Epochs):
+class PromptDataset(Epochs):
     """Prompts for reinforcement learning and evaluation; `prompts` holds all of them in the file's order.
 
     Prompts of more than `max_prompt_length` tokens are left out and counted in `dropped`.
@@ -201,4 +201,4 @@ class PromptDataset(_Epochs):
 
     def batch(self, step: int, prompts_per_step: int) -> list[Prompt]:
         """The prompts of rollout step `step`, counted from 0."""
-        return [self.prompts[i] for i in self._take(step, prompts_per_step)]
+        return [self.prompts[i] for i in self.take(step, prompts_per_step)]

@@ -150,8 +150,15 @@ def _with_beginning(record: dict[str, Any], messages: list[Message]) -> list[Mes
     return messages
 
 
+_SIDES = {(True, False): "rejected", (False, True): "chosen"}
+
+
 def _check_use(row: Row, record: dict[str, Any], require_assistant: bool, use: str | None) -> None:
     form = row.form
+    if use == "preference" and row.label is None and "label" in record:
+        raise BadRow(f"label must be true or false, found {kind(record['label'])}")
+    if use == "preference" and (missing := _SIDES.get(("chosen" in record, "rejected" in record))):
+        raise BadRow(f"no {missing}; a pair has chosen and rejected, found the keys {sorted(record)}")
     if form is not None and (form.use == "preference") != (use == "preference"):
         wanted = "rows of preferences" if use == "preference" else "rows of conversations or prompts"
         raise BadRow(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_posttrain.config.algorithms import ALGORITHMS, GrpoConfig
+from megatron_posttrain.config.algorithms import ALGORITHMS, DistillConfig, DpoConfig, GrpoConfig
 from megatron_posttrain.config.load import load_config
 from megatron_posttrain.config.schema import Config
 from megatron_posttrain.data.dataset import SftDataset
@@ -183,7 +183,7 @@ class JobCheck:
     def _data(self) -> None:
         data = self.config.data
         self._source("data", data.train)
-        if data.validation is not None and self.rows == "conversations":
+        if data.validation is not None and self.rows in ("conversations", "preferences"):
             self._source("validation", data.validation)
         if isinstance(self.config, GrpoConfig):
             from megatron_posttrain.rewards.registry import load_rewards
@@ -206,7 +206,10 @@ class JobCheck:
         rows = self.findings.attempt(
             check,
             lambda: read_rows(
-                sources, require_assistant=self.rows == "conversations", columns=self.config.data.columns
+                sources,
+                require_assistant=self.rows == "conversations",
+                columns=self.config.data.columns,
+                use="preference" if self.rows == "preferences" else None,
             ),
         )
         if rows is None:
@@ -251,7 +254,9 @@ class JobCheck:
         except UserError as error:
             self.findings.add("fail", "precision", str(error))
             return
-        work = workload(config)
+        work = self.findings.attempt("memory", lambda: workload(config))
+        if work is None:
+            return
         found = self.findings.attempt("memory", lambda: plan_layout(arch, layout, work, cluster.gpu))
         if found is None:
             return
@@ -272,7 +277,9 @@ class JobCheck:
             self.findings.add("warn", "plan", warning)
 
     def _what_fits(self, arch: Architecture, work: Workload, cluster: Cluster) -> str:
-        free = Workload(work.task, work.sequence_length, work.global_batch)
+        free = Workload(
+            work.task, work.sequence_length, work.global_batch, teacher=work.teacher, teacher_path=work.teacher_path
+        )
         best = plan(arch, cluster.gpus, free, cluster.gpu)[0]
         if not best.fits:
             nodes = 2 * math.ceil(cluster.gpus / cluster.gpu.per_node)
@@ -303,6 +310,11 @@ def workload(config: Config) -> Workload:
         config.model.recompute,
         lora_rank=config.lora.rank if config.lora else 16,
     )
+    if isinstance(config, DpoConfig):
+        return replace(work, task="dpo")
+    if isinstance(config, DistillConfig):
+        teacher = load_architecture(config.teacher.path)[1]
+        return replace(work, task="distill", teacher=teacher, teacher_path=config.teacher.path)
     if not isinstance(config, GrpoConfig):
         return work
     rollout = config.rollout

@@ -59,6 +59,9 @@ def need(config: HfConfig, *keys: str) -> Any:
     raise UserError(f"config.json lacks '{keys[0]}'{nearest(keys[0], config)}")
 
 
+SCORE = "score.weight"  # of a model `ForSequenceClassification`
+
+
 def require(config: HfConfig, key: str, allowed: Sequence[Any], default: Any) -> None:
     """Refuses a config whose `key` asks for something that no model of ours does."""
     if (found := config.get(key, default)) not in allowed:
@@ -127,6 +130,8 @@ def embeddings(arch: Architecture, copies: tuple[str, ...] = ()) -> list[Mapping
 def output(arch: Architecture, copies: tuple[str, ...] = ()) -> list[Mapping]:
     """Final norm and, when it is a tensor of its own, the output layer."""
     norm = Replicated("decoder.final_layernorm.weight", ("model.norm.weight",), ((arch.hidden_size,),))
+    if arch.scalar_head:
+        return [norm, Replicated("output_layer.weight", (SCORE,), ((1, arch.hidden_size),))]
     if arch.tied_embeddings:
         return [norm]
     shape = (arch.vocab_size, arch.hidden_size)

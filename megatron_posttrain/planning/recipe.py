@@ -17,7 +17,7 @@ PROMPT_TOKENS = 1024  # left for a prompt in a sequence, or a quarter of a short
 
 def command_of(task: str) -> str:
     """The training command of a task; pre-training runs on the same rows as SFT."""
-    return "grpo" if task == "grpo" else "sft"
+    return task if task in ("grpo", "dpo", "distill") else "sft"
 
 
 def config_of(model: str, e: Estimate, work: Workload, gpu: Gpu) -> dict[str, Any]:
@@ -33,6 +33,8 @@ def config_of(model: str, e: Estimate, work: Workload, gpu: Gpu) -> dict[str, An
     }
     if work.task == "lora":
         tree["lora"] = {"rank": work.lora_rank}
+    if work.task == "distill":
+        tree["teacher"] = {"path": work.teacher_path}
     if work.task == "grpo" and e.rollout is not None:
         samples = next((n for n in SAMPLES_PER_PROMPT if work.global_batch % n == 0), work.global_batch)
         tree["rollout"] = {

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_posttrain.models.architecture import Architecture
+
 MEAN_SHARE = 0.75  # of the longest: mean length of a sample, when it is not given
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Lengths in tokens, batches in sequences (GRPO: samples)."""
+    """Lengths in tokens, batches in sequences (GRPO: samples; DPO: pairs, each two sequences)."""
 
-    task: str  # pretrain | sft | lora | grpo
+    task: str  # pretrain | sft | lora | dpo | distill | grpo
     sequence_length: int
     global_batch: int
     precision: str = "bf16"  # bf16 | fp8 | mxfp8
@@ -24,10 +26,16 @@ class Workload:
     offload: bool | None = None  # grpo: optimizer states and gradients, while vLLM is awake; None: the better
     gpu_memory_fraction: float | None = None  # grpo: of a GPU, for vLLM; None: what its cache needs
     kv_cache_gib: float | None = None  # grpo: of an engine's rank; None: by the fraction
+    teacher: Architecture | None = None  # distill: a frozen model in the same layout
+    teacher_path: str = ""
 
     @property
     def lora(self) -> bool:
         return self.task == "lora"
+
+    @property
+    def sequences_per_row(self) -> int:
+        return 2 if self.task == "dpo" else 1
 
     @property
     def balanced(self) -> bool:

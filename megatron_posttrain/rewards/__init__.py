@@ -1,7 +1,7 @@
 """Rewards: what a response is worth. A new one is one file here, or one file of the user's."""
 
 from megatron_posttrain.rewards import code, math, rules
-from megatron_posttrain.rewards.grading import Grade, compute_rewards, grade_metrics
+from megatron_posttrain.rewards.grading import Grade, compute_rewards
 from megatron_posttrain.rewards.registry import GradingError, Reward, Sample, Score, load_rewards, reward
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "Score",
     "code",
     "compute_rewards",
-    "grade_metrics",
     "load_rewards",
     "math",
     "reward",

@@ -40,14 +40,14 @@ def encode(value: Any, keep: Any) -> Any:
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, int):
-        number = int.__index__(value)
-        return number if -_SMALL < number < _SMALL else ["int", hex(number)]
+        whole = int.__index__(value)
+        return whole if -_SMALL < whole < _SMALL else ["int", hex(whole)]
     if isinstance(value, float):
         number = float.__float__(value)
         return number if math.isfinite(number) else ["float", repr(number)]
-    for name, kind in _CONTAINERS.items():
+    for container, kind in _CONTAINERS.items():
         if isinstance(value, kind):
-            return [name, *(encode(item, keep) for item in kind.__iter__(value))]
+            return [container, *(encode(item, keep) for item in kind.__iter__(value))]
     if isinstance(value, dict):
         return ["dict", *([encode(k, keep), encode(v, keep)] for k, v in dict.items(value))]
     if isinstance(value, complex | Decimal | Fraction):
@@ -56,8 +56,9 @@ def encode(value: Any, keep: Any) -> Any:
         return [type(value).__name__, value.hex()]
     if isinstance(value, range):
         return ["range", value.start, value.stop, value.step]
-    if isinstance(value, type | type(len)) and getattr(builtins, value.__name__, None) is value:
-        return ["builtin", value.__name__]
+    name = getattr(value, "__name__", None) if isinstance(value, type | type(len)) else None
+    if isinstance(name, str) and getattr(builtins, name, None) is value:
+        return ["builtin", name]
     return ["handle", keep(value)]
 
 
@@ -73,7 +74,8 @@ def decode(data: Any, find: Any) -> Any:
     if kind == "int":
         return int(parts[0], 16)
     if kind in ("bytes", "bytearray"):
-        return {"bytes": bytes, "bytearray": bytearray}[kind].fromhex(parts[0])
+        data = bytes.fromhex(parts[0])
+        return data if kind == "bytes" else bytearray(data)
     if kind == "builtin":
         return getattr(builtins, parts[0])
     if kind == "handle":
@@ -226,8 +228,8 @@ class Names(dict[str, Any]):
         return self._program.ask("name", name)
 
 
-def grade(task: dict[str, Any]) -> int:
-    """How many of the tests the program passes."""
+def grade(task: dict[str, Any], verdict: Any) -> None:
+    """Writes to `verdict`, after every test, how many the program passes."""
     program = Program()
     for part in task["program"]:
         program.ask("execute", part)
@@ -240,11 +242,11 @@ def grade(task: dict[str, Any]) -> int:
         try:
             exec(compile(test, f"test {k}", "exec"), names)
             passed += 1
+            print(json.dumps({"passed": passed}), file=verdict, flush=True)
         except Exception:
             traceback.print_exc(limit=-2)
             if not task["partial"]:
                 break
-    return passed
 
 
 def _end(code: int, message: str) -> NoReturn:
@@ -259,7 +261,9 @@ def main() -> None:
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl")
     task = json.load(sys.stdin)
-    print(json.dumps({"passed": grade(task)}), flush=True)
+    verdict = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what tests print is no verdict
+    grade(task, verdict)
     os._exit(0)
 
 

@@ -7,12 +7,10 @@ import inspect
 import logging
 import math
 import threading
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
-from statistics import fmean
 from typing import Any
 
 from megatron_posttrain.rewards.registry import GradingError, Reward, Sample, Score, last_line
@@ -26,8 +24,8 @@ class Grade:
     """What a sample is worth.
 
     Attributes:
-        rewards: by name; those that failed with what `on_error` says, 0 where that is to mask.
-        total: sum of weight x reward.
+        rewards: by name, without those that failed.
+        total: sum of weight x reward; with what `on_error` says for one that failed.
         masked: whether it must not train, because a reward could not grade it.
         failures: why, by the reward's name.
         metrics: figures that rewards log, as `REWARD/NAME`.
@@ -60,17 +58,14 @@ def compute_rewards(samples: Sequence[Sample], rewards: Sequence[Reward], *, thr
     return [_combine(rewards, scored) for scored in scores]
 
 
-def grade_metrics(grades: Sequence[Grade]) -> dict[str, float]:
-    """Means over samples: each reward where it graded, what rewards log, and the share that failed."""
-    columns: dict[str, list[float]] = {}
+def metric_sums(grades: Iterable[Grade]) -> dict[str, tuple[float, int]]:
+    """Sum and count of each figure that rewards log."""
+    sums: dict[str, tuple[float, int]] = {}
     for grade in grades:
-        graded = {f"reward/{name}": value for name, value in grade.rewards.items() if name not in grade.failures}
-        own = {f"reward/{name}": value for name, value in grade.metrics.items()}
-        for name, value in (graded | own).items():
-            columns.setdefault(name, []).append(value)
-    failed = Counter(name for grade in grades for name in grade.failures)
-    shares = {f"reward/{name}/failed_fraction": count / len(grades) for name, count in failed.items()}
-    return {name: fmean(values) for name, values in columns.items()} | shares
+        for name, value in grade.metrics.items():
+            total, count = sums.get(name, (0.0, 0))
+            sums[name] = total + value, count + 1
+    return sums
 
 
 def _units(item: Reward, samples: Sequence[Sample]) -> list[list[int]]:
@@ -86,10 +81,9 @@ def _units(item: Reward, samples: Sequence[Sample]) -> list[list[int]]:
 def _combine(rewards: Sequence[Reward], scored: Mapping[str, Score | str]) -> Grade:
     failures = {name: score for name, score in scored.items() if isinstance(score, str)}
     done = {name: score for name, score in scored.items() if isinstance(score, Score)}
-    values = {r.name: done[r.name].value if r.name in done else r.on_error or 0.0 for r in rewards}
     return Grade(
-        rewards=values,
-        total=sum(r.weight * values[r.name] for r in rewards),
+        rewards={name: score.value for name, score in done.items()},
+        total=sum(r.weight * (done[r.name].value if r.name in done else r.on_error or 0.0) for r in rewards),
         masked=any(r.name in failures and r.on_error is None for r in rewards),
         failures=failures,
         metrics={f"{name}/{key}": float(x) for name, score in done.items() for key, x in score.metrics.items()},
@@ -159,7 +153,7 @@ def _results(item: Reward, value: Any, count: int) -> Sequence[Any]:
 
 def _score(item: Reward, value: Any) -> Score:
     metrics = value.metrics if isinstance(value, Score) else {}
-    plain = value.value if isinstance(value, Score) else value
+    plain: Any = value.value if isinstance(value, Score) else value
     number = plain.item() if getattr(plain, "ndim", None) == 0 else plain  # a scalar of numpy or torch
     if not isinstance(number, int | float) or not math.isfinite(number):
         raise GradingError(f"returned {plain!r}; it must return a finite number")

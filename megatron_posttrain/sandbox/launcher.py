@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).parent))  # executed by its path, without the package, which imports much
-from seccomp import install  # type: ignore[import-not-found]  # noqa: E402
+from seccomp import install  # type: ignore[import-not-found]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _NEW_NS, _NEW_CGROUP, _NEW_UTS, _NEW_IPC = 0x20000, 0x02000000, 0x04000000, 0x08000000

@@ -13,6 +13,7 @@ from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.rewards.registry import needs_answer
 
+
 def check_answers(rows: Sequence[Row], rewards: Iterable[RewardConfig]) -> None:
     """Raises UserError for the first row without `answer` where a reward compares with it."""
     needs = next((spec.name for spec in rewards if needs_answer(spec)), None)

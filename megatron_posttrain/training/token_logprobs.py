@@ -38,12 +38,12 @@ def normaliser(logits: Tensor, vocab_size: int, group: dist.ProcessGroup, temper
     columns = logits.shape[-1]
     real = max(0, min(columns, vocab_size - group.rank() * columns))
     found = []
-    for rows in _chunks(logits):
+    for rows in row_chunks(logits):
         part = logits[rows, :real]
         top = _largest(part, temperature)
-        _reduce(top, group, dist.ReduceOp.MAX)
+        all_reduce(top, group, dist.ReduceOp.MAX)
         total = _shifted(part, top, temperature).exp_().sum(-1)
-        _reduce(total, group, dist.ReduceOp.SUM)
+        all_reduce(total, group, dist.ReduceOp.SUM)
         found.append(total.log() + top)
     return torch.cat(found)
 
@@ -60,13 +60,13 @@ class _TokenLogprobs(torch.autograd.Function):
         index = (labels - first).clamp(0, columns - 1)
         logprobs, entropy, normalisers = [], [], []
         row_sums = _fused(_row_sums)
-        for rows in _chunks(logits):
+        for rows in row_chunks(logits):
             part = logits[rows, :real]
             top = _largest(part, temperature)
-            _reduce(top, group, dist.ReduceOp.MAX)
+            all_reduce(top, group, dist.ReduceOp.MAX)
             # One message for the three sums: normaliser, chosen logit, expected logit.
             sums = row_sums(part, top, index[rows], mine[rows], temperature)
-            _reduce(sums, group, dist.ReduceOp.SUM)
+            all_reduce(sums, group, dist.ReduceOp.SUM)
             log_normaliser = sums[0].log()
             logprobs.append(sums[1] - log_normaliser)
             entropy.append(log_normaliser - sums[2] / sums[0])
@@ -82,7 +82,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logits, index, mine, normaliser = ctx.saved_tensors
         out = torch.zeros_like(logits) if ctx.real < logits.shape[-1] else torch.empty_like(logits)
         softmax_gradient = _fused(_softmax_gradient)
-        for rows in _chunks(logits):
+        for rows in row_chunks(logits):
             if ctx.real:
                 part = logits[rows, : ctx.real]
                 scale = grad[rows] / ctx.temperature
@@ -131,11 +131,11 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, dynamic=True)
 
 
-def _reduce(x: Tensor, group: dist.ProcessGroup, operation: Any) -> None:
-    if group.size() > 1:
+def all_reduce(x: Tensor, group: dist.ProcessGroup | None, operation: Any) -> None:
+    if group is not None and group.size() > 1:
         dist.all_reduce(x, op=operation, group=group)
 
 
-def _chunks(logits: Tensor) -> list[slice]:
+def row_chunks(logits: Tensor) -> list[slice]:
     rows = max(1, CHUNK_ELEMENTS // max(1, logits.shape[-1]))
     return [slice(i, i + rows) for i in range(0, logits.shape[0], rows)]

@@ -27,6 +27,10 @@ class WeightSets:
         """The present weights under `name`; those that had it before go."""
         self._sets[name] = [tensor.to("cpu", copy=True) for tensor in self._tensors]
 
+    def drop(self, name: str) -> None:
+        """Frees a set."""
+        del self._sets[name]
+
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
         """The model has the set's weights, and afterwards its own again, to the last bit.

@@ -1,0 +1,137 @@
+"""What training on preferences shares: rows, micro-batches that hold whole pairs, and one value per conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_posttrain.config.schema import Config
+from megatron_posttrain.data.batch import PackedBatch, microbatches, pack_batch
+from megatron_posttrain.data.batch import Sequence as TokenSequence
+from megatron_posttrain.data.pairs import Preference, PreferenceDataset
+from megatron_posttrain.data.rows import read_rows
+from megatron_posttrain.parallel.groups import Groups
+from megatron_posttrain.platform import platform
+from megatron_posttrain.training.batches import rank_micro_batches, rank_token_batches, to_rows
+from megatron_posttrain.training.engine import Engine
+from megatron_posttrain.training.finite import anywhere
+from megatron_posttrain.training.heads import Head, Output
+from megatron_posttrain.training.limits import check_positions
+from megatron_posttrain.training.prepare import Prepared
+from megatron_posttrain.training.totals import Mean, Totals
+
+# (a head's output, batch) -> [sequences of the micro-batch]
+SequenceValues = Callable[[Output, PackedBatch], Tensor]
+
+
+def read_preferences(prepared: Prepared, source: str | list[str], *, labelled: bool = False) -> PreferenceDataset:
+    """Raises UserError for rows that are no preferences, or longer than the model's positions."""
+    config, data = prepared.config, prepared.config.data
+    dataset = PreferenceDataset(
+        read_rows(source, columns=data.columns, use="preference"),
+        prepared.tokenizer,
+        data.sequence_length,
+        labelled=labelled,
+        overlong=data.overlong,
+        seed=config.training.seed,
+        omissions=data.omissions,
+    )
+    check_positions(dataset.lengths, prepared.arch)
+    return dataset
+
+
+def token_budget(config: Config) -> int:
+    """Tokens of a micro-batch: `micro_batch_size` pairs of the longest conversations."""
+    return 2 * config.data.sequence_length * config.training.micro_batch_size
+
+
+def sequences_of(preferences: Sequence[Preference]) -> list[list[TokenSequence]]:
+    """For each its two conversations, numbered 2k and 2k + 1."""
+    return [
+        [
+            TokenSequence(tokens.tolist(), mask.tolist(), index=2 * k + side)
+            for side, (tokens, mask) in enumerate(found.conversations)
+        ]
+        for k, found in enumerate(preferences)
+    ]
+
+
+def unit_batches(units: Sequence[Sequence[TokenSequence]], groups: Groups, config: Config) -> list[PackedBatch]:
+    """This data parallel rank's micro-batches: `micro_batch_size` units each, or with `data.packing` as many as
+    `token_budget` allows. A unit's sequences are never parted."""
+    if not config.data.packing:
+        return rank_micro_batches(units, groups, config.training.micro_batch_size)
+    layout = groups.layout
+    whole = [TokenSequence(range(sum(len(s.token_ids) for s in u)), [], index=k) for k, u in enumerate(units)]
+    filler = TokenSequence([0], [0], index=-1)
+    shares = microbatches(whole, token_budget(config), layout.micro_batch_multiple)
+    return [
+        pack_batch(
+            [sequence for s in share if s.index >= 0 for sequence in units[s.index]] or [filler],
+            multiple=layout.sequence_multiple,
+        )
+        for share in shares[groups.data.rank() :: layout.data]
+    ]
+
+
+def sides(batch: PackedBatch) -> tuple[list[int], list[int], list[int]]:
+    """Of the pairs of a micro-batch: where the first sequences are, where the second, and the pairs' numbers."""
+    place = {index: at for at, index in enumerate(batch.sequence_ids)}
+    numbers = sorted(index // 2 for index in place if index >= 0 and index % 2 == 0)
+    return [place[2 * k] for k in numbers], [place[2 * k + 1] for k in numbers], numbers
+
+
+def per_pair(totals: Totals) -> float:
+    """For a loss that is a mean over the pairs of the global batch."""
+    return totals.sequences / 2
+
+
+def answer_logprobs(output: Output, batch: PackedBatch) -> Tensor:
+    """[n] log-probs of the tokens that count, summed over each sequence."""
+    return sequence_sums(output["logprobs"] * batch.loss_mask, batch)
+
+
+def sequence_sums(values: Tensor, batch: PackedBatch) -> Tensor:
+    """[t] -> [n]; in one order on every device, so that runs repeat to the last bit."""
+    return to_rows(values, batch.cu_seqlens).sum(-1)
+
+
+def last_values(output: Output, batch: PackedBatch) -> Tensor:
+    """[n] the scalar at the last token of each sequence."""
+    lengths = torch.tensor(batch.real_lengths, device=batch.cu_seqlens.device)
+    return output["values"][(batch.cu_seqlens[:-1] + lengths - 1).long()]
+
+
+@torch.no_grad()
+def score_sequences(
+    engine: Engine, sequences: Sequence[TokenSequence], budget: int, head: Head, values: SequenceValues
+) -> Tensor:
+    """Collective: [sequences] fp32 on the host of every rank, under the present weights, without gradient.
+
+    Raises NotFiniteError on all ranks where one is not finite.
+    """
+    numbered = [replace(sequence, index=index) for index, sequence in enumerate(sequences)]
+    batches = rank_token_batches(numbered, engine.groups, budget)
+    found = torch.zeros(len(sequences))
+    for batch, output in zip(batches, engine.forward(batches, head), strict=True):
+        unpadded = {name: each[: len(batch.tokens)] for name, each in output.items()}
+        of_batch = values(unpadded, batch.to(platform().device)).cpu()
+        for index, value in zip(batch.sequence_ids, of_batch, strict=True):
+            if index >= 0:
+                found[index] = value
+    if anywhere(not found.isfinite().all()):
+        engine.refuse_outputs(batches, head)
+    if engine.groups.data.size() > 1:
+        everywhere = found.to(platform().device)
+        dist.all_reduce(everywhere, group=engine.groups.data)  # zero where another rank has it
+        found = everywhere.cpu()
+    return found
+
+
+def means(metrics: Mapping[str, Tensor]) -> dict[str, Mean]:
+    """Metrics of every pair as means that know their counts."""
+    return {name: Mean(each.sum(), len(each)) for name, each in metrics.items()}
