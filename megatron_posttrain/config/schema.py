@@ -129,9 +129,17 @@ class TrainingConfig(Section):
 
 class LoraConfig(Section):
     rank: PositiveInt = 16
-    alpha: PositiveFloat = 32.0
-    dropout: Fraction = 0.0
-    targets: list[str] = Field(default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"])
+    alpha: PositiveFloat = Field(32.0, description="the change of a weight is alpha / rank x B A")
+    use_rslora: bool = Field(False, description="rank-stabilised: alpha / sqrt(rank) in place of alpha / rank")
+    dropout: Fraction = Field(0.0, description="of an adapter's inputs")
+    targets: str | list[str] = Field(
+        "all-linear",
+        description="all-linear (attention and MLP, experts included), or Hugging Face names of linear layers: "
+        "q_proj, experts.down_proj, ...",
+    )
+    quantization: Literal["nf4"] | None = Field(
+        None, description="of the adapted layers' own weights, which stay frozen: NF4 with double quantisation (QLoRA)"
+    )
 
 
 class CheckpointConfig(Section):
