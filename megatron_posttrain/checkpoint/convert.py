@@ -31,7 +31,7 @@ from megatron_posttrain.checkpoint.stream import Item, OutputFile, StreamOptions
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import fp8, registry
 from megatron_posttrain.models.architecture import Architecture, HfConfig
-from megatron_posttrain.models.layout import Layout
+from megatron_posttrain.models.disk_layout import DiskLayout
 from megatron_posttrain.models.weights import TensorPlan
 
 FACTS = "conversion.json"  # in a Megatron directory: the layout that its source had
@@ -243,7 +243,7 @@ def plan_merge(base: Path, options: ConvertOptions) -> Conversion:
 class _Parts:
     """The tensors of a Hugging Face directory, as `MegatronReader` gives those of a checkpoint."""
 
-    def __init__(self, reader: HfReader, arch: Architecture, layout: Layout) -> None:
+    def __init__(self, reader: HfReader, arch: Architecture, layout: DiskLayout) -> None:
         self.read, self.reader, self.layout = table_reader(reader, arch), reader, layout
 
     def hf_dtype(self, name: str) -> torch.dtype:
@@ -254,7 +254,7 @@ class _Parts:
 
 
 def _planned_files(
-    arch: Architecture, reader: megatron.MegatronReader | _Parts, layout: Layout, options: ConvertOptions
+    arch: Architecture, reader: megatron.MegatronReader | _Parts, layout: DiskLayout, options: ConvertOptions
 ) -> tuple[list[OutputFile], dict[str, Entry]]:
     """The files of a Hugging Face directory, and where in them each tensor lies."""
     tensors = _planned_tensors(arch, reader, layout, options)
@@ -277,7 +277,7 @@ Planned = tuple[torch.dtype, tuple[int, ...], Callable[[], Iterable[Tensor]]]
 
 
 def _planned_tensors(
-    arch: Architecture, reader: megatron.MegatronReader | _Parts, layout: Layout, options: ConvertOptions
+    arch: Architecture, reader: megatron.MegatronReader | _Parts, layout: DiskLayout, options: ConvertOptions
 ) -> dict[str, Planned]:
     """The tensors of the Hugging Face side: dtype, shape and where the blocks come from, by name."""
     adapter = None if options.adapter is None else read_adapter(options.adapter, registry.layout(arch, fused=True))

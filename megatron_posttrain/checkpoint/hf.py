@@ -20,7 +20,7 @@ from megatron_posttrain.checkpoint.hf_files import (
 from megatron_posttrain.errors import UserError, nearest, nearest_file
 from megatron_posttrain.models import fp8, registry
 from megatron_posttrain.models.architecture import Architecture, HfConfig
-from megatron_posttrain.models.layout import Layout
+from megatron_posttrain.models.disk_layout import DiskLayout
 from megatron_posttrain.models.weights import Read
 
 __all__ = ["HfReader", "HfWriter", "check_directory", "read_json", "table_reader", "write_directory"]
@@ -110,7 +110,7 @@ def is_tied_copy(reader: HfReader) -> bool:
     return reader.dtype(HEAD) == reader.dtype(EMBEDDING) and all(torch.equal(*pair) for pair in pairs)
 
 
-def directory_layout(reader: HfReader, arch: Architecture) -> Layout:
+def directory_layout(reader: HfReader, arch: Architecture) -> DiskLayout:
     """How the directory arranges its tensors: experts one by one, or fused."""
     fused, separate = registry.layout(arch, fused=True), registry.layout(arch)
     return fused if any(n in reader.names() and n not in separate.shapes for n in fused.shapes) else separate

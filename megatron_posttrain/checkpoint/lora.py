@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_posttrain.checkpoint.hf_files import read_json, write_json
 from megatron_posttrain.errors import UserError, nearest
-from megatron_posttrain.models.layout import Layout, Place
+from megatron_posttrain.models.disk_layout import DiskLayout, Place
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -71,7 +71,7 @@ class Adapter:
                 raise UserError(f"adapter: '{name}' is {list(shapes[name])}, the adapter is for {list(shape)}")
 
 
-def read_adapter(directory: Path | str, fused: Layout | None = None) -> Adapter:
+def read_adapter(directory: Path | str, fused: DiskLayout | None = None) -> Adapter:
     """A directory with `adapter_config.json` and `adapter_model.safetensors`.
 
     `fused`: the model's tensors with its experts in 3-D ones, for adapters that are written so. `UserError` for
@@ -106,7 +106,7 @@ def read_adapter(directory: Path | str, fused: Layout | None = None) -> Adapter:
     return Adapter(pairs)
 
 
-def _parameter(module: str, found: Collection[str], fused: Layout | None) -> str | None:
+def _parameter(module: str, found: Collection[str], fused: DiskLayout | None) -> str | None:
     """The 3-D tensor whose adapter is called `module`; None where it is a linear layer's."""
     container = module.removesuffix(INNER)
     held = [] if fused is None else _held_by(container, fused)
@@ -115,12 +115,12 @@ def _parameter(module: str, found: Collection[str], fused: Layout | None) -> str
     return held[0] if module.endswith(INNER) or len(held) == 1 else held[-1]
 
 
-def _held_by(container: str, fused: Layout) -> list[str]:
+def _held_by(container: str, fused: DiskLayout) -> list[str]:
     """The 3-D tensors of a layer's experts, in the order of the model, which is that of PEFT's wrappers."""
     return [n for n, shape in fused.shapes.items() if n.rpartition(".")[0] == container and len(shape) == 3]
 
 
-def _split_experts(name: str, a: Tensor, b: Tensor, fused: Layout, config: dict[str, Any]) -> dict[str, Pair]:
+def _split_experts(name: str, a: Tensor, b: Tensor, fused: DiskLayout, config: dict[str, Any]) -> dict[str, Pair]:
     experts = fused.shapes[name][0]
     if len(a) % experts or b.shape[1] % experts:
         raise UserError(f"adapter: '{name}' has {experts} experts, the adapter is for another number of them")
@@ -164,7 +164,7 @@ def write_adapter(
     dropout: float = 0.0,
     use_rslora: bool = False,
     base_model: str | None = None,
-    layout: Layout | None = None,
+    layout: DiskLayout | None = None,
 ) -> None:
     """PEFT's files from (module, A [rank, in], B [out, rank]); the change of a weight is alpha / rank x B @ A.
 
@@ -204,7 +204,7 @@ def write_adapter(
 
 
 def _join_experts(
-    by_tensor: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], layout: Layout
+    by_tensor: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], layout: DiskLayout
 ) -> Iterator[tuple[str, Tensor]]:
     """PEFT's tensors of adapters of experts, from those of (3-D tensor on disk) -> (its parts)."""
     for name, parts in by_tensor.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,10 +16,10 @@ from megatron_posttrain.config.schema import LoraConfig
 from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.models.layout import Fusion
+from megatron_posttrain.models.disk_layout import Fusion
 from megatron_posttrain.models.modules.lora import LoraLinear, Split, add_to_grouped_output, add_to_output
 from megatron_posttrain.models.sharded import GROUPED_EXPERT, layer_numbers, partition, position, table_name, unwrap
-from megatron_posttrain.models.weights import Mapping, Replicated, Row, TensorPlan, expand, unmerged
+from megatron_posttrain.models.weights import Mapping, Replicated, RowParallel, TensorPlan, expand, unmerged
 from megatron_posttrain.parallel.groups import Groups
 
 ALL = "all-linear"
@@ -124,7 +124,7 @@ def _target(row: Mapping, hit: list[bool], rank: int, shared: bool) -> Target:
     number = [0 if shared else sum(hit[:source]) for source in range(len(hit))]
     owners = tuple(n if adapted else -1 for n, adapted in zip(number, hit, strict=True))
     of_a = [first] if shared else [source for source, adapted in enumerate(hit) if adapted]
-    kind = Row if isinstance(row, Row) else Replicated
+    kind = RowParallel if isinstance(row, RowParallel) else Replicated
     names = [name.removesuffix(".weight") for name in row.hf]
     where = {"layers": row.layers, "experts": row.experts, "hf_layer_offset": row.hf_layer_offset}
     a = kind(
@@ -139,15 +139,13 @@ def _target(row: Mapping, hit: list[bool], rank: int, shared: bool) -> Target:
         "shapes": tuple((shape[0], rank) for shape in row.shapes),
     }
     whole_b = Replicated(changes["megatron"], changes["hf"], changes["shapes"], **where)  # type: ignore[arg-type]
-    return Target(row, owners, a, whole_b if kind is Row else replace(row, **changes))
+    return Target(row, owners, a, whole_b if kind is RowParallel else replace(row, **changes))
 
 
 # ---- in a model ------------------------------------------------------------------------------------------
 
 
-def attach(
-    chunks: Sequence[nn.Module], adapters: Adapters, groups: Groups, *, seed: int, sequence_parallel: bool
-) -> None:
+def attach(chunks: Sequence[nn.Module], adapters: Adapters, groups: Groups, *, seed: int) -> None:
     """Freezes the model and gives its linear layers adapters: A uniform in +-1 / sqrt(in), as PEFT draws it, B zero.
 
     The same whole adapter under every layout.
@@ -169,9 +167,9 @@ def attach(
             owned = plan.expert is not None
             group = groups.expert_tensor if owned else groups.tensor
             rank, size = partition(plan, weight, *position(group))
-            row = isinstance(plan.mapping, Row)
+            row = isinstance(plan.mapping, RowParallel)
             by: Any = "row" if row else "column" if size == group.size() else "whole"
-            split = Split(by, group, sequence_parallel and not owned, owned)
+            split = Split(by, group, groups.layout.sequence_parallel and not owned, owned)
             b = adapters.plans[adapter_name(plan.name, "b")]
             owners = _owners(b.mapping, adapters.target(plan).owners, rank, size).to(weight.device)
             inputs = plan.local_shape(size)[1]
@@ -189,6 +187,11 @@ def _owners(b: Mapping, owners: tuple[int, ...], rank: int, size: int) -> Tensor
     )
 
 
+def seed_of(*parts: int | str) -> int:
+    """A seed for what `parts` name, another one for anything else."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
+
+
 class _Initial:
     """Reads an A by its Hugging Face name: drawn, not stored."""
 
@@ -196,8 +199,7 @@ class _Initial:
         self.shape, self.seed = (rank, plan.shapes[0][1]), seed
 
     def __call__(self, name: str) -> Tensor:
-        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, name))
         return (2 * torch.rand(self.shape, generator=generator) - 1) / math.sqrt(self.shape[1])
 
 
@@ -229,6 +231,16 @@ def disabled(chunks: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for module in found:
             module.enabled = True
+
+
+def finalizing_copies(finalize: Callable[..., None]) -> Callable[..., None]:
+    """megatron-core's function that reduces a step's gradients, and `sum_copied_gradients` after it."""
+
+    def both(model: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
+        finalize(model, *args, **kwargs)
+        sum_copied_gradients(model)
+
+    return both
 
 
 def sum_copied_gradients(chunks: Sequence[nn.Module]) -> None:

@@ -11,7 +11,7 @@ from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models import deepseek_v3, gpt_oss, llama, mistral, mixtral, qwen2, qwen3
 from megatron_posttrain.models.architecture import Architecture, HfConfig
 from megatron_posttrain.models.config_keys import check_keys
-from megatron_posttrain.models.layout import Layout
+from megatron_posttrain.models.disk_layout import DiskLayout
 from megatron_posttrain.models.weights import Mapping, Shape, TensorPlan, expand
 
 # `model_type` of a config.json -> module with `architecture`, `table` and `FUSIONS`
@@ -60,10 +60,10 @@ def tensors(arch: Architecture) -> tuple[TensorPlan, ...]:
 
 
 @lru_cache(maxsize=4)
-def layout(arch: Architecture, fused: bool = False) -> Layout:
+def layout(arch: Architecture, fused: bool = False) -> DiskLayout:
     """The tensors of a Hugging Face directory, with one tensor per expert or the fused ones."""
     family = FAMILIES[arch.family]
-    return Layout(tensors(arch), family.FUSIONS if fused or getattr(family, "ALWAYS_FUSED", False) else ())
+    return DiskLayout(tensors(arch), family.FUSIONS if fused or getattr(family, "ALWAYS_FUSED", False) else ())
 
 
 def shapes(arch: Architecture) -> dict[str, Shape]:
