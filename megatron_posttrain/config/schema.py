@@ -139,7 +139,7 @@ class LoraConfig(Section):
         "q_proj, experts.down_proj, ...",
     )
     quantization: Literal["nf4"] | None = Field(
-        None, description="of the adapted layers' own weights, which stay frozen: NF4 with double quantisation (QLoRA)"
+        None, description="of the model's own linear layers, which stay frozen: NF4 with double quantisation (QLoRA)"
     )
 
 
@@ -196,7 +196,7 @@ class Config(Section):
     data: DataConfig
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
-    lora: LoraConfig | None = None
+    lora: LoraConfig | None = Field(None, description="adapters are trained, the model itself is frozen")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     output: str = Field(description="directory that the run writes")

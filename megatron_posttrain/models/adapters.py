@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,9 +19,11 @@ from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.disk_layout import Fusion
 from megatron_posttrain.models.modules.lora import LoraLinear, Split, add_to_grouped_output, add_to_output
+from megatron_posttrain.models.modules.nf4 import BLOCK, quantising_linears, run_dequantised
 from megatron_posttrain.models.sharded import GROUPED_EXPERT, layer_numbers, partition, position, table_name, unwrap
 from megatron_posttrain.models.weights import Mapping, Replicated, RowParallel, TensorPlan, expand, unmerged
 from megatron_posttrain.parallel.groups import Groups
+from megatron_posttrain.parallel.layout import Layout
 
 ALL = "all-linear"
 A, B = ".lora_A.weight", ".lora_B.weight"  # after the module's name, as PEFT has it
@@ -142,7 +145,26 @@ def _target(row: Mapping, hit: list[bool], rank: int, shared: bool) -> Target:
     return Target(row, owners, a, whole_b if kind is RowParallel else replace(row, **changes))
 
 
+def check_quantization(arch: Architecture, layout: Layout) -> None:
+    """UserError where blocks of NF4 would lie across rows or ranks."""
+    for row in filter(_is_linear, registry.table(arch)):
+        split = layout.expert_tensor if row.experts else layout.tensor
+        size, columns = split if isinstance(row, RowParallel) else 1, row.shapes[0][1]
+        if columns % (BLOCK * size):
+            name = row.hf[0].removesuffix(".weight").rpartition(".")[2]
+            key = f" x parallel.{'expert_tensor' if row.experts else 'tensor'}={size}" if size > 1 else ""
+            raise UserError(
+                f"lora.quantization=nf4: {name} has {columns} inputs, which are not divisible by blocks of {BLOCK}{key}"
+            )
+
+
 # ---- in a model ------------------------------------------------------------------------------------------
+
+
+def building(lora: LoraConfig | None, *, random: bool) -> AbstractContextManager[None]:
+    """For the time in which a model is built that is to have these adapters."""
+    quantized = lora is not None and lora.quantization is not None
+    return quantising_linears(random) if quantized else contextlib.nullcontext()
 
 
 def attach(chunks: Sequence[nn.Module], adapters: Adapters, groups: Groups, *, seed: int) -> None:
@@ -150,6 +172,8 @@ def attach(chunks: Sequence[nn.Module], adapters: Adapters, groups: Groups, *, s
 
     The same whole adapter under every layout.
     """
+    from megatron_posttrain.models.modules.experts import GroupedExperts
+
     arch, lora = adapters.arch, adapters.lora
     expert = position(groups.expert)
     offset = expert[0] * (arch.moe.num_experts // expert[1]) if arch.moe else 0
@@ -157,6 +181,7 @@ def attach(chunks: Sequence[nn.Module], adapters: Adapters, groups: Groups, *, s
         model: Any = unwrap(chunk)
         numbers = layer_numbers(model)
         model.requires_grad_(False)
+        run_dequantised(model, (GroupedExperts,))
         if getattr(model, "pre_process", False):
             # Layers that are recomputed, and stages without an adapter, need something to differentiate by.
             model.embedding.register_forward_hook(_require_gradient)

@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.models.modules.nf4 import logical_shape, values
 from megatron_posttrain.models.weights import Replicated, TensorPlan, unmerged
 from megatron_posttrain.parallel.groups import Groups
 
@@ -93,12 +94,13 @@ def partition(plan: TensorPlan, local: Tensor, rank: int, size: int) -> tuple[in
     Transformer Engine holds MLA's down-projections whole on every rank, megatron-core's own layers split
     them. `ValueError` when the tensor has neither shape.
     """
-    if tuple(local.shape) == plan.local_shape(1):
+    shape = logical_shape(local)
+    if shape == plan.local_shape(1):
         return 0, 1
-    if tuple(local.shape) == plan.local_shape(size):
+    if shape == plan.local_shape(size):
         return rank, size
     raise ValueError(
-        f"parameter '{plan.name}' has the local shape {list(local.shape)}, the weight table says "
+        f"parameter '{plan.name}' has the local shape {list(shape)}, the weight table says "
         f"{list(plan.local_shape(size))} on each of {size} ranks"
     )
 
@@ -110,8 +112,8 @@ def merged(weight: Tensor) -> Tensor:
     """A rank's shard of a weight with its adapter's change, added in fp32."""
     adapter = getattr(weight, "adapter", None)
     if adapter is None or not adapter.enabled:
-        return weight
-    return (weight.float() + adapter.change()).to(weight.dtype)
+        return values(weight)
+    return (values(weight).float() + adapter.change()).to(weight.dtype)
 
 
 @dataclass

@@ -86,7 +86,8 @@ class Engine:
         self.arch, self.groups, self.precision, self.optimizer_config = arch, groups, precision, optimizer
         self.overlap = optimizer is not None and overlaps(overlap)
         self._offloaded = False
-        self.modules, self.model_config = build_model(arch, groups.layout, model, precision)
+        with adapters.building(lora, random=model.random_init):
+            self.modules, self.model_config = build_model(arch, groups.layout, model, precision)
         self.adapters: adapters.Adapters | None = None
         self._seed, self._step, self._calls = seed, 0, 0
         if lora is not None:

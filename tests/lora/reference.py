@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from tests.layouts.worker import SCORED, batch, sequences
-from tests.lora.worker import LR
+from tests.lora.worker import EPSILON, LR
 
 
 def load(base: str, adapter: Path, *, trainable: bool = False) -> Any:
@@ -24,7 +24,7 @@ def train(base: str, adapter: Path, steps: int) -> tuple[list[float], list[float
     """Losses and gradient norms; the loss is one mean over the tokens of the global batch."""
     model = load(base, adapter, trainable=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.1, betas=(0.9, 0.95), eps=EPSILON)
     losses, norms = [], []
     for step in range(steps):
         rows = [s for row in batch(step, model.config.vocab_size) for s in row]

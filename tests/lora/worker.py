@@ -30,6 +30,7 @@ from megatron_posttrain.training.totals import per_token
 from tests.layouts.worker import SCORED, batch, sequences
 
 LR = 1e-2
+EPSILON = 1e-3  # so large that steps follow gradients that are nearly zero, and do not magnify their noise
 
 
 def config_of(job: dict[str, Any]) -> SftConfig:
@@ -39,7 +40,7 @@ def config_of(job: dict[str, Any]) -> SftConfig:
             "parallel": job["layout"],
             "precision": {"dtype": "fp32"},
             "data": {"train": "none"},
-            "optimizer": {"lr": LR, "weight_decay": 0.1, "clip_grad": 1.0},
+            "optimizer": {"lr": LR, "weight_decay": 0.1, "clip_grad": 1.0, "epsilon": EPSILON},
             "lora": job["lora"],
             "output": job["out"],
         }

@@ -1,15 +1,16 @@
 """Weights in NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3), as bitsandbytes quantises them.
 
-A block of 64 values of a row is scaled by its largest, and each value becomes the nearest of 16 quantiles of a normal
+A block of 64 values of a row is scaled by its largest, and each becomes the nearest of 16 quantiles of a normal
 distribution (4 bits). The largest values, less their mean over the tensor, are scaled by the largest of 256 of them and
-become one of 256 values of a dynamic type (arXiv 2110.02861, section 2; 8 bits): 4 + 8/64 + 32/(64 x 256) bits a weight.
+become one of 256 values of a dynamic type (arXiv 2110.02861, section 2; 8 bits): 4 + 8/64 + 32/(64 x 256) bits
+a weight.
 Blocks are those of the whole Hugging Face tensor under every layout.
 """
 
 from __future__ import annotations
 
 import functools
-import math
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -62,11 +63,11 @@ def _scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Part(NamedTuple):
-    """A range of rows and columns of a whole tensor, in a shard of a weight."""
+    """A range of rows and columns of whole tensor number `source`, in a shard of a weight."""
 
-    read: Callable[[], Tensor]  # the whole tensor [out, in]
-    rows: slice
-    columns: slice
+    source: int
+    rows: tuple[int, int]
+    columns: tuple[int, int]
 
 
 class Nf4Weight:
@@ -86,30 +87,30 @@ class Nf4Weight:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.codes, self.scales, self.group_scales, self.first, self.means))
 
-    def store(self, parts: Sequence[Part]) -> None:
-        """Quantises, a whole tensor in memory at a time."""
-        position, known = 0, {}
+    def store(self, read: Sequence[Callable[[], Tensor]], parts: Sequence[Part]) -> None:
+        """Quantises the tensors [out, in] that `read` gives, one in memory at a time; `parts`: what the shard has."""
+        stops = [*itertools.accumulate(stop - start for _, (start, stop), _ in parts)]
         groups: list[Tensor] = []
-        for part in parts:
-            whole = part.read().to(self.dtype).float()
-            count = len(range(*part.rows.indices(len(whole))))
-            target, across = slice(position, position + count), whole.shape[1] // BLOCK
-            position += count
+        for source, get in enumerate(read):
+            whole = get().to(self.codes.device, self.dtype).float()
+            across, start = whole.shape[1] // BLOCK, sum(map(len, groups)) * GROUP
             scaled, largest = _scaled(whole.view(-1, BLOCK))
-            if part.read not in known:
-                mean = largest.mean()
-                known[part.read] = sum(map(len, groups)) * GROUP, mean, *_of_groups(largest - mean)
-                groups.append(known[part.read][3])
-            start, mean, codes, _ = known[part.read]
-            columns = part.columns.indices(whole.shape[1])
-            blocks = slice(columns[0] // BLOCK, columns[1] // BLOCK)
-            quantised = _nearest(scaled.view(whole.shape)[part.rows, part.columns], nf4_code(whole.device))
-            self.codes[target] = (quantised[:, ::2] << 4) | quantised[:, 1::2]
-            self.scales[target] = codes.view(-1, across)[part.rows, blocks]
-            rows = torch.arange(*part.rows.indices(len(whole)), device=whole.device)
-            self.first[target] = (start + rows * across + blocks.start).int()
-            self.means[target] = mean
-        self.group_scales = torch.cat(groups).to(self.codes.device)
+            mean = largest.mean()
+            scales, of_groups = _of_groups(largest - mean)
+            groups.append(of_groups)
+            for part, stop in zip(parts, stops, strict=True):
+                if part.source != source:
+                    continue
+                rows, columns = slice(*part.rows), slice(*part.columns)
+                first, last = (edge // BLOCK for edge in part.columns)
+                target = slice(stop - (rows.stop - rows.start), stop)
+                found = _nearest(scaled.view(whole.shape)[rows, columns], nf4_code(whole.device))
+                self.codes[target] = (found[:, ::2] << 4) | found[:, 1::2]
+                self.scales[target] = scales.view(-1, across)[rows, first:last]
+                numbers = torch.arange(*part.rows, dtype=torch.int32, device=whole.device)
+                self.first[target] = start + numbers * across + first
+                self.means[target] = mean
+        self.group_scales = torch.cat(groups)
 
     def dequantised(self) -> Tensor:
         """[out, in] in the model's dtype."""
@@ -128,25 +129,67 @@ def _of_groups(scales: Tensor) -> tuple[Tensor, Tensor]:
     return _nearest(scaled.flatten(), dynamic_code(scales.device))[: len(scales)], largest
 
 
-def quantised(weights: Sequence[Any]) -> list[Any]:
-    """Those whose values are in NF4: parameters that are empty but while their layer runs."""
-    return [weight for weight in weights if getattr(weight, "nf4", None) is not None]
+def logical_shape(weight: Tensor) -> tuple[int, ...]:
+    """Of a parameter, also where it is empty because its values are in NF4."""
+    nf4 = getattr(weight, "nf4", None)
+    return tuple(weight.shape) if nf4 is None else nf4.shape
 
 
-def run_dequantised(module: Any, weights: Sequence[Any]) -> None:
-    """From now on `weights` have their values while `module` runs forward, and autograd keeps their codes instead of
-    them, to make them anew in backward: one layer's values are in memory at a time."""
-    forward = module.forward
+def values(weight: Tensor) -> Tensor:
+    """Of a parameter, also where they are in NF4."""
+    nf4 = getattr(weight, "nf4", None)
+    return weight if nf4 is None else nf4.dequantised()
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with dequantised(weights):
-            return forward(*args, **kwargs)
 
-    module.forward = run
+@contextmanager
+def quantising_linears(random: bool) -> Iterator[None]:
+    """The linear layers of models that are built meanwhile have weights in NF4, each as soon as it is made, so that no
+    two are in memory. `random`: with the values that they were made with; else with none, until they are loaded."""
+
+    def made(parent: Any, name: str, layer: Any) -> None:
+        if not name.startswith("linear_") or layer is None:
+            return
+        for weight in layer.parameters(recurse=False):
+            if weight.dim() == 2:
+                shape = tuple(weight.shape)
+                weight.nf4 = Nf4Weight(shape, weight.dtype, weight.device)
+                if random:
+                    whole = weight.data
+                    weight.nf4.store([lambda whole=whole: whole], [Part(0, (0, shape[0]), (0, shape[1]))])
+                weight.requires_grad_(False)
+                weight.data = weight.data.new_empty(0)
+
+    handle = torch.nn.modules.module.register_module_module_registration_hook(made)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def run_dequantised(module: torch.nn.Module, owners: tuple[type, ...]) -> None:
+    """From now on the weights below `module` that are in NF4 have their values while their layer runs forward.
+
+    Autograd keeps their codes instead of them, to make them anew in backward: one layer's values are in memory at a
+    time. `owners`: modules that use the weights of the layers in them.
+    """
+    whole = isinstance(module, owners)
+    weights: list[Any] = [w for w in module.parameters(recurse=whole) if hasattr(w, "nf4")]
+    if weights:
+        forward = module.forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with dequantised(weights):
+                return forward(*args, **kwargs)
+
+        module.forward = run  # type: ignore[method-assign]
+    if not whole:
+        for child in module.children():
+            run_dequantised(child, owners)
 
 
 @contextmanager
 def dequantised(weights: Sequence[Any]) -> Iterator[None]:
+    """Meanwhile parameters have their values, which autograd does not keep."""
     storages: dict[int, Any] = {}
     for weight in weights:
         weight.data = weight.nf4.dequantised()
@@ -168,15 +211,3 @@ def dequantised(weights: Sequence[Any]) -> Iterator[None]:
     finally:
         for weight in weights:
             weight.data = weight.data.new_empty(0)
-
-
-def is_divisible(columns: int, size: int) -> bool:
-    """Whether rows of so many values split in blocks on each of `size` ranks."""
-    return columns % (BLOCK * size) == 0
-
-
-def bits_per_weight() -> float:
-    return 4 + 8 / BLOCK + 32 / (BLOCK * GROUP)
-
-
-assert math.isclose(bits_per_weight(), 4.127, abs_tol=1e-3)
