@@ -10,10 +10,10 @@ from typing import Any
 
 from megatron_posttrain.checkpoint.hf import check_directory, model_directory, read_json
 from megatron_posttrain.config.schema import Config
-from megatron_posttrain.config.unsupported import UNSUPPORTED
 from megatron_posttrain.data.tokenize import load_tokenizer
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import registry
+from megatron_posttrain.models.adapters import check_quantization, find_adapters
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.layout_checks import check_layout
 from megatron_posttrain.parallel.layout import Layout, batch_problem
@@ -46,6 +46,7 @@ def prepare(config: Config, world_size: int | None = None) -> Prepared:
     if wrong := list(batch_problems(config, layout)):
         raise UserError("; ".join(wrong))
     _check_implementation(config)
+    _check_adapters(config, arch, layout)
     check_interfaces()
     if training:
         check_launcher()
@@ -101,5 +102,16 @@ def _check_implementation(config: Config) -> None:
         )
     if config.precision.fp8 is not None and not device.has_transformer_engine():
         raise UserError(f"precision.fp8={config.precision.fp8} needs Transformer Engine on a GPU; here: fp8=null")
-    if config.lora is not None:
-        raise UserError(UNSUPPORTED["lora"])
+
+
+def _check_adapters(config: Config, arch: Architecture, layout: Layout) -> None:
+    if config.lora is None:
+        return
+    find_adapters(arch, config.lora)
+    if config.lora.quantization is not None:
+        if config.precision.fp8 is not None:
+            raise UserError(
+                f"lora.quantization={config.lora.quantization} with precision.fp8={config.precision.fp8}: weights can "
+                "be in one of them only; set one to null"
+            )
+        check_quantization(arch, layout)
