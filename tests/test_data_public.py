@@ -16,7 +16,6 @@ from megatron_posttrain.errors import UserError
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not SHARED.exists(), reason="no public data beside the project")
 
-PAIR = {"prompt": "instruction", "chosen": "output_1", "rejected": "output_2"}
 TARGET = {"prompt": "input", "answer": "target"}
 CALLS = {"messages": "question.0", "tools": "function"}
 # File, rows, use, the mapping it needs.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_posttrain.data.messages import BadRow, Message, kind, read_messages
+from megatron_posttrain.data.messages import BadRow, LeftOut, Message, kind, read_messages
 
 Record = dict[str, Any]
 Columns = Mapping[str, str | list[str]]
@@ -17,7 +17,8 @@ DESCRIPTION = (
     "allowed: {messages: [{role, content}...]}, {prompt, response or completion}, {instruction, input, output} "
     "(Alpaca), {instruction, context, response} (Dolly), {conversations: [{from, value}...]} (ShareGPT); for "
     "reinforcement learning {messages or prompt or question or problem, answer, metadata}; for preferences "
-    "{prompt or messages, chosen, rejected} or {prompt or messages, response, label}"
+    "{prompt or messages, chosen, rejected}, {instruction, output_1, output_2, preference} or "
+    "{prompt or messages, response, label}"
 )
 
 
@@ -220,6 +221,18 @@ def _labelled(key: str, response: str | None) -> Callable[[Record], dict[str, An
     return read
 
 
+def _judged(record: Record) -> dict[str, Any]:
+    """Two outputs of which `preference` says the better one: 1 or 2, and 0, 1.5 or nothing for a tie (AlpacaEval)."""
+    better = record.get("preference") or 1.5
+    if isinstance(better, bool) or not isinstance(better, int | float) or not 1 <= better <= 2:
+        raise BadRow(f"preference must be 1 or 2, or 0 for a tie, found {kind(better)}")
+    if better == 1.5:
+        raise LeftOut("preference says that neither output is better")
+    sides = ("output_1", "output_2") if better < 1.5 else ("output_2", "output_1")
+    chosen, rejected = (_reply(record[name], name) for name in sides)
+    return {"messages": _turns(record["instruction"], "instruction"), "chosen": chosen, "rejected": rejected}
+
+
 # The first form whose keys are all there is the row's.
 BESIDE = ("answer", "solution", "reward_model", "extra_info", "data_source", "ability")
 FORMS: tuple[Form, ...] = (
@@ -230,6 +243,7 @@ FORMS: tuple[Form, ...] = (
     ),
     Form("comparison", "preference", ("question", "chosen", "rejected"), _comparison("question"), ("margin",)),
     Form("comparison", "preference", ("chosen", "rejected"), _comparison(None), ("margin",)),
+    Form("judged outputs", "preference", ("instruction", "output_1", "output_2"), _judged, ("preference",)),
     Form("labelled", "preference", ("prompt", "completion", "label"), _labelled("prompt", "completion")),
     Form("labelled", "preference", ("prompt", "response", "label"), _labelled("prompt", "response")),
     Form("labelled", "preference", ("messages", "response", "label"), _labelled("messages", "response")),
@@ -260,6 +274,9 @@ KNOWN = frozenset((*COMMON, *MEANINGLESS))
 # Parts of a question that no form reads: without them the question is another one.
 QUESTION_PARTS = ("body", "Body", "context", "passage", "options", "choices", "input", "instruction", "question")
 
+# Columns that say which of two outputs is better.
+VERDICTS = ("preference", "winner", "better_response_id", "overall_preference")
+
 
 def find_form(record: Record) -> Form | None:
     for form in FORMS:
@@ -289,6 +306,16 @@ def unread_question(record: Record, form: Form) -> None:
     for key in ("weight", "train", "loss_weight"):
         if key in record and record[key] not in (1, True):
             raise BadRow(f"{key} of a whole row must be 1 or left out, found {kind(record[key])}; leave the row out")
+
+
+def unread_verdict(record: Record, columns: Columns) -> None:
+    """Refuse a renaming that makes one output the better one of every row, beside a column that says which is."""
+    verdict = next((key for key in VERDICTS if key in record), None)
+    if verdict and "chosen" in columns:
+        raise BadRow(
+            f"data.columns.chosen is the same output in every row, and {verdict} says row by row which is better; "
+            "read {instruction, output_1, output_2, preference} as they are, or write chosen and rejected"
+        )
 
 
 # ---- columns -----------------------------------------------------------------------------------------------
@@ -340,8 +367,8 @@ LIKELY = {
     "prompt": ("question", "Question", "query", "problem", "instruction", "input", "text", "quiz", "content", "prompt", "turns"),  # noqa: E501
     "answer": ("answer", "Answer", "final_answer", "target", "gt", "ground_truth", "correct", "solution_text", "answerKey", "label"),  # noqa: E501
     "response": ("response", "output", "completion", "Best Answer", "code", "reply", "canonical_solution"),
-    "chosen": ("chosen_messages", "chosen_response", "output_1"),
-    "rejected": ("rejected_messages", "rejected_response", "output_2"),
+    "chosen": ("chosen_messages", "chosen_response"),
+    "rejected": ("rejected_messages", "rejected_response"),
 }  # fmt: skip
 
 

@@ -37,6 +37,10 @@ class BadRow(Exception):
     """What is wrong with a row; who reads the file adds where."""
 
 
+class LeftOut(Exception):
+    """Why a row that is right as it is has nothing to train on; such rows are counted, and left out."""
+
+
 def read_messages(value: Any, at: str) -> list[Message]:
     """`[{role, content}...]` or `[{from, value}...]`, checked and in one form.
 

@@ -20,8 +20,9 @@ from megatron_posttrain.data.forms import (
     proposal,
     rename,
     unread_question,
+    unread_verdict,
 )
-from megatron_posttrain.data.messages import BadRow, Message, kind, read_messages, read_tools
+from megatron_posttrain.data.messages import BadRow, LeftOut, Message, kind, read_messages, read_tools
 from megatron_posttrain.errors import UserError
 
 __all__ = ["Message", "Row", "columns_ignored", "read_records", "read_rows"]
@@ -83,19 +84,30 @@ def read_rows(
             rows.append(row)
         if len(rows) == before:
             raise UserError(f"{source}: no rows in it")
-    if ignored and os.environ.get("RANK", "0") == "0":
+    if ignored:
         counts = ", ".join(f"{key} ({n:,})" for key, n in ignored.most_common())
-        log.warning("data: columns that no form reads, with the rows that have them: %s", counts)
+        _tell(f"columns that no form reads, with the rows that have them: {counts}")
     return rows
 
 
 def read_records(source: str, columns: Columns | None = None) -> Iterator[tuple[Row, dict[str, Any]]]:
     """Each row of a source, whatever it is for, and the record it was read from, columns renamed."""
+    left_out: Counter[str] = Counter()
     for where, record in records(source):
         try:
             yield _row(record, where, columns or {})
         except BadRow as error:
             raise UserError(f"{where}: {error}") from None
+        except LeftOut as reason:
+            left_out[str(reason)] += 1
+    for why, count in left_out.items():
+        _tell(f"{source}: {count:,} rows left out: {why}")
+
+
+def _tell(text: str) -> None:
+    """A line of the log, of one rank."""
+    if os.environ.get("RANK", "0") == "0":
+        log.warning("data: %s", text)
 
 
 def columns_ignored(record: Mapping[str, Any], form: Form | None) -> list[str]:
@@ -112,6 +124,7 @@ def _row(record: Any, where: str, columns: Columns) -> tuple[Row, dict[str, Any]
     if form is None:
         raise BadRow(f"unknown row form with the keys {sorted(record)}; {DESCRIPTION}{proposal(record)}")
     unread_question(record, form)
+    unread_verdict(record, columns)
     fields = form.read(record)
     messages: list[Message] = fields.pop("messages")
     if not messages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -157,7 +158,7 @@ class Template:
 
 
 def refuse_omissions(template: Template, messages: list[Message], text: str) -> None:
-    """Refuse a conversation of which the rendered text lacks a message's text, a tool or a tool call.
+    """Refuse a conversation of which the rendered text lacks a message's text, a tool, a tool call or an option.
 
     Reasoning of earlier turns may be left out, as reasoning models' templates do; that of the last may not.
 
@@ -168,7 +169,7 @@ def refuse_omissions(template: Template, messages: list[Message], text: str) -> 
     if lost:
         raise UserError(
             f"{template.source}: the chat template leaves out {lost}; change the row, use a template that "
-            "writes it, or set data.omissions=allow"
+            "writes it (model.tokenizer may name another), or set data.omissions=allow"
         )
 
 
@@ -187,6 +188,9 @@ def _omitted(template: Template, messages: list[Message], text: str) -> Iterator
         name = tool.get("function", tool).get("name", "")
         if name not in text:
             yield f"the tool {name}"
+    for key, value in template.options.items():
+        if key != "tools" and value not in (None, "", [], {}) and not re.search(rf"\b{re.escape(key)}\b", template.text):
+            yield f"chat_template_kwargs.{key}, which it does not read"
 
 
 def _probed(messages: list[Message]) -> tuple[list[Message], dict[str, str]]:
