@@ -20,8 +20,8 @@ TARGET = {"prompt": "input", "answer": "target"}
 CALLS = {"messages": "question.0", "tools": "function"}
 # File, rows, use, the mapping it needs.
 FILES = [
-    ("alpaca_eval/Yi-34B-Chat_vs_text_davinci_003.gpt4_preferences.jsonl.gz", 803, "preference", PAIR),
-    ("alpaca_eval/alpaca-7b_vs_text_davinci_003.gpt4_preferences.jsonl.gz", 802, "preference", PAIR),
+    ("alpaca_eval/Yi-34B-Chat_vs_text_davinci_003.gpt4_preferences.jsonl.gz", 798, "preference", {}),
+    ("alpaca_eval/alpaca-7b_vs_text_davinci_003.gpt4_preferences.jsonl.gz", 786, "preference", {}),
     ("bbh/boolean_expressions.json.gz", 250, "rl", TARGET),
     ("bbh/causal_judgement.json.gz", 187, "rl", TARGET),
     ("bbh/word_sorting.json.gz", 250, "rl", TARGET),

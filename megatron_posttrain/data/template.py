@@ -30,6 +30,7 @@ _started = datetime.now()
 REASONING = ("reasoning_content", "thinking", "reasoning")
 SAMPLE = "Two words,  2 spaces.\n\n\tx = 1234; \u00e9\u4e16\U0001f600"
 NOT_THE_TEMPLATES = ("weight",)
+MODEL = "model_directory"  # attribute of a tokenizer
 
 
 def started() -> datetime:
@@ -43,8 +44,11 @@ def keep_started(moment: datetime) -> None:
     _started = moment
 
 
-def load_tokenizer(directory: str | Path) -> Any:
+def load_tokenizer(directory: str | Path, model: str | Path | None = None) -> Any:
     """The fast tokenizer of a local directory (or of a hub id in the local cache), with its chat template.
+
+    Args:
+        model: directory of the model that is used with it, where it is another one; `model_of` knows it.
 
     Raises:
         UserError: nothing to load there, no chat template, or a tokenizer that cannot report offsets.
@@ -62,7 +66,15 @@ def load_tokenizer(directory: str | Path) -> Any:
         )
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {directory}: a fast tokenizer (tokenizer.json) is needed for the loss mask")
-    return _as_stored(tokenizer, directory)
+    tokenizer = _as_stored(tokenizer, directory)
+    setattr(tokenizer, MODEL, None if model is None else str(model))
+    return tokenizer
+
+
+def model_of(tokenizer: Any) -> str | None:
+    """Directory of the model that a tokenizer of another directory was loaded for."""
+    found: str | None = getattr(tokenizer, MODEL, None)
+    return found
 
 
 def _as_stored(tokenizer: Any, directory: str | Path) -> Any:
@@ -189,7 +201,11 @@ def _omitted(template: Template, messages: list[Message], text: str) -> Iterator
         if name not in text:
             yield f"the tool {name}"
     for key, value in template.options.items():
-        if key != "tools" and value not in (None, "", [], {}) and not re.search(rf"\b{re.escape(key)}\b", template.text):
+        if (
+            key != "tools"
+            and value not in (None, "", [], {})
+            and not re.search(rf"\b{re.escape(key)}\b", template.text)
+        ):
             yield f"chat_template_kwargs.{key}, which it does not read"
 
 

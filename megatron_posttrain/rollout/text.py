@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from megatron_posttrain.data.template import model_of
 from megatron_posttrain.data.tokenize import encode_conversation
 from megatron_posttrain.rewards.response import REASONING, split_reasoning
 
@@ -16,13 +17,14 @@ def stop_token_ids(tokenizer: Any) -> tuple[int, ...]:
     """Tokens that end a response: the template's end of turn, the tokenizer's own, and the checkpoint's list.
 
     They differ for base models: Qwen3's template ends a turn with <|im_end|>, its base tokenizer's end is
-    <|endoftext|>. `generation_config.json` beside the tokenizer may list more (Llama 3, GLM).
+    <|endoftext|>. `generation_config.json` beside the tokenizer may list more (Llama 3, GLM), as may that of the
+    model where `model.tokenizer` names another directory.
     """
     turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     conversation = encode_conversation(tokenizer, turn)
     written = [t for t, m in zip(conversation.token_ids, conversation.loss_mask, strict=True) if m]
     added = set(tokenizer.added_tokens_decoder) | _special_ids(tokenizer)
-    ends = {tokenizer.eos_token_id, *_listed_ends(tokenizer)} - {None}
+    ends = {tokenizer.eos_token_id, *_listed_ends(tokenizer.name_or_path), *_ends_of_model(tokenizer)} - {None}
     # From the end back to the turn's text: white space may follow the end of a turn.
     for token in reversed(written):
         if token in added:
@@ -39,12 +41,24 @@ def stop_message(tokenizer: Any) -> str:
     return "responses stop at " + ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in ids)
 
 
-def _listed_ends(tokenizer: Any) -> list[int]:
-    path = Path(str(tokenizer.name_or_path or ""), "generation_config.json")
-    if not tokenizer.name_or_path or not path.is_file():
+def _listed_ends(directory: str | None) -> list[int]:
+    path = Path(directory or "", "generation_config.json")
+    if not directory or not path.is_file():
         return []
     ends = json.loads(path.read_text()).get("eos_token_id")
     return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+@lru_cache(maxsize=4)
+def _ends_of_model(tokenizer: Any) -> list[int]:
+    """The model's list, where the run's tokenizer is another directory's: those that are the same token in both."""
+    directory = model_of(tokenizer)
+    ends = _listed_ends(directory)
+    file = Path(directory or "", "tokenizer.json")
+    named = json.loads(file.read_text()).get("added_tokens", []) if ends and file.is_file() else []
+    own = {token["id"]: token["content"] for token in named}
+    ours = tokenizer.added_tokens_decoder
+    return [end for end in ends if end in ours and own.get(end, ours[end].content) == ours[end].content]
 
 
 def response_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
