@@ -10,23 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_posttrain.data.columns import Columns, proposal, rename
 from megatron_posttrain.data.files import records
-from megatron_posttrain.data.forms import (
-    DESCRIPTION,
-    KNOWN,
-    Columns,
-    Form,
-    find_form,
-    proposal,
-    rename,
-    unread_question,
-    unread_verdict,
-)
-from megatron_posttrain.data.messages import BadRow, LeftOut, Message, kind, read_messages, read_tools
+from megatron_posttrain.data.forms import DESCRIPTION, KNOWN, Form, find_form, refuse_unread
+from megatron_posttrain.data.messages import BadRow, LeftOut, Message, decoded, kind, read_messages, read_tools
 from megatron_posttrain.errors import UserError
 
 __all__ = ["Message", "Row", "columns_ignored", "read_records", "read_rows"]
 log = logging.getLogger(__name__)
+FIXED_OPTIONS = ("messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize")
 
 
 @dataclass(frozen=True)
@@ -123,14 +115,15 @@ def _row(record: Any, where: str, columns: Columns) -> tuple[Row, dict[str, Any]
     form = find_form(record)
     if form is None:
         raise BadRow(f"unknown row form with the keys {sorted(record)}; {DESCRIPTION}{proposal(record)}")
-    unread_question(record, form)
-    unread_verdict(record, columns)
+    refuse_unread(record, form, columns)
     fields = form.read(record)
     messages: list[Message] = fields.pop("messages")
     if not messages:
         raise BadRow("a conversation without messages")
     options = _object(record, "chat_template_kwargs")
-    tools = read_tools(record.get("tools") or options.pop("tools", None))
+    if fixed := [key for key in FIXED_OPTIONS if key in options]:
+        raise BadRow(f"chat_template_kwargs.{fixed[0]}: {', '.join(FIXED_OPTIONS)} are not a row's to set")
+    tools = read_tools(record.get("tools") or record.get("functions") or options.pop("tools", None))
     messages = _with_beginning(record, messages)
     metadata = _object(record, "metadata") or fields.pop("metadata", {})
     row = Row(messages, metadata=metadata, source=where, tools=tools, template_options=options, form=form, **fields)
@@ -180,6 +173,8 @@ def _object(record: dict[str, Any], key: str) -> dict[str, Any]:
     value = record.get(key)
     if value is None:
         return {}
+    if isinstance(value, str) and value.lstrip().startswith("{"):  # tables store objects as text
+        value = decoded(value, key)
     if not isinstance(value, dict):
         raise BadRow(f"{key} must be an object, found {kind(value)}")
     return dict(value)

@@ -228,6 +228,10 @@ def _probed(messages: list[Message]) -> tuple[list[Message], dict[str, str]]:
             )
         if calls:
             message["tool_calls"] = calls
+        apart = next((key for key in REASONING if message.get(key)), None)
+        if apart and i == len(messages) - 1:
+            message[apart] = f"{PROBE}reasoning{PROBE}"
+            wanted[message[apart]] = f"the reasoning of the last turn, messages[{i}]"
         probed.append(message)
     return probed, wanted
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_posttrain.data.template import model_of
-from megatron_posttrain.data.tokenize import encode_conversation
+from megatron_posttrain.data.tokenize import Conversation, encode_conversation
+from megatron_posttrain.errors import UserError
 from megatron_posttrain.rewards.response import REASONING, split_reasoning
 
 
@@ -20,8 +21,7 @@ def stop_token_ids(tokenizer: Any) -> tuple[int, ...]:
     <|endoftext|>. `generation_config.json` beside the tokenizer may list more (Llama 3, GLM), as may that of the
     model where `model.tokenizer` names another directory.
     """
-    turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    conversation = encode_conversation(tokenizer, turn)
+    conversation = _plain_conversation(tokenizer)
     written = [t for t, m in zip(conversation.token_ids, conversation.loss_mask, strict=True) if m]
     added = set(tokenizer.added_tokens_decoder) | _special_ids(tokenizer)
     ends = {tokenizer.eos_token_id, *_listed_ends(tokenizer.name_or_path), *_ends_of_model(tokenizer)} - {None}
@@ -32,12 +32,26 @@ def stop_token_ids(tokenizer: Any) -> tuple[int, ...]:
             break
         if tokenizer.decode([token]).strip():
             break
-    return tuple(sorted(ends))
+    return tuple(sorted(end for end in ends if tokenizer.convert_ids_to_tokens(end) is not None))
+
+
+def _plain_conversation(tokenizer: Any) -> Conversation:
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    where = f"tokenizer {tokenizer.name_or_path}"
+    try:
+        return encode_conversation(tokenizer, turns, where)
+    except UserError:  # some templates ask for a system turn
+        return encode_conversation(tokenizer, [{"role": "system", "content": "."}, *turns], where)
 
 
 def stop_message(tokenizer: Any) -> str:
     """What a run stops at, for its log."""
     ids = stop_token_ids(tokenizer)
+    if not ids:
+        return (
+            "warning: responses stop at no token, each of them runs to the longest that is allowed: the tokenizer has "
+            "no eos_token, and its chat template writes no special token behind a turn"
+        )
     return "responses stop at " + ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in ids)
 
 
@@ -45,8 +59,16 @@ def _listed_ends(directory: str | None) -> list[int]:
     path = Path(directory or "", "generation_config.json")
     if not directory or not path.is_file():
         return []
-    ends = json.loads(path.read_text()).get("eos_token_id")
-    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+    try:
+        ends = json.loads(path.read_text())["eos_token_id"]
+    except KeyError:
+        return []
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    ends = [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
+    if not all(isinstance(end, int) for end in ends):
+        raise UserError(f"{path}: eos_token_id must be a token's number or a list of them, found {ends}")
+    return ends
 
 
 @lru_cache(maxsize=4)
