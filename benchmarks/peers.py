@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.sft_vs_transformers import SIZES, bare, make_model, ours
-from megatron_posttrain.training.run import quiet_libraries
+from megatron_posttrain.training.process import quiet_libraries
 
 ROW = 256
 ROWS = 4

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from megatron_posttrain.training.run import quiet_libraries
+from megatron_posttrain.training.process import quiet_libraries
 
 Mask = Callable[[list[int]], list[int]]  # 1 where a token counts
 
@@ -66,14 +66,15 @@ def every_token(ids: list[int]) -> list[int]:
 
 
 def ours(directory: Path, mask: Mask = every_token) -> Callable[[list[Any]], dict[str, float]]:
-    from megatron_posttrain.algorithms.losses import cross_entropy_sum
+    from megatron_posttrain.algorithms.losses import cross_entropy
     from megatron_posttrain.checkpoint.hf import check_directory
-    from megatron_posttrain.config.schema import SftConfig
+    from megatron_posttrain.config.algorithms import SftConfig
     from megatron_posttrain.data.batch import Sequence
     from megatron_posttrain.parallel.groups import make_groups, start_distributed
     from megatron_posttrain.parallel.layout import Layout
     from megatron_posttrain.training.batches import rank_micro_batches
     from megatron_posttrain.training.engine import Engine
+    from megatron_posttrain.training.totals import per_token
 
     config = SftConfig.model_validate(
         {
@@ -86,16 +87,11 @@ def ours(directory: Path, mask: Mask = every_token) -> Callable[[list[Any]], dic
     )
     start_distributed()
     groups = make_groups(Layout(), 0)
-    engine = Engine(config, check_directory(directory)[1], groups)
+    engine = Engine.of(config, check_directory(directory)[1], groups)
 
     def step(rows: list[list[list[int]]]) -> dict[str, float]:
         batch = [[Sequence(ids, mask(ids)) for ids in row] for row in rows]
-        counted = sum(sum(mask(ids)[1:]) for row in rows for ids in row)
-        result = engine.train_step(
-            rank_micro_batches(batch, groups, 1),
-            lambda output, b: (cross_entropy_sum(output.logprobs, b.loss_mask) / counted, {}),
-            1e-4,
-        )
+        result = engine.train_step(rank_micro_batches(batch, groups, 1), cross_entropy, per_token, 1e-4)
         return {"loss": result.loss} | result.seconds
 
     return step

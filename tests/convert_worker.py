@@ -17,9 +17,10 @@ from megatron_posttrain.checkpoint.convert import ConvertOptions, plan_hf_to_meg
 from megatron_posttrain.checkpoint.stream import StreamOptions
 from megatron_posttrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_posttrain.models.build import build_model
+from megatron_posttrain.models.layout_checks import check_layout
 from megatron_posttrain.models.sharded import Exporter
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
-from megatron_posttrain.parallel.layout import Layout, check_layout
+from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.platform import platform
 
 SMALL = ConvertOptions(shard_bytes=20_000)  # several files, so that every process has some

@@ -14,20 +14,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_posttrain.algorithms.losses import cross_entropy_sum
+from megatron_posttrain.algorithms.losses import cross_entropy_terms
 from megatron_posttrain.checkpoint.hf import check_directory
-from megatron_posttrain.config.schema import SftConfig
+from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.errors import NotFiniteError
+from megatron_posttrain.models.layout_checks import check_layout
 from megatron_posttrain.models.sharded import unwrap
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
-from megatron_posttrain.parallel.layout import Layout, check_layout
+from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.training.batches import rank_micro_batches
-from megatron_posttrain.training.engine import Engine, TokenOutput
+from megatron_posttrain.training.engine import Engine
+from megatron_posttrain.training.heads import Output
+from megatron_posttrain.training.totals import per_token
 from tests.layouts.worker import batch
 
 
-def loss(factor: float, output: TokenOutput, micro_batch: Any) -> Any:
-    return factor * cross_entropy_sum(output.logprobs, micro_batch.loss_mask) / 50, {}
+def loss(factor: float, output: Output, micro_batch: Any) -> Any:
+    return factor * cross_entropy_terms(output["logprobs"], micro_batch.loss_mask), {}
 
 
 def state(engine: Engine) -> list[Tensor]:
@@ -65,9 +68,9 @@ def run(job: dict[str, Any]) -> None:
     layout = Layout.from_config(config.parallel, dist.get_world_size())
     check_layout(layout, arch)
     groups = make_groups(layout, 0)
-    engine = Engine(config, arch, groups)
+    engine = Engine.of(config, arch, groups)
     rows = rank_micro_batches(batch(0, arch.vocab_size), groups, 1)
-    engine.train_step(rows, partial(loss, 1.0), 1e-3)
+    engine.train_step(rows, partial(loss, 1.0), per_token, 1e-3)
     engine.gather_weights()
     here = dist.get_rank() == job["rank"]
     if here:
@@ -75,7 +78,8 @@ def run(job: dict[str, Any]) -> None:
     before = state(engine)
     message = ""
     try:
-        engine.train_step(rows, partial(loss, float("nan") if here and job["fault"] == "loss" else 1.0), 1e-3)
+        factor = float("nan") if here and job["fault"] == "loss" else 1.0
+        engine.train_step(rows, partial(loss, factor), per_token, 1e-3)
     except NotFiniteError as error:
         message = str(error)
     engine.gather_weights()

@@ -7,6 +7,7 @@ import math
 import random
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import megatron.core.pipeline_parallel.schedules as schedules
@@ -19,7 +20,7 @@ from benchmarks.throughput import grpo as grpo_benchmark
 from benchmarks.throughput.compare import bootstrap_ratio, plot_scaling, scaling_points
 from benchmarks.throughput.phases import Profile, spread
 from benchmarks.throughput.sft import Options, row_lengths, stragglers
-from megatron_posttrain.config.schema import SftConfig
+from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.training import heartbeat
 from megatron_posttrain.training.run import Run
@@ -172,7 +173,7 @@ def of(rank: dict[str, Any], kind: str) -> dict[str, float]:
 
 def wrapped() -> list[Any]:
     group = [value for _, value in sorted(vars(dist.ProcessGroup).items()) if callable(value)]
-    return [*group, schedules.forward_step, schedules.backward_step, heartbeat.enter, heartbeat.leave, Run.log]
+    return [*group, schedules.forward_step, schedules.backward_step, heartbeat.enter, heartbeat.leave]
 
 
 def test_originals_are_restored() -> None:
@@ -190,14 +191,14 @@ def test_originals_are_restored() -> None:
 
 def test_grpo_is_profiled_after_its_timed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     start_distributed()
-    monkeypatch.setattr(Run, "log", lambda run, step, metrics: None)
     before = wrapped()
     recorder = grpo_benchmark.Recorder(Options(steps=2, warmup=1, profiled=1))
     recorded = []
+    run: Any = SimpleNamespace(_record=SimpleNamespace(log=lambda step, metrics: None))
     with recorder.listening():
         for step in range(1, 5):
-            Run.log(None, step, {"step_seconds": float(step)})  # type: ignore[arg-type]
-            recorded.append(heartbeat.enter is not before[-3])
+            Run.log(run, step, {"step_seconds": float(step)})
+            recorded.append(heartbeat.enter is not before[-2])
     assert recorded == [False, False, True, False]
     assert [s["step_seconds"] for s in recorder.steps] == [1.0, 2.0, 3.0, 4.0]
     assert all(a is b for a, b in zip(before, wrapped(), strict=True))

@@ -13,9 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_posttrain.algorithms.losses import cross_entropy_sum
+from megatron_posttrain.algorithms.losses import cross_entropy
 from megatron_posttrain.checkpoint.hf import check_directory
-from megatron_posttrain.config.schema import SftConfig
+from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.data.batch import Sequence
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
 from megatron_posttrain.parallel.layout import Layout
@@ -24,6 +24,7 @@ from megatron_posttrain.training import optimizer
 from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.sequences import sequence_logprobs
+from megatron_posttrain.training.totals import per_token
 from tests.models import make_qwen3
 
 
@@ -46,12 +47,14 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Engine, list[str]]
     calls: list[str] = []
     made = object.__new__(Engine)
     made._offloaded = False
+    made.groups = SimpleNamespace(data=SimpleNamespace(size=lambda: 1))  # type: ignore[assignment]
     made.chunks = [Recorder(calls, "gradients")]
     made.optimizer = Recorder(calls, "optimizer")
     made.optimizer.param_groups = []
     monkeypatch.setattr(Engine, "_padded", lambda self, batches: list(batches))
+    monkeypatch.setattr(engine_module.Totals, "of", lambda batches, group: engine_module.Totals(1, 1, 1))
     monkeypatch.setattr(Engine, "_schedule", lambda self, *args, **kwargs: calls.append("forward and backward"))
-    monkeypatch.setattr(Engine, "_total", lambda self, outputs: {"loss": 1.0})
+    monkeypatch.setattr(Engine, "_total", lambda self, outputs: (1.0, {}))
     monkeypatch.setattr(engine_module, "anywhere", lambda flag: flag)
     device = SimpleNamespace(
         megatron=contextlib.nullcontext,
@@ -64,7 +67,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Engine, list[str]]
 
 
 def step(engine: Engine) -> None:
-    engine.train_step([], lambda output, batch: (torch.zeros(()), {}), 1e-3)
+    engine.train_step([], cross_entropy, per_token, 1e-3)
 
 
 def test_states_come_back_after_backward(engine: tuple[Engine, list[str]]) -> None:
@@ -96,31 +99,26 @@ def one_rank() -> Iterator[None]:
     parallel_state.destroy_model_parallel()
 
 
-def buckets(tmp_path: Any, *, overlap: bool, disable: bool) -> list[int]:
+def buckets(*, overlap: bool, disable: bool) -> list[int]:
     """Elements of each bucket of a stack of small layers."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     modules = [torch.nn.Sequential(*(torch.nn.Linear(64, 64, bias=False) for _ in range(8))) for _ in range(2)]
-    config = SftConfig.model_validate(
-        {"model": {"path": "x"}, "data": {"train": "x"}, "output": str(tmp_path), "parallel": {"overlap": overlap}}
-    )
     core = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=1)
-    chunks = optimizer.wrap_for_data_parallel(modules, core, config)
+    chunks = optimizer.wrap_for_data_parallel(modules, core, overlap=overlap)
     return [b.grad_data.numel() for b in chunks[int(disable)].buffers[0].buckets]
 
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("later_chunk", [False, True])
-def test_a_bucket_is_bounded(
-    one_rank: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, overlap: bool, later_chunk: bool
-) -> None:
+def test_a_bucket_is_bounded(one_rank: None, monkeypatch: pytest.MonkeyPatch, overlap: bool, later_chunk: bool) -> None:
     """megatron-core makes it the whole buffer without overlap, and in later chunks and pipeline stages."""
     from megatron_posttrain.platform import platform
 
     make_groups(Layout(), 0)
     monkeypatch.setattr(optimizer, "BUCKET_ELEMENTS", 8_000)
     with platform().megatron():
-        sizes = buckets(tmp_path, overlap=overlap, disable=later_chunk)
+        sizes = buckets(overlap=overlap, disable=later_chunk)
     assert sum(sizes) == 8 * 64 * 64
     assert max(sizes) <= 8_000 + 64 * 64
 
@@ -151,11 +149,11 @@ def test_no_collective_of_ours_is_in_a_group_of_one(
     config = SftConfig.model_validate(
         {"model": {"path": path}, "precision": {"dtype": "fp32"}, "data": {"train": "-"}, "output": str(tmp_path)}
     )
-    engine = Engine(config, check_directory(path)[1], make_groups(Layout(), 0))
+    engine = Engine.of(config, check_directory(path)[1], make_groups(Layout(), 0))
     rows = [[Sequence(list(range(20)), [1] * 20)]]
     sequence_logprobs(engine, rows[0], 64)
     batches = rank_micro_batches(rows, engine.groups, 1)
-    engine.train_step(batches, lambda out, b: (cross_entropy_sum(out.logprobs, b.loss_mask) / 19, {}), 1e-3)
+    engine.train_step(batches, cross_entropy, per_token, 1e-3)
     assert len(list(engine.exporter.hf_tensors())) > 20
     assert found == []
 
@@ -164,7 +162,7 @@ def test_what_is_offloaded_are_not_the_weights(one_rank: None, tmp_path: Path) -
     """With megatron-core's precision-aware optimizer they would be: moving them would cut training off the model."""
     path = make_qwen3(tmp_path, "moe")
     config = SftConfig.model_validate({"model": {"path": path}, "data": {"train": "-"}, "output": str(tmp_path)})
-    engine = Engine(config, check_directory(path)[1], make_groups(Layout(), 0))
+    engine = Engine.of(config, check_directory(path)[1], make_groups(Layout(), 0))
     moved = [
         p for part in engine.optimizer.chained_optimizers for g in part.optimizer.param_groups for p in g["params"]
     ]

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
 
 from megatron_posttrain.cli.main import main
-from megatron_posttrain.config.schema import SftConfig
+from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.doctor import compiler, machine
 from megatron_posttrain.doctor.findings import Findings
 from megatron_posttrain.doctor.job import Cluster, fewest_ranks

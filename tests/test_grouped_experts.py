@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_posttrain.config.schema import SftConfig
+from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.build import build_model
+from megatron_posttrain.models.layout_checks import check_layout
 from megatron_posttrain.models.modules import kernels
 from megatron_posttrain.models.modules.experts import GroupedExperts, strided
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
-from megatron_posttrain.parallel.layout import Layout, check_layout
+from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.known_models import KNOWN_MODELS
 from megatron_posttrain.platform import platform
 from megatron_posttrain.training.optimizer import wrap_for_data_parallel

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from megatron_posttrain.config.schema import SftConfig
+from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.training.heartbeat import Heartbeat, spans
-from megatron_posttrain.training.run import Run
+from megatron_posttrain.training.record import Record
 from tests.launch import ROOT
 
 RANK = """
@@ -108,10 +108,11 @@ def test_limit_is_the_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     tree = {"model": {"path": "m"}, "data": {"train": "d"}, "output": str(tmp_path)}
     config = SftConfig.model_validate(tree | {"logging": {"hang_seconds": 7.5, "tensorboard": False}})
     start_distributed()
-    with Run(config, 9, 0) as run:
-        for step in range(1, 6):
-            assert run._heartbeat.limit == 7.5
-            run.log(step, {"step_seconds": 0.0})
+    record = Record(config, 9, 0)
+    for step in range(1, 6):
+        assert record._heartbeat.limit == 7.5
+        record.log(step, {"step_seconds": 0.0})
+    record.close()
     for wrong in (0, -1, float("inf"), "soon"):
         with pytest.raises(ValidationError, match="hang_seconds"):
             SftConfig.model_validate(tree | {"logging": {"hang_seconds": wrong}})

@@ -8,12 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_posttrain.checkpoint.hf import check_directory
-from megatron_posttrain.config.schema import SftConfig
+from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.data.batch import Sequence
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.engine import Engine
+from megatron_posttrain.training.heads import LabelLogprobs
 from tests.models import make_qwen3
 
 
@@ -26,19 +27,19 @@ def test_rows_temperature_and_a_row_without_loss(tmp_path: Path) -> None:
     )
     start_distributed()
     groups = make_groups(Layout(), 0)
-    engine = Engine(config, check_directory(path)[1], groups, train=False)
+    engine = Engine.of(config, check_directory(path)[1], groups, train=False)
     seen: list[int] = []
     layer = engine.modules[0].get_submodule("output_layer")
     layer.register_forward_hook(lambda module, inputs, output: seen.append(output[0].shape[0]))
     ids = list(range(20))
     rows = [[Sequence(ids, [0] * 15 + [1] * 5)], [Sequence(ids, [0] * 20)]]
-    counted, none = engine.logprobs(rank_micro_batches(rows, groups, 1), temperature=0.7)
+    counted, none = engine.forward(rank_micro_batches(rows, groups, 1), LabelLogprobs(0.7))
     parallel_state.destroy_model_parallel()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     with torch.no_grad():
         expected = (model(torch.tensor([ids])).logits[0] / 0.7).log_softmax(-1)
     right = expected[14:19].gather(1, torch.tensor(ids[15:])[:, None])[:, 0]
-    torch.testing.assert_close(counted.logprobs[14:19], right, rtol=0, atol=1e-4)
-    assert not counted.logprobs[:14].any()
+    torch.testing.assert_close(counted["logprobs"][14:19], right, rtol=0, atol=1e-4)
+    assert not counted["logprobs"][:14].any()
     assert seen == [5, 1]  # of 20 each; a micro-batch that counts nothing still has one
-    assert none.logprobs.count_nonzero() <= 1
+    assert none["logprobs"].count_nonzero() <= 1

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from megatron_posttrain.models.architecture import Architecture, MixtureOfExperts, MultiLatentAttention
-from megatron_posttrain.parallel.layout import Layout, problems
+from megatron_posttrain.models.layout_checks import problems
+from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.activations import Shapes, in_flight, layer_tensors, stage_activations
 from megatron_posttrain.planning.layouts import chunk_layers
 from megatron_posttrain.planning.parameters import chunk_parameters, rank_state, trained_elements
@@ -112,7 +113,7 @@ def fake_rank(layout: Layout, rank: int) -> Iterator[None]:
 
 
 def make_config(dtype: str, recompute: str = "none") -> Any:
-    from megatron_posttrain.config.schema import SftConfig
+    from megatron_posttrain.config.algorithms import SftConfig
 
     return SftConfig.model_validate(
         {

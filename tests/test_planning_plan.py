@@ -14,12 +14,12 @@ import pytest
 import yaml
 
 from megatron_posttrain.cli.main import main
+from megatron_posttrain.config.algorithms import ALGORITHMS
 from megatron_posttrain.config.load import load_config
-from megatron_posttrain.config.schema import CONFIGS
 from megatron_posttrain.doctor.job import workload
 from megatron_posttrain.errors import UserError
+from megatron_posttrain.models.layout_checks import problems
 from megatron_posttrain.models.registry import architecture_from_hf
-from megatron_posttrain.parallel.layout import problems
 from megatron_posttrain.planning import rollout
 from megatron_posttrain.planning.gpus import GPUS, SPREADS
 from megatron_posttrain.planning.known_models import KNOWN_MODELS, load_architecture, published_name
@@ -191,7 +191,7 @@ def test_the_recipe_is_a_valid_config(tmp_path: Path, task: str) -> None:
     best = plan(arch, 32, work, gpu)[0]
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump(config_of("model", best, work, gpu)))
-    config: Any = load_config(CONFIGS[command_of(task)], path)
+    config: Any = load_config(ALGORITHMS[command_of(task)].config, path)
     assert config.parallel.expert == best.layout.expert
     assert config.training.micro_batch_size == best.micro_batch
     assert not list(batch_problems(config, best.layout))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_posttrain.config.schema import SftConfig
+from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.platform import describe, platform
 from megatron_posttrain.platform.cuda import CudaPlatform

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_posttrain.config.schema import SftConfig
+from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.training import disk
 from megatron_posttrain.training.checkpoints import damage

@@ -14,9 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_posttrain.algorithms.losses import cross_entropy_sum
+from megatron_posttrain.algorithms.losses import cross_entropy
 from megatron_posttrain.checkpoint.hf import check_directory
-from megatron_posttrain.config.schema import CheckpointConfig, SftConfig
+from megatron_posttrain.config.algorithms import SftConfig
+from megatron_posttrain.config.schema import CheckpointConfig
 from megatron_posttrain.data.batch import Sequence
 from megatron_posttrain.parallel import gloo
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
@@ -26,6 +27,7 @@ from megatron_posttrain.training import optimizer_fixes
 from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.checkpoints import Checkpoints, _sharded_state
 from megatron_posttrain.training.engine import Engine
+from megatron_posttrain.training.totals import per_token
 from tests.family_checks import tiny_model
 from tests.family_configs import tiny_configs
 from tests.launch import ranks
@@ -42,13 +44,13 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
         {"model": {"path": path}, "precision": {"dtype": "fp32"}, "data": {"train": "-"}, "output": str(tmp_path)}
     )
     start_distributed()
-    yield Engine(config, check_directory(path)[1], make_groups(Layout(), 0))
+    yield Engine.of(config, check_directory(path)[1], make_groups(Layout(), 0))
     parallel_state.destroy_model_parallel()
 
 
 def train(engine: Engine) -> None:
     batches = rank_micro_batches([[Sequence(list(range(20)), [1] * 20)]], engine.groups, 1)
-    engine.train_step(batches, lambda out, b: (cross_entropy_sum(out.logprobs, b.loss_mask) / 19, {}), 1e-3)
+    engine.train_step(batches, cross_entropy, per_token, 1e-3)
 
 
 def without(monkeypatch: pytest.MonkeyPatch, fix: str) -> None:

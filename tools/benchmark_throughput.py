@@ -25,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_posttrain.cli.main import process
+from megatron_posttrain.config.algorithms import ALGORITHMS, GrpoConfig
 from megatron_posttrain.errors import UserError
 
 FILE_WIDTH = 100  # columns, where the output is no terminal
@@ -34,7 +35,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--config", metavar="FILE", help="what is measured; its data is not read")
-    add("--command", choices=("sft", "grpo"), help="whose config it is (default: found by its keys)")
+    add("--command", choices=tuple(ALGORITHMS), help="whose config it is (default: found by its keys)")
     add("--steps", type=int, default=10, help="timed steps (default: 10)")
     add("--warmup", type=int, default=3, help="steps before them (default: 3)")
     add("--profiled-steps", type=int, default=2, help="steps after them, for the profile (default: 2; 0: none)")
@@ -78,25 +79,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def benchmark(args: argparse.Namespace) -> int:
-    from megatron_posttrain.training.run import finish, quiet_libraries
+    from megatron_posttrain.training.process import finish, quiet_libraries
 
     quiet_libraries()
     from benchmarks.throughput.sft import Options, machine
-    from megatron_posttrain.config.load import load_config
-    from megatron_posttrain.config.schema import GrpoConfig, SftConfig
+    from megatron_posttrain.doctor.job import read_config
 
     options = Options(args.steps, args.warmup, args.profiled_steps, args.mean_length)
-    config: SftConfig | GrpoConfig
-    if args.command == "grpo" or (args.command is None and is_grpo(args)):
+    _, config = read_config(args.command, args.config, args.overrides)
+    if isinstance(config, GrpoConfig):
         if args.sweep:
             raise UserError("--sweep: vLLM can be started once in a process, so GRPO takes one layout at a time")
         from benchmarks.throughput.grpo import measure_grpo
 
-        config = load_config(GrpoConfig, args.config, args.overrides)
         result = measure_grpo(config, options)
         results = [result] if result is not None else []
     else:
-        config = load_config(SftConfig, args.config, args.overrides)
         results = measure_sft(config, args.sweep, options)
     if results and os.environ.get("RANK", "0") == "0":
         hosts = [rank["host"] for rank in results[0].get("ranks", [])]
@@ -107,12 +105,6 @@ def benchmark(args: argparse.Namespace) -> int:
             Path(args.output).write_text(json.dumps(tree, indent=1) + "\n")
     finish()
     return 0
-
-
-def is_grpo(args: argparse.Namespace) -> bool:
-    from megatron_posttrain.doctor.job import read_config
-
-    return read_config(None, args.config, args.overrides)[0] == "grpo"
 
 
 def measure_sft(config: Any, sweep: str | None, options: Any) -> list[dict[str, Any]]:
@@ -137,7 +129,8 @@ def measure_sft(config: Any, sweep: str | None, options: Any) -> list[dict[str, 
 
 
 def chosen_layouts(config: Any, arch: Any, sweep: str | None) -> Iterator[Any]:
-    from megatron_posttrain.parallel.layout import Layout, batch_problem, check_layout, problems
+    from megatron_posttrain.models.layout_checks import check_layout, problems
+    from megatron_posttrain.parallel.layout import Layout, batch_problem
     from megatron_posttrain.planning.layouts import enumerate_layouts, parse_layout
 
     world, training = int(os.environ.get("WORLD_SIZE", "1")), config.training

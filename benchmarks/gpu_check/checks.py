@@ -123,7 +123,7 @@ def parity_check(implementation: str, name: str) -> Check:
             subjects.need_transformer_engine()
         hidden = 64 if setting.toy else 256
         arch = subjects.shrunk(name, hidden)
-        engine = Engine(subjects.config(implementation), arch, subjects.groups(), train=False)
+        engine = Engine.of(subjects.config(implementation), arch, subjects.groups(), train=False)
         found = sequence_logprobs(engine, subjects.sequences(4, 48, arch.vocab_size, 0), 96)
         weights = {k: v.float().cpu() for k, v in subjects.named(engine.modules, arch).items()}
         with tempfile.TemporaryDirectory() as directory:
@@ -152,7 +152,7 @@ def training_check(fp8: str | None) -> Check:
         # Transformer Engine's attention over packed rows has no fp32.
         layers = "torch" if fp8 is None else "transformer_engine"
         wide = subjects.config(layers, "fp32" if fp8 is None else "bf16")
-        start = subjects.named(Engine(wide, arch, subjects.groups(), train=False).modules, arch)
+        start = subjects.named(Engine.of(wide, arch, subjects.groups(), train=False).modules, arch)
         expected = subjects.losses(setting, wide, start, arch)
         found = subjects.losses(setting, subjects.config(layers, fp8=fp8), start, arch)
         last, wanted = (sum(x[-5:]) / len(x[-5:]) for x in (found, expected))

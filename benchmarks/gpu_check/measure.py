@@ -14,15 +14,17 @@ from torch import Tensor
 from benchmarks.gpu_check import subjects
 from benchmarks.gpu_check.harness import Check, Facts, Setting, Skip, seconds_of
 from megatron_posttrain.checkpoint.hf import HfReader, check_directory
+from megatron_posttrain.checkpoint.load import load_hf
+from megatron_posttrain.config.schema import OptimizerConfig
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.build import build_model
-from megatron_posttrain.models.sharded import Exporter, load_hf
+from megatron_posttrain.models.sharded import Exporter
 from megatron_posttrain.planning.flops import attention_pairs, layer_weights
 from megatron_posttrain.planning.known_models import KNOWN_MODELS
 from megatron_posttrain.planning.layers import attention_dims
 from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.cuda import fp8_recipes
-from megatron_posttrain.training.optimizer import make_optimizer, wrap_for_data_parallel
+from megatron_posttrain.training.optimizer import make_optimizer, overlaps, wrap_for_data_parallel
 from megatron_posttrain.training.token_logprobs import token_logprobs
 
 # Read and written a parameter by AdamW with fp32 main weights: main weight, two moments (read and written),
@@ -65,7 +67,7 @@ class Layer:
         of = subjects.config(implementation, fp8=fp8)
         modules, model_config = build_model(arch, subjects.groups().layout, of.model, of.precision)
         with platform().megatron():
-            wrapped = wrap_for_data_parallel(modules, model_config, of)[0]
+            wrapped = wrap_for_data_parallel(modules, model_config, overlap=overlaps(None))[0]
         wrapped.zero_grad_buffer()
         return cls(modules[0], wrapped, model_config)
 
@@ -137,7 +139,7 @@ def optimizer_step(setting: Setting) -> Facts:
     subjects.groups()
     layer = Layer.make(single_layer("Qwen3-8B", setting.toy), "auto", None)
     with platform().megatron():
-        optimizer = make_optimizer([layer.wrapped], layer.config, subjects.config("auto"))
+        optimizer = make_optimizer([layer.wrapped], layer.config, OptimizerConfig(), bf16=True, overlap=overlaps(None))
 
         def work() -> None:
             for parameter in layer.chunk.parameters():

@@ -17,7 +17,7 @@ from megatron_posttrain.training.sequences import sequence_logprobs
 def main() -> None:
     name, hidden, weights = torch.load(sys.argv[1], weights_only=True)
     arch = subjects.shrunk(name, hidden)
-    engine = Engine(subjects.config("torch", "fp32"), arch, subjects.groups(), train=False)
+    engine = Engine.of(subjects.config("torch", "fp32"), arch, subjects.groups(), train=False)
     subjects.fill(engine, weights)
     torch.save(sequence_logprobs(engine, subjects.sequences(4, 48, arch.vocab_size, 0), 96), sys.argv[2])
 

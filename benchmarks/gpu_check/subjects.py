@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_check.harness import Setting, Skip
-from megatron_posttrain.algorithms.losses import cross_entropy_sum
-from megatron_posttrain.config.schema import SftConfig
-from megatron_posttrain.data.batch import PackedBatch, Sequence
+from megatron_posttrain.algorithms.losses import cross_entropy
+from megatron_posttrain.config.algorithms import SftConfig
+from megatron_posttrain.data.batch import Sequence
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.sharded import local_tensors
@@ -21,7 +21,8 @@ from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.known_models import KNOWN_MODELS
 from megatron_posttrain.platform import platform
 from megatron_posttrain.training.batches import rank_micro_batches
-from megatron_posttrain.training.engine import Engine, Metrics, TokenOutput
+from megatron_posttrain.training.engine import Engine
+from megatron_posttrain.training.totals import per_token
 
 
 @functools.cache
@@ -80,17 +81,12 @@ def fill(engine: Engine, values: dict[str, Tensor]) -> None:
 
 def losses(setting: Setting, of: SftConfig, start: dict[str, Tensor] | None, arch: Architecture) -> list[float]:
     """Training losses, nats a token, from the given weights."""
-    engine = Engine(of, arch, groups())
+    engine = Engine.of(of, arch, groups())
     if start is not None:
         fill(engine, start)
     found = []
     for step in range(3 if setting.toy else 50):
         rows = [[s] for s in sequences(4, 64, arch.vocab_size, step)]
         batches = rank_micro_batches(rows, groups(), 2)
-        count = sum(int(b.loss_mask.sum()) for b in batches)
-
-        def loss(output: TokenOutput, batch: PackedBatch, count: int = count) -> tuple[Tensor, Metrics]:
-            return cross_entropy_sum(output.logprobs, batch.loss_mask) / count, {}
-
-        found.append(engine.train_step(batches, loss, of.optimizer.lr).loss)
+        found.append(engine.train_step(batches, cross_entropy, per_token, of.optimizer.lr).loss)
     return found

@@ -8,7 +8,7 @@ import random
 import socket
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,13 @@ import torch.distributed as dist
 
 from benchmarks.throughput.phases import Profile, summary
 from benchmarks.throughput.sft import Options, rates, stragglers
-from megatron_posttrain.config.schema import GrpoConfig
+from megatron_posttrain.config.algorithms import ALGORITHMS, GrpoConfig
 from megatron_posttrain.models.build import DTYPES
 from megatron_posttrain.planning.flops import flops_per_token
 from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.describe import matmul_tflops
-from megatron_posttrain.platform.scope import replaced
 from megatron_posttrain.training.prepare import Prepared, prepare
-from megatron_posttrain.training.run import Run
+from megatron_posttrain.training.run import listening
 
 PHASES = ("rollout", "train", "refit")
 PROMPTS = 512
@@ -34,22 +33,16 @@ class Recorder:
 
     def __init__(self, options: Options) -> None:
         self.options, self.profile = options, Profile()
-        self.steps: list[dict[str, float]] = []
+        self.steps: list[Mapping[str, float]] = []
         self.peak_memory_gib = 0.0
         self._recording = contextlib.ExitStack()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        log = Run.log
-
-        def logged(run: Run, step: int, metrics: dict[str, float]) -> None:
-            log(run, step, metrics)
-            self._after(metrics)
-
-        with replaced([(Run, "log", logged)]), self._recording:
+        with listening(self._after), self._recording:
             yield
 
-    def _after(self, metrics: dict[str, float]) -> None:
+    def _after(self, step: int, metrics: Mapping[str, float]) -> None:
         self.steps.append(metrics)
         timed = self.options.warmup + self.options.steps
         if len(self.steps) == timed:
@@ -70,7 +63,6 @@ def measure_grpo(config: GrpoConfig, options: Options) -> dict[str, Any] | None:
     from megatron.core import parallel_state
 
     import megatron_posttrain.rollout  # noqa: F401 - sets vLLM's environment before it is imported
-    from megatron_posttrain.algorithms.grpo import grpo
 
     prepared, recorder = prepare(config), Recorder(options)
     with tempfile.TemporaryDirectory() as folder, recorder.listening():  # every rank's own folder
@@ -78,7 +70,7 @@ def measure_grpo(config: GrpoConfig, options: Options) -> dict[str, Any] | None:
         draw = random.Random(config.training.seed)
         lines = [f"What is {draw.randrange(100)} + {draw.randrange(100)}?" for _ in range(PROMPTS)]
         prompts.write_text("".join(json.dumps({"prompt": line, "answer": "0"}) + "\n" for line in lines))
-        if grpo(_shortened(config, prompts, Path(folder) / "run", options)):
+        if ALGORITHMS[config.command].load()(_shortened(config, prompts, Path(folder) / "run", options)):
             return None
     local = {
         "host": socket.gethostname(),
@@ -130,7 +122,7 @@ def _result(
     }
 
 
-def _phases(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+def _phases(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     phases = {phase: statistics.fmean(step[f"{phase}_seconds"] for step in steps) for phase in PHASES}
     return phases | {"other": statistics.fmean(step["step_seconds"] for step in steps) - sum(phases.values())}
 

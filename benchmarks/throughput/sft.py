@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from benchmarks.throughput.phases import Profile, summary
-from megatron_posttrain.algorithms.losses import cross_entropy_sum
+from megatron_posttrain.algorithms.losses import cross_entropy
 from megatron_posttrain.config.schema import Config
-from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.build import DTYPES
@@ -30,8 +28,9 @@ from megatron_posttrain.planning.gpus import GPUS
 from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.describe import describe_device, matmul_tflops
 from megatron_posttrain.training.batches import rank_micro_batches
-from megatron_posttrain.training.engine import Engine, Metrics, TokenOutput
+from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.timing import PhaseTimer
+from megatron_posttrain.training.totals import per_token
 
 PHASES = ("data", "forward_backward", "optimizer", "other")
 PACKAGES = ("torch", "megatron-core", "transformers", "megatron-posttrain")
@@ -77,7 +76,7 @@ def measure(config: Config, arch: Architecture, layout: Layout, options: Options
     platform().reset_peak_memory()
     groups = make_groups(layout, config.training.seed)
     config = config.model_copy(update={"model": config.model.model_copy(update={"random_init": True})})
-    engine = Engine(config, arch, groups)
+    engine = Engine.of(config, arch, groups)
     lengths = row_lengths(config, options.mean_length)
     mine = [_step(engine, config, lengths, number) for number in range(options.warmup + options.steps)]
     dist.barrier()
@@ -109,12 +108,7 @@ def _step(
 ) -> dict[str, float]:
     """Seconds of one step on this rank, in total and by phase. All ranks start together, then enter `scope`."""
     training, groups = config.training, engine.groups
-    counted = sum(n - 1 for row in lengths for n in row)
     generator = torch.Generator().manual_seed(training.seed + number)
-
-    def loss_function(output: TokenOutput, batch: PackedBatch) -> tuple[Tensor, Metrics]:
-        return cross_entropy_sum(output.logprobs, batch.loss_mask) / counted, {}
-
     dist.barrier()
     platform().synchronize()
     with scope or contextlib.nullcontext():
@@ -124,7 +118,7 @@ def _step(
             tokens: Any = [[torch.randint(vocab, (n,), generator=generator) for n in row] for row in lengths]
             rows = [[TokenSequence(t, [1] * len(t)) for t in row] for row in tokens]
             micro_batches = rank_micro_batches(rows, groups, training.micro_batch_size)
-        result = engine.train_step(micro_batches, loss_function, config.optimizer.lr)
+        result = engine.train_step(micro_batches, cross_entropy, per_token, config.optimizer.lr)
         platform().synchronize()
     seconds = {"seconds": timer.total()} | timer.seconds | result.seconds
     return seconds | {"other": seconds["seconds"] - sum(seconds[p] for p in PHASES[:-1])}

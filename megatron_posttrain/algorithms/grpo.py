@@ -6,20 +6,22 @@ SPMD: every rank holds its shard of the trainer and a rank of a vLLM engine; the
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_posttrain.algorithms.advantages import group_advantages
-from megatron_posttrain.algorithms.losses import policy_gradient_loss
+from megatron_posttrain.algorithms.losses import policy_gradient_terms
 from megatron_posttrain.algorithms.samples import (
     Samples,
     collect_samples,
     training_sequences,
     write_rollouts,
 )
-from megatron_posttrain.config.schema import GrpoAlgorithm, GrpoConfig
+from megatron_posttrain.config.algorithms import GrpoAlgorithm, GrpoConfig
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import PromptDataset
@@ -27,25 +29,23 @@ from megatron_posttrain.data.rows import read_rows
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.build import DTYPES
-from megatron_posttrain.parallel.groups import make_groups, start_distributed
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rewards.registry import load_rewards
 from megatron_posttrain.rollout.engine import RolloutEngine
 from megatron_posttrain.rollout.refit import Refit, prove
 from megatron_posttrain.rollout.text import stop_message
 from megatron_posttrain.training.batches import rank_token_batches, to_rows
-from megatron_posttrain.training.checkpoints import Checkpoints
-from megatron_posttrain.training.engine import Engine, Metrics, TokenOutput
-from megatron_posttrain.training.export import export_run, full_tensors
+from megatron_posttrain.training.engine import Engine, StepResult
+from megatron_posttrain.training.export import full_tensors
+from megatron_posttrain.training.heads import LabelLogprobs, Output
 from megatron_posttrain.training.limits import prompts_of, rollout_problems
 from megatron_posttrain.training.prepare import Prepared, prepare
-from megatron_posttrain.training.resume import Origin
-from megatron_posttrain.training.run import REQUEUE_STATUS, Run
-from megatron_posttrain.training.schedule import learning_rate, total_steps
+from megatron_posttrain.training.run import Run
 from megatron_posttrain.training.sequences import gather_sequences, sequence_logprobs
-from megatron_posttrain.training.timing import PhaseTimer
+from megatron_posttrain.training.totals import Mean, Totals
 
 CANARY_PROMPTS = 4
+REFERENCE = "reference"
 
 
 def grpo(config: GrpoConfig) -> int:
@@ -53,113 +53,86 @@ def grpo(config: GrpoConfig) -> int:
     prepared = prepare(config)
     prompts = check(config, prepared.tokenizer, prepared.arch, platform().name)
     rewards = load_rewards(config.rewards)
-    steps = total_steps(config.training, prompts, config.rollout.prompts_per_step)
-    origin = Origin.of(config, prepared.model_path, prompts.fingerprint)
-    checkpoints = Checkpoints(config.output_dir, config.checkpoint, origin)
-    start_distributed()
-    groups = make_groups(prepared.layout, config.training.seed)
-    engine = Engine(config, prepared.arch, groups)
-    reference = Engine(config, prepared.arch, groups, train=False) if config.algorithm.kl_coefficient else None
-    first = checkpoints.resume(engine)
-    if config.rollout.offload:
-        engine.offload()  # vLLM asks for its share of the memory when it is made
-    rollout = make_rollout_engine(config, prepared)
-    canary = [p.token_ids for p in prompts.prompts[:CANARY_PROMPTS]]
-
-    def refit(version: int) -> None:
-        """New weights into the engine, and the proof that it holds them: a hard stop when it does not."""
+    with Run(prepared, prompts) as run:
+        engine = run.model(keep=REFERENCE if config.algorithm.kl_coefficient else None)
         if config.rollout.offload:
-            engine.offload()
-        Refit(rollout).update(full_tensors(engine), version)
-        scores = partial(_canary_logprobs, engine, token_budget(config))
-        prove(rollout, canary, scores, config.rollout.proof_tolerance)
-
-    with Run(config, steps, first) as run:
-        run.say(f"{prompts.message}; {steps} steps on {prepared.layout}, {rollout.replicas} rollout replicas")
-        run.say(stop_message(prepared.tokenizer))
-        for step in range(first, steps):
-            timer = PhaseTimer(memory=True)
-            with timer("refit"):
-                refit(step)
-            with timer("rollout"):
-                batch = prompts.batch(step, config.rollout.prompts_per_step)
-                samples = collect_samples(rollout, prepared.tokenizer, batch, rewards, config, step)
+            engine.offload()  # vLLM asks for its share of the memory when it is made
+        rollout = run.closing(make_rollout_engine(config, prepared))
+        run.say(f"{rollout.replicas} rollout replicas; {stop_message(prepared.tokenizer)}")
+        canary = [p.token_ids for p in prompts.prompts[:CANARY_PROMPTS]]
+        for step in run.steps():
+            with step.phase("refit"):
+                refit(engine, rollout, config, canary, step.index)
+            with step.phase("rollout"):
+                batch = prompts.batch(step.index, config.rollout.prompts_per_step)
+                samples = collect_samples(rollout, prepared.tokenizer, batch, rewards, config, step.index)
                 rollout.sleep()
-            with timer("train"):
+            with step.phase("train"):
                 samples.advantages = group_advantages(
                     torch.tensor(samples.rewards),
                     config.rollout.samples_per_prompt,
                     normalize_std=config.algorithm.normalize_std,
                     leave_one_out=config.algorithm.leave_one_out,
                 )
-                score_samples(samples, engine, reference, config)
-                lr = learning_rate(config.optimizer, step, steps)
-                metrics = update(engine, samples, config, lr)
-            seconds = timer.total()
-            run.log(
-                step + 1,
-                metrics
-                | samples.metrics()
-                | {
-                    "learning_rate": lr,
-                    "tokens_per_second": samples.tokens / seconds,
-                    "step_seconds": seconds,
-                }
-                | {f"{phase}_seconds": value for phase, value in timer.seconds.items()}
-                | {f"{phase}_memory_gib": value for phase, value in timer.memory_gib.items()},
-            )
+                score_samples(samples, engine, config)
+                metrics = update(engine, samples, config, step.learning_rate)
+            step.log(metrics, samples.metrics())
             if run.is_main:
-                write_rollouts(config.output_dir / "rollouts" / f"step_{step + 1:06d}.jsonl", samples)
-            if checkpoints.after_step(engine, run, step + 1):
-                return REQUEUE_STATUS
-        export_run(engine, checkpoints, run, prepared.model_path)
-    rollout.close()
-    return 0
+                write_rollouts(run.directory / "rollouts" / f"step_{step.number:06d}.jsonl", samples)
+    return run.status
 
 
-def score_samples(samples: Samples, engine: Engine, reference: Engine | None, config: GrpoConfig) -> None:
+def refit(engine: Engine, rollout: RolloutEngine, config: GrpoConfig, canary: list[list[int]], version: int) -> None:
+    """New weights into the rollout engine, and the proof that it holds them: a hard stop when it does not."""
+    if config.rollout.offload:
+        engine.offload()
+    Refit(rollout).update(full_tensors(engine), version)
+    prove(rollout, canary, partial(_canary_logprobs, engine, token_budget(config)), config.rollout.proof_tolerance)
+
+
+def score_samples(samples: Samples, engine: Engine, config: GrpoConfig) -> None:
     """The trainer's own log-probs of what was sampled, where several updates need them; the reference's for KL."""
     sequences = training_sequences(samples)
-    budget = token_budget(config)
-    temperature = config.rollout.temperature
+    score = partial(sequence_logprobs, engine, sequences, token_budget(config), config.rollout.temperature)
     if len(sequences) > config.training.global_batch_size:
-        samples.set_logprobs("old_logprobs", sequence_logprobs(engine, sequences, budget, temperature))
-    if reference is not None:
-        samples.set_logprobs("reference_logprobs", sequence_logprobs(reference, sequences, budget, temperature))
+        samples.set_logprobs("old_logprobs", score())
+    if config.algorithm.kl_coefficient:
+        with engine.weights(REFERENCE):
+            samples.set_logprobs("reference_logprobs", score())
 
 
-def update(engine: Engine, samples: Samples, config: GrpoConfig, lr: float) -> dict[str, float]:
+def update(engine: Engine, samples: Samples, config: GrpoConfig, lr: float) -> dict[str, float | Mean]:
     """Optimizer steps over the samples, `training.global_batch_size` of them a step.
 
     Log-probs of the first one are those of the policy that sampled: a single one needs no pass for them before it.
     """
     sequences = training_sequences(samples)
     size = config.training.global_batch_size
-    budget = token_budget(config)
-    results = []
+    head = LabelLogprobs(config.rollout.temperature)
+    loss, over = partial(policy_loss, config.algorithm), partial(denominator, config)
+    results: list[StepResult] = []
     for start in range(0, len(sequences), size):
         if start and config.rollout.offload:
             engine.offload()  # as before the first: no update has states beside its activations
-        mini_batch = sequences[start : start + size]
-        batches = rank_token_batches(mini_batch, engine.groups, budget)
-        counted = sum(sum(s.loss_mask) for s in mini_batch)
-        denominator = {
-            "token": counted,
-            "sequence": len(mini_batch),
-            "constant": len(mini_batch) * config.rollout.max_tokens,
-        }[config.algorithm.aggregation]
-        kept: list[TokenOutput] = []
-        loss = partial(policy_loss, config.algorithm, float(denominator), kept)
-        results.append((counted, engine.train_step(batches, loss, lr, config.rollout.temperature)))
-        if "old_logprobs" not in samples.token_fields:
-            own = engine.from_last_stage(kept, batches)
+        batches = rank_token_batches(sequences[start : start + size], engine.groups, token_budget(config))
+        known = "old_logprobs" in samples.token_fields
+        results.append(engine.train_step(batches, loss, over, lr, head, keep=not known))
+        if not known:
+            own = engine.from_last_stage(results[0].outputs, batches, head)
             samples.set_logprobs("old_logprobs", gather_sequences(engine.groups, batches, own))
-    total = sum(counted for counted, _ in results)
-    names = results[0][1].metrics
     return {
-        "loss": sum(r.loss for _, r in results) / len(results),
-        "grad_norm": sum(r.grad_norm for _, r in results) / len(results),
-    } | {name: sum(r.metrics[name] for _, r in results) / total for name in names}
+        "loss": sum(r.loss for r in results) / len(results),
+        "grad_norm": sum(r.grad_norm for r in results) / len(results),
+    } | {name: reduce(add, (r.metrics[name] for r in results)) for name in results[0].metrics}
+
+
+def denominator(config: GrpoConfig, totals: Totals) -> float:
+    """What the terms of the global batch are divided by."""
+    return {
+        "token": totals.tokens,
+        "sequence": totals.sequences,
+        "constant": totals.sequences * config.rollout.max_tokens,
+    }[config.algorithm.aggregation]
 
 
 def token_budget(config: GrpoConfig) -> int:
@@ -167,21 +140,17 @@ def token_budget(config: GrpoConfig) -> int:
     return config.data.sequence_length * config.training.micro_batch_size
 
 
-def policy_loss(
-    algorithm: GrpoAlgorithm, denominator: float, kept: list[TokenOutput], output: TokenOutput, batch: PackedBatch
-) -> tuple[torch.Tensor, Metrics]:
-    """The update's loss; keeps log-probs, which are the old ones too where the batch has none."""
-    own = TokenOutput(output.logprobs.detach(), output.entropy)
-    kept.append(own)
+def policy_loss(algorithm: GrpoAlgorithm, output: Output, batch: PackedBatch) -> tuple[Tensor, dict[str, Mean]]:
+    """The update's terms; where the batch has no old log-probs, they are those of this pass."""
 
-    def rows(flat: torch.Tensor) -> torch.Tensor:
+    def rows(flat: Tensor) -> Tensor:
         return to_rows(flat, batch.cu_seqlens)
 
     rollout = rows(batch.extras["rollout_logprobs"])
     reference = batch.extras.get("reference_logprobs")
-    loss, metrics = policy_gradient_loss(
-        rows(output.logprobs),
-        rows(batch.extras.get("old_logprobs", own.logprobs)),
+    terms, sums = policy_gradient_terms(
+        rows(output["logprobs"]),
+        rows(batch.extras.get("old_logprobs", output["logprobs"].detach())),
         rows(batch.extras["advantages"]),
         rows(batch.loss_mask),
         clip_low=algorithm.clip_low,
@@ -195,9 +164,10 @@ def policy_loss(
         reference_logprobs=rows(reference) if reference is not None else rollout,
         kl_coefficient=algorithm.kl_coefficient,
         kl_estimator=algorithm.kl_estimator,
-        denominator=denominator,
     )
-    return loss, {**metrics, "entropy": (output.entropy * batch.loss_mask).sum()}
+    count = batch.loss_mask.sum()
+    sums["entropy"] = (output["entropy"] * batch.loss_mask).sum()
+    return terms, {name: Mean(total, count) for name, total in sums.items()}
 
 
 def check(config: GrpoConfig, tokenizer: Any, arch: Architecture | None, device: str) -> PromptDataset:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.errors import UserError
+from megatron_posttrain.training.totals import Mean
 
 Metrics = dict[str, Tensor]
 Aggregation = Literal["token", "sequence", "constant"]
@@ -17,9 +20,14 @@ KlEstimator = Literal["k1", "k2", "k3"]
 RATIO_EXPONENT_LIMIT = 20.0  # exp() of more is no ratio that clipping would let pass, only an overflow
 
 
-def cross_entropy_sum(logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Sum of -log p over the tokens that count, fp32; the caller divides by the global number of them."""
-    return -(logprobs * mask).sum()
+def cross_entropy_terms(logprobs: Tensor, mask: Tensor) -> Tensor:
+    """-log p of every token that counts, else 0; fp32, of the arguments' shape."""
+    return -(logprobs * mask)
+
+
+def cross_entropy(output: Mapping[str, Tensor], batch: PackedBatch) -> tuple[Tensor, dict[str, Mean]]:
+    """For `Engine.train_step`: the terms of -log p of a micro-batch's tokens."""
+    return cross_entropy_terms(output["logprobs"], batch.loss_mask), {}
 
 
 def policy_gradient_loss(
@@ -66,6 +74,43 @@ def policy_gradient_loss(
     Raises:
         UserError: dual_clip not above 1, or a KL or importance cap without its log-probs.
     """
+    terms, metrics = policy_gradient_terms(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        ratio_level=ratio_level,
+        aggregation=aggregation,
+        rollout_logprobs=rollout_logprobs,
+        importance_cap=importance_cap,
+        reference_logprobs=reference_logprobs,
+        kl_coefficient=kl_coefficient,
+        kl_estimator=kl_estimator,
+    )
+    return terms.sum() / (own_count(mask, aggregation) if denominator is None else denominator), metrics
+
+
+def policy_gradient_terms(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    ratio_level: Literal["token", "sequence"] = "token",
+    aggregation: Aggregation = "token",
+    rollout_logprobs: Tensor | None = None,
+    importance_cap: float | None = None,
+    reference_logprobs: Tensor | None = None,
+    kl_coefficient: float = 0.0,
+    kl_estimator: KlEstimator = "k3",
+) -> tuple[Tensor, Metrics]:
+    """The [batch, sequence] terms whose sum `policy_gradient_loss` divides, and its metrics."""
     _check(dual_clip, rollout_logprobs, importance_cap, reference_logprobs, kl_coefficient)
     mask = mask.to(logprobs.dtype)
     log_ratio = logprobs - old_logprobs
@@ -88,8 +133,10 @@ def policy_gradient_loss(
         metrics["kl"] = (divergence * mask).sum()
         if kl_coefficient:
             losses = losses + kl_coefficient * divergence
-    loss = aggregate(losses, mask, aggregation, denominator)
-    return loss, {name: value.detach() for name, value in metrics.items()}
+    losses = losses * mask
+    if aggregation == "sequence":
+        losses = losses / mask.sum(-1, keepdim=True).clamp(min=1)
+    return losses, {name: value.detach() for name, value in metrics.items()}
 
 
 def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: KlEstimator = "k3") -> Tensor:
@@ -103,20 +150,13 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: KlEstim
     return difference.exp() - 1 - difference
 
 
-def aggregate(
-    losses: Tensor, mask: Tensor, aggregation: Aggregation, denominator: Tensor | float | None = None
-) -> Tensor:
-    """[batch, sequence] to a scalar; see `policy_gradient_loss`."""
-    losses = losses * mask
-    if aggregation == "sequence":
-        losses = losses / mask.sum(-1, keepdim=True).clamp(min=1)
-    if denominator is not None:
-        return losses.sum() / denominator
+def own_count(mask: Tensor, aggregation: Aggregation) -> Tensor | int:
+    """Of a [batch, sequence] batch by itself: what its terms are divided by."""
     if aggregation == "token":
-        return losses.sum() / mask.sum().clamp(min=1)
+        return mask.sum().clamp(min=1)
     if aggregation == "sequence":
-        return losses.sum() / (mask.sum(-1) > 0).sum().clamp(min=1)
-    return losses.sum() / mask.numel()
+        return (mask.sum(-1) > 0).sum().clamp(min=1)
+    return mask.numel()
 
 
 def dpo_loss(

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_posttrain.config.schema import GrpoConfig
+from megatron_posttrain.config.algorithms import GrpoConfig
 from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.rewards.registry import Reward, Sample, compute_rewards

@@ -6,7 +6,7 @@ import json
 
 import torch.distributed as dist
 
-from megatron_posttrain.config.schema import ScoreConfig
+from megatron_posttrain.config.algorithms import ScoreConfig
 from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.rows import read_rows
 from megatron_posttrain.data.tokenize import encode_row
@@ -30,7 +30,7 @@ def score(config: ScoreConfig) -> int:
     check_positions(map(len, token_ids), prepared.arch)
     start_distributed()
     groups = make_groups(prepared.layout, config.training.seed)
-    engine = Engine(config, prepared.arch, groups, train=False)
+    engine = Engine.of(config, prepared.arch, groups, train=False)
     sequences = [TokenSequence(ids, [1] * len(ids)) for ids in token_ids]
     outputs = sequence_logprobs(
         engine, sequences, limit * config.training.micro_batch_size if config.data.packing else max(map(len, token_ids))

@@ -30,7 +30,7 @@ from megatron_posttrain.checkpoint.stream import Item, OutputFile, StreamOptions
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import fp8, registry
 from megatron_posttrain.models.architecture import Architecture, HfConfig
-from megatron_posttrain.models.layout import Layout
+from megatron_posttrain.models.disk_layout import DiskLayout
 from megatron_posttrain.models.weights import TensorPlan
 
 FACTS = "conversion.json"  # in a Megatron directory: the layout that its source had
@@ -235,7 +235,7 @@ Planned = tuple[torch.dtype, tuple[int, ...], Callable[[], Iterable[Tensor]]]
 
 
 def _planned_tensors(
-    arch: Architecture, reader: megatron.MegatronReader, layout: Layout, options: ConvertOptions
+    arch: Architecture, reader: megatron.MegatronReader, layout: DiskLayout, options: ConvertOptions
 ) -> dict[str, Planned]:
     """The tensors of the Hugging Face side: dtype, shape and where the blocks come from, by name."""
     adapter = None if options.adapter is None else read_adapter(options.adapter)

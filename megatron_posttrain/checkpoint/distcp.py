@@ -108,7 +108,7 @@ def unpack(file: Tensor, path: Path) -> Tensor:
 # ---- the checkpoint's catalogue --------------------------------------------------------------------------
 
 
-class Place(NamedTuple):
+class StoredChunk(NamedTuple):
     """A chunk: the part of a tensor at `offsets`, in bytes [start, start + length) of `file`."""
 
     offsets: Shape
@@ -121,10 +121,10 @@ class Place(NamedTuple):
 class Stored(NamedTuple):
     dtype: torch.dtype
     shape: Shape
-    chunks: list[Place]
+    chunks: list[StoredChunk]
 
 
-def write_metadata(directory: Path, tensors: dict[str, Stored], objects: dict[str, Place]) -> None:
+def write_metadata(directory: Path, tensors: dict[str, Stored], objects: dict[str, StoredChunk]) -> None:
     """`.metadata`: the tensors, and pickled objects, by key."""
     entries: dict[str, Any] = {}
     storage: dict[MetadataIndex, Any] = {}
@@ -168,7 +168,7 @@ class DistcpReader:
                 if info is None:
                     raise UserError(f"{self.directory / METADATA}: lacks the place of a part of tensor '{key}'")
                 file, start, length = info.relative_path, info.offset, info.length
-                chunks.append(Place(tuple(chunk.offsets), tuple(chunk.sizes), file, start, length))
+                chunks.append(StoredChunk(tuple(chunk.offsets), tuple(chunk.sizes), file, start, length))
                 sizes[file] = max(sizes.get(file, 0), start + length)
             self.tensors[key] = Stored(entry.properties.dtype, tuple(entry.size), chunks)
         for file, size in sizes.items():
@@ -207,7 +207,7 @@ class DistcpReader:
             raise UserError(f"{self.directory}: tensor '{key}' has {filled} of {out.numel()} elements")
         return out
 
-    def _chunk(self, chunk: Place, dtype: torch.dtype) -> Tensor:
+    def _chunk(self, chunk: StoredChunk, dtype: torch.dtype) -> Tensor:
         path = self.directory / chunk.file
         if chunk.file not in self._maps:
             self._maps[chunk.file] = map_file(path)
@@ -217,6 +217,6 @@ class DistcpReader:
         return tensor
 
 
-def _covers(chunk: Place, leading: Shape) -> bool:
+def _covers(chunk: StoredChunk, leading: Shape) -> bool:
     ranges = zip(leading, chunk.offsets, chunk.shape, strict=False)
     return all(offset <= index < offset + length for index, offset, length in ranges)

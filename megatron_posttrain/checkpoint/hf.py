@@ -20,7 +20,7 @@ from megatron_posttrain.checkpoint.hf_files import (
 from megatron_posttrain.errors import UserError, nearest, nearest_file
 from megatron_posttrain.models import fp8, registry
 from megatron_posttrain.models.architecture import Architecture, HfConfig
-from megatron_posttrain.models.layout import Layout
+from megatron_posttrain.models.disk_layout import DiskLayout
 from megatron_posttrain.models.weights import Read
 
 __all__ = ["HfReader", "HfWriter", "check_directory", "read_json", "table_reader", "write_directory"]
@@ -110,7 +110,7 @@ def is_tied_copy(reader: HfReader) -> bool:
     return reader.dtype(HEAD) == reader.dtype(EMBEDDING) and all(torch.equal(*pair) for pair in pairs)
 
 
-def directory_layout(reader: HfReader, arch: Architecture) -> Layout:
+def directory_layout(reader: HfReader, arch: Architecture) -> DiskLayout:
     """How the directory arranges its tensors: experts one by one, or fused."""
     fused, separate = registry.layout(arch, fused=True), registry.layout(arch)
     return fused if any(n in reader.names() and n not in separate.shapes for n in fused.shapes) else separate
@@ -143,9 +143,8 @@ def write_directory(
         reader = HfReader(source)
         layout = directory_layout(reader, arch)
         kinds = {name: reader.plain_dtype(name) for name in reader.names()}
-    contents = {
-        name: (kinds.get(name, layout.dtypes.get(name, torch.bfloat16)), shape) for name, shape in layout.shapes.items()
-    }
+    usual = kinds.get(EMBEDDING, torch.bfloat16)  # of a new head
+    contents = {name: (kinds.get(name, layout.dtypes.get(name, usual)), shape) for name, shape in layout.shapes.items()}
     config = fp8.without(registry.hf_config(arch, read_json(Path(source) / "config.json")))
     options: dict[str, Any] = {"source": source, "tokenizer": tokenizer}
     with HfWriter(directory, contents, config, shard_bytes=shard_bytes, overwrite=overwrite, **options) as writer:

@@ -17,8 +17,8 @@ from megatron_posttrain.checkpoint.distcp import (
     ALIGNMENT,
     CHUNK_BYTES,
     DistcpReader,
-    Place,
     Stored,
+    StoredChunk,
     archive,
     write_metadata,
 )
@@ -81,7 +81,7 @@ class Planned(NamedTuple):
 
     files: list[OutputFile]
     tensors: dict[str, Stored]
-    objects: dict[str, Place]
+    objects: dict[str, StoredChunk]
 
     def finish(self, directory: Path) -> None:
         """Writes the catalogue: without it the files are no checkpoint."""
@@ -101,7 +101,7 @@ def plan_files(
     """Every tensor's place in files of about `shard_bytes` (None: 2 GB), and from where its bytes come (`read`)."""
     files: list[OutputFile] = []
     tensors: dict[str, Stored] = {}
-    objects: dict[str, Place] = {}
+    objects: dict[str, StoredChunk] = {}
     state = io.BytesIO()
     torch.save([None], state)  # what layers without a state of their own save; one serves all
     for plan in registry.tensors(arch):
@@ -123,10 +123,10 @@ def plan_files(
             file.add(tail)
             offsets = key.leading + (start,) + (0,) * (len(shape) - 1)
             chunk = (1,) * len(key.leading) + part
-            stored.chunks.append(Place(offsets, chunk, file.name, begin, file.nbytes - begin))
+            stored.chunks.append(StoredChunk(offsets, chunk, file.name, begin, file.nbytes - begin))
         for module in _modules(key.key):
             numbers = [".".join(map(str, pair)) for pair in (key.leading or (0,), key.sizes or (1,))]
-            place = Place((), (), files[0].name, 0, len(state.getvalue()))
+            place = StoredChunk((), (), files[0].name, 0, len(state.getvalue()))
             objects[f"{module}._extra_state/shard_{'_'.join(numbers)}"] = place
     for key_name in list(tensors):
         tensors |= dict.fromkeys(other_names(key_name, arch), tensors[key_name])

@@ -8,7 +8,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_posttrain.config.schema import CONFIGS
+from megatron_posttrain.config.algorithms import ALGORITHMS
 from megatron_posttrain.doctor.findings import Findings
 from megatron_posttrain.errors import UserError
 
@@ -19,7 +19,7 @@ STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red", "not checked here
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", metavar="FILE", help="YAML file of the job; left out: the machine alone is checked")
-    add("--command", choices=tuple(CONFIGS), dest="job", help="whose config it is (default: found by its keys)")
+    add("--command", choices=tuple(ALGORITHMS), dest="job", help="whose config it is (default: found by its keys)")
     add("--assume", metavar="8xH100", help="GPUs that it will run on: layout and memory are checked for them, and what "
         "is not on this machine is marked, not failed")  # fmt: skip
     add("--ranks", type=int, help="check the layout for so many (default: torchrun's, --assume's, or the fewest)")
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from megatron_posttrain.doctor.compiler import check_compiler
     from megatron_posttrain.doctor.machine import check_device, check_disk, check_network, check_ports, check_versions
-    from megatron_posttrain.training.run import finish, quiet_libraries
+    from megatron_posttrain.training.process import finish, quiet_libraries
 
     if args.overrides and not args.config:
         raise UserError(f"override '{args.overrides[0]}' without --config FILE")

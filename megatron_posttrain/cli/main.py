@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from megatron_posttrain import __version__
+from megatron_posttrain.config.algorithms import ALGORITHMS
 from megatron_posttrain.errors import SaveError, UserError, nearest
 from megatron_posttrain.failure import end_with_launcher, report
 
@@ -18,9 +19,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # Command -> (module, one line of help). A module has `add_arguments(parser)` and `run(args) -> int`;
 # it is imported only when its command is asked for, so `--help` and `plan` start without torch.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "sft": ("megatron_posttrain.cli.train", "supervised fine-tuning"),
-    "grpo": ("megatron_posttrain.cli.train", "GRPO with vLLM in every trainer rank"),
-    "score": ("megatron_posttrain.cli.train", "log-probabilities of the tokens of conversations"),
+    **{name: ("megatron_posttrain.cli.train", row.help) for name, row in ALGORITHMS.items()},
     "evaluate": ("megatron_posttrain.cli.evaluate", "generate with vLLM, grade with a reward"),
     "data": ("megatron_posttrain.cli.data", "what data files hold and how they would be read"),
     "plan": ("megatron_posttrain.cli.plan", "memory, step time and best layouts of a model on a cluster"),

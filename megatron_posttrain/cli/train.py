@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 
+from megatron_posttrain.config.algorithms import ALGORITHMS
 from megatron_posttrain.config.load import describe, load_config, to_yaml
-from megatron_posttrain.config.schema import CONFIGS
-
-ROLLOUT_COMMANDS = ("grpo",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,23 +19,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"  torchrun --nproc-per-node 4 -m megatron_posttrain {command} --config FILE parallel.tensor=2",
             "",
             "configuration (key = default):",
-            *describe(CONFIGS[command]),
+            *describe(ALGORITHMS[command].config),
         ]
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    config = load_config(CONFIGS[args.command], args.config, args.overrides)
+    algorithm = ALGORITHMS[args.command]
+    config = load_config(algorithm.config, args.config, args.overrides)
     if args.print_config:
         print(to_yaml(config), end="")
         return 0
-    if args.command in ROLLOUT_COMMANDS:
+    if algorithm.rollouts:
         # Before torch: it sets what vLLM and OpenMP read from the environment at their import.
         import megatron_posttrain.rollout  # noqa: F401
-    from megatron_posttrain.training.run import finish, quiet_libraries
+    from megatron_posttrain.training.process import finish, quiet_libraries
 
     quiet_libraries()
-    algorithm = importlib.import_module(f"megatron_posttrain.algorithms.{args.command}")
-    status = getattr(algorithm, args.command)(config)
+    status = algorithm.load()(config)
     finish()
     return status

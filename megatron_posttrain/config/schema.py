@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -180,23 +181,6 @@ class RewardConfig(Section):
     file: str | None = Field(None, description="Python file that defines it with @reward(name)")
 
 
-class SftAlgorithm(Section):
-    pass
-
-
-class GrpoAlgorithm(Section):
-    clip_low: PositiveFloat = Field(0.2, description="ratio is clipped at 1 - clip_low")
-    clip_high: PositiveFloat = Field(0.2, description="ratio is clipped at 1 + clip_high")
-    dual_clip: PositiveFloat | None = Field(None, description="lower bound c * A for negative advantages")
-    ratio_level: Literal["token", "sequence"] = Field("token", description="sequence: GSPO")
-    aggregation: Literal["token", "sequence", "constant"] = "token"
-    normalize_std: bool = Field(True, description="divide advantages by the group's standard deviation")
-    leave_one_out: bool = Field(False, description="baseline from the group's other samples")
-    importance_cap: PositiveFloat | None = Field(None, description="truncated importance sampling cap; null: off")
-    kl_coefficient: NonNegativeFloat = Field(0.0, description="weight of the KL to the starting model")
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-
-
 class Config(Section):
     model: ModelConfig
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
@@ -209,37 +193,19 @@ class Config(Section):
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     output: str = Field(description="directory that the run writes")
 
-    # Keys that the command of this config would ignore, and why; refused where they are not at their default.
+    command: ClassVar[str] = ""
+    # Keys that the command would ignore, and why; refused where they are not at their default.
     ignored: ClassVar[dict[str, str]] = {}
 
     @property
     def output_dir(self) -> Path:
         return Path(self.output)
 
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of the data that a step takes."""
+        return self.training.global_batch_size
 
-class SftConfig(Config):
-    algorithm: SftAlgorithm = Field(default_factory=SftAlgorithm)
-
-
-class ScoreConfig(SftConfig):
-    ignored = dict.fromkeys(
-        ("optimizer", "training.steps", "training.epochs", "checkpoint", "data.validation", "data.overlong"),
-        "`score` does not train",
-    )
-
-
-class GrpoConfig(Config):
-    ignored = {
-        "data.validation": "held-out problems are graded by `evaluate`",
-        "data.packing": "samples always share micro-batches",
-        "data.overlong": "prompts that leave no room for rollout.max_tokens are dropped, responses end there",
-    }
-    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
-    rewards: list[RewardConfig] = Field(
-        default_factory=lambda: [RewardConfig(name="math")],
-        description="the sum of weight x reward; `file`: Python file that defines it with @reward(name)",
-    )
-    algorithm: GrpoAlgorithm = Field(default_factory=GrpoAlgorithm)
-
-
-CONFIGS: dict[str, type[Config]] = {"sft": SftConfig, "grpo": GrpoConfig, "score": ScoreConfig}
+    def problems(self, world_size: int) -> Iterator[str]:
+        """What the command cannot do with these values on so many ranks, one reason each."""
+        yield from ()

@@ -45,6 +45,12 @@ class PackedBatch:
         return sum(self.real_lengths)
 
     @property
+    def counts(self) -> tuple[int, int, int]:
+        """Tokens that count in the loss, sequences, and units; sequences that only fill up are none."""
+        sequences = sum(index >= 0 for index in self.sequence_ids)
+        return int(self.loss_mask.sum()), sequences, sequences
+
+    @property
     def has_padding(self) -> bool:
         return self.real_tokens < len(self.tokens)
 

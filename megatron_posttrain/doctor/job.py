@@ -9,15 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_posttrain.config.algorithms import ALGORITHMS, GrpoConfig
 from megatron_posttrain.config.load import load_config
-from megatron_posttrain.config.schema import CONFIGS, Config, GrpoConfig
+from megatron_posttrain.config.schema import Config
 from megatron_posttrain.data.dataset import SftDataset
 from megatron_posttrain.data.rows import Row, read_rows
 from megatron_posttrain.doctor.findings import Findings, Status
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.build import check_fp8
-from megatron_posttrain.parallel.layout import Layout, check_layout
+from megatron_posttrain.models.layout_checks import check_layout
+from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.gpus import COMPUTE_CAPABILITIES, Gpu, find_gpu
 from megatron_posttrain.planning.known_models import load_architecture
 from megatron_posttrain.planning.planner import Estimate, plan, plan_layout
@@ -56,11 +58,11 @@ class Cluster:
 def read_config(command: str | None, file: str, overrides: Sequence[str]) -> tuple[str, Config]:
     """(command, config); without a command the first one whose keys the file has. Raises UserError."""
     if command is not None:
-        return command, load_config(CONFIGS[command], file, overrides)
+        return command, load_config(ALGORITHMS[command].config, file, overrides)
     errors = []
-    for name, schema in CONFIGS.items():
+    for name, row in ALGORITHMS.items():
         try:
-            return name, load_config(schema, file, overrides)
+            return name, load_config(row.config, file, overrides)
         except UserError as error:
             errors.append((len(str(error).splitlines()), name, str(error)))
     _, name, text = min(errors)
@@ -168,6 +170,11 @@ class JobCheck:
             self.findings.add("ok", "rollout", f"nothing that vLLM would refuse on {self.device}{shapes}")
 
     @property
+    def rows(self) -> str:
+        """What `data.train` holds."""
+        return ALGORITHMS[self.command].rows
+
+    @property
     def device(self) -> str:
         return platform().name if self.cluster is None else "cuda"
 
@@ -176,7 +183,7 @@ class JobCheck:
     def _data(self) -> None:
         data = self.config.data
         self._source("data", data.train)
-        if data.validation is not None and self.command == "sft":
+        if data.validation is not None and self.rows == "conversations":
             self._source("validation", data.validation)
         if isinstance(self.config, GrpoConfig):
             from megatron_posttrain.rewards.registry import load_rewards
@@ -198,7 +205,9 @@ class JobCheck:
             return
         rows = self.findings.attempt(
             check,
-            lambda: read_rows(sources, require_assistant=self.command == "sft", columns=self.config.data.columns),
+            lambda: read_rows(
+                sources, require_assistant=self.rows == "conversations", columns=self.config.data.columns
+            ),
         )
         if rows is None:
             return
@@ -207,7 +216,7 @@ class JobCheck:
         elif isinstance(self.config, GrpoConfig):
             config = self.config
             self.findings.attempt(check, lambda: prompts_of(config, rows, self.tokenizer), lambda found: found.message)
-        elif self.command == "sft":
+        elif self.rows == "conversations":
             dataset = self.findings.attempt(check, lambda: self._conversations(rows))
             if dataset is not None:
                 lost = dataset.dropped > len(rows) // 10

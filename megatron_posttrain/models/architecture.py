@@ -6,7 +6,7 @@ Hugging Face names.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 
@@ -88,11 +88,16 @@ class Architecture:
     moe: MixtureOfExperts | None = None
     mla: MultiLatentAttention | None = None
     num_mtp_layers: int = 0  # multi-token-prediction layers in the checkpoint
+    scalar_head: bool = False  # one value a token in place of the vocabulary's: reward models, critics
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer number `layer` (from 0) has experts."""
         moe = self.moe
         return moe is not None and layer >= moe.first_dense_layers and layer not in moe.dense_layers
+
+    def with_scalar_head(self) -> Architecture:
+        """The same layers under a new output layer of one column."""
+        return replace(self, scalar_head=True, tied_embeddings=False)
 
     @property
     def context_length(self) -> int:

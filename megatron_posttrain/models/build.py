@@ -11,6 +11,7 @@ import torch
 from megatron_posttrain.config.schema import ModelConfig, PrecisionConfig
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.models.head import ScalarHead
 from megatron_posttrain.models.modules import kernels
 from megatron_posttrain.models.rope import concentration, inverse_frequencies
 from megatron_posttrain.models.spec import block_spec
@@ -102,6 +103,8 @@ def build_model(
             elif layout.sequence_parallel:
                 _split_down_projections(chunk)
             _drop_biases(chunk, arch)
+            if arch.scalar_head and chunk.post_process:
+                chunk.output_layer = ScalarHead(config)
             chunks.append(chunk.to(platform().device))
     return chunks, config
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models.architecture import Architecture, HfConfig, Rope
-from megatron_posttrain.models.layout import Fusion
-from megatron_posttrain.models.weights import QKV, GatedMLP, Mapping, Replicated, Row, Vocabulary, on
+from megatron_posttrain.models.disk_layout import Fusion
+from megatron_posttrain.models.weights import QKV, GatedMLP, Mapping, Replicated, RowParallel, Vocabulary, on
 
 LAYER = "decoder.layers.*."
 HF_LAYER = "model.layers.*."
@@ -57,6 +57,9 @@ def need(config: HfConfig, *keys: str) -> Any:
         if config.get(key) is not None:
             return config[key]
     raise UserError(f"config.json lacks '{keys[0]}'{nearest(keys[0], config)}")
+
+
+SCORE = "score.weight"  # of a model `ForSequenceClassification`
 
 
 def require(config: HfConfig, key: str, allowed: Sequence[Any], default: Any) -> None:
@@ -127,6 +130,8 @@ def embeddings(arch: Architecture, copies: tuple[str, ...] = ()) -> list[Mapping
 def output(arch: Architecture, copies: tuple[str, ...] = ()) -> list[Mapping]:
     """Final norm and, when it is a tensor of its own, the output layer."""
     norm = Replicated("decoder.final_layernorm.weight", ("model.norm.weight",), ((arch.hidden_size,),))
+    if arch.scalar_head:
+        return [norm, Replicated("output_layer.weight", (SCORE,), ((1, arch.hidden_size),))]
     if arch.tied_embeddings:
         return [norm]
     shape = (arch.vocab_size, arch.hidden_size)
@@ -156,7 +161,7 @@ def attention(arch: Architecture, layer: str = LAYER) -> list[Mapping]:
     if arch.qkv_bias:
         table.append(qkv("bias", ()))
     shape = (arch.hidden_size, arch.query_size)
-    table.append(Row(f"{ours}linear_proj.weight", (f"{theirs}o_proj.weight",), (shape,)))
+    table.append(RowParallel(f"{ours}linear_proj.weight", (f"{theirs}o_proj.weight",), (shape,)))
     if arch.attention_output_bias:
         table.append(Replicated(f"{ours}linear_proj.bias", (f"{theirs}o_proj.bias",), ((arch.hidden_size,),)))
     if arch.qk_norm:
@@ -178,7 +183,7 @@ def gated_mlp(
     gate, up, down = (f"{theirs}{name}." for name in names)
     table: list[Mapping] = [
         GatedMLP(f"{ours}linear_fc1.weight", (f"{gate}weight", f"{up}weight"), ((ffn, hidden),) * 2),
-        Row(f"{ours}linear_fc2.weight", (f"{down}weight",), ((hidden, ffn),)),
+        RowParallel(f"{ours}linear_fc2.weight", (f"{down}weight",), ((hidden, ffn),)),
     ]
     if bias:
         table += [

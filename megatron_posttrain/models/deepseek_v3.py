@@ -12,7 +12,7 @@ from megatron_posttrain.models.architecture import (
     MixtureOfExperts,
     MultiLatentAttention,
 )
-from megatron_posttrain.models.weights import Column, Mapping, Replicated, Row, on
+from megatron_posttrain.models.weights import ColumnParallel, Mapping, Replicated, RowParallel, on
 
 FUSIONS = common.EXPERT_FUSIONS
 MTP = "mtp.layers.*."
@@ -79,20 +79,20 @@ def attention(arch: Architecture, layer: str) -> list[Mapping]:
         return kind(f"{ours}{our}.weight", (f"{theirs}{their}.weight",), (shape,))
 
     if mla.q_rank is None:
-        rows = [row(Column, "linear_q_proj", "q_proj", query, hidden)]
+        rows = [row(ColumnParallel, "linear_q_proj", "q_proj", query, hidden)]
     else:
         rows = [
-            row(Column, "linear_q_down_proj", "q_a_proj", mla.q_rank, hidden),
+            row(ColumnParallel, "linear_q_down_proj", "q_a_proj", mla.q_rank, hidden),
             row(Replicated, "q_layernorm", "q_a_layernorm", mla.q_rank),
-            row(Column, "linear_q_up_proj", "q_b_proj", query, mla.q_rank),
+            row(ColumnParallel, "linear_q_up_proj", "q_b_proj", query, mla.q_rank),
         ]
     up = arch.num_heads * (mla.qk_nope_dim + mla.v_dim)
     return [
         *rows,
-        row(Column, "linear_kv_down_proj", "kv_a_proj_with_mqa", mla.kv_rank + mla.qk_rope_dim, hidden),
+        row(ColumnParallel, "linear_kv_down_proj", "kv_a_proj_with_mqa", mla.kv_rank + mla.qk_rope_dim, hidden),
         row(Replicated, "kv_layernorm", "kv_a_layernorm", mla.kv_rank),
-        row(Column, "linear_kv_up_proj", "kv_b_proj", up, mla.kv_rank),
-        row(Row, "linear_proj", "o_proj", hidden, arch.num_heads * mla.v_dim),
+        row(ColumnParallel, "linear_kv_up_proj", "kv_b_proj", up, mla.kv_rank),
+        row(RowParallel, "linear_proj", "o_proj", hidden, arch.num_heads * mla.v_dim),
     ]
 
 
@@ -122,7 +122,7 @@ def mtp_block(arch: Architecture) -> list[Mapping]:
     return [
         row(Replicated, "enorm", "enorm", hidden),
         row(Replicated, "hnorm", "hnorm", hidden),
-        row(Column, "eh_proj", "eh_proj", hidden, 2 * hidden),
+        row(ColumnParallel, "eh_proj", "eh_proj", hidden, 2 * hidden),
         row(Replicated, "final_layernorm", "shared_head.norm", hidden),
     ]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from megatron_posttrain.models import common
 from megatron_posttrain.models.architecture import Architecture, HfConfig, MixtureOfExperts
-from megatron_posttrain.models.layout import Fusion
-from megatron_posttrain.models.weights import Column, Mapping, on
+from megatron_posttrain.models.disk_layout import Fusion
+from megatron_posttrain.models.weights import ColumnParallel, Mapping, on
 
 EXPERTS = f"{common.HF_LAYER}mlp.experts."
 
@@ -57,7 +57,7 @@ def architecture(config: HfConfig) -> Architecture:
 
 
 def table(arch: Architecture) -> list[Mapping]:
-    sinks = Column(
+    sinks = ColumnParallel(
         f"{common.LAYER}self_attention.core_attention.softmax_offset",
         (f"{common.HF_LAYER}self_attn.sinks",),
         ((arch.num_heads,),),

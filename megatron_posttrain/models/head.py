@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,23 @@ import torch
 from torch import Tensor
 
 from megatron_posttrain.models.sharded import unwrap
+
+
+class ScalarHead(torch.nn.Module):
+    """[n, hidden] -> [n, 1] fp32 in place of the output layer, the same on all tensor ranks; for `output_rows`.
+
+    Begins from N(0, 1 / (hidden + 1)) (arXiv 2009.01325, appendix B), the same numbers under every layout.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        drawn = torch.randn(1, hidden, generator=torch.Generator().manual_seed(0)) / math.sqrt(hidden + 1)
+        self.weight = torch.nn.Parameter(drawn.to(config.params_dtype))
+        self.sequence_parallel, self.allreduce_dgrad = config.sequence_parallel, False
+
+    def forward(self, hidden: Tensor, weight: None = None, runtime_gather_output: None = None) -> tuple[Tensor, None]:
+        return torch.nn.functional.linear(hidden.float(), self.weight.float()), None
 
 
 @contextmanager

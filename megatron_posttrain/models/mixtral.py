@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_posttrain.models import common
 from megatron_posttrain.models.architecture import Architecture, HfConfig, MixtureOfExperts
-from megatron_posttrain.models.layout import Fusion
+from megatron_posttrain.models.disk_layout import Fusion
 from megatron_posttrain.models.weights import Mapping
 
 BLOCK = "block_sparse_moe."

@@ -11,7 +11,7 @@ from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models import deepseek_v3, gpt_oss, llama, mistral, mixtral, qwen2, qwen3
 from megatron_posttrain.models.architecture import Architecture, HfConfig
 from megatron_posttrain.models.config_keys import check_keys
-from megatron_posttrain.models.layout import Layout
+from megatron_posttrain.models.disk_layout import DiskLayout
 from megatron_posttrain.models.weights import Shape, TensorPlan, expand
 
 # `model_type` of a config.json -> module with `architecture`, `table` and `FUSIONS`
@@ -28,6 +28,9 @@ FAMILIES = {
 }
 
 
+CLASSIFIER = "ForSequenceClassification"  # how names of reward models' classes end
+
+
 def architecture_from_hf(config: HfConfig, keep_mtp: bool = False) -> Architecture:
     """Reads a config.json. `UserError`, with the list of what is supported, for an unknown model.
 
@@ -40,12 +43,21 @@ def architecture_from_hf(config: HfConfig, keep_mtp: bool = False) -> Architectu
         raise UserError(f"config.json: model_type {kind!r} is not supported (one of {supported}){hint}")
     check_keys(config)
     arch = FAMILIES[kind].architecture(config)
+    if any(str(name).endswith(CLASSIFIER) for name in config.get("architectures") or []):
+        if len(labels := config.get("id2label") or {0: "", 1: ""}) != 1:
+            raise UserError(f"config.json: a classifier of {len(labels)} labels (id2label); supported: 1, a reward")
+        arch = arch.with_scalar_head()
     return arch if keep_mtp else replace(arch, num_mtp_layers=0)
 
 
 def hf_config(arch: Architecture, source: HfConfig) -> HfConfig:
-    """The config.json of `arch`, which was read from `source`: all of it but the layers that were dropped."""
-    return source | {name: arch.num_mtp_layers for name in deepseek_v3.MTP_COUNTS if source.get(name)}
+    """The config.json of `arch`, which was read from `source`: all of it but the layers that were dropped, or the
+    head that is another."""
+    config = source | {name: arch.num_mtp_layers for name in deepseek_v3.MTP_COUNTS if source.get(name)}
+    if arch.scalar_head:
+        names = [re.sub("ForCausalLM$", CLASSIFIER, name) for name in source.get("architectures") or []]
+        config |= {"architectures": names, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return config
 
 
 @lru_cache(maxsize=4)
@@ -55,10 +67,10 @@ def tensors(arch: Architecture) -> tuple[TensorPlan, ...]:
 
 
 @lru_cache(maxsize=4)
-def layout(arch: Architecture, fused: bool = False) -> Layout:
+def layout(arch: Architecture, fused: bool = False) -> DiskLayout:
     """The tensors of a Hugging Face directory, with one tensor per expert or the fused ones."""
     family = FAMILIES[arch.family]
-    return Layout(tensors(arch), family.FUSIONS if fused or getattr(family, "ALWAYS_FUSED", False) else ())
+    return DiskLayout(tensors(arch), family.FUSIONS if fused or getattr(family, "ALWAYS_FUSED", False) else ())
 
 
 def shapes(arch: Architecture) -> dict[str, Shape]:
@@ -69,7 +81,7 @@ def shapes(arch: Architecture) -> dict[str, Shape]:
 def is_ignored(arch: Architecture, name: str) -> bool:
     """Whether a tensor of a directory is one that models of this family are known to carry for nothing."""
     patterns = [r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"]  # once saved, now computed
-    if arch.tied_embeddings:
+    if arch.tied_embeddings or arch.scalar_head:
         patterns.append(r"lm_head\.weight")
     patterns += getattr(FAMILIES[arch.family], "ignored", lambda arch: [])(arch)
     return any(re.fullmatch(pattern, name) for pattern in patterns)

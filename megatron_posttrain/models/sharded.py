@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_posttrain.checkpoint.hf import HfReader, table_reader
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.weights import Replicated, TensorPlan, unmerged
@@ -95,21 +94,6 @@ def partition(plan: TensorPlan, local: Tensor, rank: int, size: int) -> tuple[in
         f"parameter '{plan.name}' has the local shape {list(local.shape)}, the weight table says "
         f"{list(plan.local_shape(size))} on each of {size} ranks"
     )
-
-
-@torch.no_grad()
-def load_hf(model_chunks: Sequence[nn.Module], arch: Architecture, reader: HfReader, groups: Groups) -> None:
-    """Fill this rank's parameters from a Hugging Face directory, reading only the slices that it holds.
-
-    Values are converted to the parameters' dtype and device. The caller has checked the directory
-    (`checkpoint.hf.check_directory`).
-    """
-    read = table_reader(reader, arch)
-    plans = {plan.name: plan for plan in registry.tensors(arch)}
-    tensor, expert_tensor = position(groups.tensor), position(groups.expert_tensor)
-    for plan, local in local_tensors(model_chunks, plans, arch, position(groups.expert)):
-        rank, size = partition(plan, local, *(tensor if plan.expert is None else expert_tensor))
-        plan.fill(local, read, rank, size)
 
 
 # ---- export: whole tensors, a bucket at a time

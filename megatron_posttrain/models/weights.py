@@ -86,14 +86,14 @@ class Replicated(Mapping):
         return [Segment(0, 0, self.shapes[0][0])]
 
 
-class Column(Mapping):
+class ColumnParallel(Mapping):
     """Output features (dimension 0) split over tensor parallelism."""
 
     def segments(self, rank: int, size: int) -> list[Segment]:
         return [Segment(0, *even_range(self.shapes[0][self.dim], rank, size))]
 
 
-class Row(Column):
+class RowParallel(ColumnParallel):
     """Input features (dimension 1) split over tensor parallelism."""
 
     dim = 1

@@ -27,7 +27,7 @@ def local_index(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
 
 
 def gather_tokens(local: Tensor, cu_seqlens: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[t / size] of every rank -> [t] in natural order, differentiable.
+    """[t / size, ...] of every rank -> [t, ...] in natural order, differentiable.
 
     Every rank goes on to compute the same loss of all t values, so the gradient of a rank's own part is
     already whole: backward takes it and sums nothing.
@@ -43,7 +43,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, local: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.size, ctx.rank = group.size(), group.rank()
         ctx.save_for_backward(order)
-        out = local.new_empty(group.size() * local.shape[0])
+        out = local.new_empty(group.size() * local.shape[0], *local.shape[1:])
         dist.all_gather_into_tensor(out, local.contiguous(), group=group)
         return out[order]
 

@@ -10,7 +10,8 @@ from functools import lru_cache
 
 from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.parallel.layout import LAYOUT_KEYS, Layout, batch_problem, problems, stage_layers
+from megatron_posttrain.models.layout_checks import problems
+from megatron_posttrain.parallel.layout import LAYOUT_KEYS, Layout, batch_problem, stage_layers
 from megatron_posttrain.planning.layers import window_of
 
 MICRO_BATCHES = (1, 2, 4, 8)

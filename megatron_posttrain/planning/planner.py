@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.parallel.layout import Layout, batch_problem, problems, stage_layers
+from megatron_posttrain.models.layout_checks import problems
+from megatron_posttrain.parallel.layout import Layout, batch_problem, stage_layers
 from megatron_posttrain.planning.activations import Shapes, logits_bytes, stage_activations
 from megatron_posttrain.planning.flops import flops_per_token, lora_weights
 from megatron_posttrain.planning.gpus import Gpu

@@ -26,8 +26,8 @@ from megatron_posttrain.training.disk import agree, cause, checkpoint_bytes, des
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.optimizer import set_hyper_parameters
 from megatron_posttrain.training.optimizer_fixes import optimizer_can_resume
+from megatron_posttrain.training.record import Record
 from megatron_posttrain.training.resume import STATE_FILE, Origin
-from megatron_posttrain.training.run import Run
 
 # Any data parallel size can read what any other wrote.
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -51,9 +51,9 @@ class Checkpoints:
         """Whether to save after step number `step` (from 1)."""
         return self.config.every is not None and (step % self.config.every == 0 or last)
 
-    def after_step(self, engine: Engine, run: Run, step: int) -> bool:
+    def after_step(self, engine: Engine, run: Record, step: int) -> bool:
         """Collective: saves when it is due or a stop was asked for; whether the run is to end before its last step."""
-        self._deadline = self._deadline or Deadline(checkpoint_bytes(engine.config, engine.arch))
+        self._deadline = self._deadline or Deadline(checkpoint_bytes(engine.precision, engine.arch))
         late = run.is_main and self._deadline.near()
         stop, last = run.stop_requested(also=late), step == run.total_steps
         if stop or self.due(step, last):
@@ -116,7 +116,7 @@ class Checkpoints:
         whole = self.whole()
         return f"{whole[-1]} is whole, the same command goes on from it" if whole else "no checkpoint is there"
 
-    def secure(self, engine: Engine, run: Run) -> None:
+    def secure(self, engine: Engine, run: Record) -> None:
         """Collective: a checkpoint of the last step, if there is none, so that a failing export loses nothing."""
         if broadcast_object(any(_step_of(path) == run.total_steps for path in self.whole())):
             return
@@ -209,7 +209,8 @@ def _load(engine: Engine, path: Path) -> str | None:
             for index, chunk in enumerate(engine.modules):
                 chunk.load_state_dict(loaded[_model_key(engine, index)], strict=False)
             engine.optimizer.load_state_dict(loaded["optimizer"])
-        set_hyper_parameters(engine.optimizer, engine.config.optimizer)
+        if engine.optimizer_config is not None:
+            set_hyper_parameters(engine.optimizer, engine.optimizer_config)
     except torch.OutOfMemoryError:
         raise
     except (CheckpointException, CheckpointingException, *UNREADABLE) as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_posttrain.config.schema import Config
+from megatron_posttrain.config.schema import Config, PrecisionConfig
 from megatron_posttrain.errors import SaveError, UserError
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
@@ -32,7 +32,7 @@ def check_disk(config: Config, arch: Architecture) -> None:
             check_output(output / name)
     parts = {"the export": 2 * parameter_count(arch)}  # at least: bf16
     if config.checkpoint.every is not None:
-        parts["a checkpoint"] = checkpoint_bytes(config, arch)
+        parts["a checkpoint"] = checkpoint_bytes(config.precision, arch)
     free, needed = shutil.disk_usage(there).free, sum(parts.values())
     if free < needed:
         listed = " and ".join(f"{name} takes {_size(size)}" for name, size in parts.items())
@@ -43,8 +43,8 @@ def parameter_count(arch: Architecture) -> int:
     return sum(math.prod(plan.local_shape(1)) for plan in registry.tensors(arch))
 
 
-def checkpoint_bytes(config: Config, arch: Architecture) -> int:
-    return ((4 if config.precision.dtype == "fp32" else 2) + OPTIMIZER_BYTES) * parameter_count(arch)
+def checkpoint_bytes(precision: PrecisionConfig, arch: Architecture) -> int:
+    return ((4 if precision.dtype == "fp32" else 2) + OPTIMIZER_BYTES) * parameter_count(arch)
 
 
 def _size(count: float) -> str:

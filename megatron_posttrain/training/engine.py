@@ -6,6 +6,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,70 +16,96 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_posttrain.checkpoint.hf import HfReader, model_directory
-from megatron_posttrain.config.schema import Config
+from megatron_posttrain.checkpoint.load import load_hf
+from megatron_posttrain.config.schema import Config, ModelConfig, OptimizerConfig, PrecisionConfig
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.errors import NotFiniteError
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.build import FP8_TOKENS, build_model
 from megatron_posttrain.models.head import output_rows
-from megatron_posttrain.models.sharded import Exporter, load_hf
+from megatron_posttrain.models.sharded import Exporter
 from megatron_posttrain.parallel.context import gather_tokens, local_index
 from megatron_posttrain.parallel.groups import Groups
 from megatron_posttrain.platform import platform
 from megatron_posttrain.training.finite import Recorder, anywhere, refuse
+from megatron_posttrain.training.heads import Head, LabelLogprobs, Output, Rows
 from megatron_posttrain.training.optimizer import make_optimizer, overlaps, wrap_for_data_parallel
 from megatron_posttrain.training.timing import PhaseTimer
-from megatron_posttrain.training.token_logprobs import token_logprobs
+from megatron_posttrain.training.totals import Mean, Totals
+from megatron_posttrain.training.weight_sets import WeightSets
 
-
-@dataclass(frozen=True)
-class TokenOutput:
-    """What the model says of a micro-batch's labels that count, in natural order whatever the layout; else 0.
-
-    Log-probs are of softmax(logits / temperature), as the rollout engine samples.
-    """
-
-    logprobs: Tensor  # [t] fp32, differentiable
-    entropy: Tensor  # [t] fp32, nats
-
-
-Metrics = Mapping[str, float | Tensor]
-# (output, batch) -> (this micro-batch's share of the step's loss, sums to add up over the global batch)
-LossFunction = Callable[[TokenOutput, PackedBatch], tuple[Tensor, Metrics]]
+LABEL_LOGPROBS = LabelLogprobs()
+Metrics = Mapping[str, Mean]
+# (a head's output, batch) -> a term of the loss for every token, sequence or unit of the micro-batch, never their sum
+# or mean; what is logged, as sums that know their counts
+LossFunction = Callable[[Output, PackedBatch], tuple[Tensor, Metrics]]
 
 
 @dataclass
 class StepResult:
+    """Of the global batch, the same on every rank; `outputs`: of this rank's micro-batches, where they were asked for,
+    on the last pipeline stage."""
+
     loss: float
     grad_norm: float
-    metrics: dict[str, float] = field(default_factory=dict)
+    totals: Totals
+    metrics: dict[str, Mean] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # forward_backward, optimizer
+    outputs: list[Output] = field(default_factory=list)
+
+    def figures(self) -> dict[str, float | Mean]:
+        """By the names under which they are logged."""
+        seconds = {f"{phase}_seconds": value for phase, value in self.seconds.items()}
+        return {"loss": self.loss, "grad_norm": self.grad_norm, **seconds, **self.metrics}
 
 
 class Engine:
-    """Model, optimizer and the forward-backward schedule of one rank.
+    """A model, its optimizer if it is trained, and the forward-backward schedule of one rank.
 
     Args:
-        train: also make gradient buffers and the optimizer.
+        model: where its weights are, or random ones, and how its layers are made.
+        optimizer: None: a frozen model, without gradient buffers or optimizer states.
+        overlap: data parallel communication during forward and backward; None: on CUDA.
     """
 
-    def __init__(self, config: Config, arch: Architecture, groups: Groups, *, train: bool = True) -> None:
-        self.config, self.arch, self.groups = config, arch, groups
+    def __init__(
+        self,
+        arch: Architecture,
+        groups: Groups,
+        model: ModelConfig,
+        precision: PrecisionConfig,
+        optimizer: OptimizerConfig | None = None,
+        *,
+        overlap: bool | None = None,
+    ) -> None:
+        self.arch, self.groups, self.precision, self.optimizer_config = arch, groups, precision, optimizer
+        self.overlap = optimizer is not None and overlaps(overlap)
         self._offloaded = False
-        self.modules, self.model_config = build_model(arch, groups.layout, config.model, config.precision)
-        if not config.model.random_init:
-            load_hf(self.modules, arch, HfReader(model_directory(config.model.path)), groups)
+        self.modules, self.model_config = build_model(arch, groups.layout, model, precision)
+        if not model.random_init:
+            load_hf(self.modules, arch, HfReader(model_directory(model.path)), groups)
         self.chunks: Sequence[Any] = self.modules
         self.optimizer: Any = None
-        if train:
-            with platform().megatron():
-                self.chunks = wrap_for_data_parallel(self.modules, self.model_config, config)
-                self.optimizer = make_optimizer(self.chunks, self.model_config, config)
+        if optimizer is None:
+            for module in self.modules:
+                module.requires_grad_(False)
+            return
+        with platform().megatron():
+            self.chunks = wrap_for_data_parallel(self.modules, self.model_config, overlap=self.overlap)
+            self.optimizer = make_optimizer(
+                self.chunks, self.model_config, optimizer, bf16=precision.dtype == "bf16", overlap=self.overlap
+            )
+
+    @classmethod
+    def of(cls, config: Config, arch: Architecture, groups: Groups, *, train: bool = True) -> Engine:
+        """As a whole config says."""
+        optimizer = config.optimizer if train else None
+        return cls(arch, groups, config.model, config.precision, optimizer, overlap=config.parallel.overlap)
 
     @property
     def row_multiple(self) -> int:
         """Tokens that a micro-batch is padded to a multiple of, so that FP8 kernels take every rank's share."""
-        fp8, layout = self.config.precision.fp8, self.groups.layout
+        fp8, layout = self.precision.fp8, self.groups.layout
         if fp8 is None:
             return 1
         return FP8_TOKENS[fp8] * layout.context * layout.sequence_split
@@ -86,18 +113,36 @@ class Engine:
     def _padded(self, micro_batches: Sequence[PackedBatch]) -> list[PackedBatch]:
         return [batch.padded_to(self.row_multiple) for batch in micro_batches]
 
+    # ---- weights ---------------------------------------------------------------------------------------
+
     @functools.cached_property
     def exporter(self) -> Exporter:
         """Whole tensors from the shards; made once, collectively, because it asks who owns what."""
         return Exporter(self.modules, self.arch, self.groups)
 
+    @functools.cached_property
+    def weight_sets(self) -> WeightSets:
+        return WeightSets(self.modules)
+
     def gather_weights(self) -> None:
         """Collective; before weights are read other than by a forward pass, to which overlap leaves the gathering
         of what the optimizer has written."""
-        if self.optimizer is not None and overlaps(self.config):
+        if self.overlap:
             with platform().megatron():
                 for chunk in self.chunks:
                     chunk.start_param_sync(force_sync=True)
+
+    def keep_weights(self, name: str) -> None:
+        """Collective: a copy of the present weights in host memory, such as `reference`."""
+        self.gather_weights()
+        self.weight_sets.keep(name)
+
+    @contextmanager
+    def weights(self, name: str) -> Iterator[None]:
+        """Collective: meanwhile forward passes are of the weights that were kept under `name`."""
+        self.gather_weights()
+        with self.weight_sets.use(name):
+            yield
 
     def offload(self) -> None:
         """Frees what only a training step needs: drops gradients, moves optimizer states to host memory. bf16 only:
@@ -119,108 +164,115 @@ class Engine:
     # ---- a training step -------------------------------------------------------------------------------
 
     def train_step(
-        self, micro_batches: Sequence[PackedBatch], loss_function: LossFunction, lr: float, temperature: float = 1.0
+        self,
+        micro_batches: Sequence[PackedBatch],
+        loss_function: LossFunction,
+        over: Callable[[Totals], float],
+        lr: float,
+        head: Head = LABEL_LOGPROBS,
+        *,
+        keep: bool = False,
     ) -> StepResult:
         """Forward, backward and optimizer step. Every data parallel rank gives as many micro-batches.
 
-        The losses of all micro-batches of all ranks are summed: `loss_function` divides by the global
-        count, so the result does not depend on the layout. NotFiniteError, on all ranks and with the weights as
-        they were, for a loss or gradient that is not finite.
+        The loss is the sum of `loss_function`'s terms over all micro-batches of all ranks, divided by `over` the
+        global batch's totals, so that it does not depend on the layout. `keep`: also returns what the head computed.
+
+        Raises NotFiniteError, on all ranks and with the weights as they were, for a loss or gradient that is not
+        finite; TypeError for a loss that is reduced already.
         """
         micro_batches = self._padded(micro_batches)
+        totals = Totals.of(micro_batches, self.groups.data)
+        outputs: list[Output] = []
+        loss_function = partial(_kept, loss_function, outputs) if keep else loss_function
+        work = _Work(head, loss_function, float(over(totals)))
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
         with platform().megatron():
-            for chunk in self.chunks:
-                chunk.train()
-                if self._offloaded:
-                    chunk.restore_grad_buffers()
-                chunk.zero_grad_buffer()
-            self.optimizer.zero_grad()
+            self._ready_to_train()
             timer = PhaseTimer()
             with timer("forward_backward"):
-                outputs = self._schedule(micro_batches, loss_function, temperature, forward_only=False)
-            totals = self._total(outputs)
+                found = self._schedule(micro_batches, work, forward_only=False)
+            loss, metrics = self._total(found)
             try:
-                if anywhere(not math.isfinite(totals["loss"])):
+                if anywhere(not math.isfinite(loss)):
                     raise NotFiniteError("the loss is not finite")
                 with timer("optimizer"):
                     self._restore_optimizer()
                     _, grad_norm, _ = self.optimizer.step()
             except NotFiniteError as error:
-                again = partial(self._again, micro_batches, loss_function, temperature)
-                refuse(self, str(error), again, gradients=True)
-        return StepResult(totals.pop("loss"), float(grad_norm), totals, timer.seconds)
+                refuse(self, str(error), partial(self._again, micro_batches, work), gradients=True)
+        return StepResult(loss, float(grad_norm), totals, metrics, timer.seconds, outputs)
 
-    def _again(
-        self,
-        micro_batches: Sequence[PackedBatch],
-        loss_function: LossFunction,
-        temperature: float,
-        recorder: Recorder,
-    ) -> None:
-        """The forward passes of a step, whose losses the recorder sees too."""
+    def _ready_to_train(self) -> None:
+        for chunk in self.chunks:
+            chunk.train()
+            if self._offloaded:
+                chunk.restore_grad_buffers()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
 
-        def watched(output: TokenOutput, batch: PackedBatch) -> tuple[Tensor, Metrics]:
-            loss, metrics = loss_function(output, batch)
+    def _again(self, micro_batches: Sequence[PackedBatch], work: _Work, recorder: Recorder) -> None:
+        """The forward passes of a step, whose outputs and losses the recorder sees too."""
+
+        def watched(output: Output, batch: PackedBatch) -> tuple[Tensor, Metrics]:
+            terms, metrics = work.loss_function(output, batch)
             last = len(self.chunks) - 1
-            recorder.look(output.logprobs, last, sys.maxsize, "the log-probs")
-            recorder.look(loss, last, sys.maxsize, "the loss")
-            return loss, metrics
+            recorder.look(list(output.values()), last, sys.maxsize, "the log-probs")
+            recorder.look(terms, last, sys.maxsize, "the loss")
+            return terms, metrics
 
-        self._schedule(micro_batches, watched, temperature, forward_only=True)
+        self._schedule(micro_batches, _Work(work.head, watched, work.denominator), forward_only=True)
 
-    # ---- log-probabilities -----------------------------------------------------------------------------
+    # ---- forward passes --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def logprobs(self, micro_batches: Sequence[PackedBatch], temperature: float = 1.0) -> list[TokenOutput]:
-        """Of every micro-batch, on every rank of the model's copy."""
+    def forward(self, micro_batches: Sequence[PackedBatch], head: Head = LABEL_LOGPROBS) -> list[Output]:
+        """What the head computes of every micro-batch, on every rank of the model's copy."""
         micro_batches = self._padded(micro_batches)
-        kept: list[TokenOutput] = []
-
-        def keep(output: TokenOutput, batch: PackedBatch) -> tuple[Tensor, Metrics]:
-            kept.append(output)
-            return output.logprobs.sum(), {}
-
+        kept: list[Output] = []
         with platform().megatron():
             for chunk in self.chunks:
                 chunk.eval()
-            self._schedule(micro_batches, keep, temperature, forward_only=True)
-        return self.from_last_stage(kept, micro_batches)
+            self._schedule(micro_batches, _Work(head, partial(_kept, _no_loss, kept), 1.0), forward_only=True)
+        return self.from_last_stage(kept, micro_batches, head)
 
-    def refuse_logprobs(self, micro_batches: Sequence[PackedBatch], temperature: float) -> None:
-        """Collective: raises NotFiniteError that names the rank and layer which made log-probs that are not finite."""
+    def refuse_outputs(self, micro_batches: Sequence[PackedBatch], head: Head) -> None:
+        """Collective: raises NotFiniteError that names the rank and layer which made an output that is not finite."""
         with platform().megatron():
-            batches = self._padded(micro_batches)
-            score = partial(self._again, batches, lambda output, _: (output.logprobs.sum(), {}), temperature)
-            refuse(self, "log-probs are not finite", score)
+            work = _Work(head, _no_loss, 1.0)
+            refuse(self, "log-probs are not finite", partial(self._again, self._padded(micro_batches), work))
 
-    def from_last_stage(self, kept: list[TokenOutput], batches: Sequence[PackedBatch]) -> list[TokenOutput]:
+    def from_last_stage(self, kept: list[Output], batches: Sequence[PackedBatch], head: Head) -> list[Output]:
         """Collective: the outputs of these micro-batches, which the last stage kept, on every stage."""
         group = self.groups.pipeline
         if group.size() == 1:
             return kept
-        sizes = [len(b.tokens) for b in self._padded(batches)]
+        sizes, widths = [len(b.tokens) for b in self._padded(batches)], head.widths
+        columns = sum(max(1, width) for width in widths.values())
         if self.groups.last_stage:
-            flat = torch.stack([torch.cat([o.logprobs for o in kept]), torch.cat([o.entropy for o in kept])])
+            joined = (torch.cat([output[name] for output in kept]) for name in widths)
+            flat = torch.cat([values.T.reshape(-1, len(values)) for values in joined])
         else:
-            flat = torch.empty(2, sum(sizes), device=platform().device)
+            flat = torch.empty(columns, sum(sizes), device=platform().device)
         dist.broadcast(flat, src=dist.get_global_rank(group, group.size() - 1), group=group)
-        pairs = zip(flat[0].split(sizes), flat[1].split(sizes), strict=True)
-        return [TokenOutput(logprobs, entropy) for logprobs, entropy in pairs]
+        parts = dict(zip(widths, flat.split([max(1, width) for width in widths.values()]), strict=True))
+        whole = {name: part.T if widths[name] else part[0] for name, part in parts.items()}
+        return [
+            dict(zip(whole, cut, strict=True))
+            for cut in zip(*(values.split(sizes) for values in whole.values()), strict=True)
+        ]
 
     # ---- megatron-core's schedules ---------------------------------------------------------------------
 
-    def _schedule(
-        self, batches: Sequence[PackedBatch], loss_function: LossFunction, temperature: float, *, forward_only: bool
-    ) -> list[dict[str, Tensor]]:
+    def _schedule(self, batches: Sequence[PackedBatch], work: _Work, *, forward_only: bool) -> list[dict[str, Any]]:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         layout = self.groups.layout
         rows = max(len(b.tokens) for b in batches)
         iterators: list[Iterator[PackedBatch]] = [iter(batches) for _ in self.chunks]
         return get_forward_backward_func()(
-            forward_step_func=partial(self._forward, loss_function, len(batches), temperature),
+            forward_step_func=partial(self._forward, work, len(batches)),
             data_iterator=iterators if layout.virtual_pipeline else iterators[0],
             model=list(self.chunks) if layout.virtual_pipeline else self.chunks[0],
             num_microbatches=len(batches),
@@ -230,8 +282,8 @@ class Engine:
         )
 
     def _forward(
-        self, loss_function: LossFunction, count: int, temperature: float, batches: Iterator[PackedBatch], model: Any
-    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Metrics]]]:
+        self, work: _Work, count: int, batches: Iterator[PackedBatch], model: Any
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Any]]]]:
         from megatron.core.packed_seq_params import PackedSeqParams
 
         context = self.groups.context
@@ -247,9 +299,10 @@ class Engine:
             max_seqlen_q=batch.max_seqlen,
             max_seqlen_kv=batch.max_seqlen,
         )
-        counted = batch.loss_mask[mine].nonzero()[:, 0]
-        rows = (counted if len(counted) else counted.new_zeros(1)).to(device)  # kernels need not take none
-        with output_rows(model, rows):
+        chosen = work.head.positions(batch)[mine].nonzero()[:, 0]
+        chosen = chosen if len(chosen) else chosen.new_zeros(1)  # kernels need not take none
+        local = chosen.to(device)
+        with output_rows(model, local):
             output = model(
                 tokens[None],
                 positions[None],
@@ -257,7 +310,8 @@ class Engine:
                 packed_seq_params=packed,
                 padding_mask=self._padding_mask(batch, mine, model),
             )
-        return output, partial(self._loss, loss_function, count, temperature, batch, rows, labels)
+        rows = Rows(batch, mine[chosen], labels[local], self.arch.vocab_size, self.groups.tensor)
+        return output, partial(self._loss, work, count, rows, local, len(mine))
 
     def _padding_mask(self, batch: PackedBatch, mine: Any, model: Any) -> Tensor | None:
         """[1, t] True at padding, which the routers' balancing loss must not count; None without any."""
@@ -272,36 +326,54 @@ class Engine:
         return mask[None]
 
     def _loss(
-        self,
-        loss_function: LossFunction,
-        count: int,
-        temperature: float,
-        batch: PackedBatch,
-        rows: Tensor,
-        labels: Tensor,
-        logits: Tensor,
-    ) -> tuple[Tensor, Metrics]:
-        found = token_logprobs(logits[0], labels[rows], self.arch.vocab_size, self.groups.tensor, temperature)
-        everywhere = (x.new_zeros(len(labels)).index_copy(0, rows, x) for x in found)
-        output = TokenOutput(*(gather_tokens(x, batch.cu_seqlens, self.groups.context) for x in everywhere))
-        loss, metrics = loss_function(output, batch.to(platform().device))
-        sums = {"loss": loss.detach().clone(), **metrics}
+        self, work: _Work, count: int, rows: Rows, local: Tensor, tokens: int, logits: Tensor
+    ) -> tuple[Tensor, dict[str, Any]]:
+        batch, context = rows.batch, self.groups.context
+        found = work.head(logits[0], rows)
+        everywhere = {name: x.new_zeros(tokens, *x.shape[1:]).index_copy(0, local, x) for name, x in found.items()}
+        output = {name: gather_tokens(x, batch.cu_seqlens, context) for name, x in everywhere.items()}
+        terms, metrics = work.loss_function(output, batch.to(platform().device))
+        if terms.dim() == 0:
+            raise TypeError("a loss returns a term for every token, sequence or unit; found their sum or mean")
+        loss = terms.sum() / work.denominator
         # Undone later: the schedule multiplies by context ranks and divides by micro-batches, and the
         # gradient is averaged over data x context ranks. What is left is the sum over all of them.
-        return loss * (count * self.groups.layout.data), sums
+        return loss * (count * self.groups.layout.data), {"loss": loss.detach().clone(), **metrics}
 
-    def _total(self, outputs: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Sums over micro-batches and data parallel ranks, known to every rank."""
+    def _total(self, outputs: list[dict[str, Any]]) -> tuple[float, dict[str, Mean]]:
+        """Sums over micro-batches and data parallel ranks, known to every rank: the loss, and what is logged."""
         group = self.groups.pipeline
-        names = [sorted(outputs[0])] if outputs else [[]]
+        names = [sorted(outputs[0].keys() - {"loss"})] if outputs else [[]]
         if group.size() > 1:
             dist.broadcast_object_list(names, src=dist.get_global_rank(group, group.size() - 1), group=group)
-        flat = torch.zeros(len(names[0]), dtype=torch.float64)
-        for micro_batch in outputs:
-            flat += torch.tensor([float(micro_batch[n]) for n in names[0]], dtype=torch.float64)
+        flat = torch.zeros(1 + 2 * len(names[0]), dtype=torch.float64)
+        for found in outputs:
+            pairs = [part for name in names[0] for part in (found[name].total, found[name].count)]
+            flat += torch.tensor([float(part) for part in (found["loss"], *pairs)], dtype=torch.float64)
         flat = flat.to(platform().device)
         if self.groups.last_stage and self.groups.data.size() > 1:
             dist.all_reduce(flat, group=self.groups.data)
         if group.size() > 1:
             dist.broadcast(flat, src=dist.get_global_rank(group, group.size() - 1), group=group)
-        return dict(zip(names[0], flat.tolist(), strict=True))
+        loss, *sums = flat.tolist()
+        return loss, {name: Mean(*sums[2 * i : 2 * i + 2]) for i, name in enumerate(names[0])}
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is done with every micro-batch's logits."""
+
+    head: Head
+    loss_function: LossFunction
+    denominator: float
+
+
+def _kept(
+    loss_function: LossFunction, outputs: list[Output], output: Output, batch: PackedBatch
+) -> tuple[Tensor, Metrics]:
+    outputs.append({name: values.detach() for name, values in output.items()})
+    return loss_function(output, batch)
+
+
+def _no_loss(output: Output, batch: PackedBatch) -> tuple[Tensor, Metrics]:
+    return next(iter(output.values())), {}

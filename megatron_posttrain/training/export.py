@@ -15,7 +15,7 @@ from megatron_posttrain.platform import platform
 from megatron_posttrain.training.checkpoints import Checkpoints
 from megatron_posttrain.training.disk import agree, cause
 from megatron_posttrain.training.engine import Engine
-from megatron_posttrain.training.run import Run
+from megatron_posttrain.training.record import Record
 
 
 def full_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
@@ -25,8 +25,9 @@ def full_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
         yield from engine.exporter.hf_tensors()
 
 
-def export(engine: Engine, source: Path, directory: Path) -> None:
-    """Collective: writes `directory` anew, with the run's tokenizer and the other files of `source`.
+def export(engine: Engine, source: Path, directory: Path, tokenizer: str | None = None) -> None:
+    """Collective: writes `directory` anew, with the tokenizer of another directory or hub id, and the other files of
+    `source`.
 
     Raises SaveError on every rank when it cannot be written.
     """
@@ -34,9 +35,8 @@ def export(engine: Engine, source: Path, directory: Path) -> None:
     problem = None
     try:
         if dist.get_rank() == 0:
-            of_run = engine.config.model.tokenizer
-            tokenizer = None if of_run is None else model_directory(of_run, "model.tokenizer")
-            write_directory(directory, engine.arch, tensors, source=source, overwrite=True, tokenizer=tokenizer)
+            place = None if tokenizer is None else model_directory(tokenizer, "model.tokenizer")
+            write_directory(directory, engine.arch, tensors, source=source, overwrite=True, tokenizer=place)
             if left := custom_code(source):
                 print(f"{directory}: left behind, custom code of {source}: {', '.join(left)}", flush=True)
     except OSError as error:
@@ -48,11 +48,11 @@ def export(engine: Engine, source: Path, directory: Path) -> None:
     agree(problem)
 
 
-def export_run(engine: Engine, checkpoints: Checkpoints, run: Run, source: Path) -> None:
+def export_run(engine: Engine, checkpoints: Checkpoints, run: Record, source: Path) -> None:
     """Collective: the run's last step as a checkpoint, then as output/hf; one that fails leaves the other."""
     checkpoints.secure(engine, run)
     try:
-        export(engine, source, run.directory / "hf")
+        export(engine, source, run.directory / "hf", run.config.model.tokenizer)
     except SaveError as error:
         raise SaveError(f"{error}; {checkpoints.left()}") from None
     checkpoints.release(run.total_steps)

@@ -28,7 +28,7 @@ def anywhere(bad: bool) -> bool:
     return bool(flag.item())
 
 
-class Finding(NamedTuple):
+class Fault(NamedTuple):
     order: tuple[int, ...]  # the smallest of all ranks is the one first seen
     rank: int
     text: str
@@ -39,7 +39,7 @@ class Recorder:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.found: list[Finding] = []
+        self.found: list[Fault] = []
         self.calls = itertools.count()
         self.micro_batch = [-1] * len(engine.modules)
 
@@ -67,7 +67,7 @@ class Recorder:
         parts = output if isinstance(output, tuple | list) else [output]
         if not self.found and not all(_finite(part) for part in parts if isinstance(part, Tensor)):
             batch = self.micro_batch[index]
-            self.found.append(Finding((FORWARD, batch, stage, call), dist.get_rank(), f"{text}, micro-batch {batch}"))
+            self.found.append(Fault((FORWARD, batch, stage, call), dist.get_rank(), f"{text}, micro-batch {batch}"))
 
 
 def refuse(engine: Engine, what: str, forward: Callable[[Recorder], Any], *, gradients: bool = False) -> None:
@@ -86,7 +86,7 @@ def refuse(engine: Engine, what: str, forward: Callable[[Recorder], Any], *, gra
     found += recorder.found
     if gradients:
         found += _last_gradient(engine)
-    gathered: list[list[Finding]] = [found] * dist.get_world_size()
+    gathered: list[list[Fault]] = [found] * dist.get_world_size()
     dist.all_gather_object(gathered, found)
     first = min(itertools.chain(*gathered), default=None)
     where = (
@@ -110,15 +110,15 @@ def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
-def _first_weight(engine: Engine) -> Iterator[Finding]:
+def _first_weight(engine: Engine) -> Iterator[Fault]:
     for stage, model, name_of in _stages(engine):
         for number, (name, parameter) in enumerate(model.named_parameters()):
             if not _finite(parameter.detach()):
-                yield Finding((WEIGHT, stage, number), dist.get_rank(), f"the weight {name_of(name)}")
+                yield Fault((WEIGHT, stage, number), dist.get_rank(), f"the weight {name_of(name)}")
                 return
 
 
-def _last_gradient(engine: Engine) -> list[Finding]:
+def _last_gradient(engine: Engine) -> list[Fault]:
     """Backward passes begin at the last layer. A rank's own gradients outside of its shard are not yet summed over
     ranks: the rank with most values that are not finite is the one that made them."""
     found, bad = [], 0
@@ -128,4 +128,4 @@ def _last_gradient(engine: Engine) -> list[Finding]:
             if count:
                 bad += count
                 found.append(((GRADIENT, -stage, -number), f"the gradient of {name_of(name)}"))
-    return [Finding((*order, -bad), dist.get_rank(), text) for order, text in found]
+    return [Fault((*order, -bad), dist.get_rank(), text) for order, text in found]

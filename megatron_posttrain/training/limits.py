@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from megatron_posttrain.config.schema import GrpoConfig, RewardConfig
+from megatron_posttrain.config.algorithms import GrpoConfig
+from megatron_posttrain.config.schema import RewardConfig
 from megatron_posttrain.data.dataset import PromptDataset
 from megatron_posttrain.data.rows import Row
 from megatron_posttrain.errors import UserError

@@ -8,18 +8,17 @@ from typing import Any
 
 import torch
 
-from megatron_posttrain.config.schema import Config, OptimizerConfig
+from megatron_posttrain.config.schema import OptimizerConfig
 from megatron_posttrain.errors import NotFiniteError
 from megatron_posttrain.platform import platform
 
 BUCKET_ELEMENTS = 40_000_000  # of one message of gradients or weights
 
 
-def wrap_for_data_parallel(modules: Sequence[torch.nn.Module], model_config: Any, config: Config) -> list[Any]:
+def wrap_for_data_parallel(modules: Sequence[torch.nn.Module], model_config: Any, *, overlap: bool) -> list[Any]:
     """Each chunk in megatron-core's DistributedDataParallel; gradients are kept and summed in fp32."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    overlap = overlaps(config)
     options = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
@@ -44,9 +43,8 @@ def wrap_for_data_parallel(modules: Sequence[torch.nn.Module], model_config: Any
     return chunks
 
 
-def overlaps(config: Config) -> bool:
-    """Whether data parallel communication overlaps with forward and backward."""
-    chosen = config.parallel.overlap
+def overlaps(chosen: bool | None) -> bool:
+    """Whether data parallel communication overlaps with forward and backward, where that is left open."""
     return platform().name == "cuda" if chosen is None else chosen
 
 
@@ -66,33 +64,35 @@ def _gather_for_grouped_experts(chunk: Any) -> None:
             module.register_forward_pre_hook(wait)
 
 
-def make_optimizer(chunks: Sequence[Any], model_config: Any, config: Config) -> Any:
+def make_optimizer(
+    chunks: Sequence[Any], model_config: Any, config: OptimizerConfig, *, bf16: bool, overlap: bool
+) -> Any:
     """AdamW with fp32 main weights, sharded over data parallel ranks; sets the schedule's hooks."""
     from megatron.core.distributed import finalize_model_grads
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer import OptimizerConfig as Options
+    from megatron.core.optimizer import get_megatron_optimizer
 
-    o = config.optimizer
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(
+        Options(
             optimizer="adam",
-            lr=o.lr,
-            min_lr=o.min_lr,
-            weight_decay=o.weight_decay,
-            adam_beta1=o.beta1,
-            adam_beta2=o.beta2,
-            adam_eps=o.epsilon,
-            clip_grad=o.clip_grad or float("inf"),  # 0 would also leave the norm out of the metrics
-            bf16=config.precision.dtype == "bf16",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.epsilon,
+            clip_grad=config.clip_grad or float("inf"),  # 0 would also leave the norm out of the metrics
+            bf16=bf16,
             params_dtype=model_config.params_dtype,
             use_distributed_optimizer=True,
-            overlap_param_gather=overlaps(config),
+            overlap_param_gather=overlap,
         ),
         list(chunks),
     )
-    set_hyper_parameters(optimizer, o)
+    set_hyper_parameters(optimizer, config)
     model_config.finalize_model_grads_func = finalize_model_grads
     model_config.grad_scale_func = optimizer.scale_loss
-    if overlaps(config):
+    if overlap:
         no_sync = [chunk.no_sync for chunk in chunks]
         model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     optimizer.get_grad_norm = _finite_norm(optimizer.get_grad_norm)

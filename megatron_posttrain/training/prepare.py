@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_posttrain.checkpoint.hf import check_directory, model_directory, read_json
-from megatron_posttrain.config.schema import Config, GrpoConfig
+from megatron_posttrain.config.schema import Config
 from megatron_posttrain.config.unsupported import UNSUPPORTED
 from megatron_posttrain.data.tokenize import load_tokenizer
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.parallel.layout import Layout, batch_problem, check_layout
+from megatron_posttrain.models.layout_checks import check_layout
+from megatron_posttrain.parallel.layout import Layout, batch_problem
 from megatron_posttrain.parallel.network import check_interfaces
 from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.describe import refuse_unused_gpu
@@ -27,6 +28,7 @@ from megatron_posttrain.training.resume import keep_date
 class Prepared:
     """A checked config and what was learned while checking it."""
 
+    config: Config
     arch: Architecture
     layout: Layout
     tokenizer: Any
@@ -50,7 +52,8 @@ def prepare(config: Config, world_size: int | None = None) -> Prepared:
         refuse_unused_gpu()
         check_disk(config, arch)
         keep_date(config)
-    return Prepared(arch, layout, read_tokenizer(config.model.tokenizer or path, arch, path), path)
+    tokenizer = read_tokenizer(config.model.tokenizer or path, arch, path)
+    return Prepared(config, arch, layout, tokenizer, path)
 
 
 def check_launcher() -> None:
@@ -90,26 +93,7 @@ def batch_problems(config: Config, layout: Layout) -> Iterator[str]:
     problem = batch_problem(layout, training.global_batch_size, training.micro_batch_size)
     if problem is not None:
         yield f"training: {problem}"
-    if not isinstance(config, GrpoConfig):
-        return
-    rollout, length = config.rollout, config.data.sequence_length
-    samples = rollout.prompts_per_step * rollout.samples_per_prompt
-    if samples % training.global_batch_size:
-        yield (
-            f"training.global_batch_size={training.global_batch_size} does not divide the samples of a step, "
-            f"rollout.prompts_per_step x samples_per_prompt = {samples}; for one update a step set it to {samples}"
-        )
-    if rollout.samples_per_prompt < 2:
-        yield (
-            "rollout.samples_per_prompt=1: a sample is compared with the others of its prompt, so nothing would be "
-            "learned; allowed: 2 or more"
-        )
-    if layout.world_size % rollout.tensor:
-        yield f"rollout.tensor={rollout.tensor} does not divide the {layout.world_size} ranks"
-    if rollout.max_tokens >= length:
-        yield (
-            f"data.sequence_length={length} leaves no room for a prompt beside rollout.max_tokens={rollout.max_tokens}"
-        )
+    yield from config.problems(layout.world_size)
 
 
 def _check_implementation(config: Config) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_posttrain.checkpoint.hf_files import read_json
-from megatron_posttrain.config.schema import Config, GrpoConfig
+from megatron_posttrain.config.algorithms import ALGORITHMS
+from megatron_posttrain.config.schema import Config
 from megatron_posttrain.data.template import keep_started, started
 from megatron_posttrain.errors import UserError
 
@@ -45,11 +46,10 @@ class Origin:
 
     @classmethod
     def of(cls, config: Config, model: Path, data: str) -> Origin:
-        rl = isinstance(config, GrpoConfig)
-        rows = config.rollout.prompts_per_step if isinstance(config, GrpoConfig) else config.training.global_batch_size
         weights = "" if config.model.random_init else fingerprint_of_weights(model)
         plain = flat(config.model_dump(mode="json"))
-        return cls(plain | {"command": "grpo" if rl else "sft"}, data, fingerprint_of_config(model) + weights, rows)
+        plain["command"] = config.command
+        return cls(plain, data, fingerprint_of_config(model) + weights, config.rows_per_step)
 
     def state(self, step: int) -> dict[str, Any]:
         """What lies beside a checkpoint of step number `step`."""
@@ -64,7 +64,7 @@ class Origin:
             return []
         told, refused = [], []
         for key, before, now in self._differences(state["config"]):
-            if _covered(key, FROM_NOW_ON) or (key in IN_RL and self.config["command"] == "grpo"):
+            if _covered(key, FROM_NOW_ON) or (key in IN_RL and ALGORITHMS[self.config["command"]].rows == "prompts"):
                 told.append(f"{key} {before} -> {now}")
             elif not _covered(key, WITHOUT_EFFECT):
                 refused.append(f"{key}={_short(now)} differs from its {_short(before)}")

@@ -1,146 +1,192 @@
-"""What a run leaves in its output directory, and the line that a person reads."""
+"""A run: the loop over steps that every algorithm shares."""
 
 from __future__ import annotations
 
-import json
-import logging
-import math
-import signal
-import time
-from datetime import timedelta
-from types import FrameType
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
 
-import torch
 import torch.distributed as dist
 
-from megatron_posttrain.config.load import to_yaml
-from megatron_posttrain.config.schema import Config
 from megatron_posttrain.errors import NotFiniteError
-from megatron_posttrain.platform import platform
-from megatron_posttrain.training.heartbeat import Heartbeat, diagnosis
+from megatron_posttrain.parallel.groups import make_groups, start_distributed
+from megatron_posttrain.training.checkpoints import Checkpoints
+from megatron_posttrain.training.engine import Engine
+from megatron_posttrain.training.export import export_run
+from megatron_posttrain.training.prepare import Prepared
+from megatron_posttrain.training.record import Record
+from megatron_posttrain.training.resume import Origin
+from megatron_posttrain.training.schedule import learning_rate, total_steps
+from megatron_posttrain.training.timing import PhaseTimer
+from megatron_posttrain.training.totals import Mean
 
 REQUEUE_STATUS = 75  # EX_TEMPFAIL: stopped on request, a checkpoint is saved, run the same command again
-STOP_FILE = ".stop"
+
+Listener = Callable[[int, Mapping[str, float]], None]  # (number of the step from 1, what was logged)
+_listeners: list[Listener] = []
+Closing = TypeVar("Closing")
+
+
+class Dataset(Protocol):
+    """What steps take their rows from."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def message(self) -> str: ...
+
+    def steps_per_epoch(self, batch_size: int, epochs: float = 1.0) -> int: ...
 
 
 class Run:
-    """Metrics, progress lines, and requests to stop. Rank 0 writes; every rank may call.
+    """Builds the model, resumes, times, logs, saves, stops on request, exports; the algorithm is the loop's body.
 
-    A stop is requested by SIGTERM or SIGUSR1 to any rank, or by a file `.stop` in the output directory.
+        with Run(prepared, dataset) as run:
+            engine = run.model()
+            for step in run.steps():
+                with step.phase("train"):
+                    result = engine.train_step(...)
+                step.log(result.figures())
+        return run.status
+
+    Raises UserError, before any process group or model is made, where `output` has a checkpoint of another run.
     """
 
-    def __init__(self, config: Config, total_steps: int, first_step: int) -> None:
-        self.config, self.total_steps = config, total_steps
-        self.directory = config.output_dir
+    def __init__(self, prepared: Prepared, dataset: Dataset) -> None:
+        config = self.config = prepared.config
+        self.prepared, self.dataset = prepared, dataset
+        self.total_steps = total_steps(config.training, dataset, config.rows_per_step)
+        origin = Origin.of(config, prepared.model_path, dataset.fingerprint)
+        self.checkpoints = Checkpoints(config.output_dir, config.checkpoint, origin)
+        start_distributed()
+        self.groups = make_groups(prepared.layout, config.training.seed)
         self.is_main = dist.get_rank() == 0
-        self._stop = False
-        self._started = time.perf_counter()
-        self._first_step = first_step
-        self._step = first_step + 1  # in work
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
-        self._metrics: Any = None
-        self._tensorboard: Any = None
-        if self.is_main:
-            self._open(first_step)
-        beats, hang_seconds = self.directory / "heartbeats", config.logging.hang_seconds
-        self._heartbeat = Heartbeat(
-            beats, dist.get_rank(), dist.get_world_size(), first_step + 1, hang_seconds=hang_seconds
-        )
-        dist.barrier()
-        self._heartbeat.start()
-        if first_step:
-            self.say(f"resumed after step {first_step}")
+        self.directory = config.output_dir
+        self.status = 0  # the command's
+        self._first_step = 0
+        self._engine: Engine | None = None
+        self._record: Record | None = None
+        self._stack = contextlib.ExitStack()
 
-    def _open(self, first_step: int) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / STOP_FILE).unlink(missing_ok=True)
-        (self.directory / "config.yaml").write_text(to_yaml(self.config))
-        path = self.directory / "metrics.jsonl"
-        # Steps after the checkpoint that is resumed from are run again: their lines go.
-        kept = []
-        if first_step and path.exists():
-            for line in path.read_text().splitlines():
-                if line.endswith("}") and json.loads(line)["step"] <= first_step:
-                    kept.append(line + "\n")
-        path.write_text("".join(kept))
-        self._metrics = path.open("a", buffering=1)
-        if self.config.logging.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+    def model(self, keep: str | None = None) -> Engine:
+        """Collective: the model that is trained, as the newest checkpoint has it; saved and exported by the run.
 
-            self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"), purge_step=first_step + 1)
+        Args:
+            keep: name of a weight set for the weights that the run began with.
+        """
+        self._engine = Engine.of(self.config, self.prepared.arch, self.groups)
+        if keep is not None:
+            self._engine.keep_weights(keep)
+        self._first_step = self.checkpoints.resume(self._engine)
+        return self._engine
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._stop = True
+    def closing(self, thing: Closing) -> Closing:
+        """`thing`, which is closed however the run ends."""
+        self._stack.callback(thing.close)  # type: ignore[attr-defined]
+        return thing
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One object a step; a progress line every `logging.every` steps."""
-        self._step = step + 1
-        self._heartbeat.step(min(step + 1, self.total_steps))
-        if not self.is_main:
-            return
-        # JSON has no NaN: a figure that is not finite is null.
-        kept = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._metrics.write(json.dumps({"step": step} | kept) + "\n")
-        if self._tensorboard is not None:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if step % self.config.logging.every == 0 or step == self.total_steps:
-            self.say(self._line(step, metrics))
-
-    def _line(self, step: int, metrics: dict[str, float]) -> str:
-        done = step - self._first_step
-        left = (time.perf_counter() - self._started) / max(1, done) * (self.total_steps - step)
-        names = {"reward": ".3f", "loss": ".4f", "grad_norm": ".3f", "response_length": ".1f"}
-        shown = [f"{n.replace('_', ' ')} {metrics[n]:{f}}" for n, f in names.items() if n in metrics]
-        if "learning_rate" in metrics:
-            shown.append(f"lr {metrics['learning_rate']:.2e}")
-        if "tokens_per_second" in metrics:
-            shown.append(f"{metrics['tokens_per_second']:,.0f} tok/s")
-        shown.append(f"{metrics['step_seconds']:.2f} s")
-        return f"step {step}/{self.total_steps}  " + "  ".join(shown) + f"  left {timedelta(seconds=round(left))}"
+    def steps(self) -> Iterator[Step]:
+        """Collective: the steps that are left; after each body it saves where due, after the last one it exports."""
+        assert self._engine is not None, "call model() first"
+        self._record = Record(self.config, self.total_steps, self._first_step)
+        self.say(f"{self.dataset.message}; {self.total_steps} steps on {self.prepared.layout}")
+        for index in range(self._first_step, self.total_steps):
+            step = Step(self, index)
+            yield step
+            if not step.logged:
+                raise RuntimeError(f"step {step.number} was not logged")
+            if self.checkpoints.after_step(self._engine, self._record, step.number):
+                self.status = REQUEUE_STATUS
+                return
+        export_run(self._engine, self.checkpoints, self._record, self.prepared.model_path)
 
     def say(self, text: str) -> None:
+        """A line for a person, once per job."""
         if self.is_main:
             print(text, flush=True)
 
-    def stop_requested(self, *, also: bool = False) -> bool:
-        """Collective: whether any rank was asked to stop, or has a reason of its own: `also`."""
-        asked = also or self._stop or (self.is_main and (self.directory / STOP_FILE).exists())
-        flag = torch.tensor([int(asked)], device=platform().device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+    def log(self, number: int, metrics: Mapping[str, float]) -> None:
+        assert self._record is not None
+        self._record.log(number, dict(metrics))
+        for listener in _listeners:
+            listener(number, metrics)
 
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RuntimeError) and dist.get_world_size() > 1:
-            # Often a collective that timed out or lost a peer: where the others are says why.
-            where = diagnosis(self.directory / "heartbeats", dist.get_world_size(), stacks=False)
-            print(
-                f"rank {dist.get_rank()} ends with an error; ranks when they were last heard of:\n{where}", flush=True
-            )
-        self._heartbeat.stop()
-        for file in (self._metrics, self._tensorboard):
-            if file is not None:
-                file.close()
-        if isinstance(error, NotFiniteError):
-            raise NotFiniteError(f"step {self._step}: {error}") from None
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._record is not None:
+            self._record.close(error)
+        try:
+            self._stack.close()
+        except Exception as second:
+            if error is None:
+                raise
+            print(f"rank {dist.get_rank()}, closing after an error: {second}", flush=True)
+        if isinstance(error, NotFiniteError) and self._record is not None:
+            raise NotFiniteError(f"step {self._record.current_step}: {error}") from None
 
 
-def quiet_libraries() -> None:
-    """One readable stream: libraries speak up only for errors."""
-    import warnings
+class Step:
+    """One step of a run, in phases that are timed; logged once."""
 
-    warnings.filterwarnings("ignore")
-    for name in ("megatron", "transformers", "torch.distributed", "torch._library", "vllm"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    def __init__(self, run: Run, index: int) -> None:
+        self.run, self.index = run, index  # from 0
+        self.logged = False
+        self._timer = PhaseTimer(memory=True)
+        self._apart: set[str] = set()
+
+    @property
+    def number(self) -> int:
+        """From 1, as in logs and names of checkpoints."""
+        return self.index + 1
+
+    @property
+    def last(self) -> bool:
+        return self.number == self.run.total_steps
+
+    @property
+    def saves(self) -> bool:
+        """Whether a checkpoint is due after it."""
+        return self.run.checkpoints.due(self.number, self.last)
+
+    @property
+    def learning_rate(self) -> float:
+        return learning_rate(self.run.config.optimizer, self.index, self.run.total_steps)
+
+    @contextlib.contextmanager
+    def phase(self, name: str, *, apart: bool = False) -> Iterator[None]:
+        """Timed, and named when it hangs. `apart`: its seconds are not the step's, such as a validation's."""
+        if apart:
+            self._apart.add(name)
+        with self._timer(name):
+            yield
+
+    def log(self, *figures: Mapping[str, float | Mean]) -> None:
+        """These, the learning rate, seconds and memory of every phase; `tokens` give `tokens_per_second`."""
+        merged: dict[str, Any] = {name: value for part in figures for name, value in part.items()}
+        metrics = {name: value.value if isinstance(value, Mean) else value for name, value in merged.items()}
+        timer = self._timer
+        seconds = timer.total() - sum(timer.seconds[name] for name in self._apart)
+        metrics["learning_rate"] = self.learning_rate
+        if "tokens" in metrics:
+            metrics["tokens_per_second"] = metrics["tokens"] / seconds
+        metrics["step_seconds"] = seconds
+        metrics |= {f"{phase}_seconds": value for phase, value in timer.seconds.items()}
+        metrics |= {f"{phase}_memory_gib": value for phase, value in timer.memory_gib.items()}
+        self.run.log(self.number, metrics)
+        self.logged = True
 
 
-def finish() -> None:
-    """Leaves the job together; a rank that goes early would break the others' last collective."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+@contextlib.contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Meanwhile `listener` hears every step of this process's runs, on every rank."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from megatron_posttrain.config.schema import OptimizerConfig, TrainingConfig
-from megatron_posttrain.data.dataset import PromptDataset, SftDataset
 from megatron_posttrain.errors import UserError
 
 
-def total_steps(config: TrainingConfig, dataset: SftDataset | PromptDataset, rows: int) -> int:
+def total_steps(config: TrainingConfig, dataset: Any, rows: int) -> int:
     """From `training.steps`, else from `training.epochs` with `rows` of the data a step."""
     if config.steps is not None:
         return config.steps

@@ -12,8 +12,9 @@ from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.parallel.groups import Groups
 from megatron_posttrain.training.batches import rank_token_batches
-from megatron_posttrain.training.engine import Engine, TokenOutput
+from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.finite import anywhere
+from megatron_posttrain.training.heads import LabelLogprobs, Output
 
 
 def sequence_logprobs(
@@ -25,18 +26,19 @@ def sequence_logprobs(
     """
     numbered = [replace(sequence, index=index) for index, sequence in enumerate(sequences)]
     batches = rank_token_batches(numbered, engine.groups, token_budget)
-    everything = gather_sequences(engine.groups, batches, engine.logprobs(batches, temperature))
+    head = LabelLogprobs(temperature)
+    everything = gather_sequences(engine.groups, batches, engine.forward(batches, head))
     if anywhere(not all(values.isfinite().all() for values in everything)):
-        engine.refuse_logprobs(batches, temperature)
+        engine.refuse_outputs(batches, head)
     return everything
 
 
-def gather_sequences(groups: Groups, batches: Sequence[PackedBatch], outputs: Sequence[TokenOutput]) -> list[Tensor]:
+def gather_sequences(groups: Groups, batches: Sequence[PackedBatch], outputs: Sequence[Output]) -> list[Tensor]:
     """Log-probs of every data parallel rank's micro-batches in the order of their sequences' indices from 0."""
     layout = groups.layout
     found: dict[int, Tensor] = {}
     for batch, output in zip(batches, outputs, strict=True):
-        for index, values in zip(batch.sequence_ids, batch.per_sequence(output.logprobs), strict=True):
+        for index, values in zip(batch.sequence_ids, batch.per_sequence(output["logprobs"]), strict=True):
             found[index] = values.cpu()
     gathered: list[dict[int, Tensor]] = [found] * layout.data
     if layout.data > 1:

@@ -32,6 +32,22 @@ def token_logprobs(
     return _TokenLogprobs.apply(logits, labels, vocab_size, group, temperature)
 
 
+@torch.no_grad()
+def normaliser(logits: Tensor, vocab_size: int, group: dist.ProcessGroup, temperature: float = 1.0) -> Tensor:
+    """[t] fp32: log of the sum over the whole vocabulary of exp(logits / temperature); arguments as above."""
+    columns = logits.shape[-1]
+    real = max(0, min(columns, vocab_size - group.rank() * columns))
+    found = []
+    for rows in _chunks(logits):
+        part = logits[rows, :real]
+        top = _largest(part, temperature)
+        _reduce(top, group, dist.ReduceOp.MAX)
+        total = _shifted(part, top, temperature).exp_().sum(-1)
+        _reduce(total, group, dist.ReduceOp.SUM)
+        found.append(total.log() + top)
+    return torch.cat(found)
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -46,12 +62,7 @@ class _TokenLogprobs(torch.autograd.Function):
         row_sums = _fused(_row_sums)
         for rows in _chunks(logits):
             part = logits[rows, :real]
-            # The largest of the scaled logits is the largest logit, scaled: both round alike.
-            top = (
-                part.amax(-1).float() / temperature
-                if real
-                else torch.full_like(labels[rows], -torch.inf, dtype=torch.float32)
-            )
+            top = _largest(part, temperature)
             _reduce(top, group, dist.ReduceOp.MAX)
             # One message for the three sums: normaliser, chosen logit, expected logit.
             sums = row_sums(part, top, index[rows], mine[rows], temperature)
@@ -80,6 +91,13 @@ class _TokenLogprobs(torch.autograd.Function):
                 softmax.scatter_add_(1, index[rows, None].clamp(max=ctx.real - 1), chosen)
                 out[rows, : ctx.real] = softmax
         return out, None, None, None, None
+
+
+def _largest(logits: Tensor, temperature: float) -> Tensor:
+    """[t] fp32. The largest of the scaled logits is the largest logit, scaled: both round alike."""
+    if logits.shape[-1] == 0:
+        return torch.full(logits.shape[:1], -torch.inf, dtype=torch.float32, device=logits.device)
+    return logits.amax(-1).float() / temperature
 
 
 def _row_sums(logits: Tensor, top: Tensor, index: Tensor, mine: Tensor, temperature: float) -> Tensor:

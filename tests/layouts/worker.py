@@ -20,19 +20,21 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from megatron_posttrain.algorithms.losses import cross_entropy_sum
+from megatron_posttrain.algorithms.losses import cross_entropy
 from megatron_posttrain.checkpoint.hf import check_directory
-from megatron_posttrain.config.schema import SftConfig
+from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.data.batch import Sequence
 from megatron_posttrain.models import build
+from megatron_posttrain.models.layout_checks import check_layout
 from megatron_posttrain.models.modules import kernels
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
-from megatron_posttrain.parallel.layout import Layout, check_layout
+from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.training import optimizer
 from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.export import export
 from megatron_posttrain.training.sequences import sequence_logprobs
+from megatron_posttrain.training.totals import per_token
 
 SCORED = [5, 17, 33, 8, 50, 9, 12, 21]
 ROWS = [[11, 20], [31], [7, 9, 15], [24, 6], [16, 16], [30], [13, 12, 5], [28]]
@@ -63,7 +65,7 @@ def run(job: dict[str, Any]) -> None:
     layout = Layout.from_config(config.parallel, dist.get_world_size())
     check_layout(layout, arch)
     groups = make_groups(layout, 0)
-    engine = Engine(config, arch, groups)
+    engine = Engine.of(config, arch, groups)
     packed, alone = [], []
     if job.get("score", True):
         scored = [replace(s, loss_mask=[1] * len(s.token_ids)) for s in sequences(SCORED, 7, arch.vocab_size)]
@@ -74,12 +76,7 @@ def run(job: dict[str, Any]) -> None:
     losses, norms = [], []
     for step in range(job["steps"]):
         rows = batch(step, arch.vocab_size, job.get("rows", 4))
-        counted = sum(sum(s.loss_mask) for row in rows for s in row)
-        result = engine.train_step(
-            rank_micro_batches(rows, groups, 1),
-            lambda output, b, n=counted: (cross_entropy_sum(output.logprobs, b.loss_mask) / n, {}),
-            config.optimizer.lr,
-        )
+        result = engine.train_step(rank_micro_batches(rows, groups, 1), cross_entropy, per_token, config.optimizer.lr)
         if job.get("offload"):
             engine.offload()
             assert all(buffer.grad_data.untyped_storage().size() == 0 for c in engine.chunks for buffer in c.buffers)

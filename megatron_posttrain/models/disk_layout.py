@@ -1,7 +1,7 @@
 """How a Hugging Face directory arranges the tensors of the weight table.
 
 The tables name one tensor per expert and projection. Newer `transformers` can also write one 3-D tensor
-for all experts of a layer; a family lists those as `Fusion`s. A `Layout` turns the names of the table
+for all experts of a layer; a family lists those as `Fusion`s. A `DiskLayout` turns the names of the table
 into places inside the tensors on disk, the same way for reading and for writing.
 """
 
@@ -60,7 +60,7 @@ class Place(NamedTuple):
         return tensor[self.part * rows : (self.part + 1) * rows]
 
 
-class Layout:
+class DiskLayout:
     """The tensors on disk: `shapes` by name, in the order of the model, and `dtypes` where fixed."""
 
     def __init__(self, plans: Iterable[TensorPlan], fusions: Sequence[Fusion] = ()) -> None:

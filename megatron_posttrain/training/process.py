@@ -1,0 +1,23 @@
+"""A training process: its output at the start, its leave at the end."""
+
+from __future__ import annotations
+
+import logging
+
+import torch.distributed as dist
+
+
+def quiet_libraries() -> None:
+    """One readable stream: libraries speak up only for errors."""
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    for name in ("megatron", "transformers", "torch.distributed", "torch._library", "vllm"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def finish() -> None:
+    """Leaves the job together; a rank that goes early would break the others' last collective."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

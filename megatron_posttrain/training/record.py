@@ -1,0 +1,128 @@
+"""What a run leaves in its output directory, and the line that a person reads."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_posttrain.config.load import to_yaml
+from megatron_posttrain.config.schema import Config
+from megatron_posttrain.platform import platform
+from megatron_posttrain.training.heartbeat import Heartbeat, diagnosis
+
+STOP_FILE = ".stop"
+
+
+class Record:
+    """Metrics, progress lines, and requests to stop. Rank 0 writes; every rank may call.
+
+    A stop is requested by SIGTERM or SIGUSR1 to any rank, or by a file `.stop` in the output directory.
+    """
+
+    def __init__(self, config: Config, total_steps: int, first_step: int) -> None:
+        self.config, self.total_steps = config, total_steps
+        self.directory = config.output_dir
+        self.is_main = dist.get_rank() == 0
+        self._stop = False
+        self._started = time.perf_counter()
+        self._first_step = first_step
+        self._step = first_step + 1  # in work
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        self._metrics: Any = None
+        self._tensorboard: Any = None
+        if self.is_main:
+            self._open(first_step)
+        beats, hang_seconds = self.directory / "heartbeats", config.logging.hang_seconds
+        self._heartbeat = Heartbeat(
+            beats, dist.get_rank(), dist.get_world_size(), first_step + 1, hang_seconds=hang_seconds
+        )
+        dist.barrier()
+        self._heartbeat.start()
+        if first_step:
+            self.say(f"resumed after step {first_step}")
+
+    def _open(self, first_step: int) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / STOP_FILE).unlink(missing_ok=True)
+        (self.directory / "config.yaml").write_text(to_yaml(self.config))
+        path = self.directory / "metrics.jsonl"
+        # Steps after the checkpoint that is resumed from are run again: their lines go.
+        kept = []
+        if first_step and path.exists():
+            for line in path.read_text().splitlines():
+                if line.endswith("}") and json.loads(line)["step"] <= first_step:
+                    kept.append(line + "\n")
+        path.write_text("".join(kept))
+        self._metrics = path.open("a", buffering=1)
+        if self.config.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"), purge_step=first_step + 1)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._stop = True
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """One object a step; a progress line every `logging.every` steps."""
+        self._step = step + 1
+        self._heartbeat.step(min(step + 1, self.total_steps))
+        if not self.is_main:
+            return
+        # JSON has no NaN: a figure that is not finite is null.
+        kept = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._metrics.write(json.dumps({"step": step} | kept) + "\n")
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if step % self.config.logging.every == 0 or step == self.total_steps:
+            self.say(self._line(step, metrics))
+
+    def _line(self, step: int, metrics: dict[str, float]) -> str:
+        done = step - self._first_step
+        left = (time.perf_counter() - self._started) / max(1, done) * (self.total_steps - step)
+        names = {"reward": ".3f", "loss": ".4f", "grad_norm": ".3f", "response_length": ".1f"}
+        shown = [f"{n.replace('_', ' ')} {metrics[n]:{f}}" for n, f in names.items() if n in metrics]
+        if "learning_rate" in metrics:
+            shown.append(f"lr {metrics['learning_rate']:.2e}")
+        if "tokens_per_second" in metrics:
+            shown.append(f"{metrics['tokens_per_second']:,.0f} tok/s")
+        shown.append(f"{metrics['step_seconds']:.2f} s")
+        return f"step {step}/{self.total_steps}  " + "  ".join(shown) + f"  left {timedelta(seconds=round(left))}"
+
+    def say(self, text: str) -> None:
+        if self.is_main:
+            print(text, flush=True)
+
+    def stop_requested(self, *, also: bool = False) -> bool:
+        """Collective: whether any rank was asked to stop, or has a reason of its own: `also`."""
+        asked = also or self._stop or (self.is_main and (self.directory / STOP_FILE).exists())
+        flag = torch.tensor([int(asked)], device=platform().device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    @property
+    def current_step(self) -> int:
+        """In work, from 1."""
+        return self._step
+
+    def close(self, error: BaseException | None = None) -> None:
+        """`error`: why the run ends before its time."""
+        if isinstance(error, RuntimeError) and dist.get_world_size() > 1:
+            # Often a collective that timed out or lost a peer: where the others are says why.
+            where = diagnosis(self.directory / "heartbeats", dist.get_world_size(), stacks=False)
+            print(
+                f"rank {dist.get_rank()} ends with an error; ranks when they were last heard of:\n{where}", flush=True
+            )
+        self._heartbeat.stop()
+        for file in (self._metrics, self._tensorboard):
+            if file is not None:
+                file.close()

@@ -1,0 +1,59 @@
+"""Counts of a global batch, and means that know their counts: the one place for denominators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_posttrain.data.batch import PackedBatch
+from megatron_posttrain.platform import platform
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Of a global batch, whatever rank and micro-batch they are in."""
+
+    tokens: int  # that count in the loss
+    sequences: int
+    units: int  # sequences that belong together, such as a pair
+
+    @classmethod
+    def of(cls, micro_batches: Sequence[PackedBatch], group: dist.ProcessGroup) -> Totals:
+        """Collective over the data parallel group, whose ranks have different micro-batches."""
+        counts = torch.tensor([batch.counts for batch in micro_batches], dtype=torch.int64).sum(0)
+        if group.size() > 1:
+            counts = counts.to(platform().device)
+            dist.all_reduce(counts, group=group)
+        return cls(*counts.tolist())
+
+
+def per_token(totals: Totals) -> float:
+    """For a loss that is a mean over all tokens of the global batch."""
+    return totals.tokens
+
+
+def per_sequence(totals: Totals) -> float:
+    return totals.sequences
+
+
+def per_unit(totals: Totals) -> float:
+    return totals.units
+
+
+@dataclass(frozen=True)
+class Mean:
+    """`total` / `count`; of parts of a batch, their sum is that of the whole."""
+
+    total: float | Tensor
+    count: float | Tensor
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.count + other.count)
+
+    @property
+    def value(self) -> float:
+        return float(self.total) / float(self.count) if self.count else 0.0

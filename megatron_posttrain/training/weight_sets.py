@@ -1,0 +1,48 @@
+"""Weight sets: named copies of a model's weights in host memory, which take its place for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightSets:
+    """Of one rank's modules. A set costs their bytes in host memory, and no device memory but for one tensor."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._tensors: list[Tensor] = [
+            tensor.detach() for module in modules for tensor in [*module.parameters(), *module.buffers()]
+        ]
+        self._sets: dict[str, list[Tensor]] = {}
+
+    @property
+    def host_bytes(self) -> int:
+        """Of all sets."""
+        return sum(tensor.nbytes for copies in self._sets.values() for tensor in copies)
+
+    def keep(self, name: str) -> None:
+        """The present weights under `name`; those that had it before go."""
+        self._sets[name] = [tensor.to("cpu", copy=True) for tensor in self._tensors]
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        """The model has the set's weights, and afterwards its own again, to the last bit.
+
+        Raises KeyError for a name that was not kept.
+        """
+        copies = self._sets[name]
+        self._exchange(copies)
+        try:
+            yield
+        finally:
+            self._exchange(copies)
+
+    @torch.no_grad()
+    def _exchange(self, copies: list[Tensor]) -> None:
+        for own, other in zip(self._tensors, copies, strict=True):
+            before = own.to("cpu", copy=True)
+            own.copy_(other)
+            other.copy_(before)

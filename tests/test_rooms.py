@@ -1,0 +1,45 @@
+"""Rooms import in one direction: each only from those before it in the list of CONTRIBUTING.md."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "megatron_posttrain"
+
+
+def order() -> list[str]:
+    line = re.search(r"^Import order: (.*)$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert line is not None
+    return re.findall(r"`(\w+)`", line[1])
+
+
+def test_each_room_imports_only_earlier_ones() -> None:
+    rooms = order()
+    wrong = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(PACKAGE).parts
+        room = parts[0] if len(parts) > 1 else file.stem
+        if room in ("__init__", "__main__"):
+            continue
+        assert room in rooms, f"{room} has no place in CONTRIBUTING.md's import order"
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("megatron_posttrain."):
+                continue
+            other = str(node.module).split(".")[1]
+            if rooms.index(other) > rooms.index(room):
+                wrong.append(f"{file.relative_to(ROOT)}:{node.lineno} imports {node.module}")
+    assert not wrong
+
+
+def test_no_two_classes_of_one_name() -> None:
+    names = Counter(
+        node.name
+        for file in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [name for name, count in names.items() if count > 1] == []
