@@ -39,7 +39,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, get_args_parser
 
-from megatron_posttrain.cli.main import COMMANDS
+from megatron_posttrain.cli.main import commands
 from megatron_posttrain.errors import UserError, nearest
 
 STOPPED = 75  # EX_TEMPFAIL in sysexits.h: "try again later"
@@ -80,8 +80,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     name = args.training_script
     if not (args.module or args.no_python or name.endswith(".py")):
-        if name not in COMMANDS:
-            raise UserError(f"no command '{name}'{nearest(name, COMMANDS)} (one of {', '.join(COMMANDS)})")
+        if name not in (known := commands()):
+            raise UserError(f"no command '{name}'{nearest(name, known)} (one of {', '.join(known)})")
         args.module, args.training_script = True, "megatron_posttrain"
         args.training_script_args = [name, *args.training_script_args]
     change_directory(args)
@@ -350,13 +350,13 @@ class Node:
         failed = status not in (0, STOPPED)
         roll_call.report(status, text, failed=failed)
         deadline = time.monotonic() + (15.0 if failed else 50.0)
-        while len(outcomes := roll_call.outcomes()) < roll_call.card.nodes and time.monotonic() < deadline:
+        while roll_call.reported() < roll_call.card.nodes and time.monotonic() < deadline:
             if failed and (silent := roll_call.silent(6.0)):
                 return f"{silent} died, froze or lost its network"
-            time.sleep(0.2)
+            time.sleep(2 * roll_call.patience)
+        outcomes = roll_call.outcomes() if roll_call.serves else []
         roll_call.leave(15.0)
-        bad = [end["text"] for end in outcomes if end["status"] not in (0, STOPPED)]
-        return bad[0] if bad and roll_call.serves else ""
+        return next((end["text"] for end in outcomes if end["status"] not in (0, STOPPED)), "")
 
 
 def leave_after(seconds: float, status: int) -> None:

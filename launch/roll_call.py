@@ -26,6 +26,7 @@ from torch.distributed import DistError, DistNetworkError, TCPStore
 from megatron_posttrain.errors import UserError
 
 MUST_AGREE = ("run_id", "nodes", "processes", "command", "versions")
+QUESTIONS = 1000.0  # a second that waiting nodes put to the store; it answers some 15,000
 FAILURE_GRACE = 15.0  # seconds for the other nodes' workers to notice by themselves that one has failed
 ANOTHER_PORT = "choose another port, the same on all nodes (--master-port, or --rdzv-endpoint HOST:PORT)"
 
@@ -163,7 +164,9 @@ class RollCall:
         arrival = self.store.add("roll/arrivals", 1) - 1
         self.store.set(f"roll/card/{arrival}", json.dumps(asdict(self.card)))
         if self.serves:
-            problem = self._judge()
+            cards, problem = self._judge()
+            # One key for all of them: nodes that each read every card would ask nodes x nodes times.
+            self.store.set("roll/cards", json.dumps([asdict(card) for card in cards]))
             self.store.set("roll/problem", problem)
             if problem:
                 self._pause(2.0)  # the others have yet to read it
@@ -171,30 +174,28 @@ class RollCall:
             problem = self._judgement()
         if problem:
             raise UserError(problem)
-        return sorted((self._card(i) for i in range(self.card.nodes)), key=lambda card: card.rank)
+        members = [Card(**card) for card in json.loads(self.store.get("roll/cards"))]
+        return sorted(members, key=lambda card: card.rank)
 
-    def _card(self, arrival: int) -> Card:
-        return Card(**json.loads(self.store.get(f"roll/card/{arrival}")))
-
-    def _judge(self) -> str:
-        """On the head: waits for all cards; what is wrong with them, or the empty string."""
+    def _judge(self) -> tuple[list[Card], str]:
+        """On the head: waits for all cards; those, and what is wrong with them or the empty string."""
         cards: list[Card] = []
         while len(cards) < self.card.nodes:
             if self.store.check([f"roll/card/{len(cards)}"]):
-                cards.append(self._card(len(cards)))
+                cards.append(Card(**json.loads(self.store.get(f"roll/card/{len(cards)}"))))
                 problem = disagreement(cards)
                 if problem:
-                    return problem
+                    return cards, problem
             elif self._remaining() <= 0:
                 came = ", ".join(card.name for card in cards)
                 absent = sorted(set(range(self.card.nodes)) - {card.rank for card in cards})
-                return (
+                return cards, (
                     f"{len(cards)} of {self.card.nodes} nodes came within {self.join_timeout:.0f} s: {came}; missing: "
                     f"node rank {', '.join(map(str, absent))}. Start those, or give the number there is (--nnodes)"
                 )
             else:
                 self._pause(0.1)
-        return ""
+        return cards, ""
 
     def _judgement(self) -> str:
         grace = 10.0  # the head's clock started earlier or later than ours
@@ -202,10 +203,15 @@ class RollCall:
             while not self.store.check(["roll/problem"]):
                 if self._remaining() < -grace:
                     return f"the head node {self.head} did not answer within {self.join_timeout + grace:.0f} s"
-                self._pause(0.1)
+                self._pause(self.patience)
             return self.store.get("roll/problem").decode()
         except DistError:
             return f"the head node {self.head} went away before all nodes had come: see its own messages"
+
+    @property
+    def patience(self) -> float:
+        """Seconds between two questions of a node that waits: all nodes together ask `QUESTIONS` times a second."""
+        return max(0.1, self.card.nodes / QUESTIONS)
 
     def _remaining(self) -> float:
         return self._deadline - time.monotonic()
@@ -273,10 +279,13 @@ class RollCall:
         order = self.store.add("roll/outcomes", 1) - 1
         self.store.set(f"roll/outcome/{order}", json.dumps({"status": status, "text": text}))
 
+    def reported(self) -> int:
+        """How many nodes have."""
+        return int(self.store.add("roll/outcomes", 0))
+
     def outcomes(self) -> list[dict]:
-        """`{"status", "text"}` of the nodes that have reported, the first to end first."""
-        ended = int(self.store.add("roll/outcomes", 0))
-        return [json.loads(self.store.get(f"roll/outcome/{i}")) for i in range(ended)]
+        """`{"status", "text"}` of the nodes that have reported, the first to end first. For one node to ask."""
+        return [json.loads(self.store.get(f"roll/outcome/{i}")) for i in range(self.reported())]
 
     def leave(self, seconds: float) -> None:
         """The head leaves last: srun ends the other nodes' launchers as soon as one has failed."""
@@ -286,7 +295,7 @@ class RollCall:
             return
         deadline = time.monotonic() + seconds
         while not self.store.check(["roll/leave"]) and time.monotonic() < deadline:
-            time.sleep(0.1)
+            time.sleep(self.patience)
 
 
 def disagreement(cards: list[Card]) -> str:

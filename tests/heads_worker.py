@@ -57,7 +57,7 @@ def run(job: dict[str, Any], layout: dict[str, int]) -> dict[str, Any]:
     arch = check_directory(job["model"])[1]
     groups = make_groups(Layout.from_config(config.parallel, dist.get_world_size()), 0)
     facts: dict[str, Any] = {}
-    batches = rank_token_batches(sequences(arch.vocab_size), groups, 48)
+    batches = rank_token_batches(sequences(arch.vocab_size), groups, arch, 48)
     engine = Engine.of(config, arch, groups, train=False)
     facts["requires_grad"] = sum(p.requires_grad for module in engine.modules for p in module.parameters())
     top = {}

@@ -26,7 +26,7 @@ from megatron_posttrain.data.rows import Row
 from megatron_posttrain.evaluation import evaluate
 from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.rewards import Reward
-from megatron_posttrain.rollout import Refit, RolloutEngine, Sampling, prove, vllm_fixes
+from megatron_posttrain.rollout import Completion, Refit, RolloutEngine, Sampling, prove, vllm_fixes
 from tests.rollout_models import KINDS, VOCAB, make_tokenizer
 
 Model = Any
@@ -147,6 +147,7 @@ def check_engine(directory: Path, kind: str, tensor: int, rank: int) -> dict[str
         results[f"without {fix}"] = without_fix(engine, fix, second, other)
     refit.update(iter(other.items()), 3)
     results["restored"] = prove(engine, CANARIES, trainer_logprobs(second))
+    said = engine.generate(prompts(seed), Sampling(max_tokens=10), list(range(5)))
     if tensor > 1:
         results["disagree"] = outcome(lambda: engine.generate([[5, rank]], Sampling(max_tokens=2), [0]))
         results["shared memory"] = [p.name for p in Path("/dev/shm").glob("*megatron-posttrain*")]
@@ -154,8 +155,24 @@ def check_engine(directory: Path, kind: str, tensor: int, rank: int) -> dict[str
     partial = ((name, t) for name, t in other.items() if lacking not in name)
     results["incomplete"] = outcome(lambda: refit.update(partial, 4))
     engine.close()
+    results |= check_unloaded(directory / f"{kind}_a", tensor, seed, second, other, said)
     results["distributed lives"] = dist.is_initialized() and dist.get_world_size() == 2
     return results
+
+
+def check_unloaded(
+    path: Path, tensor: int, seed: int, model: Model, tensors: dict[str, torch.Tensor], said: list[Completion]
+) -> dict[str, Any]:
+    """An engine that loads nothing, refitted; `said`: what one that had loaded others said after the same refit."""
+    engine = RolloutEngine(
+        str(path), dtype=torch.float32, max_model_len=128, tensor=tensor, kv_cache_bytes=32 << 20, load_weights=False
+    )
+    unrefitted = outcome(lambda: prove(engine, CANARIES, trainer_logprobs(model)))
+    Refit(engine).update(iter(tensors.items()), 1)
+    proof = prove(engine, CANARIES, trainer_logprobs(model))
+    same = engine.generate(prompts(seed), Sampling(max_tokens=10), list(range(5))) == said
+    engine.close()
+    return {"unloaded, unrefitted": unrefitted, "unloaded, proof": proof, "unloaded, same": same}
 
 
 def without_fix(engine: RolloutEngine, fix: str, model: Model, tensors: dict[str, torch.Tensor]) -> str:

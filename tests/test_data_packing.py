@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_posttrain.data.batch import Sequence, microbatches, pack_batch
-from megatron_posttrain.data.packing import pack
+from megatron_posttrain.data.batch import FILLER, Sequence, filler, pack_batch, unit_numbers
+from megatron_posttrain.data.packing import deal, pack
+from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.planning.flops import sequence_flops, training_flops
 
 
 def best_fit_decreasing(lengths, capacity):
@@ -132,31 +134,93 @@ def test_pack_batch_refuses_broken_sequences():
         pack_batch([Sequence([1, 2], [1])])
 
 
+def flat(rows):
+    return [i for row in rows for i in row]
+
+
 @settings(deadline=None, max_examples=40)
 @given(
-    st.lists(st.integers(1, 32), min_size=1, max_size=40),
-    st.integers(32, 100),
-    st.integers(1, 5),
+    st.lists(st.integers(1, 32), min_size=1, max_size=40), st.integers(32, 100), st.integers(1, 5), st.integers(1, 8)
 )
-def test_microbatches(lengths, budget, multiple):
-    sequences = [sequence(length, index) for index, length in enumerate(lengths)]
-    groups = microbatches(sequences, budget, multiple)
-    assert len(groups) % multiple == 0
-    assert sorted(s.index for group in groups for s in group if s.index >= 0) == list(range(len(lengths)))
-    totals = [sum(len(s.token_ids) for s in group) for group in groups]
-    assert all(0 < total <= budget for total in totals)
-    for filler in (s for group in groups for s in group if s.index < 0):
-        assert list(filler.loss_mask) == [0]
-        assert len(groups) > len(lengths)
+def test_deal(lengths, budget, multiple, ranks):
+    shares = deal(lengths, budget, ranks=ranks, multiple=multiple)
+    assert len(shares) == ranks
+    assert len({len(share) for share in shares}) == 1
+    assert len(shares[0]) % multiple == 0
+    assert sorted(i for share in shares for i in flat(share)) == list(range(len(lengths)))
     # No more than a longest sequence between the fullest and the emptiest (least-filled-first keeps it so).
-    if len(groups) <= len(lengths):
+    loads = [sum(lengths[i] for i in flat(share)) for share in shares]
+    assert max(loads) - min(loads) <= max(lengths)
+    for share in shares:
+        totals = [sum(lengths[i] for i in group) for group in share]
+        assert max(totals) <= budget
         assert max(totals) - min(totals) <= max(lengths)
-    assert len(groups) >= math.ceil(sum(lengths) / budget)
-    assert [[s.index for s in group] for group in groups] == [
-        [s.index for s in group] for group in microbatches(sequences, budget, multiple)
-    ]
+        if len(share) <= len(flat(share)):
+            assert min(totals) > 0
+    assert len(shares[0]) >= math.ceil(sum(lengths) / budget / ranks)
+    assert shares == deal(lengths, budget, ranks=ranks, multiple=multiple)
 
 
-def test_microbatches_refuses_a_sequence_over_budget():
-    with pytest.raises(ValueError, match="10 tokens exceeds the micro-batch budget of 8"):
-        microbatches([sequence(10)], 8)
+def test_pairs_are_never_parted():
+    """1,000 random pairs and budgets: rows, token budgets and data parallel ranks keep them whole and in order."""
+    rng = random.Random(0)
+    for ranks in range(1, 9):
+        lengths = [rng.randint(1, 900) for _ in range(2000)]
+        order = rng.sample(range(1000), 1000)  # the two of a pair need not be neighbours
+        units = [*range(1000), *order]
+        longest = max(lengths[i] + lengths[1000 + k] for k, i in enumerate(order))
+        budget = rng.randint(longest, 6000)
+        multiple = rng.randint(1, 4)
+        rows = pack(lengths, budget, units)
+        batches = [
+            group for share in deal(lengths, budget, ranks=ranks, multiple=multiple, units=units) for group in share
+        ]
+        for groups in (rows, batches):
+            assert sorted(flat(groups)) == list(range(2000))
+            for group in groups:
+                assert sum(lengths[i] for i in group) <= budget
+                numbers = [units[i] for i in group]
+                assert all(numbers.count(unit) == 2 for unit in numbers)
+        assert len(batches) % (ranks * multiple) == 0
+        assert all(group == sorted(group) for group in batches)  # so chosen comes before rejected
+
+
+def test_work_is_balanced_over_ranks():
+    """Attention included, on a log-normal mix of lengths, where equal tokens are not equal work."""
+    arch = Architecture("qwen3", 48, 2048, 32, 4, 128, 6144, 151936, 40960)
+    rng = random.Random(1)
+    lengths = [max(16, min(32768, int(rng.lognormvariate(8, 1.2)))) for _ in range(1024)]
+    work = sequence_flops(arch, lengths)
+
+    def imbalance(shares):
+        of_ranks = [sum(work[i] for i in flat(share)) for share in shares]
+        return max(of_ranks) / (sum(of_ranks) / 16)
+
+    assert imbalance(deal(lengths, 32768, ranks=16, work=work)) <= 1.03
+    assert imbalance(deal(lengths, 32768, ranks=16)) > imbalance(deal(lengths, 32768, ranks=16, work=work))
+
+
+def test_sequence_flops_sum_up_to_those_of_the_batch():
+    full = Architecture("qwen3", 4, 64, 4, 2, 16, 128, 301, 512)
+    sliding = Architecture("gpt_oss", 4, 64, 4, 2, 16, 128, 301, 512, sliding_window=8, sliding_layers=(0, 2))
+    for arch in (full, sliding):
+        assert sum(sequence_flops(arch, [1, 7, 300])) == pytest.approx(training_flops(arch, [1, 7, 300]), rel=1e-12)
+
+
+def test_units_of_a_batch():
+    mine = [Sequence([1, 2, 3], [0, 1, 1], index=i, unit=u) for i, u in enumerate([7, None, 3, 7, 3, None])]
+    assert unit_numbers(mine) == [0, 1, 2, 0, 2, 3]
+    batch = pack_batch([*mine, filler()])
+    assert batch.units == [[0, 3], [1], [2, 4], [5]]
+    assert batch.sequence_ids[-1] == FILLER
+    assert batch.counts == (12, 6, 4)
+    assert pack_batch([filler()]).counts == (0, 0, 0)
+
+
+def test_deal_refuses_what_exceeds_the_budget():
+    with pytest.raises(ValueError, match="a sequence of 10 tokens exceeds the micro-batch budget of 8"):
+        deal([10], 8)
+    with pytest.raises(ValueError, match="a unit of 2 sequences of 10 tokens exceeds the micro-batch budget of 8"):
+        deal([5, 3, 5], 8, units=[0, 1, 0])
+    with pytest.raises(ValueError, match="no sequences"):
+        deal([], 8)

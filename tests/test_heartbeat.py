@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.parallel.groups import start_distributed
-from megatron_posttrain.training.heartbeat import Heartbeat, spans
+from megatron_posttrain.training.heartbeat import Heartbeat, last_words, spans
 from megatron_posttrain.training.record import Record
 from tests.launch import ROOT
 
@@ -116,6 +116,25 @@ def test_limit_is_the_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for wrong in (0, -1, float("inf"), "soon"):
         with pytest.raises(ValidationError, match="hang_seconds"):
             SftConfig.model_validate(tree | {"logging": {"hang_seconds": wrong}})
+
+
+def test_of_many_that_fail_one_looks_for_the_others(tmp_path: Path) -> None:
+    beats = [Heartbeat(tmp_path, rank, 3) for rank in range(3)]
+    first, second = last_words(tmp_path, 1, 3), last_words(tmp_path, 0, 3)
+    assert "ranks 0-2: step 1" in first
+    assert second == "rank 0 ends with an error, too; see rank 1"
+    Heartbeat(tmp_path, 0, 3).stop()  # the next run's
+    assert "ranks when they were last heard of" in last_words(tmp_path, 2, 3)
+    for beat in beats:
+        beat.stop()
+
+
+@pytest.mark.parametrize(("ranks", "seconds"), [(1, 0.5), (200, 0.5), (4096, 10.24)])
+def test_all_ranks_together_write_400_times_a_second_at_most(tmp_path: Path, ranks: int, seconds: float) -> None:
+    beat = Heartbeat(tmp_path, 0, ranks)
+    beat.stop()
+    assert beat._write_every == pytest.approx(seconds)
+    assert ranks / beat._poll <= 400  # the watcher writes what was left out
 
 
 def test_spans() -> None:

@@ -256,7 +256,7 @@ def test_grpo_searches_what_it_may_choose(capsys: pytest.CaptureFixture[str]) ->
     assert rows[0]["fits"]
     assert rows[0]["rollout"]["offload"]
     assert rows[0]["recompute"] == "full"
-    assert {row["rollout"]["tensor"] for row in rows} > {2}
+    assert all(row["rollout"]["tensor"] > 1 for row in rows)
     _, out, _ = command(capsys, *arguments, "--no-offload", "--json")
     assert not any(row["fits"] for row in json.loads(out)["layouts"])
     _, out, _ = command(capsys, *arguments)

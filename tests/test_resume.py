@@ -18,7 +18,7 @@ from tests.launch import ROOT, ranks, torchrun
 from tests.models import make_assets
 
 STEPS = 8
-VOLATILE = ("_seconds", "tokens_per_second")
+VOLATILE = ("_seconds", "_memory_gib", "tokens_per_second")
 
 
 @pytest.fixture(scope="module")

@@ -85,6 +85,13 @@ def test_proof_refuses_wrong_weights(results: dict[str, Any], kind: str, what: s
 
 
 @pytest.mark.parametrize("kind", KIND_NAMES)
+def test_an_engine_that_loaded_nothing_says_the_same_after_a_refit(results: dict[str, Any], kind: str) -> None:
+    assert "does not hold the trainer's weights" in results[kind]["unloaded, unrefitted"]
+    assert results[kind]["unloaded, proof"] < 1e-3
+    assert results[kind]["unloaded, same"]
+
+
+@pytest.mark.parametrize("kind", KIND_NAMES)
 def test_incomplete_update_is_refused(results: dict[str, Any], kind: str) -> None:
     missing = "experts" if KINDS[kind][0] else "layers.1.self_attn"
     assert results[kind]["incomplete"].startswith("RefitError: refit 4: weight update lacks tensors")

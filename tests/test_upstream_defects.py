@@ -123,7 +123,7 @@ def test_a_stage_without_experts_has_no_step_without_its_fixes(engine: Engine, m
 
     def saved_steps() -> set[float]:
         with platform().megatron(), optimizer_fixes.optimizer_can_resume():
-            state = _sharded_state(engine, loading=False)["optimizer"]
+            state = _sharded_state(engine, loading=False)[0]["optimizer"]
         return {group["step"] for part in state.values() for group in part["optimizer"]["param_groups"]}
 
     assert saved_steps() == {1}

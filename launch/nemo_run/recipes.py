@@ -11,7 +11,7 @@ from string import Template
 from cluster import REPOSITORY
 from pydantic import Field, PositiveInt
 
-from megatron_posttrain.cli.main import COMMANDS
+from megatron_posttrain.cli.main import commands
 from megatron_posttrain.config.load import load_config
 from megatron_posttrain.config.schema import CONFIGS, Section
 from megatron_posttrain.errors import UserError, nearest
@@ -98,8 +98,8 @@ def checked(words: Sequence[str], where: str = "") -> None:
     if name.endswith(".py"):
         if not (REPOSITORY / name).is_file():
             raise UserError(f"{where}no script {name} in {REPOSITORY}")
-    elif name not in COMMANDS:
-        raise UserError(f"{where}no command '{name}'{nearest(name, COMMANDS)} (one of {', '.join(COMMANDS)})")
+    elif name not in (known := commands()):
+        raise UserError(f"{where}no command '{name}'{nearest(name, known)} (one of {', '.join(known)})")
     if name in CONFIGS and "--config" in words[1:-1]:
         file = words[words.index("--config") + 1]
         overrides = [word for word in words[1:] if "=" in word and not word.startswith("-")]

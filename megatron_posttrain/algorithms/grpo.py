@@ -15,12 +15,6 @@ from torch import Tensor
 
 from megatron_posttrain.algorithms.advantages import group_advantages
 from megatron_posttrain.algorithms.losses import policy_gradient_terms
-from megatron_posttrain.algorithms.samples import (
-    Samples,
-    collect_samples,
-    training_sequences,
-    write_rollouts,
-)
 from megatron_posttrain.config.algorithms import GrpoAlgorithm, GrpoConfig
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.data.batch import Sequence as TokenSequence
@@ -33,15 +27,16 @@ from megatron_posttrain.platform import platform
 from megatron_posttrain.rewards.registry import load_rewards
 from megatron_posttrain.rollout.engine import RolloutEngine
 from megatron_posttrain.rollout.refit import Refit, prove
+from megatron_posttrain.rollout.samples import Samples, collect_samples, save_samples
 from megatron_posttrain.rollout.text import stop_message
-from megatron_posttrain.training.batches import rank_token_batches, to_rows
+from megatron_posttrain.training.batches import pack_share, to_rows, token_shares
 from megatron_posttrain.training.engine import Engine, StepResult
 from megatron_posttrain.training.export import full_tensors
 from megatron_posttrain.training.heads import LabelLogprobs, Output
 from megatron_posttrain.training.limits import prompts_of, rollout_problems
 from megatron_posttrain.training.prepare import Prepared, prepare
 from megatron_posttrain.training.run import Run
-from megatron_posttrain.training.sequences import gather_sequences, sequence_logprobs
+from megatron_posttrain.training.sequences import batch_logprobs, sequence_logprobs, sums_by_sequence
 from megatron_posttrain.training.totals import Mean, Totals
 
 CANARY_PROMPTS = 4
@@ -69,16 +64,16 @@ def grpo(config: GrpoConfig) -> int:
                 rollout.sleep()
             with step.phase("train"):
                 samples.advantages = group_advantages(
-                    torch.tensor(samples.rewards),
+                    torch.tensor(samples.rewards, dtype=torch.float32),
                     config.rollout.samples_per_prompt,
                     normalize_std=config.algorithm.normalize_std,
                     leave_one_out=config.algorithm.leave_one_out,
                 )
-                score_samples(samples, engine, config)
-                metrics = update(engine, samples, config, step.learning_rate)
+                mini_batches = receive_samples(samples, engine, config)
+                score_samples(mini_batches, engine, config)
+                metrics = update(engine, samples, mini_batches, config, step.learning_rate)
             step.log(metrics, samples.metrics())
-            if run.is_main:
-                write_rollouts(run.directory / "rollouts" / f"step_{step.number:06d}.jsonl", samples)
+            save_samples(run.directory / "rollouts" / f"step_{step.number:06d}.jsonl", samples)
     return run.status
 
 
@@ -90,40 +85,67 @@ def refit(engine: Engine, rollout: RolloutEngine, config: GrpoConfig, canary: li
     prove(rollout, canary, partial(_canary_logprobs, engine, token_budget(config)), config.rollout.proof_tolerance)
 
 
-def score_samples(samples: Samples, engine: Engine, config: GrpoConfig) -> None:
+def receive_samples(samples: Samples, engine: Engine, config: GrpoConfig) -> list[list[PackedBatch]]:
+    """This rank's micro-batches of every update; `training.global_batch_size` samples each."""
+    size, groups = config.training.global_batch_size, engine.groups
+    lengths = samples.total_lengths
+    updates = []
+    for start in range(0, len(lengths), size):
+        shares = token_shares(lengths[start : start + size], groups.layout, engine.arch, token_budget(config))
+        updates.append([[[start + i for i in batch] for batch in batches] for batches in shares])
+    wanted = [[i for shares in updates for batch in shares[rank] for i in batch] for rank in range(groups.data.size())]
+    mine = groups.data.rank()
+    sequence = samples.receive(wanted, mine)
+    return [pack_share(shares[mine], sequence, groups.layout) for shares in updates]
+
+
+def score_samples(mini_batches: list[list[PackedBatch]], engine: Engine, config: GrpoConfig) -> None:
     """The trainer's own log-probs of what was sampled, where several updates need them; the reference's for KL."""
-    sequences = training_sequences(samples)
-    score = partial(sequence_logprobs, engine, sequences, token_budget(config), config.rollout.temperature)
-    if len(sequences) > config.training.global_batch_size:
-        samples.set_logprobs("old_logprobs", score())
+
+    def score(name: str) -> None:
+        for batches in mini_batches:
+            logprobs = batch_logprobs(engine, batches, config.rollout.temperature)
+            for batch, values in zip(batches, logprobs, strict=True):
+                batch.extras[name] = values
+
+    if len(mini_batches) > 1:
+        score("old_logprobs")
     if config.algorithm.kl_coefficient:
         with engine.weights(REFERENCE):
-            samples.set_logprobs("reference_logprobs", score())
+            score("reference_logprobs")
 
 
-def update(engine: Engine, samples: Samples, config: GrpoConfig, lr: float) -> dict[str, float | Mean]:
-    """Optimizer steps over the samples, `training.global_batch_size` of them a step.
+def update(
+    engine: Engine, samples: Samples, mini_batches: list[list[PackedBatch]], config: GrpoConfig, lr: float
+) -> dict[str, float | Mean]:
+    """An optimizer step for each mini-batch.
 
     Log-probs of the first one are those of the policy that sampled: a single one needs no pass for them before it.
     """
-    sequences = training_sequences(samples)
-    size = config.training.global_batch_size
     head = LabelLogprobs(config.rollout.temperature)
     loss, over = partial(policy_loss, config.algorithm), partial(denominator, config)
     results: list[StepResult] = []
-    for start in range(0, len(sequences), size):
-        if start and config.rollout.offload:
+    for number, batches in enumerate(mini_batches):
+        if number and config.rollout.offload:
             engine.offload()  # as before the first: no update has states beside its activations
-        batches = rank_token_batches(sequences[start : start + size], engine.groups, token_budget(config))
-        known = "old_logprobs" in samples.token_fields
-        results.append(engine.train_step(batches, loss, over, lr, head, keep=not known))
-        if not known:
-            own = engine.from_last_stage(results[0].outputs, batches, head)
-            samples.set_logprobs("old_logprobs", gather_sequences(engine.groups, batches, own))
+        results.append(engine.train_step(batches, loss, over, lr, head, keep=len(mini_batches) == 1))
+    everything = [batch for batches in mini_batches for batch in batches]
+    if len(mini_batches) > 1:
+        own = [batch.extras["old_logprobs"] for batch in everything]
+    else:
+        own = [output["logprobs"] for output in results[0].outputs]  # on the last stage
+    differences = [_difference(batch, values) for batch, values in zip(everything, own, strict=False)]
+    samples.differences = sums_by_sequence(engine.groups, everything, differences, len(samples.prompts)).numpy()
     return {
         "loss": sum(r.loss for r in results) / len(results),
         "grad_norm": sum(r.grad_norm for r in results) / len(results),
     } | {name: reduce(add, (r.metrics[name] for r in results)) for name in results[0].metrics}
+
+
+def _difference(batch: PackedBatch, own: Tensor) -> Tensor:
+    """[T] |trainer - engine| log-probs of the policy that sampled, 0 where a label does not count."""
+    own = own[: len(batch.tokens)].cpu().double()
+    return (own - batch.extras["rollout_logprobs"]).abs() * batch.loss_mask
 
 
 def denominator(config: GrpoConfig, totals: Totals) -> float:
@@ -188,6 +210,7 @@ def make_rollout_engine(config: GrpoConfig, prepared: Prepared) -> RolloutEngine
         seed=config.training.seed,
         gpu_memory_utilization=config.rollout.gpu_memory_fraction,
         quantization=config.rollout.quantization,
+        load_weights=False,
     )
 
 

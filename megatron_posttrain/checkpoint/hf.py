@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from megatron_posttrain.checkpoint.hf_files import (
-    SHARD_BYTES,
     HfReader,
     HfWriter,
     has_weights,
@@ -122,21 +121,19 @@ def table_reader(reader: HfReader, arch: Architecture) -> Read:
     return directory_layout(reader, arch).reader(get)
 
 
-def write_directory(
+def directory_writer(
     directory: Path | str,
     arch: Architecture,
-    tensors: Iterable[tuple[str, Tensor]],
     *,
     source: Path | str,
-    shard_bytes: int = SHARD_BYTES,
-    overwrite: bool = False,
-    tokenizer: Path | None = None,
-) -> None:
-    """A whole Hugging Face directory from the tensors of the weight table (`models.sharded.Exporter`).
+    stages: Mapping[str, int] | None = None,
+    **options: Any,
+) -> tuple[DiskLayout, HfWriter]:
+    """The writer of a whole Hugging Face directory, and the layout of its tensors; `options`: `HfWriter`'s.
 
     `source`: the directory that the model came from. Its side files, the fields of its config and, where it
-    has weights, their dtypes and its layout of experts are kept; else tensors are bf16. `tokenizer`: another
-    directory to take the tokenizer and its template from.
+    has weights, their dtypes and its layout of experts are kept; else tensors are bf16. `stages`: who writes a
+    tensor of the weight table, where several processes share the work.
     """
     layout, kinds = registry.layout(arch), {}
     if has_weights(Path(source)):  # else: random initialisation
@@ -146,7 +143,20 @@ def write_directory(
     usual = kinds.get(EMBEDDING, torch.bfloat16)  # of a new head
     contents = {name: (kinds.get(name, layout.dtypes.get(name, usual)), shape) for name, shape in layout.shapes.items()}
     config = fp8.without(registry.hf_config(arch, read_json(Path(source) / "config.json")))
-    options: dict[str, Any] = {"source": source, "tokenizer": tokenizer}
-    with HfWriter(directory, contents, config, shard_bytes=shard_bytes, overwrite=overwrite, **options) as writer:
+    owners = None if stages is None else {name: stages[layout.table_names(name)[0]] for name in contents}
+    return layout, HfWriter(directory, contents, config, source=source, owners=owners, **options)
+
+
+def write_directory(
+    directory: Path | str,
+    arch: Architecture,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    source: Path | str,
+    **options: Any,
+) -> None:
+    """A whole Hugging Face directory from the tensors of the weight table, by one process (see `directory_writer`)."""
+    layout, writer = directory_writer(directory, arch, source=source, **options)
+    with writer:
         for name, tensor in layout.assemble(tensors):
             writer.write(name, tensor)

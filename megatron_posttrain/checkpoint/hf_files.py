@@ -183,19 +183,26 @@ class HfReader:
         return data.view(entry.dtype).view(entry.shape)
 
 
-def plan_shards(tensors: Tensors, shard_bytes: int | None) -> tuple[dict[str, Entry], dict[str, bytes]]:
+def plan_shards(
+    tensors: Tensors, shard_bytes: int | None, owners: Mapping[str, int] | None = None
+) -> tuple[dict[str, Entry], dict[str, bytes]]:
     """Every tensor's place, and the header of every file, before anything is written.
 
-    Files are filled in order up to `shard_bytes` (None: 5 GB); a larger tensor has a file of its own.
+    Files are filled in order up to `shard_bytes` (None: 5 GB); a larger tensor has a file of its own. No file has
+    tensors of two `owners`.
     """
-    split = split_state_dict_into_shards_factory(
-        dict(tensors),
-        get_storage_size=lambda kind: math.prod(kind[1]) * kind[0].itemsize,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=shard_bytes or SHARD_BYTES,
-    )
+    files: list[list[str]] = []
+    for owner in sorted(set(owners.values())) if owners else [None]:
+        split = split_state_dict_into_shards_factory(
+            {name: kind for name, kind in tensors.items() if not owners or owners[name] == owner},
+            get_storage_size=lambda kind: math.prod(kind[1]) * kind[0].itemsize,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=shard_bytes or SHARD_BYTES,
+        )
+        files += split.filename_to_tensors.values()
     targets, headers = {}, {}
-    for file, names in split.filename_to_tensors.items():
+    for number, names in enumerate(files, start=1):
+        file = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name in names:
@@ -215,7 +222,9 @@ def plan_shards(tensors: Tensors, shard_bytes: int | None) -> tuple[dict[str, En
 class HfWriter:
     """Streams tensors, in any order, into a temporary sibling that becomes `directory` when all are there.
 
-    A context manager: after an exception nothing is left behind.
+    A context manager: after an exception nothing is left behind. Where several processes write one directory, each
+    the files of the tensors that it owns: one of them calls `begin`, then each `open`, `write` and `close_files`, and
+    when all have, the first one calls `finish`.
 
     Args:
         tensors: dtype and shape by name, all of them, in the order of the files.
@@ -227,6 +236,7 @@ class HfWriter:
             config.json loses its `auto_map`.
         overwrite: replace an existing directory; without it that is a `UserError`.
         tokenizer: the directory whose tokenizer and chat template are carried in place of `source`'s.
+        owners: the process that writes a tensor, by name.
     """
 
     def __init__(
@@ -240,21 +250,33 @@ class HfWriter:
         custom_code: bool = False,
         overwrite: bool = False,
         tokenizer: Path | None = None,
+        owners: Mapping[str, int] | None = None,
     ) -> None:
-        self.directory, self.tokenizer = Path(directory), tokenizer
-        check_target(self.directory, overwrite)
+        self.directory, self.tokenizer, self.overwrite = Path(directory), tokenizer, overwrite
         self.partial = partial_of(self.directory)
         self.config, self.custom_code = config, custom_code
         self.source = None if source is None else Path(source)
-        self.targets, headers = plan_shards(tensors, shard_bytes)
-        self.missing = set(self.targets)
+        self.owners = owners
+        self.targets, self.headers = plan_shards(tensors, shard_bytes, owners)
+        self.missing: set[str] = set()
+        self.open_files = ExitStack()
+        self.files: dict[Path, Any] = {}
+        if owners is None:
+            self.begin()
+            self.open()
+
+    def begin(self) -> None:
+        """Makes the temporary sibling, empty."""
+        check_target(self.directory, self.overwrite)
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
-        self.open_files = ExitStack()
-        self.files = {}
-        for file, header in headers.items():
-            self.files[Path(file)] = self.open_files.enter_context((self.partial / file).open("wb", buffering=0))
-            self._write(Path(file), 0, memoryview(header))
+
+    def open(self, owner: int | None = None) -> None:
+        """The files of the tensors of `owner`; of all, where there are no owners."""
+        self.missing = {name for name in self.targets if self.owners is None or self.owners[name] == owner}
+        for file in dict.fromkeys(self.targets[name].file for name in self.targets if name in self.missing):
+            self.files[file] = self.open_files.enter_context((self.partial / file).open("wb", buffering=0))
+            self._write(file, 0, memoryview(self.headers[str(file)]))
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Converts to the dtype on disk. `ValueError` for a name or shape that was not announced."""
@@ -276,14 +298,22 @@ class HfWriter:
         except OSError as error:
             raise UserError(f"{self.partial / file}: {error.strerror}") from error
 
-    def close(self) -> None:
-        """Writes index, config and side files, and puts the directory in its place."""
+    def close_files(self) -> None:
+        """`ValueError` when a tensor was not written."""
         if self.missing:
             first = sorted(self.missing)[0]
             raise ValueError(f"{self.directory}: tensor '{first}' was not written ({len(self.missing)} such)")
-        write_side_files(self.partial, self.targets, self.config, self.source, self.custom_code, self.tokenizer)
         self.open_files.close()
+
+    def finish(self) -> None:
+        """Writes index, config and side files, and puts the directory in its place."""
+        write_side_files(self.partial, self.targets, self.config, self.source, self.custom_code, self.tokenizer)
         put_in_place(self.partial, self.directory)
+
+    def discard(self) -> None:
+        """What is left of the temporary sibling: nothing, when all went well."""
+        self.open_files.close()
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def __enter__(self) -> HfWriter:
         return self
@@ -293,10 +323,10 @@ class HfWriter:
     ) -> None:
         try:
             if kind is None:
-                self.close()
+                self.close_files()
+                self.finish()
         finally:
-            self.open_files.close()
-            shutil.rmtree(self.partial, ignore_errors=True)  # renamed, when all went well
+            self.discard()
 
 
 def side_file_paths(source: Path, custom_code: bool = False) -> list[Path]:

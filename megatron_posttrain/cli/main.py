@@ -16,10 +16,9 @@ from megatron_posttrain.failure import end_with_launcher, report
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
-# Command -> (module, one line of help). A module has `add_arguments(parser)` and `run(args) -> int`;
-# it is imported only when its command is asked for, so `--help` and `plan` start without torch.
-COMMANDS: dict[str, tuple[str, str]] = {
-    **{name: ("megatron_posttrain.cli.train", row.help) for name, row in ALGORITHMS.items()},
+# Command -> (module, one line of help), beside the algorithms' own. A module has `add_arguments(parser)` and
+# `run(args) -> int`; it is imported only when its command is asked for, so `--help` and `plan` start without torch.
+OTHER_COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("megatron_posttrain.cli.evaluate", "generate with vLLM, grade with a reward"),
     "data": ("megatron_posttrain.cli.data", "what data files hold and how they would be read"),
     "plan": ("megatron_posttrain.cli.plan", "memory, step time and best layouts of a model on a cluster"),
@@ -27,8 +26,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
+def commands() -> dict[str, tuple[str, str]]:
+    training = {name: ("megatron_posttrain.cli.train", row.help) for name, row in ALGORITHMS.items()}
+    return training | OTHER_COMMANDS
+
+
 def build_parser() -> argparse.ArgumentParser:
-    listing = "\n".join(f"  {name:14}{text}" for name, (_, text) in COMMANDS.items())
+    listing = "\n".join(f"  {name:14}{text}" for name, (_, text) in commands().items())
     parser = argparse.ArgumentParser(
         prog="megatron-posttrain",
         description="Post-train open-weight language models on Megatron-Core.",
@@ -47,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0].startswith("-"):
         parser.parse_args(arguments or ["--help"])
     name = arguments[0]
-    if name not in COMMANDS:
-        print(f"error: no command '{name}'{nearest(name, COMMANDS)} (one of {', '.join(COMMANDS)})", file=sys.stderr)
+    if name not in (known := commands()):
+        print(f"error: no command '{name}'{nearest(name, known)} (one of {', '.join(known)})", file=sys.stderr)
         return 2
-    module_name, text = COMMANDS[name]
+    module_name, text = known[name]
     module = importlib.import_module(module_name)
     command = argparse.ArgumentParser(
         prog=f"megatron-posttrain {name}",

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from megatron_posttrain.data.packing import unit_members
+
+FILLER = -1  # the index of a sequence that only fills a micro-batch
 
 
 @dataclass
 class Sequence:
-    """One conversation or sample. Every list is per token: entry t belongs to token t, not to its label."""
+    """One conversation or sample. Every array is per token: entry t belongs to token t, not to its label.
 
-    token_ids: Seq[int]
-    loss_mask: Seq[int]  # 1 where the token counts in the loss (an assistant's token)
-    extras: dict[str, Seq[float]] = field(default_factory=dict)  # such as old log-probs and advantages
+    Lists become arrays: int32 tokens, boolean masks, float32 extras.
+    """
+
+    token_ids: Any  # [t]
+    loss_mask: Any  # [t] true where the token counts in the loss (an assistant's token)
+    extras: dict[str, Any] = field(default_factory=dict)  # each [t], such as old log-probs and advantages
     index: int = 0  # the caller's number of this sequence; comes back in `PackedBatch.sequence_ids`
+    unit: int | None = None  # sequences of one unit stay in one micro-batch, in their order; None: it is its own
+
+    def __post_init__(self) -> None:
+        self.token_ids = np.asarray(self.token_ids, dtype=np.int32)
+        self.loss_mask = np.asarray(self.loss_mask, dtype=bool)
+        self.extras = {name: np.asarray(values, dtype=np.float32) for name, values in self.extras.items()}
 
 
 @dataclass
@@ -36,19 +49,19 @@ class PackedBatch:
     cu_seqlens: Tensor  # [n + 1] int32, padded lengths summed
     max_seqlen: int
     real_lengths: list[int]
-    sequence_ids: list[int]
+    sequence_ids: list[int]  # each sequence's `index`; FILLER counts nowhere
+    units: list[list[int]]  # positions in `sequence_ids` that belong together, without fillers
     extras: dict[str, Tensor] = field(default_factory=dict)  # each [T] float32
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Labels that count in the loss, sequences, units; without fillers."""
+        return int(self.loss_mask.sum()), sum(map(len, self.units)), len(self.units)
 
     @property
     def real_tokens(self) -> int:
         """Tokens without padding."""
         return sum(self.real_lengths)
-
-    @property
-    def counts(self) -> tuple[int, int, int]:
-        """Tokens that count in the loss, sequences, and units; sequences that only fill up are none."""
-        sequences = sum(index >= 0 for index in self.sequence_ids)
-        return int(self.loss_mask.sum()), sequences, sequences
 
     @property
     def has_padding(self) -> bool:
@@ -137,43 +150,23 @@ def pack_batch(sequences: Seq[Sequence], *, multiple: int = 1, pad_token: int = 
         max_seqlen=max(padded),
         real_lengths=lengths,
         sequence_ids=[sequence.index for sequence in sequences],
+        units=_units(sequences),
         extras=extras,
     )
 
 
-def microbatches(sequences: Seq[Sequence], token_budget: int, count_multiple: int = 1) -> list[list[Sequence]]:
-    """Split sequences into as few micro-batches as `token_budget` tokens each allow, of like total length.
-
-    Their number is a multiple of `count_multiple` (data parallel ranks x virtual pipeline stages, say), so
-    that every rank gets as many. When there are fewer sequences than that, one-token sequences without loss
-    (index -1) fill the rest. The longest goes first to the least filled (LPT, Graham 1969); deterministic.
-    A sequence longer than the budget raises ValueError.
-    """
-    if not sequences:
-        raise ValueError("no sequences to split")
-    lengths = [len(sequence.token_ids) for sequence in sequences]
-    if max(lengths) > token_budget:
-        raise ValueError(f"a sequence of {max(lengths)} tokens exceeds the micro-batch budget of {token_budget}")
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    count = 0
-    while True:
-        count = max(count + count_multiple, _round_up(-(-sum(lengths) // token_budget), count_multiple))
-        groups = _least_filled(lengths, order, count)
-        if all(sum(lengths[i] for i in group) <= token_budget for group in groups):
-            break
-    filler = Sequence(token_ids=sequences[0].token_ids[:1], loss_mask=[0], index=-1)
-    return [[sequences[i] for i in sorted(group)] or [filler] for group in groups]
+def filler() -> Sequence:
+    """One token without loss, for a micro-batch that has nothing else."""
+    return Sequence(np.zeros(1, np.int32), np.zeros(1, bool), index=FILLER)
 
 
-def _least_filled(lengths: list[int], order: list[int], count: int) -> list[list[int]]:
-    groups: list[list[int]] = [[] for _ in range(count)]
-    heap = [(0, number) for number in range(count)]
-    for i in order:
-        filled, number = heapq.heappop(heap)
-        groups[number].append(i)
-        heapq.heappush(heap, (filled + lengths[i], number))
-    return groups
+def unit_numbers(sequences: Seq[Sequence]) -> list[int]:
+    """Of every sequence, a number that only its unit has."""
+    numbers: dict[tuple[bool, int], int] = {}
+    keys = [(s.unit is None, i if s.unit is None else s.unit) for i, s in enumerate(sequences)]
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def _units(sequences: Seq[Sequence]) -> list[list[int]]:
+    real = [i for i, sequence in enumerate(sequences) if sequence.index != FILLER]
+    return [[real[k] for k in unit] for unit in unit_members(unit_numbers([sequences[i] for i in real]))]

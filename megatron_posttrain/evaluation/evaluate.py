@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from megatron_posttrain.algorithms.samples import generate_samples
 from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.rewards import Reward
 from megatron_posttrain.rollout import RolloutEngine, Sampling
+from megatron_posttrain.rollout.samples import Samples, generate_samples
 
 CORRECT = 0.5  # a response whose reward is above it counts as correct
 
@@ -57,7 +57,7 @@ def evaluate(
 
     Returns:
         the summary, and a record per response in the order of the prompts (index, sample, messages, answer,
-        response, reward, rewards, tokens, finish_reason); the same on every rank.
+        response, reward, rewards, tokens, finish_reason) on rank 0.
 
     Raises:
         UserError: a reward fails on a sample.
@@ -67,35 +67,36 @@ def evaluate(
     samples = generate_samples(engine, tokenizer, prompts, rewards, sampling, seeds)
     records = [
         {
-            "index": prompt.index,
+            "index": samples.prompts[k].index,
             "sample": k % sampling.n,
-            "messages": prompt.messages,
-            "answer": prompt.answer,
-            "response": samples.texts[k],
-            "reward": samples.rewards[k],
-            "rewards": samples.rewards_by_name[k],
-            "tokens": len(completion.token_ids),
-            "finish_reason": completion.finish_reason,
+            "messages": samples.prompts[k].messages,
+            "answer": samples.prompts[k].answer,
+            "response": text,
+            "reward": float(samples.rewards[k]),
+            "rewards": {name: float(values[k]) for name, values in samples.rewards_by_name.items()},
+            "tokens": int(samples.lengths[k]),
+            "finish_reason": samples.finish_reason(k),
         }
-        for k, (prompt, completion) in enumerate(zip(samples.prompts, samples.completions, strict=True))
+        for k, text in zip(samples.drawn, samples.texts, strict=False)
     ]
-    return _summary(records, sampling, len(prompts), samples.seconds), records
+    lines = b"".join(samples.to_first_rank(records)).splitlines()
+    return _summary(samples, sampling, len(prompts)), [json.loads(line) for line in lines]
 
 
-def _summary(records: list[dict[str, Any]], sampling: Sampling, prompts: int, seconds: float) -> Evaluation:
-    accuracy = fmean(r["reward"] > CORRECT for r in records)
+def _summary(samples: Samples, sampling: Sampling, prompts: int) -> Evaluation:
+    accuracy = fmean((samples.rewards > CORRECT).tolist())
     # Responses to one prompt are not independent, so the prompts are the trials.
     low, high = wilson_interval(accuracy, prompts)
-    tokens = sum(r["tokens"] for r in records)
+    tokens, seconds = int(samples.lengths.sum()), samples.seconds
     return Evaluation(
         accuracy=accuracy,
         accuracy_low=low,
         accuracy_high=high,
-        reward=fmean(r["reward"] for r in records),
+        reward=fmean(samples.rewards.tolist()),
         prompts=prompts,
         samples=sampling.n,
-        response_length=fmean(r["tokens"] for r in records),
-        truncated_fraction=fmean(r["finish_reason"] == "length" for r in records),
+        response_length=fmean(samples.lengths.tolist()),
+        truncated_fraction=fmean(samples.truncated.tolist()),
         temperature=sampling.temperature,
         max_tokens=sampling.max_tokens,
         seconds=seconds,

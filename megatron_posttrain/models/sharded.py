@@ -198,21 +198,35 @@ class Exporter:
 
     # ---- tensors ---------------------------------------------------------------------------------------
 
-    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def hf_tensors(self, *, of_stage: bool = False) -> Iterator[tuple[str, Tensor]]:
         """All tensors, whole, under the names that `transformers` and vLLM know, in the same order on every rank.
 
         Experts come one by one, but for families that only have them fused. Collective: every rank has to run
-        through it. A rank holds one gathered bucket and one tensor more.
+        through it. A rank holds one gathered bucket and one tensor more. `of_stage`: on every rank only those of
+        its pipeline stage, which the stages do not tell each other.
         """
-        return registry.layout(self.arch).assemble(self._tensors())
+        return registry.layout(self.arch).assemble(self._tensors(of_stage))
+
+    @property
+    def writer_of(self) -> int | None:
+        """The pipeline stage whose tensors this rank, the first one of it, is to write; None on all others."""
+        groups = self.groups
+        inside = (groups.tensor, groups.context, groups.data, groups.expert, groups.expert_tensor)
+        return self.stage if not any(group.rank() for group in inside) else None
+
+    def stage_of(self) -> dict[str, int]:
+        """The pipeline stage that owns a tensor of the weight table."""
+        return {name: slot.stage for slot in self.slots for plan in slot.plans for name in plan.hf}
 
     @torch.no_grad()
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def _tensors(self, of_stage: bool) -> Iterator[tuple[str, Tensor]]:
         group = self.groups.pipeline
         for bucket in self._buckets():
             owner = bucket[0][0].stage
+            if of_stage and owner != self.stage:
+                continue
             gathered = self._gather(bucket, owner == self.stage)
-            if self.stages > 1:
+            if self.stages > 1 and not of_stage:
                 dist.broadcast(gathered, src=dist.get_global_rank(group, owner), group=group)
             yield from self._join(bucket, gathered)
 

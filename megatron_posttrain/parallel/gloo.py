@@ -2,6 +2,10 @@
 
 Torch 2.13 gives every group a device of its own, whose thread looks 100 times a second whether there is work: with a
 trainer's twenty groups an idle rank takes 2.4% of a core, with one device 0.2%.
+
+Groups that connect every rank with every other when they are made ask one store n x n times: 17 s at 512 ranks and
+20 minutes at 4,096. With TORCH_GLOO_LAZY_INIT=1 two ranks connect when they first talk, but several groups on one
+device then hang (torch 2.13), so groups have a device each there: on CUDA, whose few gloo groups are vLLM's.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ from typing import Any
 from torch.distributed import ProcessGroupGloo, Store, distributed_c10d
 
 from megatron_posttrain.platform.scope import replaced
+
+LAZY = "TORCH_GLOO_LAZY_INIT"
 
 
 @functools.cache
@@ -33,6 +39,13 @@ class _Gloo(ProcessGroupGloo):
         super().__init__(store, rank, size, options)
 
 
+def connect_lazily() -> None:
+    """For all groups that this process makes, if the environment does not say otherwise; before the first one."""
+    os.environ.setdefault(LAZY, "1")
+
+
 def shared_device() -> contextlib.AbstractContextManager[None]:
-    """Groups that torch makes in this scope share the process' devices."""
+    """Groups that torch makes in this scope share the process' devices, but for those that connect lazily."""
+    if os.environ.get(LAZY, "0") == "1":
+        return contextlib.nullcontext()
     return replaced([(distributed_c10d, "ProcessGroupGloo", _Gloo)])

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron_posttrain.parallel.gloo import shared_device
+from megatron_posttrain.parallel.gloo import connect_lazily, shared_device
 from megatron_posttrain.parallel.layout import Layout
+from megatron_posttrain.parallel.network import raise_file_limit
 from megatron_posttrain.platform import platform
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # first steps compile kernels; a hang still ends
@@ -23,6 +24,9 @@ def start_distributed() -> None:
     if dist.is_initialized():
         return
     device = platform()
+    raise_file_limit()
+    if device.backend != "gloo":
+        connect_lazily()
     alone: dict[str, Any] = {}
     if os.environ.get("WORLD_SIZE", "1") == "1":
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
@@ -44,6 +48,8 @@ class Groups:
     data: ProcessGroup  # without context
     expert: ProcessGroup
     expert_tensor: ProcessGroup
+    copies: ProcessGroup  # ranks that hold the same weights, but for experts
+    expert_copies: ProcessGroup
 
     @property
     def last_stage(self) -> bool:
@@ -63,6 +69,7 @@ def make_groups(layout: Layout, seed: int) -> Groups:
             context_parallel_size=layout.context,
             expert_model_parallel_size=layout.expert,
             expert_tensor_parallel_size=layout.expert_tensor,
+            create_gloo_process_groups=False,  # three more, for a way to save that is not used
         )
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed)
@@ -74,6 +81,8 @@ def make_groups(layout: Layout, seed: int) -> Groups:
         data=ps.get_data_parallel_group(),
         expert=ps.get_expert_model_parallel_group(),
         expert_tensor=ps.get_expert_tensor_parallel_group(),
+        copies=ps.get_data_parallel_group(with_context_parallel=True),
+        expert_copies=ps.get_expert_data_parallel_group(),
     )
 
 

@@ -1,11 +1,22 @@
-"""The network interfaces that the environment names."""
+"""What the operating system gives to connections: the interfaces that the environment names, and open files."""
 
 from __future__ import annotations
 
 import os
+import resource
 import socket
 
 from megatron_posttrain.errors import UserError, nearest
+
+OPEN_FILES = 65_536  # sockets and files of a rank, where the hard limit allows as many
+
+
+def raise_file_limit() -> None:
+    """The usual soft limit, 1,024, is that of programs which know no better; a rank among hundreds has more sockets."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def check_interfaces() -> list[str]:

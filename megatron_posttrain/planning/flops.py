@@ -10,6 +10,7 @@ gradients of frozen layers.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -59,6 +60,14 @@ def training_flops(
         return 3 * (linear + attention + output)
     adapters = 2.0 * tokens * arch.num_layers * lora_weights(arch, lora_rank)
     return 2 * (linear + output) + 3 * (adapters + attention)
+
+
+def sequence_flops(arch: Architecture, lengths: Sequence[int]) -> list[float]:
+    """Training FLOPs of each sequence: a x tokens + b x pairs of attention, about b / 2 x tokens^2."""
+    a = training_flops(arch, [1]) - 6.0 * arch.num_layers * sum(attention_dims(arch))
+    b = 6.0 * sum(attention_dims(arch))
+    layers = Counter(window_of(arch, layer) for layer in range(arch.num_layers))
+    return [a * n + b * sum(count * attention_pairs([n], window) for window, count in layers.items()) for n in lengths]
 
 
 @lru_cache(maxsize=1024)

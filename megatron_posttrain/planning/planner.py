@@ -14,7 +14,7 @@ from megatron_posttrain.planning.flops import flops_per_token, lora_weights
 from megatron_posttrain.planning.gpus import Gpu
 from megatron_posttrain.planning.layouts import MICRO_BATCHES, enumerate_layouts, expert_data, hard_problem
 from megatron_posttrain.planning.parameters import rank_state, stage_elements, trained_elements
-from megatron_posttrain.planning.rollout import ENGINE_GIB, GIB, RolloutPlan, plan_rollouts, rollout_part
+from megatron_posttrain.planning.rollout import ENGINE_GIB, GIB, RolloutPlan, plan_rollouts, refit_seconds, rollout_part
 from megatron_posttrain.planning.step_time import step_time
 from megatron_posttrain.planning.workload import Workload
 
@@ -64,6 +64,7 @@ def estimate(
     stages = sorted({0, min(1, layout.pipeline - 1), layout.pipeline - 1})
     memories = [_stage_memory(arch, layout, work, stage, exact) for stage in stages]
     flops = flops_per_token(arch, work.row_length, work.lora_rank if work.lora else None)
+    refit = 0.0
 
     def of(rollout: RolloutPlan | None, offload: bool) -> Estimate:
         memory = max((_with_engine(m, rollout, offload) for m in memories), key=lambda m: m["total"])
@@ -71,7 +72,7 @@ def estimate(
         if rollout is not None:
             for part in ("compute", "exposed_communication", "bubble"):
                 times[part] *= 1 + LOGPROB_PASS
-            times |= {"rollout": rollout.seconds, "refit": rollout.refit_seconds}
+            times |= {"rollout": rollout.seconds, "refit": refit}
         if offload:
             times["offload"] = 2 * memory["optimizer"] / PAGEABLE_BYTES_PER_S
         memory = {name: size / GIB for name, size in memory.items()}
@@ -84,6 +85,7 @@ def estimate(
     if work.task != "grpo":
         return of(None, False)
     rollouts = plan_rollouts(arch, layout.world_size, gpu, rollout_part(work))
+    refit = refit_seconds(arch, layout, gpu)
     offloads = (False, True) if work.offload is None else (work.offload,)
     return min((of(rollout, offload) for rollout in rollouts for offload in offloads), key=_order)
 
@@ -94,8 +96,11 @@ def _with_engine(memory: dict[str, float], rollout: RolloutPlan | None, offload:
         return memory | {"total": sum(memory.values())}
     memory = memory | {"engine": (ENGINE_GIB + ENGINE_COMMUNICATORS * COMMUNICATOR_GIB) * GIB}
     awake = {"rollout_weights": rollout.weights_bytes, "rollout_cache": rollout.cache_bytes}
-    gone = ["activations", "logits"] + (["optimizer", "gradients"] if offload else [])
-    total = sum(memory.values()) + max(0.0, sum(awake.values()) - sum(memory[name] for name in gone))
+    passing, states = memory["activations"] + memory["logits"], memory["optimizer"]
+    kept = sum(memory.values()) - passing - states
+    training = kept + (max(passing, states) if offload else passing + states)  # back for the optimizer's step only
+    generating = kept + (-memory["gradients"] if offload else states) + sum(awake.values())
+    total = max(training, generating)
     return memory | awake | {"total": total}
 
 

@@ -12,6 +12,7 @@ from megatron_posttrain.planning.flops import layer_weights
 from megatron_posttrain.planning.gpus import Gpu, constants_of
 from megatron_posttrain.planning.layers import mlp_linears
 from megatron_posttrain.planning.parameters import rank_state
+from megatron_posttrain.planning.step_time import COLLECTIVE_LOSS
 from megatron_posttrain.planning.workload import Workload
 
 ENGINE_GIB = 3.0  # of an engine beside weights and cache, asleep too: graphs, workspaces, compiled kernels; reported
@@ -19,6 +20,7 @@ MAX_SEQUENCES = 256  # that run at once on an engine; more of them wait
 DECODE_LAYER_SECONDS = 300e-6  # launches, sampling and all-reduces of one layer and one token step
 GIB = 2.0**30
 REFIT_SECONDS = 2.0  # sleeping, waking and the last synchronisation, whatever the size
+TENSOR_SECONDS = 120e-6  # of Python here and in vLLM's loader, a tensor; measured on a CPU
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,6 @@ class RolloutPlan:
 
     tensor: int
     seconds: float
-    refit_seconds: float
     weights_bytes: float
     cache_bytes: float  # what `gpu_memory_fraction` leaves, or `needed_bytes` where it is not given
     needed_bytes: float  # of all samples that run at once, at their mean length
@@ -35,10 +36,15 @@ class RolloutPlan:
 
 
 @lru_cache(maxsize=64)
+def _elements(arch: Architecture) -> tuple[int, int]:
+    """Of dense weights and of experts."""
+    state = rank_state(arch, Layout(), 0)
+    return state.dense_elements, state.expert_elements
+
+
 def weight_elements(arch: Architecture) -> int:
     """All parameters but those of multi-token prediction, which training drops."""
-    state = rank_state(arch, Layout(), 0)
-    return state.dense_elements + state.expert_elements
+    return sum(_elements(arch))
 
 
 def cache_bytes_per_token(arch: Architecture, tensor: int = 1, dtype_bytes: int = 2) -> float:
@@ -93,18 +99,36 @@ def _plan_rollout(arch: Architecture, gpus: int, gpu: Gpu, work: Workload, tenso
     tail = max(0, work.sequence_length - work.row_length)
     seconds = work.row_length * step_seconds(batch, work.row_length / 2)
     seconds += tail * step_seconds(max(1.0, batch / 4), work.sequence_length)
-    inside = gpus <= gpu.domain
-    rate = (gpu.nvlink_gb_per_s if inside else gpu.network_gb_per_s) * 1e9
-    refit = REFIT_SECONDS + weights / tensor / rate / 0.5
     needed = min(batch, MAX_SEQUENCES) * work.row_length * per_token
     cache = needed
     if work.kv_cache_gib is not None:
         cache = work.kv_cache_gib * GIB
     elif work.gpu_memory_fraction is not None:
         cache = max(0.0, (work.gpu_memory_fraction * gpu.memory_gib - ENGINE_GIB) * GIB - weights / tensor)
-    return RolloutPlan(
-        tensor, seconds, refit, weights / tensor, cache, needed, longest_bytes=work.sequence_length * per_token
-    )
+    return RolloutPlan(tensor, seconds, weights / tensor, cache, needed, longest_bytes=work.sequence_length * per_token)
+
+
+@lru_cache(maxsize=4096)
+def refit_seconds(arch: Architecture, layout: Layout, gpu: Gpu) -> float:
+    """Every rank gets the whole model, whatever share its engine keeps: bucket by bucket, gathered from the shards of
+    the stage that owns it, then broadcast to the other stages (models/sharded.py)."""
+    dense, experts = _elements(arch)
+    parts = ((dense, layout.tensor), (experts, layout.expert * layout.expert_tensor))
+    seconds = sum(2.0 * elements * (1 - 1 / size) / _link(gpu, size) for elements, size in parts)
+    if layout.pipeline > 1:
+        seconds += 2.0 * sum(elements for elements, _ in parts) / _link(gpu, layout.world_size)
+    return REFIT_SECONDS + seconds * COLLECTIVE_LOSS + TENSOR_SECONDS * _tensors(arch)
+
+
+def _link(gpu: Gpu, span: int) -> float:
+    """Bytes a second of a GPU within `span` GPUs."""
+    return 1e9 * (gpu.nvlink_gb_per_s if span <= gpu.domain else gpu.network_gb_per_s)
+
+
+def _tensors(arch: Architecture) -> int:
+    """Of the Hugging Face directory, about: three an expert, and a dozen a layer."""
+    experts = 0 if arch.moe is None else arch.moe.num_experts * sum(map(arch.is_moe_layer, range(arch.num_layers)))
+    return 3 * experts + 12 * arch.num_layers
 
 
 @lru_cache(maxsize=64)

@@ -65,6 +65,7 @@ class RolloutEngine:
         max_num_seqs: requests that run at once; more of them wait.
         gpu_memory_utilization: fraction of the GPU for weights and cache together; CUDA only.
         quantization: vLLM's name of what its linear layers are quantised to at every refit; CUDA only.
+        load_weights: False where a refit brings them before anything is generated: nothing is read.
 
     Raises:
         ValueError: `tensor` does not divide the world.
@@ -83,6 +84,7 @@ class RolloutEngine:
         seed: int = 0,
         gpu_memory_utilization: float = 0.5,
         quantization: str | None = None,
+        load_weights: bool = True,
     ) -> None:
         start_distributed()  # in a process without torchrun: a world of one
         if dist.get_world_size() % tensor:
@@ -96,6 +98,7 @@ class RolloutEngine:
             "tensor_parallel_size": tensor,
             "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,
+            "load_format": "auto" if load_weights else "dummy",
             "quantization": quantization,
             "seed": seed,
             "distributed_executor_backend": "external_launcher",
@@ -110,6 +113,7 @@ class RolloutEngine:
         local = os.environ.get("LOCAL_RANK", str(torch.cuda.current_device() if not self._cpu else rank))
         self._isolated = Isolation({"RANK": str(rank), "LOCAL_RANK": local})
         token = str(broadcast_object(uuid.uuid4().hex[:12]))
+        on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's; vLLM sets another one
         with self._isolated(), shared_device(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what vLLM says about GPU parts that are not there
             logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
@@ -120,7 +124,8 @@ class RolloutEngine:
 
             options["weight_transfer_config"] = WeightTransferConfig(backend=transfer.NAME)
             try:
-                self._llm: Any = self._start(LLM, options, token)
+                with vllm_fixes.counted_nodes(on_node):
+                    self._llm: Any = self._start(LLM, options, token)
             except Exception as error:
                 if (told := explained(error, str(model_path))) is None:
                     raise

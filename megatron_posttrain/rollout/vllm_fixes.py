@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+
+from megatron_posttrain.platform.scope import replaced
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -91,6 +94,17 @@ def map_when_freed(allocator: Any) -> None:
     moment, which takes one allocation's memory and not the whole engine's.
     """
     allocator.pointer_to_data = _MappedWhenFreed(allocator.pointer_to_data)
+
+
+def counted_nodes(on_node: int) -> contextlib.AbstractContextManager[None]:
+    """While an engine starts: nodes are counted from the ranks, `on_node` of which are on each. vLLM asks every rank in
+    turn who shares its memory, with three collectives over all ranks a node: minutes with hundreds of nodes."""
+    from vllm.distributed import parallel_state
+
+    def count(group: Any) -> int:
+        return len({rank // on_node for rank in dist.get_process_group_ranks(group)})
+
+    return replaced([(parallel_state, "_node_count", count)])
 
 
 @contextlib.contextmanager

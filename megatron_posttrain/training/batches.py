@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from megatron_posttrain.data.batch import PackedBatch, microbatches, pack_batch
+from megatron_posttrain.data.batch import PackedBatch, filler, pack_batch, unit_numbers
 from megatron_posttrain.data.batch import Sequence as TokenSequence
+from megatron_posttrain.data.packing import deal
+from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.parallel.groups import Groups
+from megatron_posttrain.parallel.layout import Layout
+from megatron_posttrain.planning.flops import sequence_flops
 
 Row = Sequence[TokenSequence]
+Shares = list[list[list[int]]]  # indices of sequences: [data parallel rank][micro-batch]
 
 
 def rank_micro_batches(rows: Sequence[Row], groups: Groups, micro_batch_size: int) -> list[PackedBatch]:
@@ -28,11 +33,37 @@ def rank_micro_batches(rows: Sequence[Row], groups: Groups, micro_batch_size: in
     return [pack_batch(m, multiple=layout.sequence_multiple) for m in merged[rank :: layout.data]]
 
 
-def rank_token_batches(sequences: Row, groups: Groups, token_budget: int) -> list[PackedBatch]:
+def token_shares(
+    lengths: Sequence[int], layout: Layout, arch: Architecture, token_budget: int, units: Sequence[int] | None = None
+) -> Shares:
+    """Who trains what: micro-batches of at most `token_budget` tokens, ranks with about equal FLOPs, units whole.
+
+    A pure function of its arguments, the same on every rank: tokens need not be there to know who needs them.
+    """
+    return deal(
+        lengths,
+        token_budget,
+        ranks=layout.data,
+        multiple=layout.micro_batch_multiple // layout.data,
+        units=units,
+        work=sequence_flops(arch, lengths),
+    )
+
+
+def pack_share(
+    share: Sequence[Sequence[int]], sequence: Callable[[int], TokenSequence], layout: Layout
+) -> list[PackedBatch]:
+    """Micro-batches of the sequences with these indices, which are asked for one micro-batch at a time."""
+    return [
+        pack_batch([sequence(i) for i in indices] or [filler()], multiple=layout.sequence_multiple) for indices in share
+    ]
+
+
+def rank_token_batches(sequences: Row, groups: Groups, arch: Architecture, token_budget: int) -> list[PackedBatch]:
     """This data parallel rank's share of `sequences`, in micro-batches of at most `token_budget` tokens."""
-    layout = groups.layout
-    shares = microbatches(sequences, token_budget, layout.micro_batch_multiple)
-    return [pack_batch(share, multiple=layout.sequence_multiple) for share in shares[groups.data.rank() :: layout.data]]
+    lengths = [len(sequence.token_ids) for sequence in sequences]
+    shares = token_shares(lengths, groups.layout, arch, token_budget, unit_numbers(sequences))
+    return pack_share(shares[groups.data.rank()], sequences.__getitem__, groups.layout)
 
 
 def to_rows(flat: Tensor, cu_seqlens: Tensor) -> Tensor:

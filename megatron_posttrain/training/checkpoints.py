@@ -22,15 +22,16 @@ from megatron_posttrain.parallel.groups import broadcast_object
 from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.scope import replaced
 from megatron_posttrain.training.deadline import Deadline
-from megatron_posttrain.training.disk import agree, cause, checkpoint_bytes, described
+from megatron_posttrain.training.disk import agree, cause, checkpoint_bytes, described, first_problem
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.optimizer import set_hyper_parameters
 from megatron_posttrain.training.optimizer_fixes import optimizer_can_resume
 from megatron_posttrain.training.record import Record
 from megatron_posttrain.training.resume import STATE_FILE, Origin
+from megatron_posttrain.training.stretches import Stretches, without_gathered_states
 
-# Any data parallel size can read what any other wrote.
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+# Any layout can read what any other wrote. A constant: megatron-core writes into the dict that it is given.
+SHARDING = (("distrib_optim_sharding_type", "fully_reshardable"),)
 UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError)
 
 
@@ -79,8 +80,14 @@ class Checkpoints:
         with self._failing_together(final, partial):
             from megatron.core import dist_checkpointing
 
-            with platform().megatron(), optimizer_can_resume(), _written_by_threads():
-                dist_checkpointing.save(_sharded_state(engine, loading=False), str(partial), content_metadata=SHARDING)
+            with platform().megatron(), optimizer_can_resume(), without_gathered_states(), _written_by_threads():
+                dist_checkpointing.save(
+                    _sharded_state(engine, loading=False)[0],
+                    str(partial),
+                    # It gathers every rank's entries on every rank; torch checks that all of a tensor is there, once.
+                    validate_access_integrity=False,
+                    content_metadata=dict(SHARDING),
+                )
         with self._failing_together(final, partial):
             if dist.get_rank() == 0:
                 state = {"step": step} if self.origin is None else self.origin.state(step)
@@ -204,20 +211,22 @@ def _load(engine: Engine, path: Path) -> str | None:
 
     problem = None
     try:
-        with platform().megatron(), optimizer_can_resume():
-            loaded = dist_checkpointing.load(_sharded_state(engine, loading=True), str(path))
+        with platform().megatron(), optimizer_can_resume(), without_gathered_states():
+            state, stretches = _sharded_state(engine, loading=True)
+            loaded = dist_checkpointing.load(state, str(path), validate_access_integrity=False)
             for index, chunk in enumerate(engine.modules):
-                chunk.load_state_dict(loaded[_model_key(engine, index)], strict=False)
+                chunk.load_state_dict(loaded.get(_model_key(engine, index), {}), strict=False)
             engine.optimizer.load_state_dict(loaded["optimizer"])
+            stretches.restore()
+            for chunk in engine.chunks:
+                chunk.start_param_sync(force_sync=True)
         if engine.optimizer_config is not None:
             set_hyper_parameters(engine.optimizer, engine.optimizer_config)
     except torch.OutOfMemoryError:
         raise
     except (CheckpointException, CheckpointingException, *UNREADABLE) as error:
         problem = described(error)
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    return next((p for p in problems if p), None)
+    return first_problem(problem)
 
 
 def _written_by_threads() -> contextlib.AbstractContextManager[None]:
@@ -233,10 +242,19 @@ def _model_key(engine: Engine, index: int) -> str:
     return f"model{index}" if len(engine.modules) > 1 else "model"
 
 
-def _sharded_state(engine: Engine, *, loading: bool) -> dict[str, Any]:
+def _sharded_state(engine: Engine, *, loading: bool) -> tuple[dict[str, Any], Stretches]:
+    """What megatron-core saves, or loads into. Trained weights are not loaded: they are the optimizer's, rounded."""
     state: dict[str, Any] = {
-        _model_key(engine, index): chunk.sharded_state_dict(metadata=SHARDING)  # type: ignore[operator]
+        _model_key(engine, index): chunk.sharded_state_dict(metadata=dict(SHARDING))  # type: ignore[operator]
         for index, chunk in enumerate(engine.modules)
     }
-    state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading=loading, metadata=SHARDING)
-    return state
+    stretches = Stretches(engine.optimizer, list(state.values()))
+    optimizer = engine.optimizer.sharded_state_dict(state, is_loading=loading, metadata=dict(SHARDING))
+    rest = {key: stretches.without_trained(chunk) for key, chunk in state.items()}
+    if loading and engine.precision.fp8 is None:  # what modules keep beside tensors is FP8's
+        rest = {
+            key: {name: entry for name, entry in chunk.items() if not name.endswith("_extra_state")}
+            for key, chunk in rest.items()
+        }
+    pieces = stretches.to_load() if loading else stretches.to_save()
+    return rest | {"optimizer": optimizer, "stretches": pieces}, stretches

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -16,6 +17,7 @@ from megatron_posttrain.errors import SaveError, UserError
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.output import check_output
+from megatron_posttrain.platform import platform
 
 PROBE_BYTES = 1 << 20
 OPTIMIZER_BYTES = 12  # a parameter: fp32 main weight and two moments
@@ -85,7 +87,16 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def agree(problem: str | None) -> None:
     """Collective: SaveError on every rank when any has a problem, the lowest rank's."""
+    if found := first_problem(problem):
+        raise SaveError(found)
+
+
+def first_problem(problem: str | None) -> str | None:
+    """Collective: the lowest rank's, on every rank. Words are gathered only where there are any."""
+    here = torch.tensor([int(problem is not None)], device=platform().device)
+    dist.all_reduce(here, op=dist.ReduceOp.MAX)
+    if not here.item():
+        return None
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
-    if found := [p for p in problems if p]:
-        raise SaveError(found[0])
+    return next((found for found in problems if found), None)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_posttrain.checkpoint.hf import model_directory, write_directory
+from megatron_posttrain.checkpoint.hf import directory_writer, model_directory
 from megatron_posttrain.checkpoint.hf_files import custom_code
 from megatron_posttrain.errors import SaveError, UserError
 from megatron_posttrain.platform import platform
@@ -29,22 +30,54 @@ def export(engine: Engine, source: Path, directory: Path, tokenizer: str | None 
     """Collective: writes `directory` anew, with the tokenizer of another directory or hub id, and the other files of
     `source`.
 
-    Raises SaveError on every rank when it cannot be written.
+    The first rank of each pipeline stage writes the stage's tensors, in files of their own. Raises SaveError on every
+    rank when it cannot be written.
     """
-    tensors = full_tensors(engine)
+    engine.gather_weights()
+    exporter, writer = engine.exporter, None
+    here = exporter.writer_of
+    main = dist.get_rank() == 0
+    with _failing_together(directory):
+        if here is not None:
+            place = None if tokenizer is None else model_directory(tokenizer, "model.tokenizer")
+            options = {"overwrite": True, "tokenizer": place}
+            layout, writer = directory_writer(
+                directory, engine.arch, source=source, stages=exporter.stage_of(), **options
+            )
+        if main and writer is not None:
+            writer.begin()
+    try:
+        with _failing_together(directory), platform().megatron():
+            tensors = exporter.hf_tensors(of_stage=True)
+            try:
+                if writer is not None:
+                    writer.open(here)
+                    for name, tensor in layout.assemble(tensors):
+                        writer.write(name, tensor)
+                    writer.close_files()
+            finally:
+                for _ in tensors:  # on all other ranks, and where it failed: each tensor is gathered by all
+                    pass
+        with _failing_together(directory):
+            if main and writer is not None:
+                writer.finish()
+    finally:
+        if main and writer is not None:
+            writer.discard()
+    if main and (left := custom_code(source)):
+        print(f"{directory}: left behind, custom code of {source}: {', '.join(left)}", flush=True)
+
+
+@contextlib.contextmanager
+def _failing_together(directory: Path) -> Iterator[None]:
+    """Collective: one rank's failure to write becomes every rank's SaveError."""
     problem = None
     try:
-        if dist.get_rank() == 0:
-            place = None if tokenizer is None else model_directory(tokenizer, "model.tokenizer")
-            write_directory(directory, engine.arch, tensors, source=source, overwrite=True, tokenizer=place)
-            if left := custom_code(source):
-                print(f"{directory}: left behind, custom code of {source}: {', '.join(left)}", flush=True)
+        yield
     except OSError as error:
         problem = f"{directory} could not be written: {cause(directory, error)}"
     except UserError as error:
         problem = f"{directory} could not be written: {error}"
-    for _ in tensors:  # on all other ranks, and where it failed: each tensor is gathered by all
-        pass
     agree(problem)
 
 

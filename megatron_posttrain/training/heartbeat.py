@@ -24,6 +24,8 @@ from typing import Any
 FACTOR, FLOOR = 20.0, 600.0  # a phase may take so many times the longest recent step, and at least so many seconds
 UNKNOWN = 1500.0  # seconds for first steps, checkpoints and exports; below torch.distributed's own 30 minutes
 WRITE_EVERY = 0.5  # seconds; quick steps would otherwise load a shared file system
+WRITES_PER_S = 400  # of all ranks together
+ERROR = "error"  # made by the first rank that ends with an error
 TORCH_FRAMES = ("/torch/", "typing_extensions.py", "__torch_function__")
 FRAMES, GROUPS = 6, 4  # of the diagnosis: it should fit the end of a log
 
@@ -36,7 +38,8 @@ class Heartbeat:
     ) -> None:
         self.directory, self.rank, self.ranks, self.current_step = directory, rank, ranks, step
         self.hang_seconds = hang_seconds
-        self._poll = min(5.0, (hang_seconds or FLOOR) / 4)
+        self._write_every = max(WRITE_EVERY, ranks / WRITES_PER_S)
+        self._poll = max(min(5.0, (hang_seconds or FLOOR) / 4), ranks / WRITES_PER_S)
         self._phases: list[str] = []
         self._changes = 0
         self._durations: deque[float] = deque(maxlen=20)
@@ -45,7 +48,7 @@ class Heartbeat:
         self._written = self._armed = 0.0
         self._lock, self._ended = threading.Lock(), threading.Event()
         directory.mkdir(parents=True, exist_ok=True)
-        for name in ("hang", "hang.txt", f"rank_{rank}.stack"):  # of an earlier run
+        for name in ("hang", "hang.txt", ERROR) if rank == 0 else ():  # of an earlier run
             (directory / name).unlink(missing_ok=True)
         self._stack = (directory / f"rank_{rank}.stack").open("w")
         self._write()
@@ -103,7 +106,7 @@ class Heartbeat:
     def _changed(self) -> None:
         now = self._since = time.monotonic()
         self._changes += 1
-        if now - self._written > WRITE_EVERY:
+        if now - self._written > self._write_every:
             self._write()
         if now - self._armed > 1.0:
             # A thread of C, which writes the stack even where this interpreter's lock is held for ever.
@@ -207,6 +210,18 @@ def diagnosis(directory: Path, ranks: int, *, stacks: bool = True) -> str:
         lines += [f"      {frame}" for frame in frames]
     rest = [rank for _, members in ordered[GROUPS:] for rank in members]
     return "\n".join([*lines, *([f"  ranks {spans(sorted(rest))}: elsewhere"] if rest else [])])
+
+
+def last_words(directory: Path, rank: int, ranks: int) -> str:
+    """What a rank that ends with an error says of the others: often a collective that timed out or lost a peer, and
+    where the others are says why. The first one looks for all; else every rank would read what every rank wrote."""
+    try:
+        with (directory / ERROR).open("x") as file:
+            file.write(f"{rank}\n")
+    except FileExistsError:
+        return f"rank {rank} ends with an error, too; see rank {(directory / ERROR).read_text().strip()}"
+    where = diagnosis(directory, ranks, stacks=False)
+    return f"rank {rank} ends with an error; ranks when they were last heard of:\n{where}"
 
 
 def read_beat(directory: Path, rank: int) -> dict[str, Any] | None:

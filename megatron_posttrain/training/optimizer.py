@@ -88,6 +88,7 @@ def make_optimizer(
             overlap_param_gather=overlap,
         ),
         list(chunks),
+        use_gloo_process_groups=False,
     )
     set_hyper_parameters(optimizer, config)
     model_config.finalize_model_grads_func = finalize_model_grads

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_posttrain.config.load import to_yaml
 from megatron_posttrain.config.schema import Config
 from megatron_posttrain.platform import platform
-from megatron_posttrain.training.heartbeat import Heartbeat, diagnosis
+from megatron_posttrain.training.heartbeat import Heartbeat, last_words
 
 STOP_FILE = ".stop"
 
@@ -117,11 +117,7 @@ class Record:
     def close(self, error: BaseException | None = None) -> None:
         """`error`: why the run ends before its time."""
         if isinstance(error, RuntimeError) and dist.get_world_size() > 1:
-            # Often a collective that timed out or lost a peer: where the others are says why.
-            where = diagnosis(self.directory / "heartbeats", dist.get_world_size(), stacks=False)
-            print(
-                f"rank {dist.get_rank()} ends with an error; ranks when they were last heard of:\n{where}", flush=True
-            )
+            print(last_words(self.directory / "heartbeats", dist.get_rank(), dist.get_world_size()), flush=True)
         self._heartbeat.stop()
         for file in (self._metrics, self._tensorboard):
             if file is not None:

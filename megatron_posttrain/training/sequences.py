@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_posttrain.data.batch import PackedBatch
+from megatron_posttrain.data.batch import FILLER, PackedBatch
 from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.parallel.groups import Groups
+from megatron_posttrain.platform import platform
 from megatron_posttrain.training.batches import rank_token_batches
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.finite import anywhere
-from megatron_posttrain.training.heads import LabelLogprobs, Output
+from megatron_posttrain.training.heads import LabelLogprobs
 
 
 def sequence_logprobs(
@@ -25,23 +27,56 @@ def sequence_logprobs(
     [length - 1] fp32 on the host, on every rank. Sequences share micro-batches of at most `token_budget` tokens.
     """
     numbered = [replace(sequence, index=index) for index, sequence in enumerate(sequences)]
-    batches = rank_token_batches(numbered, engine.groups, token_budget)
+    batches = rank_token_batches(numbered, engine.groups, engine.arch, token_budget)
+    outputs = batch_logprobs(engine, batches, temperature)
+    sizes = [len(sequence.token_ids) - 1 for sequence in sequences]
+    everything = torch.zeros(sum(sizes))
+    found = list(everything.split(sizes))
+    for index, values in _real(batches, outputs):
+        found[index].copy_(values)
+    if engine.groups.data.size() > 1:
+        flat = everything.to(platform().device)
+        dist.all_reduce(flat, group=engine.groups.data)  # each rank's zeros but for its own
+        everything.copy_(flat)
+    return found
+
+
+def batch_logprobs(engine: Engine, batches: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
+    """Log-probs of this rank's micro-batches, each [T] fp32 on the host, aligned as their labels.
+
+    Raises NotFiniteError on all ranks when one is not finite.
+    """
     head = LabelLogprobs(temperature)
-    everything = gather_sequences(engine.groups, batches, engine.forward(batches, head))
-    if anywhere(not all(values.isfinite().all() for values in everything)):
+    outputs = engine.forward(batches, head)
+    logprobs = [o["logprobs"][: len(batch.tokens)].cpu() for batch, o in zip(batches, outputs, strict=True)]
+    if anywhere(not all(values.isfinite().all() for values in logprobs)):
         engine.refuse_outputs(batches, head)
-    return everything
+    return logprobs
 
 
-def gather_sequences(groups: Groups, batches: Sequence[PackedBatch], outputs: Sequence[Output]) -> list[Tensor]:
-    """Log-probs of every data parallel rank's micro-batches in the order of their sequences' indices from 0."""
-    layout = groups.layout
-    found: dict[int, Tensor] = {}
-    for batch, output in zip(batches, outputs, strict=True):
-        for index, values in zip(batch.sequence_ids, batch.per_sequence(output["logprobs"]), strict=True):
-            found[index] = values.cpu()
-    gathered: list[dict[int, Tensor]] = [found] * layout.data
-    if layout.data > 1:
-        dist.all_gather_object(gathered, found, group=groups.data)
-    everything = {index: values for part in gathered for index, values in part.items()}
-    return [everything[i] for i in sorted(everything) if i >= 0]
+def sums_by_sequence(groups: Groups, batches: Sequence[PackedBatch], values: Sequence[Tensor], count: int) -> Tensor:
+    """Collective over all ranks: sums over the labels of each sequence, by its index below `count`.
+
+    Args:
+        values: of each micro-batch, [T], on the ranks of the last pipeline stage; other ranks' are not looked at.
+
+    Returns:
+        [count] fp64 on the host of every rank.
+    """
+    totals = torch.zeros(count, dtype=torch.float64)
+    if groups.last_stage and groups.tensor.rank() == 0 and groups.context.rank() == 0:
+        for index, part in _real(batches, values):
+            totals[index] = part.double().sum()
+    everywhere = totals.to(platform().device)
+    dist.all_reduce(everywhere)
+    return everywhere.cpu()
+
+
+def _real(batches: Sequence[PackedBatch], values: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
+    """Each sequence's index and its values [length - 1]; without fillers."""
+    return [
+        (index, part)
+        for batch, of_batch in zip(batches, values, strict=True)
+        for index, part in zip(batch.sequence_ids, batch.per_sequence(of_batch), strict=True)
+        if index != FILLER
+    ]

@@ -1,0 +1,45 @@
+"""Collectives on arrays of the host, over all ranks, whatever the device that the backend sends from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_posttrain.platform import platform
+
+
+def gather_rows(values: Tensor) -> Tensor:
+    """[...] of one shape on every rank -> [world, ...] on every rank."""
+    mine = values.to(platform().device).contiguous()
+    rows = mine.new_empty(dist.get_world_size() * mine.numel())
+    dist.all_gather_into_tensor(rows, mine.flatten())
+    return rows.cpu().view(dist.get_world_size(), *values.shape)
+
+
+def exchange(flat: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    """All-to-all of parts of flat tensors: `sent[r]` entries go to rank r, `received[r]` come from it, in order."""
+    if dist.get_world_size() == 1:
+        return flat
+    device = platform().device
+    arrived = torch.empty(sum(received), dtype=flat.dtype, device=device)
+    dist.all_to_all_single(arrived, flat.to(device), list(received), list(sent))
+    return arrived.cpu()
+
+
+def to_first_rank(own: bytes, sources: Iterable[int]) -> Iterator[bytes]:
+    """On rank 0, the bytes of each source in turn, so that it holds one at a time; nothing on other ranks, which
+    must iterate too."""
+    rank, device = dist.get_rank(), platform().device
+    sizes = gather_rows(torch.tensor([len(own)])).flatten().tolist()
+    for source in sources:
+        if source == 0 and rank == 0:
+            yield own
+        elif rank == source and own:
+            dist.send(torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device), 0)
+        elif rank == 0 and sizes[source]:
+            box = torch.empty(sizes[source], dtype=torch.uint8, device=device)
+            dist.recv(box, source)
+            yield box.cpu().numpy().tobytes()

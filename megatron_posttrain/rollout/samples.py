@@ -1,0 +1,228 @@
+"""The samples of one RL step: what was asked, what was said, and what it was worth."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_posttrain.config.algorithms import GrpoConfig
+from megatron_posttrain.data.batch import Sequence as TokenSequence
+from megatron_posttrain.data.dataset import Prompt
+from megatron_posttrain.parallel.exchange import exchange, gather_rows, to_first_rank
+from megatron_posttrain.rewards.registry import Reward, Sample, compute_rewards
+from megatron_posttrain.rollout.engine import Completion, RolloutEngine, Sampling
+from megatron_posttrain.rollout.text import response_text, split_response, stop_token_ids
+
+Floats = NDArray[np.float64]
+
+
+@dataclass
+class Samples:
+    """Of a step, n samples, those of a prompt one after the other.
+
+    Arrays [n] and prompts are of all samples and the same on every rank. Tokens, their log-probs and texts are
+    of the `drawn` ones only, on the replica that drew them.
+    """
+
+    prompts: list[Prompt]  # of every sample
+    lengths: NDArray[np.int64]  # [n] tokens of the response
+    truncated: NDArray[np.bool_]  # [n] stopped by max_tokens
+    rewards: Floats  # [n]
+    rewards_by_name: dict[str, Floats]  # each [n]
+    seconds: float  # of generation, the slowest replica's
+    drawn: range
+    token_ids: list[NDArray[np.int32]]  # of each drawn sample: its response
+    logprobs: list[NDArray[np.float32]]  # of each drawn sample, the engine's
+    texts: list[str]  # of each drawn sample, on the first rank of a replica
+    ranks_per_replica: int
+    share: int  # samples a replica, but for the last
+    advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # [n]
+    differences: Floats = field(default_factory=lambda: np.empty(0))  # [n] sums of |trainer - engine| log-probs, nats
+
+    @property
+    def total_lengths(self) -> list[int]:
+        """[n] tokens of prompt and response."""
+        return [len(p.token_ids) + n for p, n in zip(self.prompts, self.lengths.tolist(), strict=True)]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.total_lengths)
+
+    def finish_reason(self, sample: int) -> Literal["stop", "length"]:
+        return "length" if self.truncated[sample] else "stop"
+
+    def metrics(self) -> dict[str, float]:
+        count, tokens = len(self.prompts), int(self.lengths.sum())
+        by_name = {f"reward/{name}": sum(r.tolist()) / count for name, r in self.rewards_by_name.items()}
+        return {
+            "reward": sum(self.rewards.tolist()) / count,
+            "response_length": tokens / count,
+            "truncated_fraction": int(self.truncated.sum()) / count,
+            "logprob_difference": float(self.differences.sum()) / max(1, tokens),
+            "tokens": self.tokens,
+        } | (by_name if len(by_name) > 1 else {})
+
+    def receive(self, wanted: Sequence[Sequence[int]], data_rank: int) -> Callable[[int], TokenSequence]:
+        """Collective over all ranks: each gets the tokens of the samples that it trains on, and no others.
+
+        Args:
+            wanted: of every data parallel rank, its samples; the same on all ranks.
+            data_rank: this rank's.
+
+        Returns:
+            the training sequence of a sample that this rank wanted.
+        """
+        rank, world = dist.get_rank(), dist.get_world_size()
+        data_ranks = gather_rows(torch.tensor([data_rank])).flatten().tolist()
+        sent = [[i for i in wanted[data_ranks[r]] if self._source(i, r) == rank] for r in range(world)]
+        received: list[list[int]] = [[] for _ in range(world)]
+        for i in wanted[data_rank]:
+            received[self._source(i, rank)].append(i)
+        parts = [np.empty(0, np.int32)]
+        for i in (i for to_rank in sent for i in to_rank):
+            parts += [self.token_ids[i - self.drawn.start], self.logprobs[i - self.drawn.start].view(np.int32)]
+        sizes = [[2 * int(self.lengths[items].sum()) for items in way] for way in (sent, received)]
+        flat = exchange(torch.from_numpy(np.concatenate(parts)), *sizes).numpy()
+        order = [i for from_rank in received for i in from_rank]
+        ends = np.cumsum(2 * self.lengths[order])
+        responses = {i: flat[end - 2 * self.lengths[i] : end] for i, end in zip(order, ends.tolist(), strict=True)}
+        return lambda i: self._sequence(i, *np.split(responses[i], 2))
+
+    def _source(self, sample: int, rank: int) -> int:
+        """The rank that sends a sample to `rank`: the ranks of its replica share the work."""
+        return sample // self.share * self.ranks_per_replica + rank % self.ranks_per_replica
+
+    def _sequence(self, sample: int, token_ids: NDArray[np.int32], logprobs: NDArray[np.int32]) -> TokenSequence:
+        """Prompt and response; the response's tokens count."""
+        prompt = np.asarray(self.prompts[sample].token_ids, np.int32)
+        none = np.zeros(len(prompt), np.float32)
+        counts = np.arange(len(prompt) + len(token_ids)) >= len(prompt)
+        extras = {
+            "rollout_logprobs": np.concatenate([none, logprobs.view(np.float32)]),
+            "advantages": counts * np.float32(self.advantages[sample]),
+        }
+        return TokenSequence(np.concatenate([prompt, token_ids]), counts, extras, index=sample)
+
+    def to_first_rank(self, records: Iterable[Any]) -> Iterator[bytes]:
+        """Collective: JSON lines of the drawn samples' records, as the first rank of each replica gives them, in
+        the samples' order on rank 0; replica after replica, so that it never holds those of all."""
+        lines = b""
+        if dist.get_rank() % self.ranks_per_replica == 0:
+            lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+        return to_first_rank(lines, range(0, dist.get_world_size(), self.ranks_per_replica))
+
+
+def collect_samples(
+    rollout: RolloutEngine,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    rewards: Sequence[Reward],
+    config: GrpoConfig,
+    step: int,
+) -> Samples:
+    """Of a rollout step: a sample's seed depends on the run's seed, the step and its number."""
+    sampling = Sampling(config.rollout.samples_per_prompt, config.rollout.max_tokens, config.rollout.temperature)
+    sequence = np.random.SeedSequence([config.training.seed, step])
+    seeds = sequence.generate_state(len(prompts) * sampling.n, np.uint32) >> 1
+    return generate_samples(rollout, tokenizer, prompts, rewards, sampling, seeds.tolist())
+
+
+def generate_samples(
+    rollout: RolloutEngine,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    rewards: Sequence[Reward],
+    sampling: Sampling,
+    seeds: Sequence[int],
+) -> Samples:
+    """Collective: every replica generates and grades its share; lengths and rewards go to every rank.
+
+    Args:
+        sampling: `n` samples a prompt; they stop at the tokenizer's own tokens.
+        seeds: one a sample, so that they do not depend on the number of replicas.
+    """
+    of_sample = [prompt for prompt in prompts for _ in range(sampling.n)]
+    share = -(-len(of_sample) // rollout.replicas)
+    drawn = range(len(of_sample))[rollout.replica * share : (rollout.replica + 1) * share]
+    mine = of_sample[drawn.start : drawn.stop]
+    single = replace(sampling, n=1, stop_token_ids=stop_token_ids(tokenizer))
+    start = time.perf_counter()
+    asked = [prompt.token_ids for prompt in mine]
+    completions = rollout.generate(asked, single, seeds[drawn.start : drawn.stop])
+    seconds = time.perf_counter() - start
+    texts: list[str] = []
+    graded: tuple[list[dict[str, float]], list[float]] = ([], [])
+    if dist.get_rank() % rollout.tensor == 0:
+        texts = [response_text(tokenizer, c.token_ids) for c in completions]
+        graded = compute_rewards(_said(tokenizer, mine, completions, texts), rewards)
+    facts = np.zeros((share + 1, 3 + len(rewards)))
+    facts[-1, 0] = seconds
+    for k, completion in enumerate(completions):
+        facts[k, :2] = len(completion.token_ids), completion.finish_reason == "length"
+    for k, (by_name, total) in enumerate(zip(*graded, strict=True)):
+        facts[k, 2:] = total, *(by_name[r.name] for r in rewards)
+    everywhere = gather_rows(torch.from_numpy(facts)).numpy()[:: rollout.tensor]
+    known = everywhere[:, :-1].reshape(-1, facts.shape[1])[: len(of_sample)].T
+    return Samples(
+        prompts=of_sample,
+        lengths=known[0].astype(np.int64),
+        truncated=known[1].astype(bool),
+        rewards=known[2],
+        rewards_by_name={r.name: values for r, values in zip(rewards, known[3:], strict=True)},
+        seconds=float(everywhere[:, -1, 0].max()),
+        drawn=drawn,
+        token_ids=[np.array(c.token_ids, np.int32) for c in completions],
+        logprobs=[np.array(c.logprobs, np.float32) for c in completions],
+        texts=texts,
+        ranks_per_replica=rollout.tensor,
+        share=share,
+    )
+
+
+def _said(
+    tokenizer: Any, prompts: Sequence[Prompt], completions: Sequence[Completion], texts: Sequence[str]
+) -> list[Sample]:
+    parts = (split_response(tokenizer, p.token_ids, c.token_ids) for p, c in zip(prompts, completions, strict=True))
+    return [
+        Sample(prompt.messages, text, prompt.answer, prompt.metadata, reasoning, final)
+        for prompt, text, (reasoning, final) in zip(prompts, texts, parts, strict=True)
+    ]
+
+
+def save_samples(path: Path, samples: Samples) -> None:
+    """Collective over all ranks; rank 0 writes one object a sample."""
+    texts = zip(samples.drawn, samples.token_ids, samples.texts, strict=False)  # only first ranks have texts
+    lines = samples.to_first_rank(_record(samples, k, token_ids, text) for k, token_ids, text in texts)
+    if dist.get_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.writelines(lines)
+    else:
+        list(lines)
+
+
+def _record(samples: Samples, k: int, token_ids: NDArray[np.int32], text: str) -> dict[str, Any]:
+    prompt = samples.prompts[k]
+    return {
+        "index": prompt.index,
+        "prompt": prompt.messages,
+        "answer": prompt.answer,
+        "response": text,
+        "prompt_token_ids": prompt.token_ids,
+        "token_ids": token_ids.tolist(),
+        "reward": float(samples.rewards[k]),
+        "rewards": {name: float(values[k]) for name, values in samples.rewards_by_name.items()},
+        "advantage": float(samples.advantages[k]),
+        "finish_reason": samples.finish_reason(k),
+        "logprob_difference": float(samples.differences[k]) / max(1, int(samples.lengths[k])),
+    }
