@@ -53,7 +53,8 @@ def prepare(config: Config, world_size: int | None = None) -> Prepared:
         refuse_unused_gpu()
         check_disk(config, arch)
         keep_date(config)
-    return Prepared(config, arch, layout, read_tokenizer(config.model.tokenizer or path, arch), path)
+    tokenizer = read_tokenizer(config.model.tokenizer or path, arch, path)
+    return Prepared(config, arch, layout, tokenizer, path)
 
 
 def check_launcher() -> None:
@@ -74,9 +75,12 @@ def read_architecture(config: Config, directory: Path) -> Architecture:
     return check_directory(directory)[1]
 
 
-def read_tokenizer(place: Path | str, arch: Architecture | None) -> Any:
-    """Raises UserError where it cannot be read, has no chat template, or more tokens than the model's vocabulary."""
-    tokenizer = load_tokenizer(str(place))
+def read_tokenizer(place: Path | str, arch: Architecture | None, model: Path | None = None) -> Any:
+    """The tokenizer of `place` for a `model`, which may be another directory.
+
+    Raises UserError where it cannot be read, has no chat template, or more tokens than the model's vocabulary.
+    """
+    tokenizer = load_tokenizer(str(place), model)
     if arch is not None and len(tokenizer) > arch.vocab_size:
         raise UserError(
             f"{place}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {arch.vocab_size}"
