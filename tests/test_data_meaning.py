@@ -8,7 +8,7 @@ import pytest
 from megatron_posttrain.cli.main import main
 from megatron_posttrain.config.schema import DataConfig
 from megatron_posttrain.data.rows import read_rows
-from megatron_posttrain.data.tokenize import encode_conversation, encode_row
+from megatron_posttrain.data.tokenize import encode_conversation, encode_row, load_tokenizer
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.rollout.text import stop_token_ids
 from tests.chat_tokenizers import CHATML, CHATML_MARKED, byte_tokenizer, turns
@@ -87,7 +87,7 @@ def test_columns(tmp_path, caplog):
         DataConfig(train="a", columns={"promt": "q"})
 
 
-def test_preferences(tmp_path):
+def test_preferences(tmp_path, caplog):
     asked = "\n\nHuman: a\n\nAssistant: "
     file = write(tmp_path / "a.jsonl", {"chosen": asked + "b", "rejected": asked + "c"},
                  {"prompt": "a", "chosen": turns("a", "b"), "rejected": turns("a", "c"), "margin": 1},
@@ -96,6 +96,17 @@ def test_preferences(tmp_path):
     assert [row.messages for row in rows[:2]] == [turns("a")] * 2
     assert [(row.chosen[0]["content"], row.rejected[0]["content"]) for row in rows[:2]] == [("b", "c")] * 2
     assert (rows[1].margin, rows[2].label, rows[2].messages) == (1, False, turns("a", "b"))
+    judged = {"instruction": "a", "output_1": "b", "output_2": "c"}
+    both = write(tmp_path / "b.jsonl", *(judged | {"preference": p} for p in (1, 2.0, 0, 1.5, None)))
+    rows_of_two = read_rows(both, use="preference")
+    assert [(row.chosen[0]["content"], row.rejected[0]["content"]) for row in rows_of_two] == [("b", "c"), ("c", "b")]
+    assert "b.jsonl: 3 rows left out: preference says that neither" in caplog.text
+    with pytest.raises(UserError, match=r"b\.jsonl:1: data\.columns\.chosen is the same output in every row"):
+        read_rows(
+            both, use="preference", columns={"prompt": "instruction", "chosen": "output_1", "rejected": "output_2"}
+        )
+    with pytest.raises(UserError, match=r"b\.jsonl:1: preference must be 1 or 2, or 0 for a tie, found 3"):
+        read_rows(write(tmp_path / "b.jsonl", judged | {"preference": 3}), use="preference")
     with pytest.raises(UserError, match=r"a\.jsonl:1: a row of the form comparison \(chosen, rejected\)"):
         read_rows(file, require_assistant=True)
 
@@ -113,6 +124,8 @@ def test_what_the_template_leaves_out(tmp_path):
         encode_conversation(byte_tokenizer(CHATML), [ASK, call], "a:1")
     with pytest.raises(UserError, match=r"leaves out the tool f"):
         encode_conversation(byte_tokenizer(CHATML), [ASK, REPLY], "a:1", {"tools": [{"name": "f"}]})
+    with pytest.raises(UserError, match=r"leaves out chat_template_kwargs\.documents, which it does not read"):
+        encode_conversation(byte_tokenizer(CHATML), [ASK, REPLY], "a:1", {"documents": [{"title": "t", "text": "d"}]})
     with pytest.raises(UserError, match="half of a character"):
         encode_conversation(byte_tokenizer(CHATML), turns("cut \ud83d", "b"), "a:1")
 
@@ -126,6 +139,21 @@ def test_stops(tmp_path):
     assert {5, 7} < set(stop_token_ids(tokenizer))
 
 
+def test_stops_of_a_model_with_the_tokenizer_of_another_directory(tmp_path):
+    """Those of the model's list that are the same token in the run's tokenizer; its end of turn in any case."""
+    ends = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|eom|>"]
+    base = byte_tokenizer(CHATML, special=[*ends, "<|only|>"])
+    for name, tokenizer in (("model", base), ("own", byte_tokenizer(CHATML, special=[*ends, "<|other|>"]))):
+        tokenizer.save_pretrained(tmp_path / name)
+    ids = {token: base.convert_tokens_to_ids(token) for token in (*ends, "<|only|>")}
+    listed = [ids["</s>"], ids["<|eom|>"], ids["<|only|>"], 5]
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+    run = load_tokenizer(tmp_path / "own", tmp_path / "model")
+    assert set(stop_token_ids(run)) == {ids["<|im_end|>"], ids["</s>"], ids["<|eom|>"]}
+    assert set(stop_token_ids(load_tokenizer(tmp_path / "own"))) == {ids["<|im_end|>"]}
+    assert set(stop_token_ids(load_tokenizer(tmp_path / "model"))) == {ids["<|im_end|>"], *listed}
+
+
 def test_command_data(tmp_path, capsys):
     file = write(tmp_path / "a.jsonl", {"messages": [ASK, REPLY], "odd": 1})
     assert main(["data", str(file), "--json"]) == 0
@@ -134,5 +162,15 @@ def test_command_data(tmp_path, capsys):
     ]
     byte_tokenizer(CHATML).save_pretrained(tmp_path / "tokenizer")
     assert main(["data", str(file), "--tokenizer", str(tmp_path / "tokenizer")]) == 0
-    assert "<|im_start|>assistant\n\u00ab4<|im_end|>\u00bb" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "<|im_start|>assistant\n\u00ab4<|im_end|>\u00bb" in said
+    assert "of them counted: 0%: 2" in said
+    write(file, {"question": "2+2?", "answer": "4"})
+    assert main(["data", str(file), "--tokenizer", str(tmp_path / "tokenizer")]) == 0
+    said = capsys.readouterr().out
+    assert "tokens a prompt: 0%:" in said
+    assert "counted" not in said
+    with pytest.raises(SystemExit, match="2"):
+        main(["data", str(file), "--columns", "{promt: question}"])
+    assert "no column 'promt'; did you mean 'prompt'?" in capsys.readouterr().err
     assert main(["data", str(tmp_path / "no.jsonl")]) == 2

@@ -16,13 +16,12 @@ from megatron_posttrain.errors import UserError
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not SHARED.exists(), reason="no public data beside the project")
 
-PAIR = {"prompt": "instruction", "chosen": "output_1", "rejected": "output_2"}
 TARGET = {"prompt": "input", "answer": "target"}
 CALLS = {"messages": "question.0", "tools": "function"}
 # File, rows, use, the mapping it needs.
 FILES = [
-    ("alpaca_eval/Yi-34B-Chat_vs_text_davinci_003.gpt4_preferences.jsonl.gz", 803, "preference", PAIR),
-    ("alpaca_eval/alpaca-7b_vs_text_davinci_003.gpt4_preferences.jsonl.gz", 802, "preference", PAIR),
+    ("alpaca_eval/Yi-34B-Chat_vs_text_davinci_003.gpt4_preferences.jsonl.gz", 798, "preference", {}),
+    ("alpaca_eval/alpaca-7b_vs_text_davinci_003.gpt4_preferences.jsonl.gz", 786, "preference", {}),
     ("bbh/boolean_expressions.json.gz", 250, "rl", TARGET),
     ("bbh/causal_judgement.json.gz", 187, "rl", TARGET),
     ("bbh/word_sorting.json.gz", 250, "rl", TARGET),

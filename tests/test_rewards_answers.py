@@ -111,6 +111,13 @@ SAME = [
     ("B", "(B)"),
     ("She makes $18 per day.", "$18"),
     ("He has 3/4 of it left.", "0.75"),
+    (r"So it is $\boxed 5$.", "5"),
+    (r"$\boxed12$", "12"),
+    (r"\boxed{\approx 2}", "2"),
+    (r"\boxed{4\\}", "4"),
+    (r"\boxed{3}", r"\log_2 8"),
+    ("<answer>1</answer> no, <answer> 5 </answer>", "5"),
+    (r"<answer>1</answer> I mean \boxed{5}", "5"),
 ]
 DIFFERENT = [
     # a part of the answer
@@ -210,6 +217,9 @@ DIFFERENT = [
     ("I considered 5. The answer is 6.", "5"),
     (r"\boxed{41}, or maybe 42", "42"),
     ("A: 5\nB: 6\nThe answer is 7", "6"),
+    (r"$\boxed{}$ or \boxed 5 or \boxed", "5"),
+    ("<answer>5</answer><answer>6</answer>", "5"),
+    ("It is 5. <answer>unknown</answer>", "5"),
 ]
 
 

@@ -223,7 +223,7 @@ def divergence_loss(output: Output, batch: PackedBatch) -> tuple[Tensor, dict[st
 def validation_divergence(engine: Engine, teacher: Teacher, dataset: SftDataset) -> Mean:
     """Over the tokens of the whole set that count."""
     (sequences,) = numbered([[dataset[i] for i in range(len(dataset))]])
-    batches = rank_token_batches(sequences, engine.groups, dataset.sequence_length)
+    batches = rank_token_batches(sequences, engine.groups, engine.arch, dataset.sequence_length)
     teacher.look_at(batches)
     found = torch.zeros(2, dtype=torch.float64)
     for batch, output in zip(batches, engine.forward(batches, DivergenceHead(teacher)), strict=True):

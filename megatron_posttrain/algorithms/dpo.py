@@ -81,7 +81,7 @@ def model_with_reference(run: Run, references: list[ReferenceLogprobs]) -> Engin
 
 
 def pair_step(engine: Engine, config: DpoConfig, batch: list[Preference], reference: Tensor, lr: float) -> StepResult:
-    batches = unit_batches(sequences_of(batch), engine.groups, config)
+    batches = unit_batches(sequences_of(batch), engine, config)
     return engine.train_step(batches, partial(pair_loss, config.algorithm, reference), per_pair, lr)
 
 
@@ -130,7 +130,7 @@ def kto_step(engine: Engine, config: DpoConfig, batch: list[Preference], referen
     mismatched = score_sequences(engine, [unit[1] for unit in units], budget, LABEL_LOGPROBS, answer_logprobs)
     divergence = float((mismatched - reference[:, 1]).mean())
     labels = torch.tensor([float(bool(found.label)) for found in batch])
-    batches = unit_batches([unit[:1] for unit in units], engine.groups, config)
+    batches = unit_batches([unit[:1] for unit in units], engine, config)
     loss = partial(kto_loss, config.algorithm.beta, reference[:, 0], labels, divergence)
     result = engine.train_step(batches, loss, per_sequence, lr)
     result.metrics["kl"] = Mean(max(divergence, 0.0), 1)

@@ -10,11 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_posttrain.config.schema import Config
-from megatron_posttrain.data.batch import PackedBatch, microbatches, pack_batch
+from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.pairs import Preference, PreferenceDataset
 from megatron_posttrain.data.rows import read_rows
-from megatron_posttrain.parallel.groups import Groups
 from megatron_posttrain.platform import platform
 from megatron_posttrain.training.batches import rank_micro_batches, rank_token_batches, to_rows
 from megatron_posttrain.training.engine import Engine
@@ -60,22 +59,13 @@ def sequences_of(preferences: Sequence[Preference]) -> list[list[TokenSequence]]
     ]
 
 
-def unit_batches(units: Sequence[Sequence[TokenSequence]], groups: Groups, config: Config) -> list[PackedBatch]:
+def unit_batches(units: Sequence[Sequence[TokenSequence]], engine: Engine, config: Config) -> list[PackedBatch]:
     """This data parallel rank's micro-batches: `micro_batch_size` units each, or with `data.packing` as many as
     `token_budget` allows. A unit's sequences are never parted."""
     if not config.data.packing:
-        return rank_micro_batches(units, groups, config.training.micro_batch_size)
-    layout = groups.layout
-    whole = [TokenSequence(range(sum(len(s.token_ids) for s in u)), [], index=k) for k, u in enumerate(units)]
-    filler = TokenSequence([0], [0], index=-1)
-    shares = microbatches(whole, token_budget(config), layout.micro_batch_multiple)
-    return [
-        pack_batch(
-            [sequence for s in share if s.index >= 0 for sequence in units[s.index]] or [filler],
-            multiple=layout.sequence_multiple,
-        )
-        for share in shares[groups.data.rank() :: layout.data]
-    ]
+        return rank_micro_batches(units, engine.groups, config.training.micro_batch_size)
+    flat = [replace(sequence, unit=k) for k, unit in enumerate(units) for sequence in unit]
+    return rank_token_batches(flat, engine.groups, engine.arch, token_budget(config))
 
 
 def sides(batch: PackedBatch) -> tuple[list[int], list[int], list[int]]:
@@ -115,7 +105,7 @@ def score_sequences(
     Raises NotFiniteError on all ranks where one is not finite.
     """
     numbered = [replace(sequence, index=index) for index, sequence in enumerate(sequences)]
-    batches = rank_token_batches(numbered, engine.groups, budget)
+    batches = rank_token_batches(numbered, engine.groups, engine.arch, budget)
     found = torch.zeros(len(sequences))
     for batch, output in zip(batches, engine.forward(batches, head), strict=True):
         unpadded = {name: each[: len(batch.tokens)] for name, each in output.items()}

@@ -46,7 +46,7 @@ def reward_model(config: RewardModelConfig) -> int:
             with step.phase("data"):
                 rows = dataset.batch(step.index, config.training.global_batch_size)
                 batch = [dataset.preferences[row] for row in rows]
-                batches = unit_batches(sequences_of(batch), run.groups, config)
+                batches = unit_batches(sequences_of(batch), engine, config)
             with step.phase("train"):
                 loss = partial(pair_loss, config.algorithm.center, torch.tensor([found.margin for found in batch]))
                 result = engine.train_step(batches, loss, per_pair, step.learning_rate, HEAD)

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_posttrain.checkpoint import megatron
 from megatron_posttrain.checkpoint.hf import check_tensors, directory_layout, model_directory, table_reader
 from megatron_posttrain.checkpoint.hf_files import (
+    Entry,
     HfReader,
     carry_side_files,
     custom_code,
@@ -25,7 +26,7 @@ from megatron_posttrain.checkpoint.hf_files import (
     write_json,
     write_side_files,
 )
-from megatron_posttrain.checkpoint.lora import read_adapter
+from megatron_posttrain.checkpoint.lora import WEIGHTS, read_adapter
 from megatron_posttrain.checkpoint.stream import Item, OutputFile, StreamOptions, check_target, write_stream
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import fp8, registry
@@ -200,11 +201,7 @@ def plan_megatron_to_hf(directory: Path, options: ConvertOptions) -> Conversion:
     arch = registry.architecture_from_hf(config, keep_mtp=options.keep_mtp and source == directory / megatron.HF_FILES)
     reader = megatron.MegatronReader(directory, arch)
     layout = registry.layout(arch, _fused(directory, source, arch, options))
-    tensors = _planned_tensors(arch, reader, layout, options)
-    targets, headers = plan_shards({name: planned[:2] for name, planned in tensors.items()}, options.shard_bytes)
-    files = {name: OutputFile(name, [header], len(header)) for name, header in headers.items()}
-    for name, target in targets.items():
-        files[target.file.name].add(Item(name, target.dtype, target.stop - target.start, tensors[name][2]))
+    files, targets = _planned_files(arch, reader, layout, options)
     written = fp8.without(registry.hf_config(arch, config))
     dtypes = {reader.dtype(plan) for plan in registry.tensors(arch) if plan.mapping.dtype is None}
     written = _with_dtype(written, options.dtype or (dtypes.pop() if len(dtypes) == 1 else None))
@@ -220,7 +217,52 @@ def plan_megatron_to_hf(directory: Path, options: ConvertOptions) -> Conversion:
     sources = {directory / chunk.file for stored in reader.reader.tensors.values() for chunk in stored.chunks}
     bytes_in = sum(math.prod(plan.local_shape(1)) * reader.dtype(plan).itemsize for plan in registry.tensors(arch))
     inputs = _inputs(directory, sources, options)
-    return Conversion(arch, list(files.values()), inputs, finish, bytes_in, _left_behind(source, options))
+    return Conversion(arch, files, inputs, finish, bytes_in, _left_behind(source, options))
+
+
+def plan_merge(base: Path, options: ConvertOptions) -> Conversion:
+    """`options.adapter` merged in fp32 into the Hugging Face directory `base`; checks both from their headers."""
+    config = read_json(base / "config.json")
+    reader = HfReader(base)
+    arch = registry.architecture_from_hf(config, keep_mtp=options.keep_mtp)
+    check_tensors(reader, arch)
+    layout = directory_layout(reader, arch)
+    files, targets = _planned_files(arch, _Parts(reader, arch, layout), layout, options)
+    written = _with_dtype(fp8.without(registry.hf_config(arch, config)), options.dtype)
+
+    def finish(partial: Path) -> None:
+        write_side_files(partial, targets, written, base, options.custom_code)
+
+    sources = {reader.entry(name).file for name in reader.names()}
+    assert options.adapter is not None
+    inputs = _inputs(base, sources | {options.adapter / WEIGHTS}, options)
+    bytes_in = sum(reader.entry(name).stop - reader.entry(name).start for name in reader.names())
+    return Conversion(arch, files, inputs, finish, bytes_in, _left_behind(base, options))
+
+
+class _Parts:
+    """The tensors of a Hugging Face directory, as `MegatronReader` gives those of a checkpoint."""
+
+    def __init__(self, reader: HfReader, arch: Architecture, layout: DiskLayout) -> None:
+        self.read, self.reader, self.layout = table_reader(reader, arch), reader, layout
+
+    def hf_dtype(self, name: str) -> torch.dtype:
+        return self.reader.plain_dtype(self.layout.places[name].name)
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        yield self.read(name)[:]
+
+
+def _planned_files(
+    arch: Architecture, reader: megatron.MegatronReader | _Parts, layout: DiskLayout, options: ConvertOptions
+) -> tuple[list[OutputFile], dict[str, Entry]]:
+    """The files of a Hugging Face directory, and where in them each tensor lies."""
+    tensors = _planned_tensors(arch, reader, layout, options)
+    targets, headers = plan_shards({name: planned[:2] for name, planned in tensors.items()}, options.shard_bytes)
+    files = {name: OutputFile(name, [header], len(header)) for name, header in headers.items()}
+    for name, target in targets.items():
+        files[target.file.name].add(Item(name, target.dtype, target.stop - target.start, tensors[name][2]))
+    return list(files.values()), targets
 
 
 def _fused(directory: Path, source: Path, arch: Architecture, options: ConvertOptions) -> bool:
@@ -235,10 +277,10 @@ Planned = tuple[torch.dtype, tuple[int, ...], Callable[[], Iterable[Tensor]]]
 
 
 def _planned_tensors(
-    arch: Architecture, reader: megatron.MegatronReader, layout: DiskLayout, options: ConvertOptions
+    arch: Architecture, reader: megatron.MegatronReader | _Parts, layout: DiskLayout, options: ConvertOptions
 ) -> dict[str, Planned]:
     """The tensors of the Hugging Face side: dtype, shape and where the blocks come from, by name."""
-    adapter = None if options.adapter is None else read_adapter(options.adapter)
+    adapter = None if options.adapter is None else read_adapter(options.adapter, registry.layout(arch, fused=True))
     if adapter is not None:
         adapter.check(registry.shapes(arch))
     quantised = set()

@@ -1,25 +1,33 @@
-"""LoRA adapters (arXiv 2106.09685) in PEFT's files, and merging them into weights."""
+"""LoRA adapters (arXiv 2106.09685) in PEFT's files, and merging them into weights.
+
+Experts that the base directory holds one by one are linear layers like any other: `experts.3.gate_proj.lora_A.weight`,
+which vLLM reads, and PEFT as well. Experts in 3-D tensors (transformers 5) are PEFT's `target_parameters`: the A of all
+experts one below the other [experts x rank, in], B [out, rank x experts] with the expert as the faster index, gate and
+up with one A; `experts.base_layer` is the first such tensor of a layer, `experts` the last. vLLM reads these for
+gpt-oss, and for other families where it is told that an adapter is 3-D.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_posttrain.checkpoint.hf_files import read_json, write_json
 from megatron_posttrain.errors import UserError, nearest
+from megatron_posttrain.models.disk_layout import DiskLayout, Place
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+INNER = ".base_layer"
 NAME = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<letter>[AB])\.weight")
 # What would change the merged weights in a way that plain LoRA does not; the values that mean "off"
 OFF: dict[str, tuple[Any, ...]] = {
@@ -28,7 +36,6 @@ OFF: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
     "modules_to_save": (None, []),
-    "target_parameters": (None, []),
     "lora_bias": (False, None),
     "alora_invocation_tokens": (None, []),
 }
@@ -44,17 +51,15 @@ class Pair(NamedTuple):
 
 @dataclass
 class Adapter:
-    """By the base model's module (the weight's name without `.weight`)."""
+    """By the base model's module (the weight's name without `.weight`), experts one by one."""
 
     pairs: dict[str, Pair]
 
     def merge(self, module: str, weight: Tensor) -> Tensor:
-        """`weight` [out, in] with the adapter's change, rounded as PEFT's `merge_and_unload` rounds on CPU."""
+        """`weight` [out, in] with the adapter's change: multiplied and added in fp32, rounded once."""
         pair = self.pairs[module]
-        half = pair.b.dtype in (torch.float16, torch.bfloat16)
-        a, b = (pair.a.float(), pair.b.float()) if half else (pair.a, pair.b)
-        change = (b @ a).mul_(pair.scaling)
-        return weight.clone().add_(change.to(pair.b.dtype))
+        change = (pair.b.float() @ pair.a.float()).mul_(pair.scaling)
+        return change.add_(weight).to(weight.dtype)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """`UserError` for a module that `shapes` (by name of the weight) does not have, or has otherwise."""
@@ -66,10 +71,11 @@ class Adapter:
                 raise UserError(f"adapter: '{name}' is {list(shapes[name])}, the adapter is for {list(shape)}")
 
 
-def read_adapter(directory: Path | str) -> Adapter:
+def read_adapter(directory: Path | str, fused: DiskLayout | None = None) -> Adapter:
     """A directory with `adapter_config.json` and `adapter_model.safetensors`.
 
-    `UserError` for adapters other than plain LoRA (DoRA, trained biases, replaced modules).
+    `fused`: the model's tensors with its experts in 3-D ones, for adapters that are written so. `UserError` for
+    adapters other than plain LoRA (DoRA, trained biases, replaced modules).
     """
     directory = Path(directory)
     config = read_json(directory / CONFIG)
@@ -88,12 +94,51 @@ def read_adapter(directory: Path | str) -> Adapter:
         if match is None:
             raise UserError(f"{directory / WEIGHTS}: tensor '{name}' is not of a linear layer's LoRA")
         found.setdefault(match["module"], {})[match["letter"]] = tensor
-    pairs = {}
+    pairs: dict[str, Pair] = {}
     for module, letters in found.items():
         if set(letters) != {"A", "B"}:
             raise UserError(f"{directory / WEIGHTS}: '{module}' has lora_{next(iter(letters))} only")
-        pairs[module] = Pair(letters["A"], letters["B"], _scaling(config, module))
+        if config.get("target_parameters") and (inner := _parameter(module, found, fused)) is not None:
+            assert fused is not None
+            pairs |= _split_experts(inner, letters["A"], letters["B"], fused, config)
+        else:
+            pairs[module] = Pair(letters["A"], letters["B"], _scaling(config, module))
     return Adapter(pairs)
+
+
+def _parameter(module: str, found: Collection[str], fused: DiskLayout | None) -> str | None:
+    """The 3-D tensor whose adapter is called `module`; None where it is a linear layer's."""
+    container = module.removesuffix(INNER)
+    held = [] if fused is None else _held_by(container, fused)
+    if not held:
+        return None
+    return held[0] if module.endswith(INNER) or len(held) == 1 else held[-1]
+
+
+def _held_by(container: str, fused: DiskLayout) -> list[str]:
+    """The 3-D tensors of a layer's experts, in the order of the model, which is that of PEFT's wrappers."""
+    return [n for n, shape in fused.shapes.items() if n.rpartition(".")[0] == container and len(shape) == 3]
+
+
+def _split_experts(name: str, a: Tensor, b: Tensor, fused: DiskLayout, config: dict[str, Any]) -> dict[str, Pair]:
+    experts = fused.shapes[name][0]
+    if len(a) % experts or b.shape[1] % experts:
+        raise UserError(f"adapter: '{name}' has {experts} experts, the adapter is for another number of them")
+    of_expert = a.view(experts, -1, a.shape[1]), b.view(len(b), -1, experts).permute(2, 0, 1)
+    scaling = _scaling(config, name)
+    return {
+        part.removesuffix(".weight"): Pair(
+            of_expert[0][place.expert], _rows(place).view(of_expert[1]).contiguous(), scaling
+        )
+        for part in fused.table_names(name)
+        if part.endswith(".weight") and (place := fused.places[part]).expert is not None
+    }
+
+
+def _rows(place: Place) -> Place:
+    """The place of a part's rows in a B, whose rows are output features whichever way the weight lies on disk."""
+    assert place.fusion is not None
+    return place._replace(fusion=replace(place.fusion, transposed=False))
 
 
 def _scaling(config: dict[str, Any], module: str) -> float:
@@ -117,16 +162,29 @@ def write_adapter(
     rank: int,
     alpha: float,
     dropout: float = 0.0,
+    use_rslora: bool = False,
     base_model: str | None = None,
+    layout: DiskLayout | None = None,
 ) -> None:
-    """PEFT's files from (module, A [rank, in], B [out, rank]); the change of a weight is alpha / rank x B @ A."""
+    """PEFT's files from (module, A [rank, in], B [out, rank]); the change of a weight is alpha / rank x B @ A.
+
+    `layout`: the tensors of the base's directory, whose way of holding experts the adapter follows.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors, targets = {}, set()
+    tensors: dict[str, Tensor] = {}
+    modules: list[str] = []
+    by_tensor: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     for module, a, b in pairs:
+        place = None if layout is None else layout.places[f"{module}.weight"]
+        if place is not None and place.fusion is not None:
+            by_tensor.setdefault(place.name, {})[f"{module}.weight"] = (a, b)
+            continue
+        modules.append(module)
         tensors[f"{PREFIX}{module}.lora_A.weight"] = a.contiguous()
         tensors[f"{PREFIX}{module}.lora_B.weight"] = b.contiguous()
-        targets.add(module.rpartition(".")[2])
+    if layout is not None:
+        tensors |= dict(_join_experts(by_tensor, layout))
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",
@@ -134,9 +192,45 @@ def write_adapter(
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": dropout,
-        "target_modules": sorted(targets),
+        # PEFT refuses dropout beside target_parameters, and loads to infer
+        "lora_dropout": 0.0 if by_tensor else dropout,
+        "use_rslora": use_rslora,
+        "target_modules": _suffixes(modules, [] if layout is None else layout.places),
+        "target_parameters": sorted({re.sub(r".*\.layers\.\d+\.", "", name) for name in by_tensor}) or None,
         "bias": "none",
         "inference_mode": True,
     }
     write_json(directory / CONFIG, config)
+
+
+def _join_experts(
+    by_tensor: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], layout: DiskLayout
+) -> Iterator[tuple[str, Tensor]]:
+    """PEFT's tensors of adapters of experts, from those of (3-D tensor on disk) -> (its parts)."""
+    for name, parts in by_tensor.items():
+        container = name.rpartition(".")[0]
+        inner = [other for other in _held_by(container, layout) if other in by_tensor]
+        module = PREFIX + container + INNER * (len(inner) - 1 - inner.index(name))
+        experts, first = layout.shapes[name][0], next(iter(parts.values()))
+        fusion = layout.places[next(iter(parts))].fusion
+        assert fusion is not None
+        (rank, inputs), rows = first[0].shape, len(first[1]) * len(fusion.parts)
+        a, b = first[0].new_zeros(experts, rank, inputs), first[1].new_zeros(experts, rows, rank)
+        for part, (of_a, of_b) in parts.items():
+            place = layout.places[part]
+            a[place.expert] = of_a
+            _rows(place).view(b).copy_(of_b)
+        yield f"{module}.lora_A.weight", a.flatten(0, 1)
+        yield f"{module}.lora_B.weight", b.permute(1, 2, 0).flatten(1).contiguous()
+
+
+def _suffixes(modules: Collection[str], weights: Collection[str]) -> list[str]:
+    """The shortest ends of the modules' names that no other linear layer's name has."""
+
+    def ends(module: str) -> list[str]:
+        parts = module.split(".")
+        return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+
+    others = {name.removesuffix(".weight") for name in weights if name.endswith(".weight")} - set(modules)
+    taken = {end for other in others for end in ends(other)}
+    return sorted({next(end for end in ends(module) if end not in taken) for module in modules})

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_posttrain.cli.row_options import add_row_arguments
 from megatron_posttrain.data.rows import Row, columns_ignored, read_records
-from megatron_posttrain.data.tokenize import encode_prompt, encode_row, load_tokenizer
+from megatron_posttrain.data.tokenize import Omissions, encode_conversation, encode_prompt, load_tokenizer
 from megatron_posttrain.errors import UserError
 
 COUNTED, PLAIN = "\x1b[32m", "\x1b[0m"
@@ -22,9 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("files", nargs="+", metavar="FILE", help="JSON lines or array, CSV (.gz, .zst too), Parquet, a dataset")
     add("--json", action="store_true", help="a list of {file, form, use, rows, columns_ignored}")
     add("--tokenizer", metavar="DIR", help="Hugging Face directory: token lengths, and the first rows' tokens")
-    add("--columns", type=json.loads, default={}, metavar="JSON", help='as data.columns: {"prompt": "question.stem"}')
     add("--rows", type=int, default=2, metavar="N", help="rows to show (default: 2)")
-    add("--omissions", choices=("refuse", "allow"), default="refuse", help="as data.omissions (default: refuse)")
+    add_row_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,13 +35,12 @@ def run(args: argparse.Namespace) -> int:
     for file in args.files:
         try:
             rows, about = _read(file, args.columns)
+            found.append(about)
+            if not args.json:
+                _show(rows, about, tokenizer, args)
         except UserError as error:
             refused += 1
             print(f"error: {error}", file=sys.stderr)
-            continue
-        found.append(about)
-        if not args.json:
-            _show(rows, about, tokenizer, args)
     if args.json:
         print(json.dumps(found, ensure_ascii=False, indent=1))
     return 2 if refused else 0
@@ -73,14 +72,21 @@ def _show(rows: list[Row], about: dict[str, Any], tokenizer: Any, args: argparse
     print(f"{about['file']}: {about['rows']:,} rows of the form {about['form']}, for {about['use']}")
     if about["columns_ignored"]:
         print(f"  not read: {', '.join(about['columns_ignored'])}")
-    answered = sum(row.answer is not None for row in rows)
-    if answered:
-        print(f"  with an answer: {answered:,}")
+    keyed = sum(row.answer is not None for row in rows)
+    if keyed:
+        print(f"  with an answer: {keyed:,}")
     if tokenizer is not None:
         encoded = [_encode(tokenizer, row, args.omissions) for row in rows]
-        for name, lengths in (("tokens", [len(ids) for ids, _ in encoded]), ("counted", [sum(m) for _, m in encoded])):
-            shown = ", ".join(f"{p}%: {np.percentile(lengths, p):,.0f}" for p in (0, 50, 90, 99, 100))
-            print(f"  {name} a row: {shown}")
+        asked = [len(ids) for ids, mask in encoded if mask is None]
+        taught = [(len(ids), sum(mask)) for ids, mask in encoded if mask is not None]
+        for name, lengths in (
+            ("tokens a prompt", asked),
+            ("tokens a row", [length for length, _ in taught]),
+            ("of them counted", [count for _, count in taught]),
+        ):
+            if lengths:
+                shown = ", ".join(f"{p}%: {np.percentile(lengths, p):,.0f}" for p in (0, 50, 90, 99, 100))
+                print(f"  {name}: {shown}")
     for number, row in enumerate(rows[: args.rows]):
         print(f"  --- {row.source}" + (f", answer {row.answer!r}" if row.answer is not None else ""))
         if tokenizer is not None:
@@ -89,19 +95,19 @@ def _show(rows: list[Row], about: dict[str, Any], tokenizer: Any, args: argparse
             print(json.dumps([*row.messages, *row.chosen], ensure_ascii=False)[:1000])
 
 
-def _encode(tokenizer: Any, row: Row, omissions: Any) -> tuple[list[int], list[int]]:
-    """Tokens of a row and which of them count; of two answers the chosen one."""
+def _encode(tokenizer: Any, row: Row, omissions: Omissions) -> tuple[list[int], list[int] | None]:
+    """Tokens of a row and which of them count, None for a prompt; of two answers the chosen one."""
     messages = [*row.messages, *row.chosen]
-    if messages[-1]["role"] != "assistant":
-        ids = encode_prompt(tokenizer, messages, row.source, row.options, omissions)
-        return ids, [0] * len(ids)
-    conversation = encode_row(tokenizer, Row(messages, source=row.source, tools=row.tools,
-                                             template_options=row.template_options), omissions)  # fmt: skip
+    roles = [message["role"] for message in messages]
+    if roles[-1] != "assistant" and (row.answer is not None or "assistant" not in roles):
+        return encode_prompt(tokenizer, messages, row.source, row.options, omissions), None
+    conversation = encode_conversation(tokenizer, messages, row.source, row.options, omissions)
     return conversation.token_ids, conversation.loss_mask
 
 
-def _marked(tokenizer: Any, ids: list[int], mask: list[int]) -> str:
+def _marked(tokenizer: Any, ids: list[int], mask: list[int] | None) -> str:
     """The tokens' text; those that count in colour on a terminal, within « » elsewhere."""
+    mask = mask or [0] * len(ids)
     begin, end = (COUNTED, PLAIN) if sys.stdout.isatty() else ("«", "»")
     pieces: list[str] = []
     start = 0

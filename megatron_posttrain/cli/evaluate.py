@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_posttrain.cli.row_options import add_row_arguments
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.output import check_output
 
@@ -17,7 +18,8 @@ FILES = ("evaluation.json", "responses.jsonl")  # that it writes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="Hugging Face directory, tokenizer included")
-    add("--data", required=True, metavar="FILE", help="JSONL of {messages or prompt, answer, metadata}")
+    add("--data", required=True, metavar="FILE", help="rows of {messages or prompt or question, answer, metadata}")
+    add_row_arguments(parser)
     add("--reward", default="math", metavar="NAME", help="what grades a response (default: math)")
     add("--reward-file", metavar="FILE", help="Python file that defines NAME with @reward (default: built in)")
     add("--max-tokens", type=_positive, default=256, metavar="N", help="of a response (default: 256)")
@@ -72,9 +74,9 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.model)
     graded_by = [RewardConfig(name=args.reward, file=args.reward_file)]
     rewards = load_rewards(graded_by)
-    rows = read_rows(args.data)[: args.limit]
+    rows = read_rows(args.data, columns=args.columns)[: args.limit]
     check_answers(rows, graded_by)
-    prompts = PromptDataset(rows, tokenizer, sys.maxsize).prompts
+    prompts = PromptDataset(rows, tokenizer, sys.maxsize, omissions=args.omissions).prompts
     longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
     max_model_len = len(longest.token_ids) + args.max_tokens
     if max_model_len > architecture.context_length:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_posttrain.config.unsupported import UNSUPPORTED
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.parallel.layout import LAYOUT_KEYS
@@ -190,9 +189,7 @@ def _print(
         console.print(f"published runs of one configuration differ: a step of {fast:.2f} to {slow:.2f} seconds")
     for warning in best.warnings:
         console.print(f"[yellow]warning:[/] {warning}")
-    if work.task in UNSUPPORTED:
-        console.print(f"\nno configuration: {UNSUPPORTED[work.task]}")
-    elif best.fits:
+    if best.fits:
         import yaml
 
         path = model if "/" in model else published_name(name) if name in KNOWN_MODELS else name

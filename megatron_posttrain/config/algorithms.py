@@ -97,7 +97,7 @@ class SftConfig(Config):
 class ScoreConfig(SftConfig):
     command = "score"
     ignored = dict.fromkeys(
-        ("optimizer", "training.steps", "training.epochs", "checkpoint", "data.validation", "data.overlong"),
+        ("optimizer", "lora", "training.steps", "training.epochs", "checkpoint", "data.validation", "data.overlong"),
         "`score` does not train",
     )
 

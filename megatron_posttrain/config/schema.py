@@ -130,9 +130,17 @@ class TrainingConfig(Section):
 
 class LoraConfig(Section):
     rank: PositiveInt = 16
-    alpha: PositiveFloat = 32.0
-    dropout: Fraction = 0.0
-    targets: list[str] = Field(default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"])
+    alpha: PositiveFloat = Field(32.0, description="the change of a weight is alpha / rank x B A")
+    use_rslora: bool = Field(False, description="rank-stabilised: alpha / sqrt(rank) in place of alpha / rank")
+    dropout: Fraction = Field(0.0, description="of an adapter's inputs")
+    targets: str | list[str] = Field(
+        "all-linear",
+        description="all-linear (attention and MLP, experts included), or Hugging Face names of linear layers: "
+        "q_proj, experts.down_proj, ...",
+    )
+    quantization: Literal["nf4"] | None = Field(
+        None, description="of the model's own linear layers, which stay frozen: NF4 with double quantisation (QLoRA)"
+    )
 
 
 class CheckpointConfig(Section):
@@ -197,7 +205,7 @@ class Config(Section):
     data: DataConfig
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
-    lora: LoraConfig | None = None
+    lora: LoraConfig | None = Field(None, description="adapters are trained, the model itself is frozen")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     output: str = Field(description="directory that the run writes")

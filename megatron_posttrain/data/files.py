@@ -19,6 +19,12 @@ Located = tuple[str, Any]  # "file:line" of a record, for messages about it, and
 COMPRESSIONS = (".gz", ".zst")
 TEXT = (".jsonl", ".json", ".ndjson", ".csv", ".txt")
 TABLES = (".parquet", ".arrow")
+STARTS = {
+    b"\x1f\x8b": "compressed by gzip without the suffix .gz", b"\x28\xb5\x2f\xfd": "compressed without the suffix .zst",
+    b"BZh": "compressed by bzip2", b"\xfd7zXZ": "compressed by xz", b"PK\x03\x04": "a zip archive or a spreadsheet",
+    b"PAR1": "Parquet without the suffix .parquet", b"\xff\xfe": "UTF-16 text, and UTF-8 is read",
+    b"\xfe\xff": "UTF-16 text, and UTF-8 is read", b"version https://git-lfs": "a pointer of Git LFS (`git lfs pull`)",
+}  # fmt: skip
 
 
 def records(source: str) -> Iterator[Located]:
@@ -69,11 +75,12 @@ def _json(path: Path) -> Iterator[Located]:
         if following is None:
             return
         head += following
+    _check_start(path, head)
     opening = head.strip(b"\xef\xbb\xbf \t\r\n")
     if opening.startswith(b"[") or opening == b"{" or _suffix(path) == ".json":
         whole = head + b"".join(lines)
         try:
-            document = json.loads(whole)
+            document = json.loads(whole, parse_constant=_no_number)
         except ValueError as error:
             # A row a line in a file named .json, or lists as lines; anything else is a broken document.
             if opening in (b"[", b"{") or "Extra data" not in str(error):
@@ -88,14 +95,31 @@ def _json(path: Path) -> Iterator[Located]:
     yield from _json_lines(path, itertools.chain(head.splitlines(keepends=True), lines))
 
 
+def _check_start(path: Path, head: bytes) -> None:
+    """Refuse what is no JSON by its first bytes, or by a suffix of something else."""
+    found = next((what for start, what in STARTS.items() if head.startswith(start)), None)
+    if found is None and _suffix(path) in (".tsv", ".xlsx"):
+        found = "a table that is no CSV"
+    if found:
+        allowed = ", ".join((*TEXT, *TABLES))
+        raise UserError(
+            f"{path}: it is {found}; allowed: {allowed}, the first ones also with {' or '.join(COMPRESSIONS)}"
+        )
+
+
 def _json_lines(path: Path, lines: Iterator[bytes]) -> Iterator[Located]:
     for number, line in enumerate(lines, start=1):
         if not line.strip(b"\xef\xbb\xbf \t\r\n"):
             continue
         try:
-            yield f"{path}:{number}", json.loads(line.rstrip())
+            yield f"{path}:{number}", json.loads(line.rstrip(), parse_constant=_no_number)
         except ValueError as error:
             raise _malformed(path, number, error) from None
+
+
+def _no_number(name: str) -> None:
+    """NaN, which pandas writes for a value that is not there."""
+    return
 
 
 def _malformed(path: Path, number: int, error: ValueError) -> UserError:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_posttrain.data.messages import BadRow, Message, kind, read_messages
-
-Record = dict[str, Any]
-Columns = Mapping[str, str | list[str]]
+from megatron_posttrain.data.columns import Columns, Record
+from megatron_posttrain.data.messages import BadRow, LeftOut, Message, kind, read_messages
 
 DESCRIPTION = (
     "allowed: {messages: [{role, content}...]}, {prompt, response or completion}, {instruction, input, output} "
     "(Alpaca), {instruction, context, response} (Dolly), {conversations: [{from, value}...]} (ShareGPT); for "
     "reinforcement learning {messages or prompt or question or problem, answer, metadata}; for preferences "
-    "{prompt or messages, chosen, rejected} or {prompt or messages, response, label}"
+    "{prompt or messages, chosen, rejected}, {instruction, output_1, output_2, preference} or "
+    "{prompt or messages, response, label}"
 )
 
 
@@ -168,7 +168,7 @@ def _answer(record: Record) -> dict[str, Any]:
 def _number(answer: Any) -> str:
     if isinstance(answer, str):
         return answer
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
+    if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
         return str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer)
     raise BadRow(f"answer must be a string or a number, found {kind(answer)}")
 
@@ -215,9 +215,28 @@ def _labelled(key: str, response: str | None) -> Callable[[Record], dict[str, An
         messages = _turns(record[key], key) + (_reply(record[response], response) if response else [])
         if messages[-1]["role"] != "assistant":
             raise BadRow(f"a labelled row must end with the assistant's turn, found {kind(messages[-1])}")
-        return {"messages": messages, "label": bool(record["label"])}
+        return {"messages": messages, "label": _label(record["label"])}
 
     return read
+
+
+def _label(value: Any) -> bool | None:
+    """A label of 1 or 0, true or false, also as the text that CSV makes of them; None for any other."""
+    if isinstance(value, str):
+        return {"true": True, "1": True, "false": False, "0": False}.get(value.lower())
+    return bool(value) if value in (0, 1) else None
+
+
+def _judged(record: Record) -> dict[str, Any]:
+    """Two outputs of which `preference` says the better one: 1 or 2, and 0, 1.5 or nothing for a tie (AlpacaEval)."""
+    better = record.get("preference") or 1.5
+    if isinstance(better, bool) or not isinstance(better, int | float) or not 1 <= better <= 2:
+        raise BadRow(f"preference must be 1 or 2, or 0 for a tie, found {kind(better)}")
+    if better == 1.5:
+        raise LeftOut("preference says that neither output is better")
+    sides = ("output_1", "output_2") if better < 1.5 else ("output_2", "output_1")
+    chosen, rejected = (_reply(record[name], name) for name in sides)
+    return {"messages": _turns(record["instruction"], "instruction"), "chosen": chosen, "rejected": rejected}
 
 
 # The first form whose keys are all there is the row's.
@@ -230,6 +249,7 @@ FORMS: tuple[Form, ...] = (
     ),
     Form("comparison", "preference", ("question", "chosen", "rejected"), _comparison("question"), ("margin",)),
     Form("comparison", "preference", ("chosen", "rejected"), _comparison(None), ("margin",)),
+    Form("judged outputs", "preference", ("instruction", "output_1", "output_2"), _judged, ("preference",)),
     Form("labelled", "preference", ("prompt", "completion", "label"), _labelled("prompt", "completion")),
     Form("labelled", "preference", ("prompt", "response", "label"), _labelled("prompt", "response")),
     Form("labelled", "preference", ("messages", "response", "label"), _labelled("messages", "response")),
@@ -248,7 +268,7 @@ FORMS: tuple[Form, ...] = (
 )
 # Read beside every form.
 COMMON = (
-    "system", "system_prompt", "history", "tools", "chat_template_kwargs", "metadata",
+    "system", "system_prompt", "history", "tools", "functions", "chat_template_kwargs", "metadata",
 )  # fmt: skip
 # Without a meaning for what is trained.
 MEANINGLESS = (
@@ -260,11 +280,17 @@ KNOWN = frozenset((*COMMON, *MEANINGLESS))
 # Parts of a question that no form reads: without them the question is another one.
 QUESTION_PARTS = ("body", "Body", "context", "passage", "options", "choices", "input", "instruction", "question")
 
+# Masks by token or by turn, and what is not text.
+MASKS = ("loss_mask", "train_on_turn", "assistant_masks", "labels")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# Columns that say which of two outputs is better.
+VERDICTS = ("preference", "winner", "better_response_id", "overall_preference")
+
 
 def find_form(record: Record) -> Form | None:
     for form in FORMS:
         if all(key in record for key in form.keys):
-            if form.name == "labelled" and not (isinstance(record["label"], bool) or record["label"] in (0, 1)):
+            if form.name == "labelled" and _label(record["label"]) is None:
                 continue
             if form.name == "transcript" and not transcript(str(record["text"])):
                 continue
@@ -272,8 +298,27 @@ def find_form(record: Record) -> Form | None:
     return None
 
 
-def unread_question(record: Record, form: Form) -> None:
-    """Refuse a row with a part of the question, a mask or a weight that its form would leave out."""
+def refuse_unread(record: Record, form: Form, columns: Columns) -> None:
+    """Refuse a row with what changes its meaning and its form would leave out: a question's part, a mask, pictures."""
+    _unread_question(record, form)
+    for key in ("weight", "train", "loss_weight"):
+        if key in record and record[key] not in (1, True):
+            raise BadRow(f"{key} of a whole row must be 1 or left out, found {kind(record[key])}; leave the row out")
+    for key in MASKS:
+        if isinstance(record.get(key), list):
+            raise BadRow(f"{key} would not be read; allowed: `weight` 0 or 1 of each message")
+    for key in MEDIA:
+        if record.get(key):
+            raise BadRow(f"{key}: only text is trained on, found {kind(record[key])}; leave the row out")
+    verdict = next((key for key in VERDICTS if key in record), None)
+    if verdict and "chosen" in columns:
+        raise BadRow(
+            f"data.columns.chosen is the same output in every row, and {verdict} says row by row which is better; "
+            "read {instruction, output_1, output_2, preference} as they are, or write chosen and rejected"
+        )
+
+
+def _unread_question(record: Record, form: Form) -> None:
     if form.use == "rl" and isinstance(record[form.keys[0]], str):
         parts = [key for key in QUESTION_PARTS if record.get(key) and key not in form.reads]
         parts = [key for key in parts if record[key] != record[form.keys[0]]]
@@ -286,72 +331,3 @@ def unread_question(record: Record, form: Form) -> None:
                 f"{unread} beside {form.keys[0]} would not be read; join them with data.columns: "
                 f"{{prompt: [{joined}], answer: {answer}}}"
             )
-    for key in ("weight", "train", "loss_weight"):
-        if key in record and record[key] not in (1, True):
-            raise BadRow(f"{key} of a whole row must be 1 or left out, found {kind(record[key])}; leave the row out")
-
-
-# ---- columns -----------------------------------------------------------------------------------------------
-
-
-TARGETS = {key for form in FORMS for key in form.reads} | set(COMMON)
-
-
-def rename(record: Record, columns: Columns) -> Record:
-    """The record under our names; a column that is renamed is no longer there under its own.
-
-    A name may reach into a column (`question.stem`, `turns.0`); several are joined by an empty line.
-    """
-    found: Record = {}
-    gone: set[str] = set()
-    for ours, theirs in columns.items():
-        names = [theirs] if isinstance(theirs, str) else theirs
-        gone |= {*names, *(name.partition(".")[0] for name in names)}
-        values = [_reach(record, name) for name in names]
-        value = values[0] if len(values) == 1 else "\n\n".join(filter(None, map(_joined, values))) or None
-        if value is None:
-            raise BadRow(f"data.columns.{ours}: no column {' or '.join(names)}; found {sorted(record)}")
-        found[ours] = value
-    return {**{key: value for key, value in record.items() if key not in gone}, **found}
-
-
-def _reach(record: Record, name: str) -> Any:
-    if name in record:
-        return record[name]
-    value: Any = record
-    for step in name.split("."):
-        if isinstance(value, dict) and step in value:
-            value = value[step]
-        elif isinstance(value, list) and step.isdigit() and int(step) < len(value):
-            value = value[int(step)]
-        else:
-            return None
-    return value
-
-
-def _joined(value: Any) -> str:
-    if isinstance(value, list):
-        return "\n".join(x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for x in value)
-    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
-
-
-# Names that public files have for what we call by others.
-LIKELY = {
-    "prompt": ("question", "Question", "query", "problem", "instruction", "input", "text", "quiz", "content", "prompt", "turns"),  # noqa: E501
-    "answer": ("answer", "Answer", "final_answer", "target", "gt", "ground_truth", "correct", "solution_text", "answerKey", "label"),  # noqa: E501
-    "response": ("response", "output", "completion", "Best Answer", "code", "reply", "canonical_solution"),
-    "chosen": ("chosen_messages", "chosen_response", "output_1"),
-    "rejected": ("rejected_messages", "rejected_response", "output_2"),
-}  # fmt: skip
-
-
-def proposal(record: Record) -> str:
-    """The mapping that would make a known form of the keys of a row, as the end of a message."""
-    found = {ours: next((key for key in keys if key in record), None) for ours, keys in LIKELY.items()}
-    wanted = [("chosen", "rejected"), ("prompt", "response"), ("prompt", "answer"), ("prompt",)]
-    for names in wanted:
-        if all(found[name] for name in names):
-            if names[0] == "chosen" and found["prompt"]:
-                names = ("prompt", *names)
-            return "; try data.columns: {" + ", ".join(f"{name}: {found[name]}" for name in names) + "}"
-    return "; data.columns: {prompt: THEIR_NAME, response or answer: THEIR_NAME} renames columns"

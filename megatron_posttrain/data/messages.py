@@ -9,6 +9,7 @@ from megatron_posttrain.errors import nearest
 
 Message = dict[str, Any]
 
+CALL = "function_call"  # a turn that is a call, or several, as JSON text
 ROLES = {
     "human": "user",
     "user": "user",
@@ -24,10 +25,14 @@ ROLES = {
     "ipython": "ipython",
     "observation": "tool",
     "function_response": "tool",
-    "function_call": "function_call",
+    "tool_response": "tool",
+    "function": "tool",
+    "function_call": CALL,
+    "tool_call": CALL,
 }
+
 # Per turn: whether an assistant's text is learned, in the names that public data uses.
-WEIGHTS = ("weight", "train", "loss_weight")
+WEIGHTS = ("weight", "train", "loss_weight", "loss", "loss_scale", "training")
 TEXT_PARTS = ("text", "output_text", "input_text")
 REASONING_PARTS = ("reasoning", "thinking")
 PART_TYPES = (*TEXT_PARTS, *REASONING_PARTS, "tool_call")
@@ -37,12 +42,18 @@ class BadRow(Exception):
     """What is wrong with a row; who reads the file adds where."""
 
 
+class LeftOut(Exception):
+    """Why a row that is right as it is has nothing to train on; such rows are counted, and left out."""
+
+
 def read_messages(value: Any, at: str) -> list[Message]:
     """`[{role, content}...]` or `[{from, value}...]`, checked and in one form.
 
     Content becomes text, tool arguments objects, null keys vanish, a turn that is not to be learned has
     `weight: 0` and any other has no weight.
     """
+    if isinstance(value, str) and value.lstrip().startswith("["):  # CSV stores them as JSON text
+        value = decoded(value, at)
     if isinstance(value, dict) and ({"role", "content"} <= set(value) or {"from", "value"} <= set(value)):
         value = [value]
     if not isinstance(value, list):
@@ -58,6 +69,10 @@ def read_message(message: Any, at: str) -> Message:
         message = _from_sharegpt(message, at)
     weight = _weight(message, at)
     calls = message.pop("tool_calls", None)
+    if isinstance(calls, str):
+        calls = decoded(calls, f"{at}.tool_calls") if calls.strip() else None
+    if "function_call" in message:  # OpenAI's older form
+        calls = [*(calls or []), message.pop("function_call")]
     if isinstance(message.get("content"), list):
         message.update(_from_parts(message["content"], f"{at}.content"))
     calls = [*(calls or []), *message.pop("tool_calls", [])]
@@ -67,7 +82,21 @@ def read_message(message: Any, at: str) -> Message:
     for name in ("role", "content"):
         if not isinstance(message.get(name), str):
             raise BadRow(f"{at}.{name} must be a string, found {kind(message.get(name))}")
+    message["role"] = role = _role(message["role"], at)
+    if role == CALL:
+        message |= _called(message["content"], f"{at}.content")
     return message | ({} if weight else {"weight": 0})
+
+
+def _role(name: str, at: str) -> str:
+    """The name that templates have for a role; a slip of the pen is refused, a role of a template's own is kept."""
+    if name == "observation":  # GLM's templates read it
+        return name
+    role = ROLES.get(name.lower())
+    close = nearest(name.lower(), ROLES)
+    if role is None and close:
+        raise BadRow(f"{at}.role is {name!r}{close}")
+    return role or name
 
 
 def _from_sharegpt(turn: Message, at: str) -> Message:
@@ -79,10 +108,15 @@ def _from_sharegpt(turn: Message, at: str) -> Message:
     if not isinstance(value, str):
         raise BadRow(f"{at} must be {{from, value}} of strings, found {kind(turn)}")
     kept = {name: x for name, x in turn.items() if name not in ("from", "value", "content")}
-    if role != "function_call":
-        return {**kept, "role": role, "content": value}
-    calls = _decoded(value, f"{at}.value")
-    return {**kept, "role": "assistant", "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
+    return {**kept, "role": role, "content": value}
+
+
+def _called(text: str, at: str) -> Message:
+    """The assistant's turn of a call, or a list of calls, in JSON text."""
+    calls = decoded(text, at)
+    calls = calls if isinstance(calls, list) else [calls]
+    calls = [_tool_call(call, f"{at}[{number}]") for number, call in enumerate(calls)]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
 
 
 def _from_parts(parts: list[Any], at: str) -> Message:
@@ -98,7 +132,7 @@ def _from_parts(parts: list[Any], at: str) -> Message:
         type_ = part["type"]
         value = next((part[name] for name in (type_, "text", "value") if part.get(name) is not None), None)
         if type_ == "tool_call":
-            calls.append(_decoded(value, here) if isinstance(value, str) else value)
+            calls.append(decoded(value, here) if isinstance(value, str) else value)
             continue
         if not isinstance(value, str):
             raise BadRow(f"{here}: text of a part must be a string, found {kind(value)}")
@@ -126,7 +160,7 @@ def _weight(message: Message, at: str) -> bool:
 
 def read_tools(value: Any) -> list[Any]:
     """Tool schemas given as a list or as its JSON text; bare functions are wrapped as templates expect."""
-    tools = _decoded(value, "tools") if isinstance(value, str) and value.strip() else value or []
+    tools = decoded(value, "tools") if isinstance(value, str) and value.strip() else value or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRow(f"tools must be a list of objects, or that as JSON text, found {kind(value)}")
     wrapped = [{"type": "function", "function": t} if "function" not in t and "name" in t else t for t in tools]
@@ -151,14 +185,18 @@ def _tool_call(call: Any, at: str) -> Any:
     function = call["function"] if isinstance(call.get("function"), dict) else call
     if not isinstance(function.get("name"), str):
         raise BadRow(f"{at}.name must be a string, found {kind(function.get('name'))}")
-    arguments = function.get("arguments")
+    name = "arguments" if "arguments" in function else "parameters"  # Llama's name for them
+    arguments = function.get(name, {})
+    function = {**{key: value for key, value in function.items() if key != name}, "arguments": arguments}
     if isinstance(arguments, str):
-        arguments = _decoded(arguments, f"{at}.arguments") if arguments.strip() else {}
+        arguments = decoded(arguments, f"{at}.arguments") if arguments.strip() else {}
         if isinstance(arguments, str):
-            arguments = _decoded(arguments, f"{at}.arguments")
-        if not isinstance(arguments, dict):
-            raise BadRow(f"{at}.arguments must be an object, or that as JSON text, found {kind(arguments)}")
+            arguments = decoded(arguments, f"{at}.arguments")
         function = {**function, "arguments": arguments}
+    if not isinstance(arguments, dict):
+        raise BadRow(f"{at}.arguments must be an object, or that as JSON text, found {kind(arguments)}")
+    if others := [key for key, value in function.items() if key != "arguments" and isinstance(value, dict)]:
+        raise BadRow(f"{at}.{others[0]} would not be read; a call's arguments are under `arguments`")
     return {**call, "function": function} if "function" in call else function
 
 
@@ -169,7 +207,7 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(x) for x in value] if isinstance(value, list) else value
 
 
-def _decoded(text: Any, at: str) -> Any:
+def decoded(text: Any, at: str) -> Any:
     try:
         return json.loads(text)
     except (TypeError, ValueError) as error:

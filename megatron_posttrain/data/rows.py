@@ -10,22 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_posttrain.data.columns import Columns, proposal, rename
 from megatron_posttrain.data.files import records
-from megatron_posttrain.data.forms import (
-    DESCRIPTION,
-    KNOWN,
-    Columns,
-    Form,
-    find_form,
-    proposal,
-    rename,
-    unread_question,
-)
-from megatron_posttrain.data.messages import BadRow, Message, kind, read_messages, read_tools
+from megatron_posttrain.data.forms import DESCRIPTION, KNOWN, Form, find_form, refuse_unread
+from megatron_posttrain.data.messages import BadRow, LeftOut, Message, decoded, kind, read_messages, read_tools
 from megatron_posttrain.errors import UserError
 
 __all__ = ["Message", "Row", "columns_ignored", "read_records", "read_rows"]
 log = logging.getLogger(__name__)
+FIXED_OPTIONS = ("messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize")
 
 
 @dataclass(frozen=True)
@@ -83,19 +76,30 @@ def read_rows(
             rows.append(row)
         if len(rows) == before:
             raise UserError(f"{source}: no rows in it")
-    if ignored and os.environ.get("RANK", "0") == "0":
+    if ignored:
         counts = ", ".join(f"{key} ({n:,})" for key, n in ignored.most_common())
-        log.warning("data: columns that no form reads, with the rows that have them: %s", counts)
+        _tell(f"columns that no form reads, with the rows that have them: {counts}")
     return rows
 
 
 def read_records(source: str, columns: Columns | None = None) -> Iterator[tuple[Row, dict[str, Any]]]:
     """Each row of a source, whatever it is for, and the record it was read from, columns renamed."""
+    left_out: Counter[str] = Counter()
     for where, record in records(source):
         try:
             yield _row(record, where, columns or {})
         except BadRow as error:
             raise UserError(f"{where}: {error}") from None
+        except LeftOut as reason:
+            left_out[str(reason)] += 1
+    for why, count in left_out.items():
+        _tell(f"{source}: {count:,} rows left out: {why}")
+
+
+def _tell(text: str) -> None:
+    """A line of the log, of one rank."""
+    if os.environ.get("RANK", "0") == "0":
+        log.warning("data: %s", text)
 
 
 def columns_ignored(record: Mapping[str, Any], form: Form | None) -> list[str]:
@@ -111,13 +115,15 @@ def _row(record: Any, where: str, columns: Columns) -> tuple[Row, dict[str, Any]
     form = find_form(record)
     if form is None:
         raise BadRow(f"unknown row form with the keys {sorted(record)}; {DESCRIPTION}{proposal(record)}")
-    unread_question(record, form)
+    refuse_unread(record, form, columns)
     fields = form.read(record)
     messages: list[Message] = fields.pop("messages")
     if not messages:
         raise BadRow("a conversation without messages")
     options = _object(record, "chat_template_kwargs")
-    tools = read_tools(record.get("tools") or options.pop("tools", None))
+    if fixed := [key for key in FIXED_OPTIONS if key in options]:
+        raise BadRow(f"chat_template_kwargs.{fixed[0]}: {', '.join(FIXED_OPTIONS)} are not a row's to set")
+    tools = read_tools(record.get("tools") or record.get("functions") or options.pop("tools", None))
     messages = _with_beginning(record, messages)
     metadata = _object(record, "metadata") or fields.pop("metadata", {})
     row = Row(messages, metadata=metadata, source=where, tools=tools, template_options=options, form=form, **fields)
@@ -174,6 +180,8 @@ def _object(record: dict[str, Any], key: str) -> dict[str, Any]:
     value = record.get(key)
     if value is None:
         return {}
+    if isinstance(value, str) and value.lstrip().startswith("{"):  # tables store objects as text
+        value = decoded(value, key)
     if not isinstance(value, dict):
         raise BadRow(f"{key} must be an object, found {kind(value)}")
     return dict(value)

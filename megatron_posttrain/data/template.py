@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -29,6 +30,7 @@ _started = datetime.now()
 REASONING = ("reasoning_content", "thinking", "reasoning")
 SAMPLE = "Two words,  2 spaces.\n\n\tx = 1234; \u00e9\u4e16\U0001f600"
 NOT_THE_TEMPLATES = ("weight",)
+MODEL = "model_directory"  # attribute of a tokenizer
 
 
 def started() -> datetime:
@@ -42,8 +44,11 @@ def keep_started(moment: datetime) -> None:
     _started = moment
 
 
-def load_tokenizer(directory: str | Path) -> Any:
+def load_tokenizer(directory: str | Path, model: str | Path | None = None) -> Any:
     """The fast tokenizer of a local directory (or of a hub id in the local cache), with its chat template.
+
+    Args:
+        model: directory of the model that is used with it, where it is another one; `model_of` knows it.
 
     Raises:
         UserError: nothing to load there, no chat template, or a tokenizer that cannot report offsets.
@@ -61,7 +66,15 @@ def load_tokenizer(directory: str | Path) -> Any:
         )
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {directory}: a fast tokenizer (tokenizer.json) is needed for the loss mask")
-    return _as_stored(tokenizer, directory)
+    tokenizer = _as_stored(tokenizer, directory)
+    setattr(tokenizer, MODEL, None if model is None else str(model))
+    return tokenizer
+
+
+def model_of(tokenizer: Any) -> str | None:
+    """Directory of the model that a tokenizer of another directory was loaded for."""
+    found: str | None = getattr(tokenizer, MODEL, None)
+    return found
 
 
 def _as_stored(tokenizer: Any, directory: str | Path) -> Any:
@@ -157,7 +170,7 @@ class Template:
 
 
 def refuse_omissions(template: Template, messages: list[Message], text: str) -> None:
-    """Refuse a conversation of which the rendered text lacks a message's text, a tool or a tool call.
+    """Refuse a conversation of which the rendered text lacks a message's text, a tool, a tool call or an option.
 
     Reasoning of earlier turns may be left out, as reasoning models' templates do; that of the last may not.
 
@@ -168,7 +181,7 @@ def refuse_omissions(template: Template, messages: list[Message], text: str) -> 
     if lost:
         raise UserError(
             f"{template.source}: the chat template leaves out {lost}; change the row, use a template that "
-            "writes it, or set data.omissions=allow"
+            "writes it (model.tokenizer may name another), or set data.omissions=allow"
         )
 
 
@@ -187,6 +200,13 @@ def _omitted(template: Template, messages: list[Message], text: str) -> Iterator
         name = tool.get("function", tool).get("name", "")
         if name not in text:
             yield f"the tool {name}"
+    for key, value in template.options.items():
+        if (
+            key != "tools"
+            and value not in (None, "", [], {})
+            and not re.search(rf"\b{re.escape(key)}\b", template.text)
+        ):
+            yield f"chat_template_kwargs.{key}, which it does not read"
 
 
 def _probed(messages: list[Message]) -> tuple[list[Message], dict[str, str]]:
@@ -208,6 +228,10 @@ def _probed(messages: list[Message]) -> tuple[list[Message], dict[str, str]]:
             )
         if calls:
             message["tool_calls"] = calls
+        apart = next((key for key in REASONING if message.get(key)), None)
+        if apart and i == len(messages) - 1:
+            message[apart] = f"{PROBE}reasoning{PROBE}"
+            wanted[message[apart]] = f"the reasoning of the last turn, messages[{i}]"
         probed.append(message)
     return probed, wanted
 

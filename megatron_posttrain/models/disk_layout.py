@@ -64,6 +64,7 @@ class DiskLayout:
     """The tensors on disk: `shapes` by name, in the order of the model, and `dtypes` where fixed."""
 
     def __init__(self, plans: Iterable[TensorPlan], fusions: Sequence[Fusion] = ()) -> None:
+        self.fusions = fusions
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.places: dict[str, Place] = {}

@@ -12,7 +12,7 @@ from megatron_posttrain.models import deepseek_v3, gpt_oss, llama, mistral, mixt
 from megatron_posttrain.models.architecture import Architecture, HfConfig
 from megatron_posttrain.models.config_keys import check_keys
 from megatron_posttrain.models.disk_layout import DiskLayout
-from megatron_posttrain.models.weights import Shape, TensorPlan, expand
+from megatron_posttrain.models.weights import Mapping, Shape, TensorPlan, expand
 
 # `model_type` of a config.json -> module with `architecture`, `table` and `FUSIONS`
 FAMILIES = {
@@ -60,10 +60,15 @@ def hf_config(arch: Architecture, source: HfConfig) -> HfConfig:
     return config
 
 
+def table(arch: Architecture) -> list[Mapping]:
+    """The family's weight table: a row for all layers (and experts) that have it."""
+    return FAMILIES[arch.family].table(arch)
+
+
 @lru_cache(maxsize=4)
 def tensors(arch: Architecture) -> tuple[TensorPlan, ...]:
     """Every global Megatron tensor, in the order of the model, from the architecture alone."""
-    return tuple(expand(FAMILIES[arch.family].table(arch)))
+    return tuple(expand(table(arch)))
 
 
 @lru_cache(maxsize=4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -15,11 +15,14 @@ from torch.distributed import ProcessGroup
 
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.models.modules.nf4 import logical_shape, values
 from megatron_posttrain.models.weights import Replicated, TensorPlan, unmerged
 from megatron_posttrain.parallel.groups import Groups
 
-# An expert's parameter in Transformer Engine's grouped linear layer
+# An expert's parameter in Transformer Engine's grouped linear layer, and its adapter's
 GROUPED_EXPERT = re.compile(r"(?<=mlp\.experts\.)(linear_fc[12])\.(weight|bias)(\d+)$")
+GROUPED_ADAPTER = re.compile(r"(?<=mlp\.experts\.)(linear_fc[12])\.lora\.(\d+)\.([ab])$")
+ADAPTER = ".lora."  # in the names of adapters' parameters
 ALIGNMENT = 16  # bytes; a view of bytes as a wider dtype has to start at a multiple of its size
 BUCKET_BYTES = 1 << 30  # of a gathered bucket; one larger tensor makes a bucket by itself
 LAYER = re.compile(r"^(.*\blayers)\.(\d+)(?=\.|$)")
@@ -50,6 +53,7 @@ def layer_numbers(model: nn.Module) -> dict[str, int]:
 def table_name(name: str, numbers: dict[str, int], expert_offset: int) -> str:
     """The name in the weight table (global layer and expert numbers) of a local parameter or module."""
     name = GROUPED_EXPERT.sub(r"local_experts.\3.\1.\2", unmerged(name))
+    name = GROUPED_ADAPTER.sub(r"local_experts.\2.\1.lora.\3", name)
     name = LAYER.sub(lambda match: f"{match[1]}.{numbers.get(match[0], match[2])}", name)
     return EXPERT.sub(lambda match: str(int(match[1]) + expert_offset), name)
 
@@ -64,14 +68,18 @@ def local_tensors(
 
     The output layer that megatron-core holds on the last pipeline stage of a tied model comes with the
     plan of the word embeddings. `expert`: (rank, size) of expert parallelism. `ValueError` for a
-    parameter that the weight table does not have.
+    parameter that the weight table does not have. Adapters' parameters come where `plans` are those of adapters,
+    the model's where they are the model's.
     """
+    adapters = any(ADAPTER in name for name in plans)
     offset = expert[0] * (arch.moe.num_experts // expert[1]) if arch.moe else 0
     for chunk in model_chunks:
         model = unwrap(chunk)
         numbers = layer_numbers(model)
         for local_name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             name = table_name(local_name, numbers, offset)
+            if (ADAPTER in name) != adapters:
+                continue
             if arch.tied_embeddings and name == "output_layer.weight":
                 name = "embedding.word_embeddings.weight"
             if name in plans:
@@ -86,17 +94,26 @@ def partition(plan: TensorPlan, local: Tensor, rank: int, size: int) -> tuple[in
     Transformer Engine holds MLA's down-projections whole on every rank, megatron-core's own layers split
     them. `ValueError` when the tensor has neither shape.
     """
-    if tuple(local.shape) == plan.local_shape(1):
+    shape = logical_shape(local)
+    if shape == plan.local_shape(1):
         return 0, 1
-    if tuple(local.shape) == plan.local_shape(size):
+    if shape == plan.local_shape(size):
         return rank, size
     raise ValueError(
-        f"parameter '{plan.name}' has the local shape {list(local.shape)}, the weight table says "
+        f"parameter '{plan.name}' has the local shape {list(shape)}, the weight table says "
         f"{list(plan.local_shape(size))} on each of {size} ranks"
     )
 
 
 # ---- export: whole tensors, a bucket at a time
+
+
+def merged(weight: Tensor) -> Tensor:
+    """A rank's shard of a weight with its adapter's change, added in fp32."""
+    adapter = getattr(weight, "adapter", None)
+    if adapter is None or not adapter.enabled:
+        return values(weight)
+    return (values(weight).float() + adapter.change()).to(weight.dtype)
 
 
 @dataclass
@@ -132,19 +149,27 @@ class Exporter:
     Collective over the pipeline group. `ValueError` when a tensor of the table is on no stage.
     """
 
-    def __init__(self, model_chunks: Sequence[nn.Module], arch: Architecture, groups: Groups) -> None:
+    def __init__(
+        self,
+        model_chunks: Sequence[nn.Module],
+        arch: Architecture,
+        groups: Groups,
+        plans: Iterable[TensorPlan] | None = None,
+    ) -> None:
+        """`plans`: of the adapters, where they are to be exported; None: the model's, with the adapters merged."""
         self.arch, self.groups = arch, groups
+        self.plans = registry.tensors(arch) if plans is None else tuple(plans)
         self.tensor, self.expert_tensor = position(groups.tensor), position(groups.expert_tensor)
         self.expert = position(groups.expert)
         self.stage, self.stages = position(groups.pipeline)
         self.device = next(model_chunks[0].parameters()).device
-        rows = groupby(registry.tensors(arch), key=lambda plan: (id(plan.mapping), plan.layer))
+        rows = groupby(self.plans, key=lambda plan: (id(plan.mapping), plan.layer))
         self.slots = [Slot(list(plans)) for _, plans in rows]
         self._find_local(model_chunks, arch)
         self._agree_on_owners()
 
     def _find_local(self, model_chunks: Sequence[nn.Module], arch: Architecture) -> None:
-        plans = {plan.name: plan for plan in registry.tensors(arch)}
+        plans = {plan.name: plan for plan in self.plans}
         found: dict[str, Tensor] = {}
         for plan, tensor in local_tensors(model_chunks, plans, arch, self.expert):
             found.setdefault(plan.name, tensor)  # tied: the embedding comes before its copy in the output layer
@@ -205,7 +230,7 @@ class Exporter:
         through it. A rank holds one gathered bucket and one tensor more. `of_stage`: on every rank only those of
         its pipeline stage, which the stages do not tell each other.
         """
-        return registry.layout(self.arch).assemble(self._tensors(of_stage))
+        return registry.layout(self.arch).assemble(self.tensors(of_stage))
 
     @property
     def writer_of(self) -> int | None:
@@ -219,7 +244,8 @@ class Exporter:
         return {name: slot.stage for slot in self.slots for plan in slot.plans for name in plan.hf}
 
     @torch.no_grad()
-    def _tensors(self, of_stage: bool) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, of_stage: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """As `hf_tensors`, of the table's names."""
         group = self.groups.pipeline
         for bucket in self._buckets():
             owner = bucket[0][0].stage
@@ -240,7 +266,7 @@ class Exporter:
         flat = torch.empty(1, length, dtype=torch.uint8, device=self.device)
         start = 0
         for slot, number in bucket:
-            _as(flat[0, start:], slot).copy_(slot.local[number])
+            _as(flat[0, start:], slot).copy_(merged(slot.local[number]))
             start += slot.nbytes
         for group in groups:
             wider = torch.empty(group.size() * flat.shape[0], length, dtype=torch.uint8, device=self.device)

@@ -80,10 +80,10 @@ class Mapping:
 
 
 class Replicated(Mapping):
-    """The same on every tensor-parallel rank."""
+    """The same on every tensor-parallel rank; several tensors lie one below the other."""
 
     def segments(self, rank: int, size: int) -> list[Segment]:
-        return [Segment(0, 0, self.shapes[0][0])]
+        return [Segment(source, 0, shape[0]) for source, shape in enumerate(self.shapes)]
 
 
 class ColumnParallel(Mapping):

@@ -10,7 +10,7 @@ from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.layout_checks import problems
 from megatron_posttrain.parallel.layout import Layout, batch_problem, stage_layers
 from megatron_posttrain.planning.activations import Shapes, logits_bytes, stage_activations
-from megatron_posttrain.planning.flops import flops_per_token, lora_weights
+from megatron_posttrain.planning.flops import adapter_linears, adapter_weights, flops_per_token
 from megatron_posttrain.planning.gpus import Gpu
 from megatron_posttrain.planning.layouts import MICRO_BATCHES, enumerate_layouts, expert_data, hard_problem
 from megatron_posttrain.planning.parameters import rank_state, stage_elements, trained_elements
@@ -58,7 +58,7 @@ def estimate(
     count = work.sequences_per_row
     work = replace(work, micro_batch=count * micro_batch, global_batch=count * work.global_batch, recompute=recompute)
     if work.lora:
-        trained = (max(_adapters(arch, layout, stage, work.lora_rank) for stage in range(layout.pipeline)), 0)
+        trained = max((_adapters(arch, layout, stage, work.lora_rank) for stage in range(layout.pipeline)), key=sum)
     else:
         trained = trained_elements(arch, layout)
     seconds, _ = step_time(arch, layout, work, gpu, trained)
@@ -139,8 +139,9 @@ def _stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int
     }
     if work.lora:
         adapters = _adapters(arch, layout, stage, work.lora_rank)
-        memory["weights"] += 2 * adapters
-        memory |= {"gradients": 4 * adapters, "optimizer": 12 * adapters / replicas}
+        states = adapters[0] / replicas + adapters[1] / expert_data(layout)
+        memory["weights"] += 2 * sum(adapters)
+        memory |= {"gradients": 4 * sum(adapters), "optimizer": 12 * states}
     elif exact:
         state = rank_state(arch, layout, stage * (layout.world_size // layout.pipeline))
         memory = {"weights": state.weights, "gradients": state.gradients, "optimizer": state.optimizer}
@@ -164,10 +165,21 @@ def _stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int
     return memory
 
 
-def _adapters(arch: Architecture, layout: Layout, stage: int, rank: int) -> float:
-    """LoRA parameters of a stage's rank."""
-    layers = sum(stage_layers(layout, arch.num_layers)[stage :: layout.pipeline])
-    return layers * lora_weights(arch, rank) / layout.tensor
+def _adapters(arch: Architecture, layout: Layout, stage: int, rank: int) -> tuple[float, float]:
+    """LoRA parameters of a stage's rank: dense, and of its experts."""
+    counts = stage_layers(layout, arch.num_layers)
+    starts = [sum(counts[:chunk]) for chunk in range(len(counts))]
+    layers = [n for c in range(stage, len(counts), layout.pipeline) for n in range(starts[c], starts[c] + counts[c])]
+    dense, experts = 0.0, 0.0
+    for layer in layers:
+        for linear, of_expert in adapter_linears(arch, layer):
+            if of_expert:
+                assert arch.moe is not None
+                held = arch.moe.num_experts / layout.expert
+                experts += held * adapter_weights(linear, rank, layout.expert_tensor)
+            else:
+                dense += adapter_weights(linear, rank, layout.tensor)
+    return dense, experts
 
 
 def check_precision(work: Workload, gpu: Gpu) -> None:

@@ -19,7 +19,7 @@ _OPEN, _CLOSE = "([{", ")]}"
 _WORD = re.compile(
     r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|cot|sec|csc|log|exp|det|gcd|lcm|max|min|pmatrix)(?![A-Za-z]))[A-Za-z]{3,}"
 )
-_MISREAD = re.compile(r"arrow|\d \d|\d_\{?\d|\\(?:implies|iff|mapsto)")
+_MISREAD = re.compile(r"arrow|(?<!_)\d \d|\d_\{?\d|\\(?:implies|iff|mapsto)")
 _PRODUCT = re.compile(r"[abcxyzmnpqrst]{2}")
 
 

@@ -8,6 +8,7 @@ TAIL = 2000  # characters at the end of a text without a box in which its answer
 MOST_BOXES = 20  # that are one answer
 
 _BOX_TOKEN = re.compile(r"\\(?:f?boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_BARE_BOX = re.compile(r"\\f?boxed\s*(?=[^\s{])((?:[^\s$,;{}\\]|,(?=\d))+)")  # `\boxed 5`, as MATH has it
 _BOX_OPENED = re.compile(r"\\f?boxed\b|\\fbox\b")
 _BETWEEN_BOXES = re.compile(r"[\s$,;.]*(?:and|or|\\text\s*\{\s*(?:and|or)\s*\}|和|或|以及)?[\s$,;]*")
 _HASHES = re.compile(r"####[ \t]*([^\n]*)")
@@ -37,7 +38,10 @@ def boxed(text: str) -> str | None:
     """
     boxes = _boxes(text)
     if not boxes:
-        return None
+        bare = None
+        for bare in _BARE_BOX.finditer(text):  # noqa: B007
+            pass
+        return bare[1] if bare else None
     answer = [boxes[-1]]
     for box in boxes[-2:-MOST_BOXES:-1]:
         between = text[box[2] + 1 : answer[-1][0]]
@@ -68,10 +72,15 @@ def _boxes(text: str) -> list[tuple[int, int, int]]:
 def final_answer(text: str) -> str:
     """What `text` gives as its answer: the empty string for none.
 
-    In this order: the last box (a text that opens a box and closes none was cut off in its answer); what
-    follows GSM8K's `####`, the first one, as its own grader does; the expression after the last `answer is`,
-    `Answer:`, `答案是`; the last expression of the text. An expression is taken whole: `12x` is not 12.
+    Within the last `<answer>` tags, where there are some and no box follows them. In this order: the last box (a
+    text that opens a box and closes none was cut off in its answer); what follows GSM8K's `####`, the first one, as
+    its own grader does; the expression after the last `answer is`, `Answer:`, `答案是`; the last expression of the
+    text. An expression is taken whole: `12x` is not 12.
     """
+    tagged, closed, after = text.rpartition("</answer>")
+    _, opened, within = tagged.rpartition("<answer>")
+    if closed and opened and boxed(after) is None:
+        text = within
     content = boxed(text)
     if content is not None:
         return content

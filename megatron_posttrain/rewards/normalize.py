@@ -28,6 +28,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?", ""),
         (r"\{,\}", ","),
         (r"\\!", ""),
+        (r"^\s*(?:\\approx(?![A-Za-z])|≈)|\\\\\s*$", ""),
         (r"(?<!\\)\\(?:[,;:>\s]|q?quad(?![A-Za-z]))|~|&nbsp;", " "),
         (r"\\[()\[\]]", " "),
         (r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf)|mbox|operatorname|bm|boldsymbol)\s*\{([^{}]*)\}",

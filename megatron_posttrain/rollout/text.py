@@ -8,7 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from megatron_posttrain.data.tokenize import encode_conversation
+from megatron_posttrain.data.template import model_of
+from megatron_posttrain.data.tokenize import Conversation, encode_conversation
+from megatron_posttrain.errors import UserError
 from megatron_posttrain.rewards.response import REASONING, split_reasoning
 
 
@@ -16,13 +18,13 @@ def stop_token_ids(tokenizer: Any) -> tuple[int, ...]:
     """Tokens that end a response: the template's end of turn, the tokenizer's own, and the checkpoint's list.
 
     They differ for base models: Qwen3's template ends a turn with <|im_end|>, its base tokenizer's end is
-    <|endoftext|>. `generation_config.json` beside the tokenizer may list more (Llama 3, GLM).
+    <|endoftext|>. `generation_config.json` beside the tokenizer may list more (Llama 3, GLM), as may that of the
+    model where `model.tokenizer` names another directory.
     """
-    turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    conversation = encode_conversation(tokenizer, turn)
+    conversation = _plain_conversation(tokenizer)
     written = [t for t, m in zip(conversation.token_ids, conversation.loss_mask, strict=True) if m]
     added = set(tokenizer.added_tokens_decoder) | _special_ids(tokenizer)
-    ends = {tokenizer.eos_token_id, *_listed_ends(tokenizer)} - {None}
+    ends = {tokenizer.eos_token_id, *_listed_ends(tokenizer.name_or_path), *_ends_of_model(tokenizer)} - {None}
     # From the end back to the turn's text: white space may follow the end of a turn.
     for token in reversed(written):
         if token in added:
@@ -30,21 +32,55 @@ def stop_token_ids(tokenizer: Any) -> tuple[int, ...]:
             break
         if tokenizer.decode([token]).strip():
             break
-    return tuple(sorted(ends))
+    return tuple(sorted(end for end in ends if tokenizer.convert_ids_to_tokens(end) is not None))
+
+
+def _plain_conversation(tokenizer: Any) -> Conversation:
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    where = f"tokenizer {tokenizer.name_or_path}"
+    try:
+        return encode_conversation(tokenizer, turns, where)
+    except UserError:  # some templates ask for a system turn
+        return encode_conversation(tokenizer, [{"role": "system", "content": "."}, *turns], where)
 
 
 def stop_message(tokenizer: Any) -> str:
     """What a run stops at, for its log."""
     ids = stop_token_ids(tokenizer)
+    if not ids:
+        return (
+            "warning: responses stop at no token, each of them runs to the longest that is allowed: the tokenizer has "
+            "no eos_token, and its chat template writes no special token behind a turn"
+        )
     return "responses stop at " + ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in ids)
 
 
-def _listed_ends(tokenizer: Any) -> list[int]:
-    path = Path(str(tokenizer.name_or_path or ""), "generation_config.json")
-    if not tokenizer.name_or_path or not path.is_file():
+def _listed_ends(directory: str | None) -> list[int]:
+    path = Path(directory or "", "generation_config.json")
+    if not directory or not path.is_file():
         return []
-    ends = json.loads(path.read_text()).get("eos_token_id")
-    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+    try:
+        ends = json.loads(path.read_text())["eos_token_id"]
+    except KeyError:
+        return []
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    ends = [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
+    if not all(isinstance(end, int) for end in ends):
+        raise UserError(f"{path}: eos_token_id must be a token's number or a list of them, found {ends}")
+    return ends
+
+
+@lru_cache(maxsize=4)
+def _ends_of_model(tokenizer: Any) -> list[int]:
+    """The model's list, where the run's tokenizer is another directory's: those that are the same token in both."""
+    directory = model_of(tokenizer)
+    ends = _listed_ends(directory)
+    file = Path(directory or "", "tokenizer.json")
+    named = json.loads(file.read_text()).get("added_tokens", []) if ends and file.is_file() else []
+    own = {token["id"]: token["content"] for token in named}
+    ours = tokenizer.added_tokens_decoder
+    return [end for end in ends if end in ours and own.get(end, ours[end].content) == ours[end].content]
 
 
 def response_text(tokenizer: Any, token_ids: Sequence[int]) -> str:

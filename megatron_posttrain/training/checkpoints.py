@@ -21,6 +21,7 @@ from megatron_posttrain.errors import SaveError, UserError
 from megatron_posttrain.parallel.groups import broadcast_object
 from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.scope import replaced
+from megatron_posttrain.training.adapter_state import sharded_adapters
 from megatron_posttrain.training.deadline import Deadline
 from megatron_posttrain.training.disk import agree, cause, checkpoint_bytes, described, first_problem
 from megatron_posttrain.training.engine import Engine
@@ -54,7 +55,7 @@ class Checkpoints:
 
     def after_step(self, engine: Engine, run: Record, step: int) -> bool:
         """Collective: saves when it is due or a stop was asked for; whether the run is to end before its last step."""
-        self._deadline = self._deadline or Deadline(checkpoint_bytes(engine.precision, engine.arch))
+        self._deadline = self._deadline or Deadline(checkpoint_bytes(engine.precision, engine.arch, engine.adapters))
         late = run.is_main and self._deadline.near()
         stop, last = run.stop_requested(also=late), step == run.total_steps
         if stop or self.due(step, last):
@@ -245,7 +246,11 @@ def _model_key(engine: Engine, index: int) -> str:
 def _sharded_state(engine: Engine, *, loading: bool) -> tuple[dict[str, Any], Stretches]:
     """What megatron-core saves, or loads into. Trained weights are not loaded: they are the optimizer's, rounded."""
     state: dict[str, Any] = {
-        _model_key(engine, index): chunk.sharded_state_dict(metadata=dict(SHARDING))  # type: ignore[operator]
+        _model_key(engine, index): (
+            chunk.sharded_state_dict(metadata=dict(SHARDING))  # type: ignore[operator]
+            if engine.adapters is None
+            else sharded_adapters(chunk, engine.adapters, engine.groups)
+        )
         for index, chunk in enumerate(engine.modules)
     }
     stretches = Stretches(engine.optimizer, list(state.values()))

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_posttrain.config.schema import Config, PrecisionConfig
 from megatron_posttrain.errors import SaveError, UserError
 from megatron_posttrain.models import registry
+from megatron_posttrain.models.adapters import Adapters, find_adapters
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.output import check_output
 from megatron_posttrain.platform import platform
@@ -22,7 +23,7 @@ from megatron_posttrain.platform import platform
 PROBE_BYTES = 1 << 20
 OPTIMIZER_BYTES = 12  # a parameter: fp32 main weight and two moments
 FILES = ("config.yaml", "metrics.jsonl", ".stop")
-DIRECTORIES = ("checkpoints", "hf", "heartbeats", "tensorboard", "rollouts")
+DIRECTORIES = ("checkpoints", "hf", "adapter", "heartbeats", "tensorboard", "rollouts")
 
 
 def check_disk(config: Config, arch: Architecture) -> None:
@@ -34,19 +35,22 @@ def check_disk(config: Config, arch: Architecture) -> None:
             check_output(output / name)
     parts = {"the export": 2 * parameter_count(arch)}  # at least: bf16
     if config.checkpoint.every is not None:
-        parts["a checkpoint"] = checkpoint_bytes(config.precision, arch)
+        adapters = None if config.lora is None else find_adapters(arch, config.lora)
+        parts["a checkpoint"] = checkpoint_bytes(config.precision, arch, adapters)
     free, needed = shutil.disk_usage(there).free, sum(parts.values())
     if free < needed:
         listed = " and ".join(f"{name} takes {_size(size)}" for name, size in parts.items())
         raise UserError(f"output={output}: {_size(free)} are free there, {listed}; make room or choose another one")
 
 
-def parameter_count(arch: Architecture) -> int:
-    return sum(math.prod(plan.local_shape(1)) for plan in registry.tensors(arch))
+def parameter_count(arch: Architecture, adapters: Adapters | None = None) -> int:
+    """Of the model, or of its adapters alone."""
+    plans = registry.tensors(arch) if adapters is None else adapters.plans.values()
+    return sum(math.prod(plan.local_shape(1)) for plan in plans)
 
 
-def checkpoint_bytes(precision: PrecisionConfig, arch: Architecture) -> int:
-    return ((4 if precision.dtype == "fp32" else 2) + OPTIMIZER_BYTES) * parameter_count(arch)
+def checkpoint_bytes(precision: PrecisionConfig, arch: Architecture, adapters: Adapters | None = None) -> int:
+    return ((4 if precision.dtype == "fp32" else 2) + OPTIMIZER_BYTES) * parameter_count(arch, adapters)
 
 
 def _size(count: float) -> str:

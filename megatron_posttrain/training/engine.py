@@ -16,10 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_posttrain.checkpoint.hf import HfReader, model_directory
-from megatron_posttrain.checkpoint.load import load_hf
-from megatron_posttrain.config.schema import Config, ModelConfig, OptimizerConfig, PrecisionConfig
+from megatron_posttrain.checkpoint.load import experts_are_fused, load_hf
+from megatron_posttrain.config.schema import Config, LoraConfig, ModelConfig, OptimizerConfig, PrecisionConfig
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.errors import NotFiniteError
+from megatron_posttrain.models import adapters
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.build import FP8_TOKENS, build_model
 from megatron_posttrain.models.head import output_rows
@@ -66,6 +67,8 @@ class Engine:
         model: where its weights are, or random ones, and how its layers are made.
         optimizer: None: a frozen model, without gradient buffers or optimizer states.
         overlap: data parallel communication during forward and backward; None: on CUDA.
+        lora: adapters are trained, and the model is frozen.
+        seed: of the adapters' first weights, and of their dropout.
     """
 
     def __init__(
@@ -77,11 +80,20 @@ class Engine:
         optimizer: OptimizerConfig | None = None,
         *,
         overlap: bool | None = None,
+        lora: LoraConfig | None = None,
+        seed: int = 0,
     ) -> None:
         self.arch, self.groups, self.precision, self.optimizer_config = arch, groups, precision, optimizer
         self.overlap = optimizer is not None and overlaps(overlap)
         self._offloaded = False
-        self.modules, self.model_config = build_model(arch, groups.layout, model, precision)
+        with adapters.building(lora, random=model.random_init):
+            self.modules, self.model_config = build_model(arch, groups.layout, model, precision)
+        self.adapters: adapters.Adapters | None = None
+        self._seed, self._step, self._calls = seed, 0, 0
+        if lora is not None:
+            self.adapters = adapters.find_adapters(arch, lora, fused=experts_are_fused(model, arch))
+            with platform().megatron():
+                adapters.attach(self.modules, self.adapters, groups, seed=seed)
         if not model.random_init:
             load_hf(self.modules, arch, HfReader(model_directory(model.path)), groups)
         self.chunks: Sequence[Any] = self.modules
@@ -95,12 +107,17 @@ class Engine:
             self.optimizer = make_optimizer(
                 self.chunks, self.model_config, optimizer, bf16=precision.dtype == "bf16", overlap=self.overlap
             )
+        if lora is not None:
+            self.model_config.finalize_model_grads_func = adapters.finalizing_copies(
+                self.model_config.finalize_model_grads_func
+            )
 
     @classmethod
     def of(cls, config: Config, arch: Architecture, groups: Groups, *, train: bool = True) -> Engine:
         """As a whole config says."""
         optimizer = config.optimizer if train else None
-        return cls(arch, groups, config.model, config.precision, optimizer, overlap=config.parallel.overlap)
+        options: dict[str, Any] = {"lora": config.lora, "seed": config.training.seed}
+        return cls(arch, groups, config.model, config.precision, optimizer, overlap=config.parallel.overlap, **options)
 
     @property
     def row_multiple(self) -> int:
@@ -121,8 +138,15 @@ class Engine:
         return Exporter(self.modules, self.arch, self.groups)
 
     @functools.cached_property
+    def adapter_exporter(self) -> Exporter:
+        """As `exporter`, of the adapters' tensors."""
+        assert self.adapters is not None
+        return Exporter(self.modules, self.arch, self.groups, self.adapters.plans.values())
+
+    @functools.cached_property
     def weight_sets(self) -> WeightSets:
-        return WeightSets(self.modules)
+        """Of what is trained, where the rest is frozen beside adapters."""
+        return WeightSets(self.modules, trained_only=self.adapters is not None)
 
     def gather_weights(self) -> None:
         """Collective; before weights are read other than by a forward pass, to which overlap leaves the gathering
@@ -139,9 +163,11 @@ class Engine:
 
     @contextmanager
     def weights(self, name: str) -> Iterator[None]:
-        """Collective: meanwhile forward passes are of the weights that were kept under `name`."""
+        """Collective: meanwhile forward passes are of the weights that were kept under `name`, or, where adapters are
+        trained and it is `base`, of the model without them."""
         self.gather_weights()
-        with self.weight_sets.use(name):
+        base = name == "base" and self.adapters is not None
+        with adapters.disabled(self.modules) if base else self.weight_sets.use(name):
             yield
 
     def offload(self) -> None:
@@ -162,6 +188,17 @@ class Engine:
             self._offloaded = False
 
     # ---- a training step -------------------------------------------------------------------------------
+
+    def begin_step(self, index: int) -> None:
+        """A run's step number `index` (from 0), from which the masks of dropout follow."""
+        self._step, self._calls = index, 0
+
+    def _seed_dropout(self) -> None:
+        """The same on all tensor ranks, which need the same masks, and in every attempt at this step."""
+        if self.adapters is not None and self.adapters.lora.dropout:
+            mine = (self._seed, self._step, self._calls, self.groups.data.rank(), self.groups.context.rank())
+            torch.manual_seed(adapters.seed_of(*mine))
+        self._calls += 1
 
     def train_step(
         self,
@@ -190,6 +227,7 @@ class Engine:
             group["lr"] = lr * group.get("lr_mult", 1.0)
         with platform().megatron():
             self._ready_to_train()
+            self._seed_dropout()
             timer = PhaseTimer()
             with timer("forward_backward"):
                 found = self._schedule(micro_batches, work, forward_only=False)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from megatron_posttrain.checkpoint.hf import directory_writer, model_directory
 from megatron_posttrain.checkpoint.hf_files import custom_code
+from megatron_posttrain.checkpoint.lora import write_adapter
 from megatron_posttrain.errors import SaveError, UserError
+from megatron_posttrain.models import registry
 from megatron_posttrain.platform import platform
 from megatron_posttrain.training.checkpoints import Checkpoints
 from megatron_posttrain.training.disk import agree, cause
@@ -81,10 +83,39 @@ def _failing_together(directory: Path) -> Iterator[None]:
     agree(problem)
 
 
+def export_adapter(engine: Engine, source: Path, directory: Path) -> None:
+    """Collective: writes the adapter as PEFT's files. Raises SaveError on every rank when it cannot be written."""
+    adapters = engine.adapters
+    assert adapters is not None
+    engine.gather_weights()
+    with platform().megatron():
+        tensors = {name: tensor.cpu() for name, tensor in engine.adapter_exporter.tensors() if dist.get_rank() == 0}
+    problem = None
+    if dist.get_rank() == 0:
+        lora = adapters.lora
+        try:
+            write_adapter(
+                directory,
+                ((module, tensors[a], tensors[b]) for module, a, b in adapters.modules()),
+                rank=lora.rank,
+                alpha=lora.alpha,
+                dropout=lora.dropout,
+                use_rslora=lora.use_rslora,
+                base_model=str(source),
+                layout=registry.layout(engine.arch, adapters.fused),
+            )
+        except OSError as error:
+            problem = f"{directory} could not be written: {cause(directory, error)}"
+    agree(problem)
+
+
 def export_run(engine: Engine, checkpoints: Checkpoints, run: Record, source: Path) -> None:
-    """Collective: the run's last step as a checkpoint, then as output/hf; one that fails leaves the other."""
+    """Collective: the run's last step as a checkpoint, then as output/hf, with an adapter merged, and the adapter as
+    output/adapter; one that fails leaves the others."""
     checkpoints.secure(engine, run)
     try:
+        if engine.adapters is not None:
+            export_adapter(engine, source, run.directory / "adapter")
         export(engine, source, run.directory / "hf", run.config.model.tokenizer)
     except SaveError as error:
         raise SaveError(f"{error}; {checkpoints.left()}") from None

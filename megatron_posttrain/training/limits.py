@@ -19,7 +19,7 @@ def check_answers(rows: Sequence[Row], rewards: Iterable[RewardConfig]) -> None:
     needs = next((spec.name for spec in rewards if needs_answer(spec)), None)
     if needs is None:
         return
-    missing = [row.source for row in rows if row.answer is None]
+    missing = [row.source for row in rows if not (row.answer or "").strip()]
     if missing:
         more = f" ({len(missing):,} of {len(rows):,} rows have none)" if len(missing) > 1 else ""
         raise UserError(f"{missing[0]}: no `answer`, which the reward '{needs}' compares with{more}")

@@ -10,10 +10,10 @@ from typing import Any
 
 from megatron_posttrain.checkpoint.hf import check_directory, model_directory, read_json
 from megatron_posttrain.config.schema import Config
-from megatron_posttrain.config.unsupported import UNSUPPORTED
 from megatron_posttrain.data.tokenize import load_tokenizer
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import registry
+from megatron_posttrain.models.adapters import check_quantization, find_adapters
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.layout_checks import check_layout
 from megatron_posttrain.parallel.layout import Layout, batch_problem
@@ -46,13 +46,15 @@ def prepare(config: Config, world_size: int | None = None) -> Prepared:
     if wrong := list(batch_problems(config, layout)):
         raise UserError("; ".join(wrong))
     _check_implementation(config)
+    _check_adapters(config, arch, layout)
     check_interfaces()
     if training:
         check_launcher()
         refuse_unused_gpu()
         check_disk(config, arch)
         keep_date(config)
-    return Prepared(config, arch, layout, read_tokenizer(config.model.tokenizer or path, arch), path)
+    tokenizer = read_tokenizer(config.model.tokenizer or path, arch, path)
+    return Prepared(config, arch, layout, tokenizer, path)
 
 
 def check_launcher() -> None:
@@ -73,9 +75,12 @@ def read_architecture(config: Config, directory: Path) -> Architecture:
     return check_directory(directory)[1]
 
 
-def read_tokenizer(place: Path | str, arch: Architecture | None) -> Any:
-    """Raises UserError where it cannot be read, has no chat template, or more tokens than the model's vocabulary."""
-    tokenizer = load_tokenizer(str(place))
+def read_tokenizer(place: Path | str, arch: Architecture | None, model: Path | None = None) -> Any:
+    """The tokenizer of `place` for a `model`, which may be another directory.
+
+    Raises UserError where it cannot be read, has no chat template, or more tokens than the model's vocabulary.
+    """
+    tokenizer = load_tokenizer(str(place), model)
     if arch is not None and len(tokenizer) > arch.vocab_size:
         raise UserError(
             f"{place}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {arch.vocab_size}"
@@ -101,5 +106,16 @@ def _check_implementation(config: Config) -> None:
         )
     if config.precision.fp8 is not None and not device.has_transformer_engine():
         raise UserError(f"precision.fp8={config.precision.fp8} needs Transformer Engine on a GPU; here: fp8=null")
-    if config.lora is not None:
-        raise UserError(UNSUPPORTED["lora"])
+
+
+def _check_adapters(config: Config, arch: Architecture, layout: Layout) -> None:
+    if config.lora is None:
+        return
+    find_adapters(arch, config.lora)
+    if config.lora.quantization is not None:
+        if config.precision.fp8 is not None:
+            raise UserError(
+                f"lora.quantization={config.lora.quantization} with precision.fp8={config.precision.fp8}: weights can "
+                "be in one of them only; set one to null"
+            )
+        check_quantization(arch, layout)

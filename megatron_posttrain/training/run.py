@@ -94,6 +94,7 @@ class Run:
         self.say(f"{self.dataset.message}; {self.total_steps} steps on {self.prepared.layout}")
         for index in range(self._first_step, self.total_steps):
             step = Step(self, index)
+            self._engine.begin_step(index)
             yield step
             if not step.logged:
                 raise RuntimeError(f"step {step.number} was not logged")

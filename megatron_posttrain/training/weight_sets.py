@@ -12,10 +12,9 @@ from torch import Tensor, nn
 class WeightSets:
     """Of one rank's modules. A set costs their bytes in host memory, and no device memory but for one tensor."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._tensors: list[Tensor] = [
-            tensor.detach() for module in modules for tensor in [*module.parameters(), *module.buffers()]
-        ]
+    def __init__(self, modules: Sequence[nn.Module], *, trained_only: bool = False) -> None:
+        tensors = [tensor for module in modules for tensor in [*module.parameters(), *module.buffers()]]
+        self._tensors: list[Tensor] = [t.detach() for t in tensors if t.requires_grad or not trained_only]
         self._sets: dict[str, list[Tensor]] = {}
 
     @property

@@ -13,6 +13,8 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_posttrain.models.modules.lora import adapters_of, grouped_change
+
 Tensors = Sequence[Tensor]
 
 
@@ -21,7 +23,7 @@ class GroupedExperts(SequentialMLP):
 
     The weights stay one parameter an expert and projection. They are laid out so that all experts' weights are
     one strided view [experts, out, in], before and after data parallelism moves them to its own buffer; where
-    they are not, they are copied together. Linear layers that were replaced (LoRA) run one by one as in stock.
+    they are not, they are copied together. Linear layers that were replaced run one by one as in stock.
     """
 
     local_experts: torch.nn.ModuleList
@@ -47,11 +49,11 @@ class GroupedExperts(SequentialMLP):
             return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs)
         x = permuted_local_hidden_states
         ends = torch.tensor(counts).cumsum(0).to(x.device, torch.int32, non_blocking=True)
-        x = _GroupedLinear.apply(x, ends, counts, *(m.weight for m in fc1))
+        x = _with_adapters(fc1, x, counts, _GroupedLinear.apply(x, ends, counts, *(m.weight for m in fc1)))
         if fc1[0].bias is not None:
             x = x + _rows_of([m.bias for m in fc1], ends, len(x))
         x = self._activate(x, permuted_probs)
-        x = _GroupedLinear.apply(x, ends, counts, *(m.weight for m in fc2))
+        x = _with_adapters(fc2, x, counts, _GroupedLinear.apply(x, ends, counts, *(m.weight for m in fc2)))
         if fc2[0].bias is not None:
             x = x + (_rows_of([m.bias for m in fc2], ends, len(x)) * permuted_probs[:, None]).to(x.dtype)
         return x, None
@@ -115,6 +117,11 @@ class _GroupedLinear(torch.autograd.Function):
             for weight in weights:
                 weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         return grad_x, None, None, *grads.unbind()
+
+
+def _with_adapters(modules: Sequence[Any], x: Tensor, counts: Sequence[int], output: Tensor) -> Tensor:
+    adapters = adapters_of(modules)
+    return output + grouped_change(adapters, x, counts) if adapters else output
 
 
 def joined(weights: Tensors) -> Tensor:

@@ -1,0 +1,40 @@
+"""Options of commands without a config file that say how rows are read, as `data.columns` and `data.omissions` do."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import yaml
+
+from megatron_posttrain.config.schema import COLUMNS
+from megatron_posttrain.errors import nearest
+
+Columns = dict[str, str | list[str]]
+
+
+def add_row_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--columns", type=_columns, default={}, metavar="MAP", help="as data.columns: '{prompt: question.stem}'"
+    )
+    parser.add_argument(
+        "--omissions", choices=("refuse", "allow"), default="refuse", help="as data.omissions (default: refuse)"
+    )
+
+
+def _columns(text: str) -> Columns:
+    try:
+        found: Any = yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict) or not all(map(_is_name, found.values())):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a map such as '{{prompt: question, answer: [a, b]}}'")
+    for name in found:
+        if name not in COLUMNS:
+            allowed = ", ".join(COLUMNS)
+            raise argparse.ArgumentTypeError(f"no column {name!r}{nearest(str(name), COLUMNS)}; allowed: {allowed}")
+    return found
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))

@@ -1,0 +1,77 @@
+"""Columns of files under other names than ours: `data.columns`, and what it would be for the keys of a row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_posttrain.data.messages import BadRow
+
+Record = dict[str, Any]
+Columns = Mapping[str, str | list[str]]
+CONVERSATIONS = ("messages", "conversations", "prompt", "chosen", "rejected", "history")  # our own names of some
+
+
+def rename(record: Record, columns: Columns) -> Record:
+    """The record under our names; a column that is renamed is no longer there under its own.
+
+    A name may reach into a column (`question.stem`, `turns.0`); several are joined by an empty line.
+    """
+    found: Record = {}
+    gone: set[str] = set()
+    for ours, theirs in columns.items():
+        names = [theirs] if isinstance(theirs, str) else theirs
+        gone |= {*names, *(name.partition(".")[0] for name in names)}
+        values = [_reach(record, name) for name in names]
+        value = values[0] if len(values) == 1 else "\n\n".join(filter(None, map(_joined, values))) or None
+        if value is None:
+            raise BadRow(f"data.columns.{ours}: no column {' or '.join(names)}; found {sorted(record)}")
+        found[ours] = value
+    return {**{key: value for key, value in record.items() if key not in gone}, **found}
+
+
+def _reach(record: Record, name: str) -> Any:
+    if name in record:
+        return record[name]
+    value: Any = record
+    for step in name.split("."):
+        if isinstance(value, dict) and step in value:
+            value = value[step]
+        elif isinstance(value, list) and step.isdigit() and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            return None
+    return value
+
+
+def _joined(value: Any) -> str:
+    if isinstance(value, list):
+        return "\n".join(x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for x in value)
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+# Names that public files have for what we call by others.
+LIKELY = {
+    "prompt": ("question", "Question", "query", "problem", "instruction", "input", "text", "quiz", "content", "prompt", "turns"),  # noqa: E501
+    "answer": ("answer", "Answer", "final_answer", "target", "gt", "ground_truth", "correct", "solution_text", "answerKey", "label"),  # noqa: E501
+    "response": ("response", "output", "completion", "Best Answer", "code", "reply", "canonical_solution"),
+    "chosen": ("chosen_messages", "chosen_response"),
+    "rejected": ("rejected_messages", "rejected_response"),
+}  # fmt: skip
+
+
+def proposal(record: Record) -> str:
+    """The mapping that would make a known form of the keys of a row, as the end of a message."""
+    for key, value in record.items():
+        turn = value[0] if isinstance(value, list) and value and key not in CONVERSATIONS else None
+        if isinstance(turn, dict) and ({"role", "content"} <= set(turn) or {"from", "value"} <= set(turn)):
+            return f"; try data.columns: {{messages: {key}}}"
+    found = {ours: next((key for key in keys if key in record), None) for ours, keys in LIKELY.items()}
+    wanted = [("chosen", "rejected"), ("prompt", "response"), ("prompt", "answer"), ("prompt",)]
+    for names in wanted:
+        if all(found[name] for name in names):
+            if names[0] == "chosen" and found["prompt"]:
+                names = ("prompt", *names)
+            return "; try data.columns: {" + ", ".join(f"{name}: {found[name]}" for name in names) + "}"
+    return "; data.columns: {prompt: THEIR_NAME, response or answer: THEIR_NAME} renames columns"

@@ -1,0 +1,286 @@
+"""Adapters of a model's linear layers: which there are, their weight tables, and how a model gets them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_posttrain.config.schema import LoraConfig
+from megatron_posttrain.errors import UserError, nearest
+from megatron_posttrain.models import registry
+from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.models.disk_layout import Fusion
+from megatron_posttrain.models.modules.lora import LoraLinear, Split, add_to_grouped_output, add_to_output
+from megatron_posttrain.models.modules.nf4 import BLOCK, quantising_linears, run_dequantised
+from megatron_posttrain.models.sharded import GROUPED_EXPERT, layer_numbers, partition, position, table_name, unwrap
+from megatron_posttrain.models.weights import Mapping, Replicated, RowParallel, TensorPlan, expand, unmerged
+from megatron_posttrain.parallel.groups import Groups
+from megatron_posttrain.parallel.layout import Layout
+
+ALL = "all-linear"
+A, B = ".lora_A.weight", ".lora_B.weight"  # after the module's name, as PEFT has it
+
+
+def scaling(lora: LoraConfig) -> float:
+    """alpha / rank, or alpha / sqrt(rank) (rank-stabilised LoRA, arXiv 2312.03732, section 3)."""
+    return lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A row of the family's weight table whose weight has an adapter, and the rows of its A and B.
+
+    `owners`: by Hugging Face tensor of the weight the number of its A; -1: not adapted.
+    """
+
+    weight: Mapping
+    owners: tuple[int, ...]
+    a: Mapping
+    b: Mapping
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The adapters of a model. `weights`: plans of the adapted weights, by name; `plans`: those of all A and B."""
+
+    lora: LoraConfig
+    arch: Architecture
+    fused: bool  # gate and up of experts share an A, as the tensor that holds both on disk has it
+    targets: list[Target]
+    weights: dict[str, TensorPlan] = field(init=False)
+    plans: dict[str, TensorPlan] = field(init=False)
+
+    def __post_init__(self) -> None:
+        found = {plan.name: plan for plan in expand([t.weight for t in self.targets])}
+        object.__setattr__(self, "weights", found)
+        rows = [row for target in self.targets for row in (target.a, target.b)]
+        object.__setattr__(self, "plans", {plan.name: plan for plan in expand(rows)})
+
+    def target(self, plan: TensorPlan) -> Target:
+        return next(t for t in self.targets if t.weight.megatron == plan.mapping.megatron)
+
+    def modules(self) -> Iterator[tuple[str, str, str]]:
+        """(module, its A, its B): Hugging Face names, of every adapted linear layer."""
+        for plan in self.weights.values():
+            target = self.target(plan)
+            a, b = (self.plans[adapter_name(plan.name, letter)].hf for letter in "ab")
+            for name, owner, b_name in zip(plan.hf, target.owners, b, strict=True):
+                if owner >= 0:
+                    yield name.removesuffix(".weight"), a[owner], b_name
+
+
+def adapter_name(weight: str, letter: str) -> str:
+    """The table's name of the A or B (`letter`: a, b) of a weight."""
+    return f"{weight.removesuffix('weight')}lora.{letter}"
+
+
+def find_adapters(arch: Architecture, lora: LoraConfig, *, fused: bool = False) -> Adapters:
+    """What `lora.targets` asks for. `fused`: the directory of the base holds experts in 3-D tensors.
+
+    UserError for a target that no linear layer of the model is called by.
+    """
+    fusions = {part: f for f in registry.layout(arch, fused).fusions for part in f.parts}
+    wanted = [lora.targets] if isinstance(lora.targets, str) else lora.targets
+    rows = [row for row in registry.table(arch) if _is_linear(row)]
+    unused, known = set(wanted) - {ALL}, set()
+    targets = []
+    for row in rows:
+        hit = []
+        for pattern in row.hf:
+            names = _names(pattern, fusions.get(pattern))
+            known |= {name.rpartition(".")[2] for name in names}
+            matching = {w for w in wanted if w == ALL or any(n == w or n.endswith(f".{w}") for n in names)}
+            unused -= matching
+            hit.append(bool(matching))
+        if any(hit):
+            targets.append(_target(row, hit, lora.rank, shared=row.hf[0] in fusions))
+    if unused:
+        name = sorted(unused)[0]
+        raise UserError(
+            f"lora.targets: no linear layer of this model is called '{name}'{nearest(name, known)}; "
+            f"allowed: {ALL}, {', '.join(sorted(known))}"
+        )
+    return Adapters(lora, arch, bool(fusions), targets)
+
+
+def _is_linear(row: Mapping) -> bool:
+    inside = row.megatron.startswith("decoder.") and ".linear_" in row.megatron
+    return inside and row.megatron.endswith(".weight") and not isinstance(row, Replicated)
+
+
+def _names(pattern: str, fusion: Fusion | None) -> list[str]:
+    """What a linear layer is called: by its module, with and without the expert's number, or by the fused tensor."""
+    module = pattern.removesuffix(".weight")
+    return [module, module.replace(".experts.*.", ".experts."), *([fusion.hf] if fusion else [])]
+
+
+def _target(row: Mapping, hit: list[bool], rank: int, shared: bool) -> Target:
+    first = hit.index(True)
+    number = [0 if shared else sum(hit[:source]) for source in range(len(hit))]
+    owners = tuple(n if adapted else -1 for n, adapted in zip(number, hit, strict=True))
+    of_a = [first] if shared else [source for source, adapted in enumerate(hit) if adapted]
+    kind = RowParallel if isinstance(row, RowParallel) else Replicated
+    names = [name.removesuffix(".weight") for name in row.hf]
+    where = {"layers": row.layers, "experts": row.experts, "hf_layer_offset": row.hf_layer_offset}
+    a = kind(
+        adapter_name(row.megatron, "a"),
+        tuple(names[source] + A for source in of_a),
+        tuple((rank, row.shapes[source][1]) for source in of_a),
+        **where,  # type: ignore[arg-type]
+    )
+    changes: dict[str, Any] = {
+        "megatron": adapter_name(row.megatron, "b"),
+        "hf": tuple(name + B for name in names),
+        "shapes": tuple((shape[0], rank) for shape in row.shapes),
+    }
+    whole_b = Replicated(changes["megatron"], changes["hf"], changes["shapes"], **where)  # type: ignore[arg-type]
+    return Target(row, owners, a, whole_b if kind is RowParallel else replace(row, **changes))
+
+
+def check_quantization(arch: Architecture, layout: Layout) -> None:
+    """UserError where blocks of NF4 would lie across rows or ranks."""
+    for row in filter(_is_linear, registry.table(arch)):
+        split = layout.expert_tensor if row.experts else layout.tensor
+        size, columns = split if isinstance(row, RowParallel) else 1, row.shapes[0][1]
+        if columns % (BLOCK * size):
+            name = row.hf[0].removesuffix(".weight").rpartition(".")[2]
+            key = f" x parallel.{'expert_tensor' if row.experts else 'tensor'}={size}" if size > 1 else ""
+            raise UserError(
+                f"lora.quantization=nf4: {name} has {columns} inputs, which are not divisible by blocks of {BLOCK}{key}"
+            )
+
+
+# ---- in a model ------------------------------------------------------------------------------------------
+
+
+def building(lora: LoraConfig | None, *, random: bool) -> AbstractContextManager[None]:
+    """For the time in which a model is built that is to have these adapters."""
+    quantized = lora is not None and lora.quantization is not None
+    return quantising_linears(random) if quantized else contextlib.nullcontext()
+
+
+def attach(chunks: Sequence[nn.Module], adapters: Adapters, groups: Groups, *, seed: int) -> None:
+    """Freezes the model and gives its linear layers adapters: A uniform in +-1 / sqrt(in), as PEFT draws it, B zero.
+
+    The same whole adapter under every layout.
+    """
+    from megatron_posttrain.models.modules.experts import GroupedExperts
+
+    arch, lora = adapters.arch, adapters.lora
+    expert = position(groups.expert)
+    offset = expert[0] * (arch.moe.num_experts // expert[1]) if arch.moe else 0
+    for chunk in chunks:
+        model: Any = unwrap(chunk)
+        numbers = layer_numbers(model)
+        model.requires_grad_(False)
+        run_dequantised(model, (GroupedExperts,))
+        if getattr(model, "pre_process", False):
+            # Layers that are recomputed, and stages without an adapter, need something to differentiate by.
+            model.embedding.register_forward_hook(_require_gradient)
+        for local_name, weight in list(model.named_parameters()):
+            plan = adapters.weights.get(table_name(local_name, numbers, offset))
+            if plan is None:
+                continue
+            owned = plan.expert is not None
+            group = groups.expert_tensor if owned else groups.tensor
+            rank, size = partition(plan, weight, *position(group))
+            row = isinstance(plan.mapping, RowParallel)
+            by: Any = "row" if row else "column" if size == group.size() else "whole"
+            split = Split(by, group, groups.layout.sequence_parallel and not owned, owned)
+            b = adapters.plans[adapter_name(plan.name, "b")]
+            owners = _owners(b.mapping, adapters.target(plan).owners, rank, size).to(weight.device)
+            inputs = plan.local_shape(size)[1]
+            module = LoraLinear(inputs, owners, lora.rank, scaling(lora), lora.dropout, split, weight.dtype)
+            with torch.no_grad():
+                adapters.plans[adapter_name(plan.name, "a")].fill(module.a, _Initial(plan, lora.rank, seed), rank, size)
+            _register(model, local_name, module)
+            weight.adapter = module
+
+
+def _owners(b: Mapping, owners: tuple[int, ...], rank: int, size: int) -> Tensor:
+    """[out] of this rank: the number of the A that each row of B meets."""
+    return torch.cat(
+        [torch.full((stop - start,), owners[source or 0]) for source, start, stop in b.segments(rank, size)]
+    )
+
+
+def seed_of(*parts: int | str) -> int:
+    """A seed for what `parts` name, another one for anything else."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
+
+
+class _Initial:
+    """Reads an A by its Hugging Face name: drawn, not stored."""
+
+    def __init__(self, plan: TensorPlan, rank: int, seed: int) -> None:
+        self.shape, self.seed = (rank, plan.shapes[0][1]), seed
+
+    def __call__(self, name: str) -> Tensor:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, name))
+        return (2 * torch.rand(self.shape, generator=generator) - 1) / math.sqrt(self.shape[1])
+
+
+def _register(model: Any, weight: str, module: LoraLinear) -> None:
+    """As `lora` of the layer that has the weight; of a grouped layer as one of its adapters."""
+    layer = model.get_submodule(weight.rpartition(".")[0])
+    if (grouped := GROUPED_EXPERT.search(unmerged(weight))) is None:
+        layer.lora = module
+        layer.register_forward_hook(add_to_output, prepend=True)  # before those that rearrange the output
+        return
+    if not hasattr(layer, "lora"):
+        layer.lora = nn.ModuleDict()
+        layer.register_forward_hook(add_to_grouped_output, prepend=True)
+    layer.lora[grouped[3]] = module
+
+
+def _require_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() else output
+
+
+@contextlib.contextmanager
+def disabled(chunks: Sequence[nn.Module]) -> Iterator[None]:
+    """Meanwhile the model is its base."""
+    found = [m for chunk in chunks for m in chunk.modules() if isinstance(m, LoraLinear)]
+    for module in found:
+        module.enabled = False
+    try:
+        yield
+    finally:
+        for module in found:
+            module.enabled = True
+
+
+def finalizing_copies(finalize: Callable[..., None]) -> Callable[..., None]:
+    """megatron-core's function that reduces a step's gradients, and `sum_copied_gradients` after it."""
+
+    def both(model: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
+        finalize(model, *args, **kwargs)
+        sum_copied_gradients(model)
+
+    return both
+
+
+def sum_copied_gradients(chunks: Sequence[nn.Module]) -> None:
+    """Collective, after a step's gradients: expert tensor ranks sum those of their copies of an expert's A or B.
+
+    megatron-core sums those of dense layers, over tensor ranks; of experts it knows no copies.
+    """
+    found: dict[Any, list[Tensor]] = {}
+    for chunk in chunks:
+        parameters: list[Any] = list(chunk.parameters())
+        for parameter in parameters:
+            if (group := getattr(parameter, "sum_gradients_over", None)) is not None:
+                found.setdefault(group, []).append(parameter.main_grad)
+    for group, gradients in found.items():
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        torch.distributed.all_reduce(flat, group=group)
+        for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(summed.view_as(gradient))

@@ -1,0 +1,156 @@
+"""Adapters under every layout: what PEFT trains, one process trains, and every layout trains, saves and merges."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
+
+from megatron_posttrain.checkpoint.hf import check_directory, table_reader
+from megatron_posttrain.checkpoint.hf_files import HfReader, HfWriter
+from megatron_posttrain.models import registry
+from tests.launch import ranks
+from tests.lora import reference
+from tests.models import EXPERTS, SIZES
+
+STEPS = 10
+LORA = {"rank": 8, "alpha": 16}
+DENSE = [{"tensor": 2}, {"tensor": 2, "sequence": False}, {"pipeline": 2}, {"context": 2}, {}]
+Job = dict[str, Any]
+
+
+def job(kind: str, layout: dict[str, Any], **options: Any) -> Job:
+    return {"model": kind, "layout": layout, "lora": LORA, "steps": STEPS} | options
+
+
+RECOMPUTED = {"model_options": {"recompute": "full"}}
+# By processes; the first of a kind and a world of one is what the others are compared with
+JOBS: dict[int, list[Job]] = {
+    1: [
+        *(job(kind, {}, steps=steps) for kind in ("dense", "moe", "fused") for steps in (0, STEPS)),
+        job("moe", {}, grouped=True),
+        job("dense", {}, **RECOMPUTED),
+    ],
+    2: [
+        *(job("dense", layout) for layout in DENSE),
+        *(job("moe", layout) for layout in ({"tensor": 2}, {"pipeline": 2}, {"expert": 2}, {"context": 2}, {})),
+        job("moe", {"tensor": 2, "expert_tensor": 2}),
+        job("fused", {"tensor": 2, "expert_tensor": 2, "sequence": True}),
+        job("dense", {"tensor": 2}, **RECOMPUTED),
+    ],
+    4: [
+        job("dense", {"tensor": 2, "pipeline": 2}),
+        job("moe", {"tensor": 2, "expert": 2, "expert_tensor": 2}),
+        job("moe", {"tensor": 2, "pipeline": 2, "expert": 2}),
+        job("fused", {"tensor": 2, "expert": 2}),
+    ],
+}
+
+
+def name(processes: int, job: Job) -> str:
+    extra = [key for key in ("grouped", "model_options", "transformer_engine") if job.get(key)]
+    parts = [f"{key}{size}" for key, size in job["layout"].items()]
+    return "-".join([job["model"], str(processes), *parts, *extra, *(["start"] if not job["steps"] else [])])
+
+
+def fuse(source: str, directory: Path) -> str:
+    """The same model with its experts in 3-D tensors."""
+    config, arch = check_directory(source)
+    reader = HfReader(source)
+    read, layout = table_reader(reader, arch), registry.layout(arch, fused=True)
+    contents = {name: (torch.float32, shape) for name, shape in layout.shapes.items()}
+    with HfWriter(directory, contents, config) as writer:
+        for stored, tensor in layout.assemble((part, read(part)) for part in registry.layout(arch).places):
+            writer.write(stored, tensor)
+    return str(directory)
+
+
+def save(config: PreTrainedConfig, directory: Path) -> str:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data.normal_(1 if parameter.dim() == 1 else 0, 0.2)
+    model.save_pretrained(directory)
+    return str(directory)
+
+
+def run(models: dict[str, str], jobs: dict[int, list[Job]], out: Path) -> dict[str, Any]:
+    """Facts by name; a job a world size, because starting processes costs more than the work."""
+    for processes, wanted in jobs.items():
+        file = out / f"jobs{processes}.json"
+        placed = [j | {"model": models[j["model"]], "out": str(out / name(processes, j))} for j in wanted]
+        file.write_text(json.dumps(placed))
+        ranks(processes, "-m", "tests.lora.worker", str(file))
+    names = [name(processes, j) for processes, wanted in jobs.items() for j in wanted]
+    return {n: json.loads((out / n / "facts.json").read_text()) | {"out": out / n} for n in names}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    directory = tmp_path_factory.mktemp("models")
+    sizes = SIZES | {"num_hidden_layers": 2}
+    made = {
+        "dense": save(Qwen3Config(**sizes), directory / "dense"),
+        "moe": save(Qwen3MoeConfig(**sizes, **EXPERTS | {"num_experts": 4}), directory / "moe"),
+    }
+    return made | {"fused": fuse(made["moe"], directory / "fused")}
+
+
+@pytest.fixture(scope="module")
+def facts(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(models, JOBS, tmp_path_factory.mktemp("lora"))
+
+
+def difference(found: list[list[float]], expected: list[list[float]] | list[Tensor]) -> float:
+    pairs = zip(found, expected, strict=True)
+    return max((torch.as_tensor(a) - torch.as_tensor(b)).abs().max().item() for a, b in pairs)
+
+
+def adapter(fact: Any) -> dict[str, Tensor]:
+    return load_file(fact["out"] / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["dense", "fused"])
+def test_trains_what_peft_trains(kind: str, models: dict[str, str], facts: Any) -> None:
+    losses, norms = reference.train(models[kind], facts[f"{kind}-1-start"]["out"] / "adapter", STEPS)
+    torch.testing.assert_close(torch.tensor(facts[f"{kind}-1"]["losses"]), torch.tensor(losses), rtol=1e-4, atol=0)
+    torch.testing.assert_close(torch.tensor(facts[f"{kind}-1"]["grad_norms"]), torch.tensor(norms), rtol=1e-4, atol=0)
+
+
+CASES = [name(n, j) for n, jobs in JOBS.items() for j in jobs if n > 1 or len(name(n, j).split("-")) > 2]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "start" not in case])
+def test_every_layout_trains_what_one_process_trains(case: str, facts: Any) -> None:
+    found, expected = facts[case], facts[f"{case.split('-')[0]}-1"]
+    for key in ("losses", "grad_norms"):
+        torch.testing.assert_close(torch.tensor(found[key]), torch.tensor(expected[key]), rtol=1e-4, atol=0)
+    assert difference(found["trained"], expected["trained"]) < 1e-4
+    mine, theirs = adapter(found), adapter(expected)
+    assert mine.keys() == theirs.keys()
+    for key, value in theirs.items():
+        torch.testing.assert_close(mine[key], value, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("case", [f"{kind}-1" for kind in ("dense", "moe", "fused")])
+def test_files_hold_the_trained_model(case: str, models: dict[str, str], facts: Any) -> None:
+    found, base = facts[case], models[case.split("-")[0]]
+    merged = AutoModelForCausalLM.from_pretrained(found["out"] / "hf", dtype=torch.float32)
+    assert difference(found["trained"], reference.logprobs(merged)) < 2e-5
+    assert difference(found["trained"], reference.logprobs(reference.load(base, found["out"] / "adapter"))) < 2e-5
+
+
+@pytest.mark.parametrize("case", [name(n, j) for n, jobs in JOBS.items() for j in jobs])
+def test_base_is_frozen(case: str, facts: Any) -> None:
+    found = facts[case]
+    assert found["base_unchanged"]
+    assert found["base"] == found["start"]  # B is zero before the first step
+    # No gradient of the base: buffers hold the adapters' parameters and their alignment
+    assert found["trained_elements"] <= found["gradient_elements"] < 2 * found["trained_elements"] + 4096
+    assert found["trained"] != found["start"] or "start" in case
