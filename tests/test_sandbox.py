@@ -1,4 +1,4 @@
-"""Programs that nobody has read: none escapes, none passes tests that it does not meet, honest ones are judged right."""
+"""Programs that nobody has read: none escapes, none passes tests that it does not meet, honest ones pass."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from megatron_posttrain.config.schema import RewardConfig
 from megatron_posttrain.rewards import Sample, compute_rewards, load_rewards
 from tests.hostile import BOMBS, CHEATS, ESCAPES, SOLVE
 
-pytestmark = pytest.mark.skipif(
-    sandbox.why_unavailable() is not None, reason=f"no sandbox: {sandbox.why_unavailable()}"
-)
+WHY = sandbox.why_unavailable()
+pytestmark = pytest.mark.skipif(WHY is not None, reason=f"no sandbox: {WHY}")
 TESTS = ["assert add(2, 3) == 5", "assert all(map(lambda n: add(n, 1) == n + 1, [1, 2]))", "assert {add(1, 1)} == {2}"]
 
 
@@ -40,14 +39,21 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 keep: list[socket.socket] = []
 
 
-def test_no_escape(surroundings: dict[str, str]) -> None:
-    def attempt(code: str) -> sandbox.Result:
-        for word, value in surroundings.items():
-            code = code.replace(word, value)
-        return sandbox.run(code, seconds=20, memory_mib=256)
+def attempt(name: str, surroundings: dict[str, str], unsafe: bool = False) -> sandbox.Result:
+    code = ESCAPES[name]
+    for word, value in surroundings.items():
+        code = code.replace(word, value)
+    return sandbox.run(code, seconds=20, memory_mib=256, unsafe=unsafe)
 
+
+@pytest.mark.parametrize("name", ["read a file", "read it through a link", "connect to the parent", "abstract socket"])
+def test_attempts_succeed_without_the_sandbox(surroundings: dict[str, str], name: str) -> None:
+    assert "escaped" in attempt(name, surroundings, unsafe=True).stdout
+
+
+def test_no_escape(surroundings: dict[str, str]) -> None:
     with ThreadPoolExecutor(2) as pool:
-        results = dict(zip(ESCAPES, pool.map(attempt, ESCAPES.values()), strict=True))
+        results = dict(zip(ESCAPES, pool.map(lambda name: attempt(name, surroundings), ESCAPES), strict=True))
     assert {name: r for name, r in results.items() if "escaped" in r.stdout or r.status == "unavailable"} == {}
     assert results["write a file"].stdout == "written\n"  # into its own /tmp
     assert not Path(surroundings["MARK"]).exists()
