@@ -12,8 +12,7 @@ import pytest
 
 from megatron_posttrain import sandbox
 from megatron_posttrain.config.schema import RewardConfig
-from megatron_posttrain.rewards import Sample, compute_rewards, load_rewards
-from megatron_posttrain.rewards import code
+from megatron_posttrain.rewards import Sample, code, compute_rewards, load_rewards
 
 SETS = Path(__file__).resolve().parents[2] / "shared" / "data" / "datasets"
 isolated = pytest.mark.skipif(sandbox.why_unavailable() is not None, reason="programs cannot be isolated here")
@@ -59,6 +58,7 @@ def test_canonical_solutions_pass_and_broken_ones_fail() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @isolated
 @shared
 def test_all_canonical_solutions() -> None:
@@ -98,9 +98,8 @@ def point(): return Point(1, 2)
         "assert math.isclose(same(0.1) + same(0.2), 0.3) and same(int) is int",
     ]
     assert grade([(program, {"tests": tests})], partial=True) == [1.0]
-    assert grade([(program, {"tests": [*tests, "assert same(1) == 2", "same(", "nowhere()"]})], partial=True) == [
-        8 / 11
-    ]
+    assert grade([(program, {"tests": [*tests, "assert same(1) == 2", "nowhere()"]})], partial=True) == [0.8]
+    assert "the row's tests are no Python" in str(grade([(program, {"tests": ["same("]})])[0])
 
 
 def test_the_last_block_counts() -> None:
