@@ -20,11 +20,11 @@ from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture, MixtureOfExperts, Rope
 from megatron_posttrain.models.weights import (
     QKV,
-    Column,
+    ColumnParallel,
     GatedMLP,
     Mapping,
     Replicated,
-    Row,
+    RowParallel,
     Vocabulary,
     expand,
     padded_vocab_size,
@@ -51,13 +51,13 @@ def check_round_trip(mapping: Mapping, tensors: list[Tensor], size: int) -> list
     return shards
 
 
-@given(size=small, rows=small, columns=small, kind=st.sampled_from([Column, Row, Replicated]))
+@given(size=small, rows=small, columns=small, kind=st.sampled_from([ColumnParallel, RowParallel, Replicated]))
 def test_plain_kinds(size: int, rows: int, columns: int, kind: type[Mapping]) -> None:
     tensor = numbered_tensor(rows * size, columns * size)
     shards = check_round_trip(kind("x", ("a",), (tuple(tensor.shape),)), [tensor], size)
     expected = {
-        Column: tensor.chunk(size, dim=0),
-        Row: tensor.chunk(size, dim=1),
+        ColumnParallel: tensor.chunk(size, dim=0),
+        RowParallel: tensor.chunk(size, dim=1),
         Replicated: [tensor] * size,
     }[kind]
     assert all(torch.equal(shard, part) for shard, part in zip(shards, expected, strict=True))
@@ -160,7 +160,7 @@ def test_only_the_slices_of_a_rank_are_read() -> None:
             return torch.zeros(index.stop - index.start, 3)
 
     recorder = Recorder()
-    (plan,) = expand([Column("x", ("a",), ((12, 3),))])
+    (plan,) = expand([ColumnParallel("x", ("a",), ((12, 3),))])
     plan.fill(torch.empty(3, 3), lambda name: recorder, 2, 4)
     assert recorder.rows == [(6, 9)]
 

@@ -12,8 +12,9 @@ from cluster import REPOSITORY
 from pydantic import Field, PositiveInt
 
 from megatron_posttrain.cli.main import commands
+from megatron_posttrain.config.algorithms import ALGORITHMS
 from megatron_posttrain.config.load import load_config
-from megatron_posttrain.config.schema import CONFIGS, Section
+from megatron_posttrain.config.schema import Section
 from megatron_posttrain.errors import UserError, nearest
 
 
@@ -100,10 +101,10 @@ def checked(words: Sequence[str], where: str = "") -> None:
             raise UserError(f"{where}no script {name} in {REPOSITORY}")
     elif name not in (known := commands()):
         raise UserError(f"{where}no command '{name}'{nearest(name, known)} (one of {', '.join(known)})")
-    if name in CONFIGS and "--config" in words[1:-1]:
+    if name in ALGORITHMS and "--config" in words[1:-1]:
         file = words[words.index("--config") + 1]
         overrides = [word for word in words[1:] if "=" in word and not word.startswith("-")]
-        load_config(CONFIGS[name], REPOSITORY / file, overrides)
+        load_config(ALGORITHMS[name].config, REPOSITORY / file, overrides)
 
 
 def on_cluster(words: Sequence[str], code: str) -> list[str]:

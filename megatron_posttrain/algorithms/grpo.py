@@ -47,7 +47,7 @@ def grpo(config: GrpoConfig) -> int:
     """Trains, resumes where a run stopped, exports. Exit status: 0, or REQUEUE_STATUS when asked to stop."""
     prepared = prepare(config)
     prompts = check(config, prepared.tokenizer, prepared.arch, platform().name)
-    rewards = load_rewards(config.rewards)
+    rewards = load_rewards(config.rewards, unsafe=config.sandbox.unsafe)
     with Run(prepared, prompts) as run:
         engine = run.model(keep=REFERENCE if config.algorithm.kl_coefficient else None)
         if config.rollout.offload:
@@ -151,7 +151,7 @@ def _difference(batch: PackedBatch, own: Tensor) -> Tensor:
 def denominator(config: GrpoConfig, totals: Totals) -> float:
     """What the terms of the global batch are divided by."""
     return {
-        "token": totals.tokens,
+        "token": max(1, totals.tokens),  # none where all samples are masked
         "sequence": totals.sequences,
         "constant": totals.sequences * config.rollout.max_tokens,
     }[config.algorithm.aggregation]

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from megatron_posttrain.config.schema import Config, Fraction, RewardConfig, RolloutConfig, Section
+from megatron_posttrain.config.schema import Config, Fraction, RewardConfig, RolloutConfig, SandboxConfig, Section
 
 
 class SftAlgorithm(Section):
@@ -144,6 +144,7 @@ class GrpoConfig(Config):
         default_factory=lambda: [RewardConfig(name="math")],
         description="the sum of weight x reward; `file`: Python file that defines it with @reward(name)",
     )
+    sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
     algorithm: GrpoAlgorithm = Field(default_factory=GrpoAlgorithm)
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -187,6 +187,15 @@ class RewardConfig(Section):
     name: str
     weight: float = 1.0
     file: str | None = Field(None, description="Python file that defines it with @reward(name)")
+    args: dict[str, Any] = Field(default_factory=dict, description="the reward's own parameters")
+    on_error: Literal["mask"] | float = Field(
+        "mask", description="of a sample that it cannot grade: it does not train, or its value"
+    )
+    seconds: PositiveFloat | None = Field(None, description="after which it failed on a sample; null: never")
+
+
+class SandboxConfig(Section):
+    unsafe: bool = Field(False, description="run programs where they cannot be isolated, with limits only")
 
 
 class Config(Section):

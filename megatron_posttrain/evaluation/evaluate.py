@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from megatron_posttrain.data.dataset import Prompt
+from megatron_posttrain.errors import UserError
 from megatron_posttrain.rewards import Reward
 from megatron_posttrain.rollout import RolloutEngine, Sampling
 from megatron_posttrain.rollout.samples import Samples, generate_samples
@@ -65,6 +66,9 @@ def evaluate(
     """
     seeds = range(seed, seed + len(prompts) * sampling.n)
     samples = generate_samples(engine, tokenizer, prompts, rewards, sampling, seeds)
+    for name, values in samples.rewards_by_name.items():
+        if failed := sum(map(math.isnan, values.tolist())):
+            raise UserError(f"reward {name!r} failed on {failed} of {len(values)} samples; a warning above says why")
     records = [
         {
             "index": samples.prompts[k].index,

@@ -1,6 +1,19 @@
 """Rewards: what a response is worth. A new one is one file here, or one file of the user's."""
 
-from megatron_posttrain.rewards import math
-from megatron_posttrain.rewards.registry import Reward, Sample, compute_rewards, load_rewards, reward
+from megatron_posttrain.rewards import code, math, rules
+from megatron_posttrain.rewards.grading import Grade, compute_rewards
+from megatron_posttrain.rewards.registry import GradingError, Reward, Sample, Score, load_rewards, reward
 
-__all__ = ["Reward", "Sample", "compute_rewards", "load_rewards", "math", "reward"]
+__all__ = [
+    "Grade",
+    "GradingError",
+    "Reward",
+    "Sample",
+    "Score",
+    "code",
+    "compute_rewards",
+    "load_rewards",
+    "math",
+    "reward",
+    "rules",
+]

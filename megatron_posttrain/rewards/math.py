@@ -17,7 +17,7 @@ __all__ = ["boxed", "math_reward"]
 TIME_LIMIT = 3.0  # CPU seconds for one comparison; after them the answers count as different
 
 
-@reward("math")
+@reward("math", needs_answer=True)
 def math_reward(sample: Sample) -> float:
     """Compare the answer that follows the reasoning with `sample.answer`.
 

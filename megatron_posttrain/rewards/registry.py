@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import typing
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from pydantic import ConfigDict, ValidationError, create_model
 
 from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.rewards.response import split_reasoning
@@ -29,6 +31,8 @@ class Sample:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     reasoning: str = ""
     final: str | None = None  # what follows the reasoning: empty when that was cut off; None: find it in `response`
+    tokens: int | None = None  # of the response
+    truncated: bool = False  # ended by the limit of tokens
 
     def __post_init__(self) -> None:
         if self.final is None:
@@ -37,42 +41,84 @@ class Sample:
             object.__setattr__(self, "final", final)
 
 
-RewardFunction = Callable[[Sample], float]
+@dataclass(frozen=True)
+class Score:
+    """What a reward may return instead of a number: with figures of its own, whose means are logged."""
+
+    value: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class GradingError(Exception):
+    """A reward cannot tell: the sandbox failed, the judge is down, the row has nothing to grade by."""
+
+
+Per = Literal["sample", "batch", "group"]
+Target = TypeVar("Target", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
 class Reward:
+    """A reward of a run.
+
+    Attributes:
+        function: plain or async; its argument is a sample, or a list of them where `per` says so, in which case it
+            returns a list.
+        per: `batch`: all samples that a replica grades in a step; `group`: those of one prompt.
+        on_error: the value of a sample that could not be graded; None: the sample does not train.
+        seconds: after which a call counts as failed; None: never.
+    """
+
     name: str
     weight: float
-    function: RewardFunction
+    function: Callable[[Any], Any]
+    per: Per = "sample"
+    on_error: float | None = None
+    seconds: float | None = None
 
 
-_builtin: dict[str, RewardFunction] = {}
-_files: dict[Path, dict[str, RewardFunction]] = {}
+@dataclass(frozen=True)
+class _Definition:
+    target: Callable[..., Any]
+    per: Per
+    needs_answer: bool
+
+
+_builtin: dict[str, _Definition] = {}
+_files: dict[Path, dict[str, _Definition]] = {}
 _registering = _builtin  # where `reward` puts names: the built-in ones, or those of the file being run
 
 
-def reward(name: str) -> Callable[[RewardFunction], RewardFunction]:
-    """Make a function a reward that the configuration can name: `rewards: [{name: NAME, weight: 1.0}]`.
+def reward(name: str, *, per: Per = "sample", needs_answer: bool = False) -> Callable[[Target], Target]:
+    """Make a function or a class a reward that the configuration can name: `rewards: [{name: NAME, weight: 1.0}]`.
 
-    The function takes a `Sample` and returns a finite number, as a scalar of numpy or torch too. It is called
-    from several threads at once.
+    A function takes a `Sample` and returns a finite number, as a scalar of numpy or torch too, or a `Score`; plain
+    ones are called from several threads at once. Its keyword-only parameters are keys of the config's `args`,
+    checked by their types. A class is made once, from `args`, and its instance is called.
+
+    Args:
+        per: what a call grades; with `batch` and `group` a list of samples, to a list of numbers.
+        needs_answer: rows without `answer` are refused.
     """
 
-    def register(function: RewardFunction) -> RewardFunction:
+    def register(target: Target) -> Target:
         if name in _registering:
             raise UserError(f"a reward named {name!r} is defined twice")
-        _registering[name] = function
-        return function
+        _registering[name] = _Definition(target, per, needs_answer)
+        return target
 
     return register
 
 
-def load_rewards(specs: Iterable[RewardConfig]) -> list[Reward]:
-    """The functions that the configuration names, from their files where it gives one.
+def load_rewards(specs: Iterable[RewardConfig], *, unsafe: bool = False) -> list[Reward]:
+    """The rewards that the configuration names, from their files where it gives one, with their parameters.
+
+    Args:
+        unsafe: `sandbox.unsafe`, for those that run programs.
 
     Raises:
-        UserError: an unknown name, a file that is missing, fails, or does not define the name, a name twice.
+        UserError: an unknown name or parameter, a bad value, a file that is missing, fails, or does not define the
+            name, a name twice.
     """
     rewards: list[Reward] = []
     for spec in specs:
@@ -85,11 +131,58 @@ def load_rewards(specs: Iterable[RewardConfig]) -> list[Reward]:
             )
         if spec.name in (r.name for r in rewards):
             raise UserError(f"rewards: {spec.name!r} is there twice")
-        rewards.append(Reward(spec.name, spec.weight, known[spec.name]))
+        definition = known[spec.name]
+        on_error = None if spec.on_error == "mask" else float(spec.on_error)
+        function = _bind(spec.name, definition.target, spec.args, unsafe)
+        rewards.append(Reward(spec.name, spec.weight, function, definition.per, on_error, spec.seconds))
     return rewards
 
 
-def _load_file(path: Path, name: str) -> dict[str, RewardFunction]:
+def needs_answer(spec: RewardConfig) -> bool:
+    """Whether a built-in reward compares with a row's `answer`."""
+    return spec.file is None and spec.name in _builtin and _builtin[spec.name].needs_answer
+
+
+def _bind(name: str, target: Callable[..., Any], args: Mapping[str, Any], unsafe: bool) -> Callable[[Any], Any]:
+    """The function of a sample: `target` with its parameters, which its keyword-only arguments declare."""
+    made = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+    hints = typing.get_type_hints(made)
+    parameters = [p for p in inspect.signature(made).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    fields: dict[str, Any] = {
+        p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default) for p in parameters
+    }
+    given = {"unsafe": True, **args} if unsafe and "unsafe" in fields else dict(args)
+    schema = create_model("Parameters", __config__=ConfigDict(extra="forbid", protected_namespaces=()), **fields)
+    try:
+        checked = schema.model_validate(given)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(name, list(fields), e) for e in error.errors())) from None
+    values = {key: getattr(checked, key) for key in fields}
+    if isinstance(target, type):
+        function: Callable[[Any], Any] = target(**values)
+        return function
+    if not values:
+        return target
+    if inspect.iscoroutinefunction(target):
+
+        async def call(sample: Any) -> Any:
+            return await target(sample, **values)
+
+        return call
+    return lambda sample: target(sample, **values)
+
+
+def _explain(name: str, allowed: list[str], error: Any) -> str:
+    key = ".".join(map(str, error["loc"]))
+    where = f"rewards: {name!r}: args.{key}"
+    if error["type"] == "extra_forbidden":
+        return f"{where} is no parameter of it{nearest(key, allowed)}; allowed: {', '.join(allowed) or 'none'}"
+    if error["type"] == "missing":
+        return f"{where} is missing; its parameters: {', '.join(allowed)}"
+    return f"{where}: {error['msg'][:1].lower() + error['msg'][1:]}, found {error['input']!r}"
+
+
+def _load_file(path: Path, name: str) -> dict[str, _Definition]:
     """The rewards that a file defines; it is run once in a process."""
     global _registering
     if not path.is_file():
@@ -104,45 +197,16 @@ def _load_file(path: Path, name: str) -> dict[str, RewardFunction]:
             exec(compile(path.read_text(), str(path), "exec"), module.__dict__)
             _files[path] = _registering
         except Exception as error:
-            raise UserError(f"rewards.file {path} fails: {_last_line(error)}") from error
+            raise UserError(f"rewards.file {path} fails: {last_line(error)}") from error
         finally:
             _registering = _builtin
     return _files[path]
 
 
-def compute_rewards(
-    samples: Sequence[Sample], rewards: Sequence[Reward], *, threads: int = 8
-) -> tuple[list[dict[str, float]], list[float]]:
-    """Grade every sample with every reward, in a pool of threads.
-
-    Returns:
-        each sample's reward by name, and each sample's total: the sum of weight x reward.
-
-    Raises:
-        UserError: a reward function fails or returns something else than a finite number.
-    """
-    jobs = [(sample, item) for sample in samples for item in rewards]
-    with ThreadPoolExecutor(threads, thread_name_prefix="reward") as pool:
-        values = iter(list(pool.map(_call, jobs)))
-    by_name = [{item.name: next(values) for item in rewards} for _ in samples]
-    totals = [sum(item.weight * graded[item.name] for item in rewards) for graded in by_name]
-    return by_name, totals
-
-
-def _call(job: tuple[Sample, Reward]) -> float:
-    sample, item = job
-    try:
-        value: Any = item.function(sample)
-    except Exception as error:
-        raise UserError(f"reward {item.name!r} failed on a sample: {_last_line(error)}") from error
-    number = value.item() if getattr(value, "ndim", None) == 0 else value  # a scalar of numpy or torch
-    if not isinstance(number, int | float) or not math.isfinite(number):
-        raise UserError(f"reward {item.name!r} returned {value!r}; it must return a finite number")
-    return float(number)
-
-
-def _last_line(error: Exception) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
+def last_line(error: BaseException) -> str:
+    """An exception in a line: its type, what it says, and the file and line that raised it."""
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
-    return f"{type(error).__name__}: {error} ({frames[-1].filename}:{frames[-1].lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"

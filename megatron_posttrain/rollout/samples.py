@@ -19,7 +19,8 @@ from megatron_posttrain.config.algorithms import GrpoConfig
 from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.parallel.exchange import exchange, gather_rows, to_first_rank
-from megatron_posttrain.rewards.registry import Reward, Sample, compute_rewards
+from megatron_posttrain.rewards.grading import Grade, compute_rewards, metric_sums
+from megatron_posttrain.rewards.registry import Reward, Sample
 from megatron_posttrain.rollout.engine import Completion, RolloutEngine, Sampling
 from megatron_posttrain.rollout.text import response_text, split_response, stop_token_ids
 
@@ -37,13 +38,16 @@ class Samples:
     prompts: list[Prompt]  # of every sample
     lengths: NDArray[np.int64]  # [n] tokens of the response
     truncated: NDArray[np.bool_]  # [n] stopped by max_tokens
-    rewards: Floats  # [n]
-    rewards_by_name: dict[str, Floats]  # each [n]
+    rewards: Floats  # [n]; a masked sample's: the mean of its prompt's others, which moves no baseline
+    rewards_by_name: dict[str, Floats]  # each [n]; NaN where a sample could not be graded
+    masked: NDArray[np.bool_]  # [n] does not train, since a reward could not grade it
     seconds: float  # of generation, the slowest replica's
     drawn: range
     token_ids: list[NDArray[np.int32]]  # of each drawn sample: its response
     logprobs: list[NDArray[np.float32]]  # of each drawn sample, the engine's
     texts: list[str]  # of each drawn sample, on the first rank of a replica
+    grades: list[Grade]  # as the texts
+    reward_metrics: dict[str, float]  # that rewards log, means over the samples
     ranks_per_replica: int
     share: int  # samples a replica, but for the last
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # [n]
@@ -63,14 +67,24 @@ class Samples:
 
     def metrics(self) -> dict[str, float]:
         count, tokens = len(self.prompts), int(self.lengths.sum())
-        by_name = {f"reward/{name}": sum(r.tolist()) / count for name, r in self.rewards_by_name.items()}
-        return {
-            "reward": sum(self.rewards.tolist()) / count,
-            "response_length": tokens / count,
-            "truncated_fraction": int(self.truncated.sum()) / count,
-            "logprob_difference": float(self.differences.sum()) / max(1, tokens),
-            "tokens": self.tokens,
-        } | (by_name if len(by_name) > 1 else {})
+        by_name: dict[str, float] = {}
+        for name, values in self.rewards_by_name.items():
+            graded = values[~np.isnan(values)]
+            by_name |= {f"reward/{name}": float(graded.mean())} if len(graded) and len(self.rewards_by_name) > 1 else {}
+            by_name |= {f"reward/{name}/failed_fraction": 1 - len(graded) / count} if len(graded) < count else {}
+        if self.masked.any():
+            by_name["masked_fraction"] = float(self.masked.mean())
+        return (
+            {
+                "reward": sum(self.rewards.tolist()) / count,
+                "response_length": tokens / count,
+                "truncated_fraction": int(self.truncated.sum()) / count,
+                "logprob_difference": float(self.differences.sum()) / max(1, tokens),
+                "tokens": self.tokens,
+            }
+            | by_name
+            | {f"reward/{name}": value for name, value in self.reward_metrics.items()}
+        )
 
     def receive(self, wanted: Sequence[Sequence[int]], data_rank: int) -> Callable[[int], TokenSequence]:
         """Collective over all ranks: each gets the tokens of the samples that it trains on, and no others.
@@ -103,10 +117,10 @@ class Samples:
         return sample // self.share * self.ranks_per_replica + rank % self.ranks_per_replica
 
     def _sequence(self, sample: int, token_ids: NDArray[np.int32], logprobs: NDArray[np.int32]) -> TokenSequence:
-        """Prompt and response; the response's tokens count."""
+        """Prompt and response; the response's tokens count, but those of a masked sample."""
         prompt = np.asarray(self.prompts[sample].token_ids, np.int32)
         none = np.zeros(len(prompt), np.float32)
-        counts = np.arange(len(prompt) + len(token_ids)) >= len(prompt)
+        counts = (np.arange(len(prompt) + len(token_ids)) >= len(prompt)) & ~self.masked[sample]
         extras = {
             "rollout_logprobs": np.concatenate([none, logprobs.view(np.float32)]),
             "advantages": counts * np.float32(self.advantages[sample]),
@@ -152,7 +166,8 @@ def generate_samples(
         seeds: one a sample, so that they do not depend on the number of replicas.
     """
     of_sample = [prompt for prompt in prompts for _ in range(sampling.n)]
-    share = -(-len(of_sample) // rollout.replicas)
+    unit = 1 if all(item.per == "sample" for item in rewards) else sampling.n  # groups graded whole are never parted
+    share = -(-len(of_sample) // unit // rollout.replicas) * unit
     drawn = range(len(of_sample))[rollout.replica * share : (rollout.replica + 1) * share]
     mine = of_sample[drawn.start : drawn.stop]
     single = replace(sampling, n=1, stop_token_ids=stop_token_ids(tokenizer))
@@ -161,32 +176,52 @@ def generate_samples(
     completions = rollout.generate(asked, single, seeds[drawn.start : drawn.stop])
     seconds = time.perf_counter() - start
     texts: list[str] = []
-    graded: tuple[list[dict[str, float]], list[float]] = ([], [])
+    grades: list[Grade] = []
     if dist.get_rank() % rollout.tensor == 0:
         texts = [response_text(tokenizer, c.token_ids) for c in completions]
-        graded = compute_rewards(_said(tokenizer, mine, completions, texts), rewards)
-    facts = np.zeros((share + 1, 3 + len(rewards)))
+        grades = compute_rewards(_said(tokenizer, mine, completions, texts), rewards)
+    facts = np.zeros((share + 1, 4 + len(rewards)))
     facts[-1, 0] = seconds
     for k, completion in enumerate(completions):
         facts[k, :2] = len(completion.token_ids), completion.finish_reason == "length"
-    for k, (by_name, total) in enumerate(zip(*graded, strict=True)):
-        facts[k, 2:] = total, *(by_name[r.name] for r in rewards)
+    for k, grade in enumerate(grades):
+        facts[k, 2:] = grade.total, grade.masked, *(grade.rewards.get(r.name, np.nan) for r in rewards)
     everywhere = gather_rows(torch.from_numpy(facts)).numpy()[:: rollout.tensor]
     known = everywhere[:, :-1].reshape(-1, facts.shape[1])[: len(of_sample)].T
     return Samples(
         prompts=of_sample,
         lengths=known[0].astype(np.int64),
         truncated=known[1].astype(bool),
-        rewards=known[2],
-        rewards_by_name={r.name: values for r, values in zip(rewards, known[3:], strict=True)},
+        rewards=_mask(known[2], known[3].astype(bool), sampling.n),
+        rewards_by_name={r.name: values for r, values in zip(rewards, known[4:], strict=True)},
+        masked=known[3].astype(bool),
         seconds=float(everywhere[:, -1, 0].max()),
         drawn=drawn,
         token_ids=[np.array(c.token_ids, np.int32) for c in completions],
         logprobs=[np.array(c.logprobs, np.float32) for c in completions],
         texts=texts,
+        grades=grades,
+        reward_metrics=_means(metric_sums(grades)),
         ranks_per_replica=rollout.tensor,
         share=share,
     )
+
+
+def _mask(totals: Floats, masked: NDArray[np.bool_], group: int) -> Floats:
+    """[n] with the mean of a prompt's graded samples in place of the others; 0 where it has none."""
+    graded = ~masked.reshape(-1, group)
+    sums = (totals.reshape(-1, group) * graded).sum(1, keepdims=True)
+    means = sums / np.maximum(1, graded.sum(1, keepdims=True))
+    return np.where(masked, np.broadcast_to(means, graded.shape).reshape(-1), totals)
+
+
+def _means(sums: dict[str, tuple[float, int]]) -> dict[str, float]:
+    """Collective: means over the samples of all ranks; names may differ between ranks."""
+    parts: list[dict[str, tuple[float, int]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, sums)
+    names = dict.fromkeys(name for part in parts for name in part)
+    of = {name: [part[name] for part in parts if name in part] for name in names}
+    return {name: sum(total for total, _ in pairs) / sum(count for _, count in pairs) for name, pairs in of.items()}
 
 
 def _said(
@@ -194,15 +229,15 @@ def _said(
 ) -> list[Sample]:
     parts = (split_response(tokenizer, p.token_ids, c.token_ids) for p, c in zip(prompts, completions, strict=True))
     return [
-        Sample(prompt.messages, text, prompt.answer, prompt.metadata, reasoning, final)
-        for prompt, text, (reasoning, final) in zip(prompts, texts, parts, strict=True)
+        Sample(p.messages, text, p.answer, p.metadata, *split, len(c.token_ids), c.finish_reason == "length")
+        for p, c, text, split in zip(prompts, completions, texts, parts, strict=True)
     ]
 
 
 def save_samples(path: Path, samples: Samples) -> None:
     """Collective over all ranks; rank 0 writes one object a sample."""
-    texts = zip(samples.drawn, samples.token_ids, samples.texts, strict=False)  # only first ranks have texts
-    lines = samples.to_first_rank(_record(samples, k, token_ids, text) for k, token_ids, text in texts)
+    drawn = zip(samples.drawn, samples.token_ids, samples.texts, samples.grades, strict=False)  # on first ranks
+    lines = samples.to_first_rank(_record(samples, *sample) for sample in drawn)
     if dist.get_rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
@@ -211,8 +246,9 @@ def save_samples(path: Path, samples: Samples) -> None:
         list(lines)
 
 
-def _record(samples: Samples, k: int, token_ids: NDArray[np.int32], text: str) -> dict[str, Any]:
+def _record(samples: Samples, k: int, token_ids: NDArray[np.int32], text: str, grade: Grade) -> dict[str, Any]:
     prompt = samples.prompts[k]
+    failed = {"failures": grade.failures, "masked": grade.masked} if grade.failures else {}
     return {
         "index": prompt.index,
         "prompt": prompt.messages,
@@ -220,9 +256,9 @@ def _record(samples: Samples, k: int, token_ids: NDArray[np.int32], text: str) -
         "response": text,
         "prompt_token_ids": prompt.token_ids,
         "token_ids": token_ids.tolist(),
-        "reward": float(samples.rewards[k]),
-        "rewards": {name: float(values[k]) for name, values in samples.rewards_by_name.items()},
+        "reward": grade.total,
+        "rewards": grade.rewards,
         "advantage": float(samples.advantages[k]),
         "finish_reason": samples.finish_reason(k),
         "logprob_difference": float(samples.differences[k]) / max(1, int(samples.lengths[k])),
-    }
+    } | failed

@@ -11,13 +11,12 @@ from megatron_posttrain.data.dataset import PromptDataset
 from megatron_posttrain.data.rows import Row
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
-
-NEED_ANSWERS = ("math",)  # built-in rewards that compare with a row's `answer`
+from megatron_posttrain.rewards.registry import needs_answer
 
 
 def check_answers(rows: Sequence[Row], rewards: Iterable[RewardConfig]) -> None:
     """Raises UserError for the first row without `answer` where a reward compares with it."""
-    needs = next((spec.name for spec in rewards if spec.file is None and spec.name in NEED_ANSWERS), None)
+    needs = next((spec.name for spec in rewards if needs_answer(spec)), None)
     if needs is None:
         return
     missing = [row.source for row in rows if not (row.answer or "").strip()]
