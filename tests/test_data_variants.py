@@ -86,7 +86,7 @@ LINE = json.dumps({"messages": [ASK, REPLY]}).encode() + b"\n"
     ("name", "content", "said"),
     [
         ("a.jsonl", LINE.decode().encode("utf-16"), "UTF-16"),
-        ("a.jsonl", gzip.compress(LINE), "gzip without the suffix"),
+        ("a.jsonl", gzip.compress(LINE, mtime=0), "gzip without the suffix"),
         ("a.jsonl.bz2", bz2.compress(LINE), "bzip2"),
         ("a.tsv", b"prompt\tresponse\na\tb\n", r"no CSV; allowed: \.jsonl"),
         ("a.json", b"PAR1" + LINE, "Parquet without the suffix"),
