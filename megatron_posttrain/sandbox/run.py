@@ -77,7 +77,7 @@ def run(
         unsafe: without isolation, only with limits and a clean environment; for programs that are trusted.
     """
     job = {
-        "command": [os.path.realpath(sys.prefix) + "/bin/python", "-s", "-B", "main.py"],
+        "command": [_python(), "-s", "-B", "main.py"],
         "environment": {
             "PATH": "/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
             "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
@@ -105,6 +105,11 @@ def why_unavailable() -> str | None:
     """Why programs cannot be isolated on this machine, None where they can."""
     result = run("print('ready')")
     return None if result.stdout == "ready\n" else result.stderr.strip() or f"a trial ended with {result.status}"
+
+
+def _python() -> str:
+    """This environment's interpreter: its directory without links, for that is bound; its own link makes it a venv."""
+    return str(Path(sys.executable).parent.resolve() / Path(sys.executable).name)
 
 
 def _interpreter() -> list[str]:
