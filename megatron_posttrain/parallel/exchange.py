@@ -14,9 +14,9 @@ from megatron_posttrain.platform import platform
 def gather_rows(values: Tensor) -> Tensor:
     """[...] of one shape on every rank -> [world, ...] on every rank."""
     mine = values.to(platform().device).contiguous()
-    rows = mine.new_empty(dist.get_world_size() * mine.numel())
-    dist.all_gather_into_tensor(rows, mine.flatten())
-    return rows.cpu().view(dist.get_world_size(), *values.shape)
+    rows = mine.new_empty(dist.get_world_size(), *mine.shape)
+    dist.all_gather(list(rows), mine)
+    return rows.cpu()
 
 
 def exchange(flat: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
