@@ -79,7 +79,7 @@ class Samples:
                 "reward": sum(self.rewards.tolist()) / count,
                 "response_length": tokens / count,
                 "truncated_fraction": int(self.truncated.sum()) / count,
-                "logprob_difference": float(self.differences.sum()) / max(1, tokens),
+                "logprob_difference": float(self.differences.sum()) / max(1, int(self.lengths[~self.masked].sum())),
                 "tokens": self.tokens,
             }
             | by_name
@@ -227,11 +227,12 @@ def _means(sums: dict[str, tuple[float, int]]) -> dict[str, float]:
 def _said(
     tokenizer: Any, prompts: Sequence[Prompt], completions: Sequence[Completion], texts: Sequence[str]
 ) -> list[Sample]:
-    parts = (split_response(tokenizer, p.token_ids, c.token_ids) for p, c in zip(prompts, completions, strict=True))
-    return [
-        Sample(p.messages, text, p.answer, p.metadata, *split, len(c.token_ids), c.finish_reason == "length")
-        for p, c, text, split in zip(prompts, completions, texts, parts, strict=True)
-    ]
+    def said(prompt: Prompt, completion: Completion, text: str) -> Sample:
+        token_ids, cut = completion.token_ids, completion.finish_reason == "length"
+        parts = split_response(tokenizer, prompt.token_ids, token_ids, text)
+        return Sample(prompt.messages, text, prompt.answer, prompt.metadata, *parts, len(token_ids), cut)
+
+    return list(map(said, prompts, completions, texts))
 
 
 def save_samples(path: Path, samples: Samples) -> None:
