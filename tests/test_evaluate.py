@@ -96,6 +96,11 @@ def test_bad_arguments(
     assert "Traceback" not in said
 
 
+def test_columns_that_are_not_there(model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--model", str(model), "--data", str(data), "--columns", "{question: stem}"]) == 2
+    assert f"{data}:1: data.columns.question: no column stem; found" in capsys.readouterr().err
+
+
 def test_rows_without_an_answer(model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data.write_text(json.dumps(ROWS[0]) + '\n{"prompt": "?"}')
     assert main(["evaluate", "--model", str(model), "--data", str(data)]) == 2

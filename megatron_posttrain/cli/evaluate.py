@@ -67,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
     from megatron_posttrain.rewards import load_rewards
     from megatron_posttrain.rollout.limits import EngineKeys, engine_problems
     from megatron_posttrain.training.limits import check_answers
+    from megatron_posttrain.training.process import quiet_libraries
 
+    quiet_libraries()
     check_output(Path(args.output), "--output", FILES)
     check_interfaces()
     _, architecture = check_directory(args.model)

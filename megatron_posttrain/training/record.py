@@ -89,14 +89,22 @@ class Record:
     def _line(self, step: int, metrics: dict[str, float]) -> str:
         done = step - self._first_step
         left = (time.perf_counter() - self._started) / max(1, done) * (self.total_steps - step)
-        names = {"reward": ".3f", "loss": ".4f", "grad_norm": ".3f", "response_length": ".1f"}
+        names = {
+            "reward": ".3f",
+            "loss": ".4f",
+            "grad_norm": ".3f",
+            "response_length": ".1f",
+            "truncated_fraction": ".0%",
+        }
         shown = [f"{n.replace('_', ' ')} {metrics[n]:{f}}" for n, f in names.items() if n in metrics]
         if "learning_rate" in metrics:
             shown.append(f"lr {metrics['learning_rate']:.2e}")
         if "tokens_per_second" in metrics:
             shown.append(f"{metrics['tokens_per_second']:,.0f} tok/s")
         shown.append(f"{metrics['step_seconds']:.2f} s")
-        return f"step {step}/{self.total_steps}  " + "  ".join(shown) + f"  left {timedelta(seconds=round(left))}"
+        line = f"step {step}/{self.total_steps}  " + "  ".join(shown) + f"  left {timedelta(seconds=round(left))}"
+        equal = "reward" in metrics and metrics.get("grad_norm") == 0
+        return line + ("  (no gradient: equal rewards within each prompt?)" if equal else "")
 
     def say(self, text: str) -> None:
         if self.is_main:
