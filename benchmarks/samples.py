@@ -158,9 +158,7 @@ def main() -> None:
             seconds = max(rank["seconds"][phase] for rank in ranks)
             peak = max(rank["peaks"][phase] / rank["micro_batch_bytes"] for rank in ranks)
             cpu = max(rank["cpu_seconds"][phase] for rank in ranks)
-            print(
-                f"{phase:40} {seconds:6.2f} s, {cpu:5.2f} s of CPU; at most {peak:.2f} x the bytes of the rank's micro-batches"
-            )
+            print(f"{phase:40} {seconds:6.2f} s, {cpu:5.2f} s of CPU; at most {peak:.2f} x its micro-batches")
         print(json.dumps(ranks))
     dist.destroy_process_group()
 

@@ -29,7 +29,7 @@ def exchange(flat: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tens
     return arrived.cpu()
 
 
-def to_first_rank(own: bytes, sources: Iterable[int]) -> Iterator[bytes]:
+def to_first_rank(own: bytes, sources: Iterable[int]) -> Iterator[bytes | memoryview]:
     """On rank 0, the bytes of each source in turn, so that it holds one at a time; nothing on other ranks, which
     must iterate too."""
     rank, device = dist.get_rank(), platform().device
@@ -42,4 +42,4 @@ def to_first_rank(own: bytes, sources: Iterable[int]) -> Iterator[bytes]:
         elif rank == 0 and sizes[source]:
             box = torch.empty(sizes[source], dtype=torch.uint8, device=device)
             dist.recv(box, source)
-            yield box.cpu().numpy().tobytes()
+            yield box.cpu().numpy().data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from pydantic_core import to_json
 from torch import Tensor
 
 from megatron_posttrain.config.algorithms import GrpoConfig
@@ -127,12 +127,12 @@ class Samples:
         }
         return TokenSequence(np.concatenate([prompt, token_ids]), counts, extras, index=sample)
 
-    def to_first_rank(self, records: Iterable[Any]) -> Iterator[bytes]:
+    def to_first_rank(self, records: Iterable[Any]) -> Iterator[bytes | memoryview]:
         """Collective: JSON lines of the drawn samples' records, as the first rank of each replica gives them, in
         the samples' order on rank 0; replica after replica, so that it never holds those of all."""
         lines = b""
         if dist.get_rank() % self.ranks_per_replica == 0:
-            lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+            lines = b"".join(to_json(record) + b"\n" for record in records)  # three times as fast as json
         return to_first_rank(lines, range(0, dist.get_world_size(), self.ranks_per_replica))
 
 
