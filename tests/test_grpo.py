@@ -42,7 +42,9 @@ def test_grpo_trains_resumes_and_exports(tmp_path: Path) -> None:
     ]  # fmt: skip
     (tmp_path / "rewards.py").write_text(
         "from megatron_posttrain.rewards import reward\n\n\n"
-        "@reward('short')\ndef short(sample):\n    return -len(sample.response) / 16\n"
+        "@reward('short')\ndef short(sample):\n"
+        "    if sum(map(ord, sample.response)) % 4 == 0:\n        raise ValueError('unlucky')\n"
+        "    return -len(sample.response) / 16\n"
     )
     torchrun(2, *arguments)
     metrics = lines(run / "metrics.jsonl")
@@ -56,6 +58,10 @@ def test_grpo_trains_resumes_and_exports(tmp_path: Path) -> None:
     samples = lines(run / "rollouts" / "step_000001.jsonl")
     assert len(samples) == 16
     assert {"prompt", "response", "token_ids", "rewards", "advantage", "finish_reason"} <= samples[0].keys()
+    masked = [s for s in samples if s.get("masked")]  # what could not be graded ends nothing, and does not train
+    assert 0 < len(masked) < 16
+    assert metrics[0]["masked_fraction"] == metrics[0]["reward/short/failed_fraction"] == len(masked) / 16
+    assert all("ValueError: unlucky" in s["failures"]["short"] and s["advantage"] == 0 for s in masked)
     for group in range(4):
         assert sum(s["advantage"] for s in samples[4 * group : 4 * group + 4]) == pytest.approx(0, abs=1e-5)
     weights = (run / "hf" / "model.safetensors").read_bytes()

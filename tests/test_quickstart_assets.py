@@ -112,8 +112,8 @@ def test_through_datasets_and_reward(tokenizer, data, tmp_path):
     assert len(prompts) == 500
     right = [Sample(p.messages, f"<think></think>{p.answer}", p.answer) for p in prompts.prompts[:50]]
     wrong = [Sample(p.messages, f"<think>{p.answer}</think>1{p.answer}", p.answer) for p in prompts.prompts[:50]]
-    _, totals = compute_rewards(right + wrong, load_rewards([RewardConfig(name="math")]))
-    assert totals == [1.0] * 50 + [0.0] * 50
+    grades = compute_rewards(right + wrong, load_rewards([RewardConfig(name="math")]))
+    assert [grade.total for grade in grades] == [1.0] * 50 + [0.0] * 50
 
 
 def test_model_loads_and_fits_small_layouts(tokenizer, tmp_path):

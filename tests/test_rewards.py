@@ -1,6 +1,7 @@
 """Rewards: exact-answer mathematics, users' files, weighted totals."""
 
 import math
+import re
 import threading
 import time
 
@@ -10,7 +11,7 @@ import torch
 
 from megatron_posttrain.config.schema import RewardConfig
 from megatron_posttrain.errors import UserError
-from megatron_posttrain.rewards import Reward, Sample, compute_rewards, load_rewards
+from megatron_posttrain.rewards import Grade, Reward, Sample, compute_rewards, load_rewards
 from megatron_posttrain.rewards.math import _Worker, boxed
 from megatron_posttrain.rewards.response import split_reasoning
 
@@ -20,8 +21,8 @@ def spec(name, weight=1.0, file=None):
 
 
 def grade(response, answer):
-    by_name, _ = compute_rewards([Sample([], response, answer)], load_rewards([spec("math")]))
-    return by_name[0]["math"]
+    [graded] = compute_rewards([Sample([], response, answer)], load_rewards([spec("math")]))
+    return graded.rewards["math"]
 
 
 @pytest.mark.parametrize(
@@ -120,9 +121,8 @@ def test_degenerate_responses_take_bounded_time(piece):
 
 @pytest.mark.parametrize("value", [np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5)])
 def test_scalars_of_numpy_and_torch(value):
-    by_name, totals = compute_rewards([Sample([], "")], [Reward("mine", 2.0, lambda sample: value)])
-    assert by_name == [{"mine": 0.5}]
-    assert totals == [1.0]
+    [graded] = compute_rewards([Sample([], "")], [Reward("mine", 2.0, lambda sample: value)])
+    assert graded == Grade({"mine": 0.5}, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -130,13 +130,14 @@ def test_scalars_of_numpy_and_torch(value):
     [None, [1.0], float("nan"), np.float32("nan"), torch.tensor(float("inf")), np.array([1.0]), "1", 1j, np.array("1")],
 )
 def test_refused_values(value):
-    with pytest.raises(UserError, match="must return a finite number"):
-        compute_rewards([Sample([], "")], [Reward("mine", 1.0, lambda sample: value)])
+    [graded] = compute_rewards([Sample([], "")], [Reward("mine", 1.0, lambda sample: value)])
+    assert graded.masked
+    assert "must return a finite number" in graded.failures["mine"]
 
 
 def test_math_needs_an_answer():
-    with pytest.raises(UserError, match="needs rows with an `answer`"):
-        grade("812", None)
+    [graded] = compute_rewards([Sample([], "812")], load_rewards([spec("math")]))
+    assert "needs rows with an `answer`" in graded.failures["math"]
 
 
 MINE = """
@@ -158,12 +159,12 @@ def test_users_file_and_totals(tmp_path):
     file.write_text(MINE)
     rewards = load_rewards([spec("math", 2.0), spec("short", 0.5, file), spec("threads", 0.0, file)])
     samples = [Sample([], "812", "812", {"unit": 1}), Sample([], "8", "9", {"unit": 2})]
-    by_name, totals = compute_rewards(samples, rewards)
-    assert by_name == [
+    grades = compute_rewards(samples, rewards)
+    assert [graded.rewards for graded in grades] == [
         {"math": 1.0, "short": -3.0, "threads": 1.0},
         {"math": 0.0, "short": -0.5, "threads": 1.0},
     ]
-    assert totals == [0.5, -0.25]
+    assert [graded.total for graded in grades] == [0.5, -0.25]
 
 
 def test_rewards_run_side_by_side(tmp_path):
@@ -172,8 +173,8 @@ def test_rewards_run_side_by_side(tmp_path):
         "import threading\nfrom megatron_posttrain.rewards import reward\nbarrier = threading.Barrier(4)\n"
         '@reward("together")\ndef together(sample):\n    return float(barrier.wait(timeout=30) >= 0)\n'
     )
-    by_name, _ = compute_rewards([Sample([], "")] * 4, load_rewards([spec("together", file=file)]), threads=4)
-    assert [graded["together"] for graded in by_name] == [1.0] * 4
+    grades = compute_rewards([Sample([], "")] * 4, load_rewards([spec("together", file=file)]), threads=4)
+    assert [graded.total for graded in grades] == [1.0] * 4
     assert threading.active_count() < 50
 
 
@@ -209,8 +210,7 @@ def test_bad_names_and_values(tmp_path):
         '@reward("nan")\ndef nan(sample):\n    return float("nan")\n'
         '@reward("fails")\ndef fails(sample):\n    return sample.metadata["level"]\n'
     )
-    with pytest.raises(UserError, match="'nan' returned nan; it must return a finite number"):
-        compute_rewards([Sample([], "")], load_rewards([spec("nan", file=file)]))
-    with pytest.raises(UserError, match=r"'fails' failed on a sample: KeyError: 'level' \(.*values.py:7\)"):
-        compute_rewards([Sample([], "")], load_rewards([spec("fails", file=file)]))
+    [graded] = compute_rewards([Sample([], "")], load_rewards([spec("nan", file=file), spec("fails", file=file)]))
+    assert graded.failures["nan"] == "returned nan; it must return a finite number"
+    assert re.fullmatch(r"KeyError: 'level' \(.*values.py:7\)", graded.failures["fails"])
     assert math.isfinite(grade("812", "812"))

@@ -188,9 +188,11 @@ class JobCheck:
         if isinstance(self.config, GrpoConfig):
             from megatron_posttrain.rewards.registry import load_rewards
 
-            specs = self.config.rewards
+            specs, unsafe = self.config.rewards, self.config.sandbox.unsafe
             self.findings.attempt(
-                "rewards", lambda: load_rewards(specs), lambda found: ", ".join(reward.name for reward in found)
+                "rewards",
+                lambda: load_rewards(specs, unsafe=unsafe),
+                lambda found: ", ".join(reward.name for reward in found),
             )
 
     def _source(self, check: str, source: str | list[str]) -> None:

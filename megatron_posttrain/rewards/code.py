@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import json
 import re
 from collections.abc import Mapping
@@ -62,10 +64,20 @@ def tests_of(sample: Sample) -> Tests:
     tests = [tests] if isinstance(tests, str | Mapping) else list(tests)
     if tests and all(isinstance(test, str) for test in tests):
         setup = str(fields.get("test_setup_code") or fields.get("setup") or "")
-        return Tests(tuple(tests), setup=setup, entry_point=str(fields.get("entry_point") or ""))
+        return Tests(tuple(tests), setup=setup, entry_point=str(fields.get("entry_point") or _hidden_name(tests)))
     if tests and all(isinstance(test, Mapping) and {"input", "output"} <= test.keys() for test in tests):
         return Tests(pairs=tuple((_text(test["input"]), _text(test["output"])) for test in tests))
     raise GradingError(f"the row has no tests; allowed: {ALLOWED}")
+
+
+def _hidden_name(tests: list[str]) -> str:
+    """The built-in name that a program redefines: tests that call nothing else would test Python (MBPP 126: sum)."""
+    try:
+        nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
+    except SyntaxError as error:
+        raise GradingError(f"the row's tests are no Python: {error}") from None
+    called = [node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    return called[0] if called and all(hasattr(builtins, name) for name in called) else ""
 
 
 def _text(value: Any) -> str:

@@ -13,6 +13,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import traceback
@@ -216,14 +217,16 @@ def _copy_changes(given: Any, changed: Any) -> None:
 class Names(dict[str, Any]):
     """Globals of the tests: what they define, the standard library's modules, and then the program's names."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, tests: list[str]) -> None:
         super().__init__(__name__="tests")
         self._program = program
+        # `math` in `math.isclose(f(1), 2)`; a program's function may have the name of a module (`numbers(3)`).
+        self._modules = {name for test in tests for name in re.findall(r"(?<![\w.])(\w+)\.\w", test)}
 
     def __missing__(self, name: str) -> Any:
         if hasattr(builtins, name):
             raise KeyError(name)  # Python then takes the built-in one, not the program's
-        if name in sys.stdlib_module_names:
+        if name in sys.stdlib_module_names and name in self._modules:
             return __import__(name)
         return self._program.ask("name", name)
 
@@ -233,7 +236,7 @@ def grade(task: dict[str, Any], verdict: Any) -> None:
     program = Program()
     for part in task["program"]:
         program.ask("execute", part)
-    names = Names(program)
+    names = Names(program, [task["setup"], *task["tests"]])
     exec(compile(task["setup"], "setup", "exec"), names)
     if task["entry_point"]:
         names[task["entry_point"]] = program.ask("name", task["entry_point"])

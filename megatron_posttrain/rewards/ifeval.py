@@ -1,0 +1,267 @@
+"""Verifiable instructions (IFEval, arXiv 2311.07911): all 25 types, with the verdicts of its official checker."""
+
+from __future__ import annotations
+
+import json
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from megatron_posttrain.errors import UserError, nearest
+from megatron_posttrain.rewards.language import detect
+from megatron_posttrain.rewards.registry import GradingError, Sample, Score, reward
+
+Check = Callable[..., bool]
+CHECKS: dict[str, Check] = {}
+_RELATIONS = {"less than": operator.lt, "at least": operator.ge}
+# Ends of words that end no sentence.
+_ABBREVIATIONS = re.compile(
+    r"mrs?|ms|dr|st|prof|rev|gen|sen|rep|gov|capt|col|sgt|jr|sr|vs|etc|e\.g|i\.e|u\.[skn]|[ap]\.m|no|vol|inc|ltd|co|corp"
+    r"|ph\.d|m\.d|b\.a|jan|feb|mar|apr|aug|sept|oct|nov|dec"
+)
+_SENTENCE_END = re.compile(r"([^\s]*?)([.!?]+)([\"'”’)\]*]*)(\s+)(?=(\S+))")
+
+
+def _check(name: str) -> Callable[[Check], Check]:
+    def register(function: Check) -> Check:
+        CHECKS[name] = function
+        return function
+
+    return register
+
+
+def follows(name: str, text: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether a response follows an instruction, strictly; an empty response follows none.
+
+    Raises:
+        GradingError: no such instruction, or arguments that it does not have.
+    """
+    if name not in CHECKS:
+        raise GradingError(f"no instruction {name!r}{nearest(name, CHECKS)}; allowed: {', '.join(sorted(CHECKS))}")
+    given = {key: value for key, value in arguments.items() if value is not None}
+    try:
+        return bool(text.strip()) and CHECKS[name](text, **given)
+    except (TypeError, KeyError) as error:
+        raise GradingError(f"instruction {name!r}: arguments {given}: {error}") from None
+
+
+def follows_loosely(name: str, text: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether it does with its first or last line, or its asterisks, left out; section 2.2 of the paper."""
+    lines = text.split("\n")
+    cuts = [text, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
+    return any(follows(name, variant, arguments) for cut in cuts for variant in (cut, cut.replace("*", "")))
+
+
+@reward("ifeval")
+class IfEval:
+    """1.0 when a response follows all instructions: the row's `metadata.instruction_id_list` and `kwargs`, else `args`.
+
+    Args:
+        instructions: for all rows: `[{id: punctuation:no_comma}, {id: ..., KEY: VALUE}]`.
+        mode: `loose` forgives a first or last line, and asterisks.
+        partial: the share of instructions that it follows.
+        of: the answer that follows the reasoning, or the whole response.
+    """
+
+    def __init__(
+        self,
+        *,
+        instructions: list[dict[str, Any]] | None = None,
+        mode: Literal["strict", "loose"] = "strict",
+        partial: bool = False,
+        of: Literal["answer", "response"] = "answer",
+    ) -> None:
+        for instruction in instructions or []:
+            name = instruction.get("id", "")
+            if name not in CHECKS:
+                raise UserError(
+                    f"rewards: 'ifeval': args.instructions: no instruction {name!r}{nearest(name, CHECKS)}; "
+                    f"allowed: {', '.join(sorted(CHECKS))}"
+                )
+        self._instructions = instructions
+        self._check = follows if mode == "strict" else follows_loosely
+        self._partial, self._of = partial, of
+
+    def __call__(self, sample: Sample) -> Score:
+        text = sample.response if self._of == "response" else sample.final or ""
+        verdicts = [self._check(name, text, arguments) for name, arguments in self._asked(sample)]
+        share = sum(verdicts) / len(verdicts)
+        return Score(share if self._partial else float(share == 1.0), {"instructions_followed": share})
+
+    def _asked(self, sample: Sample) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        names = sample.metadata.get("instruction_id_list")
+        if names:
+            arguments: Sequence[Mapping[str, Any] | None] = sample.metadata.get("kwargs") or [{}] * len(names)
+            yield from ((name, given or {}) for name, given in zip(names, arguments, strict=True))
+        elif self._instructions:
+            yield from ((str(i["id"]), {k: v for k, v in i.items() if k != "id"}) for i in self._instructions)
+        else:
+            raise GradingError("neither the row's metadata.instruction_id_list nor args.instructions is there")
+
+
+# ---- the instructions; parameters have the data set's names --------------------------------------------------
+
+
+@_check("keywords:existence")
+def _existence(text: str, keywords: list[str]) -> bool:
+    return all(re.search(keyword, text, re.IGNORECASE) for keyword in keywords)
+
+
+@_check("keywords:frequency")
+def _frequency(text: str, keyword: str, frequency: int, relation: str) -> bool:
+    return _RELATIONS[relation](len(re.findall(keyword, text, re.IGNORECASE)), frequency)
+
+
+@_check("keywords:forbidden_words")
+def _forbidden(text: str, forbidden_words: list[str]) -> bool:
+    return not any(re.search(rf"\b{word}\b", text, re.IGNORECASE) for word in forbidden_words)
+
+
+@_check("keywords:letter_frequency")
+def _letters(text: str, letter: str, let_frequency: int, let_relation: str) -> bool:
+    return _RELATIONS[let_relation](text.lower().count(letter.lower()), let_frequency)
+
+
+@_check("language:response_language")
+def _language(text: str, language: str) -> bool:
+    return detect(text) in (language, None)
+
+
+@_check("length_constraints:number_sentences")
+def _sentences(text: str, num_sentences: int, relation: str) -> bool:
+    return _RELATIONS[relation](count_sentences(text), num_sentences)
+
+
+@_check("length_constraints:number_words")
+def _words(text: str, num_words: int, relation: str) -> bool:
+    return _RELATIONS[relation](len(re.findall(r"\w+", text)), num_words)
+
+
+@_check("length_constraints:number_paragraphs")
+def _paragraphs(text: str, num_paragraphs: int) -> bool:
+    return _filled(re.split(r"\s?\*\*\*\s?", text)) == num_paragraphs
+
+
+@_check("length_constraints:nth_paragraph_first_word")
+def _first_word(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
+    paragraphs = text.split("\n\n")
+    count = sum(bool(paragraph.strip()) for paragraph in paragraphs)
+    if count != num_paragraphs or nth_paragraph > count or not paragraphs[nth_paragraph - 1].strip():
+        return False
+    word = paragraphs[nth_paragraph - 1].split()[0].lstrip("'").lstrip('"')
+    return re.split(r"[.,?!'\"]", word)[0].lower() == first_word.lower()
+
+
+@_check("detectable_content:number_placeholders")
+def _placeholders(text: str, num_placeholders: int) -> bool:
+    return len(re.findall(r"\[.*?\]", text)) >= num_placeholders
+
+
+@_check("detectable_content:postscript")
+def _postscript(text: str, postscript_marker: str) -> bool:
+    known = {"P.P.S": r"\s*p\.\s?p\.\s?s.*$", "P.S.": r"\s*p\.\s?s\..*$"}
+    pattern = known.get(postscript_marker, rf"\s*{postscript_marker.lower()}.*$")
+    return re.search(pattern, text.lower(), re.MULTILINE) is not None
+
+
+@_check("detectable_format:number_bullet_lists")
+def _bullets(text: str, num_bullets: int) -> bool:
+    stars, dashes = (re.findall(p, text, re.MULTILINE) for p in (r"^\s*\*[^\*].*$", r"^\s*-.*$"))
+    return len(stars) + len(dashes) == num_bullets
+
+
+@_check("detectable_format:constrained_response")
+def _constrained(text: str) -> bool:
+    return any(f"My answer is {word}." in text for word in ("yes", "no", "maybe"))
+
+
+@_check("detectable_format:number_highlighted_sections")
+def _highlights(text: str, num_highlights: int) -> bool:
+    found = [*re.findall(r"\*([^\n\*]*)\*", text), *re.findall(r"\*\*([^\n\*]*)\*\*", text)]
+    return sum(bool(section.strip()) for section in found) >= num_highlights
+
+
+@_check("detectable_format:multiple_sections")
+def _sections(text: str, section_spliter: str, num_sections: int) -> bool:
+    return len(re.split(rf"\s?{section_spliter}\s?\d+\s?", text)) - 1 >= num_sections
+
+
+@_check("detectable_format:json_format")
+def _json(text: str) -> bool:
+    text = re.sub(r"^```(?:json)?", "", text.strip(), flags=re.IGNORECASE).removesuffix("```").strip()
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+@_check("detectable_format:title")
+def _title(text: str) -> bool:
+    return any(title.strip("<>").strip() for title in re.findall(r"<<[^\n]+>>", text))
+
+
+@_check("combination:two_responses")
+def _two_responses(text: str) -> bool:
+    parts = text.split("******")
+    given = [part.strip() for part in parts if part.strip()]
+    return _filled(parts) == 2 and given[0] != given[1]
+
+
+@_check("combination:repeat_prompt")
+def _repeat(text: str, prompt_to_repeat: str) -> bool:
+    return text.strip().lower().startswith(prompt_to_repeat.strip().lower())
+
+
+@_check("startend:end_checker")
+def _ends(text: str, end_phrase: str) -> bool:
+    return text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
+
+
+@_check("startend:quotation")
+def _quotation(text: str) -> bool:
+    text = text.strip()
+    return len(text) > 1 and text[0] == text[-1] == '"'
+
+
+@_check("change_case:capital_word_frequency")
+def _capitals(text: str, capital_frequency: int, capital_relation: str) -> bool:
+    words = re.findall(r"\w+(?:[-./&]\w+)*|'\w+", text)
+    return _RELATIONS[capital_relation](sum(word.isupper() for word in words), capital_frequency)
+
+
+@_check("change_case:english_capital")
+def _upper(text: str) -> bool:
+    return text.isupper() and detect(text) == "en"
+
+
+@_check("change_case:english_lowercase")
+def _lower(text: str) -> bool:
+    return text.islower() and detect(text) == "en"
+
+
+@_check("punctuation:no_comma")
+def _no_comma(text: str) -> bool:
+    return "," not in text
+
+
+def _filled(parts: list[str]) -> int:
+    """How many parts hold text; -1 where one between others is empty."""
+    if any(not part.strip() for part in parts[1:-1]):
+        return -1
+    return sum(bool(part.strip()) for part in parts)
+
+
+def count_sentences(text: str) -> int:
+    """Sentences, as the Punkt model for English counts them but for rare abbreviations."""
+    count = 1 if text.strip() else 0
+    for word, marks, _, _, following in _SENTENCE_END.findall(text.strip()):
+        bare = word.lower().lstrip("\"'“‘([*")
+        initial = len(bare) == 1 and bare.isalpha() and bare != "i" and word.isupper()
+        if marks == "." and (_ABBREVIATIONS.fullmatch(bare) or initial):
+            continue
+        if (marks.startswith("...") or bare.isdigit()) and following[0].islower():
+            continue
+        count += 1
+    return count
