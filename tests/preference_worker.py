@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from megatron_posttrain.config.algorithms import ALGORITHMS
 from megatron_posttrain.parallel.groups import start_distributed
-from megatron_posttrain.training.checkpoints import SHARDING
 
 
 def main() -> None:
@@ -28,7 +27,6 @@ def main() -> None:
         assert row.load()(row.config.model_validate(config)) == 0
         parallel_state.destroy_model_parallel()
         get_moe_layer_wise_logging_tracker().clear()  # sized by the first model's layers
-        SHARDING.pop("dp_cp_group", None)  # megatron-core keeps the last layout's in it
         dist.barrier()
     dist.destroy_process_group()
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from megatron_posttrain.data.dataset import PromptDataset
 from megatron_posttrain.data.rows import Row
 from megatron_posttrain.evaluation import evaluate
-from megatron_posttrain.parallel.groups import start_distributed
+from megatron_posttrain.parallel.groups import broadcast_object, start_distributed
 from megatron_posttrain.rewards import Reward
 from megatron_posttrain.rollout import Completion, Refit, RolloutEngine, Sampling, prove, vllm_fixes
 from tests.rollout_models import KINDS, VOCAB, make_tokenizer
@@ -210,7 +210,7 @@ def check_sampling(directory: Path, rank: int) -> dict[str, Any]:
         "too long": outcome(lambda: engine.generate([[1] * 121], sampling, [0, 1])),
         "seeds": outcome(lambda: engine.generate([[1]], sampling, [0])),
         "evaluation": dataclasses.asdict(evaluation),
-        "records": records,
+        "records": broadcast_object(records),  # rank 0 alone has them
     }
     engine.close()
     return results

@@ -102,7 +102,7 @@ def test_equals_sequential(name: str, data_parallel: bool, monkeypatch: pytest.M
     if data_parallel:
         with platform().megatron():
             for module, c in ((stock, stock_config), (grouped, grouped_config)):
-                module.data_parallel = wrap_for_data_parallel([module], c, config())  # kept: it owns the gradients
+                module.data_parallel = wrap_for_data_parallel([module], c, overlap=False)  # kept: it owns the gradients
     fc1 = [expert.linear_fc1.weight for expert in ours.local_experts]
     assert strided(fc1) is not None  # no copy of the weights
     weights = torch.randn(sum(COUNTS), 64, generator=torch.Generator().manual_seed(2))

@@ -32,7 +32,7 @@ def reference(path: str) -> dict[str, Any]:
     classifier.config.pad_token_id = 0
     top, values = [], []
     for sequence in sequences(SIZES["vocab_size"]):
-        ids = torch.tensor([sequence.token_ids])
+        ids = torch.tensor(sequence.token_ids)[None].long()
         with torch.no_grad():
             found = language(ids).logits[0, :-1].log_softmax(-1).topk(K)
         top.append((found.values, found.indices))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
 
+from megatron_posttrain.checkpoint.convert import ConvertOptions, plan_merge
 from megatron_posttrain.checkpoint.hf import check_directory, table_reader
 from megatron_posttrain.checkpoint.hf_files import HfReader, HfWriter
+from megatron_posttrain.checkpoint.stream import StreamOptions
 from megatron_posttrain.models import registry
-from tests.launch import ranks
+from tests.family_configs import tiny_configs
+from tests.launch import ranks, torchrun
 from tests.lora import reference
-from tests.models import EXPERTS, SIZES
+from tests.models import EXPERTS, SIZES, make_assets
+from tests.te import needs_transformer_engine
 
 STEPS = 10
 LORA = {"rank": 8, "alpha": 16}
@@ -86,7 +92,10 @@ def run(models: dict[str, str], jobs: dict[int, list[Job]], out: Path) -> dict[s
         file = out / f"jobs{processes}.json"
         placed = [j | {"model": models[j["model"]], "out": str(out / name(processes, j))} for j in wanted]
         file.write_text(json.dumps(placed))
-        ranks(processes, "-m", "tests.lora.worker", str(file))
+        if any("transformer_engine" in j for j in wanted):
+            torchrun(processes, "-m", "tests.te", "tests.lora.worker", str(file))
+        else:
+            ranks(processes, "-m", "tests.lora.worker", str(file))
     names = [name(processes, j) for processes, wanted in jobs.items() for j in wanted]
     return {n: json.loads((out / n / "facts.json").read_text()) | {"out": out / n} for n in names}
 
@@ -154,3 +163,91 @@ def test_base_is_frozen(case: str, facts: Any) -> None:
     # No gradient of the base: buffers hold the adapters' parameters and their alignment
     assert found["trained_elements"] <= found["gradient_elements"] < 2 * found["trained_elements"] + 4096
     assert found["trained"] != found["start"] or "start" in case
+
+
+# ---- families: latent attention, fused and transposed experts with biases, shared experts, both implementations
+
+FAMILIES = {
+    "deepseek-v3": [{"tensor": 2}],
+    "gpt-oss": [{"tensor": 2, "expert": 2}],
+    "qwen2-moe": [{"tensor": 2, "expert_tensor": 2}],
+    "llama-biases": [{"pipeline": 2}],
+}
+TE = {"transformer_engine": True, "model_options": {"implementation": "transformer_engine"}}
+FAMILY_JOBS = {
+    1: [job(kind, {}, steps=3) for kind in FAMILIES],
+    2: [job(kind, layout, steps=3) for kind, layouts in FAMILIES.items() for layout in layouts],
+}
+
+
+@pytest.fixture(scope="module")
+def family_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    directory = tmp_path_factory.mktemp("families")
+    return {kind: save(tiny_configs()[kind], directory / kind) for kind in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def family_facts(family_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(family_models, FAMILY_JOBS, tmp_path_factory.mktemp("family_facts"))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_families_train_alike_and_are_merged(kind: str, family_models: Any, family_facts: Any, tmp_path: Path) -> None:
+    expected = family_facts[name(1, job(kind, {}))]
+    for layout in FAMILIES[kind]:
+        found = family_facts[name(2, job(kind, layout))]
+        for key in ("losses", "grad_norms"):
+            torch.testing.assert_close(torch.tensor(found[key]), torch.tensor(expected[key]), rtol=1e-4, atol=0)
+        assert difference(found["trained"], expected["trained"]) < 1e-4
+    loaded = reference.load(family_models[kind], expected["out"] / "adapter")
+    dropped = kind in ("deepseek-v3", "qwen2-moe")  # PEFT takes dense and shared MLPs for experts: `names_in_both`
+    assert (difference(expected["trained"], reference.logprobs(loaded)) < 5e-5) != dropped
+    options = ConvertOptions(adapter=expected["out"] / "adapter")
+    plan_merge(Path(family_models[kind]), options).run(tmp_path / "merged", StreamOptions(quiet=True))
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert difference(expected["trained"], reference.logprobs(ours)) < 5e-5
+    merged = AutoModelForCausalLM.from_pretrained(expected["out"] / "hf", dtype=torch.float32)
+    assert difference(expected["trained"], reference.logprobs(merged)) < 5e-5
+
+
+@needs_transformer_engine
+def test_transformer_engines_layers_train_the_same(models: Any, facts: Any, tmp_path: Path) -> None:
+    """Its Python code with torch's kernels: merged norms, grouped experts, whole down-projections."""
+    wanted = {2: [job("dense", {"tensor": 2}, **TE), job("moe", {"tensor": 2}, **TE), job("moe", {"expert": 2}, **TE)]}
+    for case, found in run(models, wanted, tmp_path).items():
+        expected = facts[f"{case.split('-')[0]}-1"]
+        torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(expected["losses"]), rtol=1e-4, atol=0)
+        torch.testing.assert_close(
+            torch.tensor(found["grad_norms"]), torch.tensor(expected["grad_norms"]), rtol=1e-4, atol=0
+        )
+
+
+def test_a_run_goes_on_from_its_adapters(tmp_path: Path) -> None:
+    """With dropout, to the last bit; and under another layout."""
+    assets = make_assets(tmp_path)
+
+    def sft(output: Path, layout: str) -> None:
+        line = [
+            "sft", f"model.path={assets / 'model'}", f"data.train={assets / 'train.jsonl'}", f"output={output}",
+            "precision.dtype=fp32", "data.sequence_length=64", "training.global_batch_size=4", "training.steps=4",
+            "optimizer.lr=1e-2", "checkpoint.every=2", "checkpoint.keep=9", "logging.tensorboard=false",
+            "lora={rank: 4, dropout: 0.1}", *layout.split(),
+        ]  # fmt: skip
+        ranks(2, "-m", "megatron_posttrain", *line)
+
+    def losses(output: Path) -> list[float]:
+        return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+    whole, again, other = tmp_path / "whole", tmp_path / "again", tmp_path / "other"
+    sft(whole, "parallel.tensor=2 parallel.expert=2")
+    for copy in (again, other):
+        shutil.copytree(whole / "checkpoints" / "step_000002", copy / "checkpoints" / "step_000002")
+    sft(again, "parallel.tensor=2 parallel.expert=2")
+    assert losses(again) == losses(whole)[2:]
+    files = [run / "adapter" / "adapter_model.safetensors" for run in (whole, again)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    stored = FileSystemReader(str(whole / "checkpoints" / "step_000004")).read_metadata().state_dict_metadata
+    assert all(".lora." in key for key in stored if "decoder" in key or "embedding" in key)
+    sft(other, "parallel.pipeline=2")
+    # Masks of dropout differ between layouts; the adapters that step 3 begins with do not
+    assert abs(losses(other)[0] / losses(whole)[2] - 1) < 0.05

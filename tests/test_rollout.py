@@ -122,6 +122,7 @@ def test_evaluation_on_two_replicas(results: dict[str, Any], directory: Path) ->
     tokenizer = make_tokenizer(directory / "tokenizer")
     model = AutoModelForCausalLM.from_pretrained(directory / "moe_tied_a", dtype=torch.float32)
     odd = 0
+    assert len(results["sampling"]["records"]) == 5
     for i, record in enumerate(results["sampling"]["records"]):
         messages = [{"role": "user", "content": f"{i} + {i}"}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]

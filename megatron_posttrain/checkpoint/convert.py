@@ -104,10 +104,7 @@ def plan_hf_to_megatron(directory: Path, options: ConvertOptions, weights: bool 
         )
         return Conversion(arch, planned.files, {}, planned.finish, _bytes_in(arch, config))
     reader = HfReader(directory)
-    without_mtp = replace(arch, num_mtp_layers=0)
-    extra = set(registry.layout(arch).places) - set(registry.layout(without_mtp).places)
-    if not extra & set(reader.names()):  # the config speaks of such layers, the checkpoint has none
-        arch = without_mtp
+    arch = _as_stored(arch, reader)
     check_tensors(reader, arch)
     side_file_paths(directory)
     layout = directory_layout(reader, arch)
@@ -135,6 +132,13 @@ def plan_hf_to_megatron(directory: Path, options: ConvertOptions, weights: bool 
     bytes_in = sum(reader.entry(name).stop - reader.entry(name).start for name in reader.names())
     inputs = _inputs(directory, files, options)
     return Conversion(arch, planned.files, inputs, finish, bytes_in, _left_behind(directory, options))
+
+
+def _as_stored(arch: Architecture, reader: HfReader) -> Architecture:
+    """Without multi-token-prediction layers, where the config speaks of them and the directory has none."""
+    without = replace(arch, num_mtp_layers=0)
+    extra = set(registry.layout(arch).places) - set(registry.layout(without).places)
+    return arch if extra & set(reader.names()) else without
 
 
 def _left_behind(directory: Path, options: ConvertOptions) -> list[str]:
@@ -224,7 +228,7 @@ def plan_merge(base: Path, options: ConvertOptions) -> Conversion:
     """`options.adapter` merged in fp32 into the Hugging Face directory `base`; checks both from their headers."""
     config = read_json(base / "config.json")
     reader = HfReader(base)
-    arch = registry.architecture_from_hf(config, keep_mtp=options.keep_mtp)
+    arch = _as_stored(registry.architecture_from_hf(config, keep_mtp=options.keep_mtp), reader)
     check_tensors(reader, arch)
     layout = directory_layout(reader, arch)
     files, targets = _planned_files(arch, _Parts(reader, arch, layout), layout, options)

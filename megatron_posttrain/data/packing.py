@@ -52,9 +52,9 @@ def deal(
 ) -> list[list[list[int]]]:
     """Every rank's micro-batches, each of at most `capacity` tokens: `[rank][micro-batch]`, indices of `lengths`.
 
-    Ranks get about equal work, then each splits its units into as few micro-batches as `pack` needs, of like
-    length: twice the largest first to the least filled (LPT, Graham 1969). All ranks get as many, which is a
-    multiple of `multiple`; one may be empty when there are fewer units. A pure function of its arguments.
+    Ranks get about equal work, then each splits its units into few micro-batches of like length: twice the
+    largest first to the least filled (LPT, Graham 1969). All ranks get as many, which is a multiple of
+    `multiple`; one may be empty when there are fewer units. A pure function of its arguments.
 
     Args:
         units: of every index; equal ones stay together, in their order. None: each its own.
@@ -73,8 +73,8 @@ def deal(
         raise ValueError(f"{what} of {max(sizes)} tokens exceeds the micro-batch budget of {capacity}")
     loads = sizes if work is None else [sum(work[i] for i in unit) for unit in members]
     shares = _least_filled(range(len(members)), loads, ranks)
-    count = max(len(pack([sizes[u] for u in share], capacity)) for share in shares)
-    count = -(-count // multiple) * multiple
+    count = max(_fewest([sizes[u] for u in share], capacity) for share in shares)
+    count = -(-max(1, count) // multiple) * multiple
     while True:
         split = [_least_filled(share, sizes, count) for share in shares]
         if all(sum(sizes[u] for u in group) <= capacity for groups in split for group in groups):
@@ -88,6 +88,12 @@ def unit_members(units: Sequence[int]) -> list[list[int]]:
     for index, unit in enumerate(units):
         members.setdefault(unit, []).append(index)
     return list(members.values())
+
+
+def _fewest(sizes: Sequence[int], capacity: int) -> int:
+    """A lower bound of the groups: what fills them, and at most k of those above capacity / (k + 1) share one."""
+    large = (-(-sum(size * (k + 1) > capacity for size in sizes) // k) for k in range(1, 9))
+    return max(-(-sum(sizes) // capacity), *large)
 
 
 def _least_filled(items: Sequence[int], loads: Sequence[float], count: int) -> list[list[int]]:

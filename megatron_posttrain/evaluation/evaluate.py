@@ -14,7 +14,7 @@ from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.rewards import Reward
 from megatron_posttrain.rollout import RolloutEngine, Sampling
-from megatron_posttrain.rollout.samples import Samples, generate_samples
+from megatron_posttrain.rollout.samples import generate_samples
 
 CORRECT = 0.5  # a response whose reward is above it counts as correct
 
@@ -84,23 +84,26 @@ def evaluate(
         for k, text in zip(samples.drawn, samples.texts, strict=False)
     ]
     lines = b"".join(samples.to_first_rank(records)).splitlines()
-    return _summary(samples, sampling, len(prompts)), [json.loads(line) for line in lines]
+    # What every rank knows of every sample.
+    known = zip(samples.rewards.tolist(), samples.lengths.tolist(), samples.truncated.tolist(), strict=True)
+    facts = [{"reward": r, "tokens": n, "finish_reason": "length" if cut else "stop"} for r, n, cut in known]
+    return _summary(facts, sampling, len(prompts), samples.seconds), [json.loads(line) for line in lines]
 
 
-def _summary(samples: Samples, sampling: Sampling, prompts: int) -> Evaluation:
-    accuracy = fmean((samples.rewards > CORRECT).tolist())
+def _summary(records: Sequence[dict[str, Any]], sampling: Sampling, prompts: int, seconds: float) -> Evaluation:
+    accuracy = fmean(r["reward"] > CORRECT for r in records)
     # Responses to one prompt are not independent, so the prompts are the trials.
     low, high = wilson_interval(accuracy, prompts)
-    tokens, seconds = int(samples.lengths.sum()), samples.seconds
+    tokens = sum(r["tokens"] for r in records)
     return Evaluation(
         accuracy=accuracy,
         accuracy_low=low,
         accuracy_high=high,
-        reward=fmean(samples.rewards.tolist()),
+        reward=fmean(r["reward"] for r in records),
         prompts=prompts,
         samples=sampling.n,
-        response_length=fmean(samples.lengths.tolist()),
-        truncated_fraction=fmean(samples.truncated.tolist()),
+        response_length=fmean(r["tokens"] for r in records),
+        truncated_fraction=fmean(r["finish_reason"] == "length" for r in records),
         temperature=sampling.temperature,
         max_tokens=sampling.max_tokens,
         seconds=seconds,

@@ -76,6 +76,16 @@ class Adapters:
                 if owner >= 0:
                     yield name.removesuffix(".weight"), a[owner], b_name
 
+    def names_in_both(self) -> set[str]:
+        """Names of experts' linear layers that other adapted layers have too.
+
+        PEFT 0.21.2 takes the latter for experts of transformers 4 (`_convert_peft_config_moe`) and gives them none.
+        """
+        names: tuple[set[str], set[str]] = set(), set()
+        for module, _, _ in self.modules():
+            names[".experts." in module].add(module.rpartition(".")[2])
+        return names[0] & names[1]
+
 
 def adapter_name(weight: str, letter: str) -> str:
     """The table's name of the A or B (`letter`: a, b) of a weight."""

@@ -14,9 +14,9 @@ from megatron_posttrain.platform import platform
 def gather_rows(values: Tensor) -> Tensor:
     """[...] of one shape on every rank -> [world, ...] on every rank."""
     mine = values.to(platform().device).contiguous()
-    rows = mine.new_empty(dist.get_world_size() * mine.numel())
-    dist.all_gather_into_tensor(rows, mine.flatten())
-    return rows.cpu().view(dist.get_world_size(), *values.shape)
+    rows = mine.new_empty(dist.get_world_size(), *mine.shape)
+    dist.all_gather(list(rows), mine)
+    return rows.cpu()
 
 
 def exchange(flat: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
@@ -29,7 +29,7 @@ def exchange(flat: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tens
     return arrived.cpu()
 
 
-def to_first_rank(own: bytes, sources: Iterable[int]) -> Iterator[bytes]:
+def to_first_rank(own: bytes, sources: Iterable[int]) -> Iterator[bytes | memoryview]:
     """On rank 0, the bytes of each source in turn, so that it holds one at a time; nothing on other ranks, which
     must iterate too."""
     rank, device = dist.get_rank(), platform().device
@@ -42,4 +42,4 @@ def to_first_rank(own: bytes, sources: Iterable[int]) -> Iterator[bytes]:
         elif rank == 0 and sizes[source]:
             box = torch.empty(sizes[source], dtype=torch.uint8, device=device)
             dist.recv(box, source)
-            yield box.cpu().numpy().tobytes()
+            yield box.cpu().numpy().data

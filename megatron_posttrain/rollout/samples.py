@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from pydantic_core import to_json
 from torch import Tensor
 
 from megatron_posttrain.config.algorithms import GrpoConfig
@@ -79,7 +79,7 @@ class Samples:
                 "reward": sum(self.rewards.tolist()) / count,
                 "response_length": tokens / count,
                 "truncated_fraction": int(self.truncated.sum()) / count,
-                "logprob_difference": float(self.differences.sum()) / max(1, tokens),
+                "logprob_difference": float(self.differences.sum()) / max(1, int(self.lengths[~self.masked].sum())),
                 "tokens": self.tokens,
             }
             | by_name
@@ -127,12 +127,12 @@ class Samples:
         }
         return TokenSequence(np.concatenate([prompt, token_ids]), counts, extras, index=sample)
 
-    def to_first_rank(self, records: Iterable[Any]) -> Iterator[bytes]:
+    def to_first_rank(self, records: Iterable[Any]) -> Iterator[bytes | memoryview]:
         """Collective: JSON lines of the drawn samples' records, as the first rank of each replica gives them, in
         the samples' order on rank 0; replica after replica, so that it never holds those of all."""
         lines = b""
         if dist.get_rank() % self.ranks_per_replica == 0:
-            lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+            lines = b"".join(to_json(record) + b"\n" for record in records)  # three times as fast as json
         return to_first_rank(lines, range(0, dist.get_world_size(), self.ranks_per_replica))
 
 
@@ -227,11 +227,12 @@ def _means(sums: dict[str, tuple[float, int]]) -> dict[str, float]:
 def _said(
     tokenizer: Any, prompts: Sequence[Prompt], completions: Sequence[Completion], texts: Sequence[str]
 ) -> list[Sample]:
-    parts = (split_response(tokenizer, p.token_ids, c.token_ids) for p, c in zip(prompts, completions, strict=True))
-    return [
-        Sample(p.messages, text, p.answer, p.metadata, *split, len(c.token_ids), c.finish_reason == "length")
-        for p, c, text, split in zip(prompts, completions, texts, parts, strict=True)
-    ]
+    def said(prompt: Prompt, completion: Completion, text: str) -> Sample:
+        token_ids, cut = completion.token_ids, completion.finish_reason == "length"
+        parts = split_response(tokenizer, prompt.token_ids, token_ids, text)
+        return Sample(prompt.messages, text, prompt.answer, prompt.metadata, *parts, len(token_ids), cut)
+
+    return list(map(said, prompts, completions, texts))
 
 
 def save_samples(path: Path, samples: Samples) -> None:

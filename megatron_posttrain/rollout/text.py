@@ -97,8 +97,10 @@ def _ends(tokenizer: Any) -> frozenset[int]:
     return frozenset({*stop_token_ids(tokenizer), tokenizer.bos_token_id, tokenizer.pad_token_id} - {None})
 
 
-def split_response(tokenizer: Any, prompt: Sequence[int], token_ids: Sequence[int]) -> tuple[str, str]:
-    """Reasoning and answer of a response to `prompt`.
+def split_response(
+    tokenizer: Any, prompt: Sequence[int], token_ids: Sequence[int], text: str | None = None
+) -> tuple[str, str]:
+    """Reasoning and answer of a response to `prompt`; `text`: its `response_text`, where that is known.
 
     The answer of a model with channels (gpt-oss) is its last `final` message. For others it follows the last
     end of reasoning; a prompt that ends with `<think>` has begun the reasoning.
@@ -110,7 +112,7 @@ def split_response(tokenizer: Any, prompt: Sequence[int], token_ids: Sequence[in
         return _split_channels(tokenizer, [*prompt[begun + 1 :], *token_ids])
     end = _decode(tokenizer, prompt[-32:]).rstrip()
     opened = next((begin for begin, _ in REASONING if end.endswith(begin)), "")
-    return split_reasoning(response_text(tokenizer, token_ids), opened)
+    return split_reasoning(response_text(tokenizer, token_ids) if text is None else text, opened)
 
 
 def _split_channels(tokenizer: Any, token_ids: Sequence[int]) -> tuple[str, str]:

@@ -197,7 +197,11 @@ class Engine:
         """The same on all tensor ranks, which need the same masks, and in every attempt at this step."""
         if self.adapters is not None and self.adapters.lora.dropout:
             mine = (self._seed, self._step, self._calls, self.groups.data.rank(), self.groups.context.rank())
+            from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
             torch.manual_seed(adapters.seed_of(*mine))
+            # Under sequence parallelism layers run in megatron-core's own state, which on CPU is that of torch
+            model_parallel_cuda_manual_seed(adapters.seed_of(*mine))
         self._calls += 1
 
     def train_step(

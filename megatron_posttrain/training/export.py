@@ -104,6 +104,12 @@ def export_adapter(engine: Engine, source: Path, directory: Path) -> None:
                 base_model=str(source),
                 layout=registry.layout(engine.arch, adapters.fused),
             )
+            if both := sorted(adapters.names_in_both()):
+                print(
+                    f"warning: {directory}: PEFT drops those of dense and shared layers that are called as experts' "
+                    f"are ({', '.join(both)}); tools/merge_adapter.py reads all, and hf/ has them merged",
+                    flush=True,
+                )
         except OSError as error:
             problem = f"{directory} could not be written: {cause(directory, error)}"
     agree(problem)

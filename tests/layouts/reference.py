@@ -17,7 +17,7 @@ def logprobs(directory: str) -> list[Tensor]:
     found = []
     with torch.no_grad():
         for sequence in sequences(SCORED, 7, model.config.vocab_size):
-            ids = torch.tensor(sequence.token_ids)[None]
+            ids = torch.tensor(sequence.token_ids).long()[None]
             values = model(ids).logits[0].log_softmax(-1)[:-1]
             found.append(values.gather(1, ids[0, 1:, None])[:, 0])
     return found
@@ -45,7 +45,7 @@ def train(directory: str, steps: int) -> tuple[list[float], list[float]]:
             routers: list[tuple[Tensor, ...]] = []
             loss = torch.zeros(())
             for sequence in row:
-                ids = torch.tensor(sequence.token_ids)
+                ids = torch.tensor(sequence.token_ids).long()
                 mask = torch.tensor(sequence.loss_mask)[1:]
                 out = model(ids[None], **({"output_router_logits": True} if experts else {}))
                 nll = F.cross_entropy(out.logits[0, :-1], ids[1:], reduction="none")

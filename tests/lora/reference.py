@@ -30,7 +30,7 @@ def train(base: str, adapter: Path, steps: int) -> tuple[list[float], list[float
         rows = [s for row in batch(step, model.config.vocab_size) for s in row]
         counted, total = sum(sum(s.loss_mask) for s in rows), 0.0
         for sequence in rows:
-            ids, mask = torch.tensor(sequence.token_ids), torch.tensor(sequence.loss_mask)[1:]
+            ids, mask = torch.tensor(sequence.token_ids).long(), torch.tensor(sequence.loss_mask)[1:]
             nll = F.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none")
             loss = (nll * mask).sum() / counted
             loss.backward()
@@ -46,7 +46,7 @@ def train(base: str, adapter: Path, steps: int) -> tuple[list[float], list[float
 def logprobs(model: Any) -> list[Tensor]:
     found = []
     for sequence in sequences(SCORED, 7, model.config.vocab_size):
-        ids, mask = torch.tensor(sequence.token_ids), torch.tensor(sequence.loss_mask)[1:]
+        ids, mask = torch.tensor(sequence.token_ids).long(), torch.tensor(sequence.loss_mask)[1:]
         values = model(ids[None]).logits[0].log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
         found.append(values * mask)
     return found

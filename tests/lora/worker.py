@@ -1,7 +1,7 @@
 """Run under torchrun by test_lora.py: trains adapters of one model under several layouts in one job.
 
 worker.py JOBS.json: [{"model", "layout": {...}, "steps", "lora": {...}, "model_options": {...}, "out"}]
-`grouped`: experts by grouped products, as on CUDA; `transformer_engine`: its layers, kernels by torch.
+`grouped`: experts by grouped products, as on CUDA.
 """
 
 from __future__ import annotations
@@ -81,10 +81,6 @@ def run(job: dict[str, Any]) -> None:
 
 def main() -> None:
     jobs = json.loads(Path(sys.argv[1]).read_text())
-    if any(job.get("transformer_engine") for job in jobs):
-        from tests.te.install import install
-
-        install()
     from megatron.core import parallel_state
 
     torch.set_num_threads(1)

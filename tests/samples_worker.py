@@ -1,0 +1,97 @@
+"""Run under torchrun by test_samples.py: samples drawn by replicas reach the ranks that train them, and a file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from megatron_posttrain.config.schema import RewardConfig
+from megatron_posttrain.data.dataset import Prompt
+from megatron_posttrain.parallel.groups import start_distributed
+from megatron_posttrain.rewards import load_rewards
+from megatron_posttrain.rollout.engine import Completion, Sampling
+from megatron_posttrain.rollout.samples import Samples, generate_samples, save_samples
+
+
+@dataclass
+class Replayed:
+    """A rollout engine's place, and completions that depend on the seed alone."""
+
+    tensor: int
+
+    @property
+    def replica(self) -> int:
+        return dist.get_rank() // self.tensor
+
+    @property
+    def replicas(self) -> int:
+        return dist.get_world_size() // self.tensor
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: Any) -> list[Completion]:
+        return [completion(seed) for seed in seeds]
+
+
+def completion(seed: int) -> Completion:
+    draw = np.random.default_rng(seed)
+    length = int(draw.integers(1, 40))
+    logprobs = (-draw.random(length)).astype(np.float32)
+    return Completion(draw.integers(20, 60, length).tolist(), logprobs.tolist(), "length" if seed % 3 else "stop")
+
+
+def prompts(count: int) -> list[Prompt]:
+    return [Prompt(i, list(range(1, 3 + i)), str(i), {}, [{"role": "user", "content": f"{i}?"}]) for i in range(count)]
+
+
+def check(samples: Samples, wanted: list[list[int]], data_rank: int) -> None:
+    """Every wanted sample token by token, and none else."""
+    sequence = samples.receive(wanted, data_rank)
+    for i in wanted[data_rank]:
+        said, asked, got = completion(i), samples.prompts[i].token_ids, sequence(i)
+        assert got.index == i
+        assert got.token_ids.tolist() == asked + said.token_ids
+        assert got.loss_mask.tolist() == [False] * len(asked) + [True] * len(said.token_ids)
+        assert got.extras["rollout_logprobs"].tolist() == [0.0] * len(asked) + said.logprobs
+        advantages = [0.0] * len(asked) + [float(samples.advantages[i])] * len(said.token_ids)
+        assert got.extras["advantages"].tolist() == advantages
+    for i in set(range(len(samples.prompts))) - set(wanted[data_rank]):
+        try:
+            sequence(i)
+        except KeyError:
+            continue
+        raise AssertionError(f"rank {dist.get_rank()} holds sample {i}, which it does not train on")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    start_distributed()
+    job = json.loads(Path(sys.argv[1]).read_text())
+    tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])
+    rewards = load_rewards([RewardConfig(name="long", weight=0.5, file=job["rewards"]), RewardConfig(name="math")])
+    for number, (tensor, count, data) in enumerate(job["cases"]):  # ranks a replica, prompts, data parallel ranks
+        sampling = Sampling(3, 64)
+        engine: Any = Replayed(tensor)
+        samples = generate_samples(engine, tokenizer, prompts(count), rewards, sampling, range(3 * count))
+        n = len(samples.prompts)
+        samples.advantages = torch.randn(n, generator=torch.Generator().manual_seed(0))
+        samples.differences = np.arange(n, dtype=np.float64)
+        order = np.random.default_rng(number).permutation(n).tolist()
+        check(samples, [order[rank::data] for rank in range(data)], dist.get_rank() % data)
+        save_samples(Path(job["out"]) / f"{number}.jsonl", samples)
+        facts: list[Any] = [None] * dist.get_world_size()
+        known = [samples.lengths.tolist(), samples.truncated.tolist(), samples.rewards.tolist(), samples.metrics()]
+        dist.all_gather_object(facts, known)
+        assert all(fact == known for fact in facts)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
