@@ -81,18 +81,20 @@ def test_examples_pass_on_the_cluster_they_are_for(
         ("Qwen3-32B", ["parallel.tensor=4", "parallel.pipeline=2"]),
     ],
 )
-def test_grpo_that_needs_two_nodes_does_not_fit_on_one(
+def test_grpo_that_fills_one_node_is_warned_of_and_has_room_on_two(
     capsys: pytest.CaptureFixture[str], model: str, layout: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """16 bytes a parameter and the gradients are 67 GiB of 78; a sleeping vLLM and NCCL take the rest."""
+    """Optimizer states are on the device for their step only; with a sleeping vLLM and NCCL 98% of it is taken."""
     monkeypatch.chdir(ROOT)
     arguments = ["--config", "examples/grpo.yaml", "--model", model, "model.recompute=full", "rollout.offload=true"]
     arguments += ["rollout.tensor=4", "rollout.gpu_memory_fraction=0.6", *layout]
     status, found = doctor(capsys, *arguments, "--assume", "8xH100")
-    assert status == 2
-    assert "of 78 GiB" in found["memory"]["found"]
-    assert found["memory"]["status"] == "fail"
-    assert doctor(capsys, *arguments, "--assume", "16xH100")[0] == 0
+    assert status == 0
+    used = float(found["memory"]["found"].split()[0])
+    assert 0.95 * 78 < used <= 78
+    assert found["plan"]["status"] == "warn"
+    _, wider = doctor(capsys, *arguments, "--assume", "16xH100")
+    assert float(wider["memory"]["found"].split()[0]) < 0.9 * 78
 
 
 def test_a_cache_smaller_than_the_samples_in_flight_is_warned_of(
