@@ -46,7 +46,7 @@ class Recorder:
 def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Engine, list[str]]]:
     calls: list[str] = []
     made = object.__new__(Engine)
-    made._offloaded, made.adapters = False, None
+    made._offloaded, made.adapters, made._calls = False, None, 0
     made.groups = SimpleNamespace(data=SimpleNamespace(size=lambda: 1))  # type: ignore[assignment]
     made.chunks = [Recorder(calls, "gradients")]
     made.optimizer = Recorder(calls, "optimizer")
