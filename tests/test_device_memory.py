@@ -47,6 +47,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Engine, list[str]]
     calls: list[str] = []
     made = object.__new__(Engine)
     made._offloaded, made.adapters, made._calls = False, None, 0
+    made.arch = None  # type: ignore[assignment]
     made.groups = SimpleNamespace(data=SimpleNamespace(size=lambda: 1))  # type: ignore[assignment]
     made.chunks = [Recorder(calls, "gradients")]
     made.optimizer = Recorder(calls, "optimizer")

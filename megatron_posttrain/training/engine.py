@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,23 +23,18 @@ from megatron_posttrain.errors import NotFiniteError
 from megatron_posttrain.models import adapters
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.build import FP8_TOKENS, build_model
-from megatron_posttrain.models.head import output_rows
 from megatron_posttrain.models.sharded import Exporter
-from megatron_posttrain.parallel.context import gather_tokens, local_index
 from megatron_posttrain.parallel.groups import Groups
 from megatron_posttrain.platform import platform
 from megatron_posttrain.training.finite import Recorder, anywhere, refuse
-from megatron_posttrain.training.heads import Head, LabelLogprobs, Output, Rows
+from megatron_posttrain.training.forward import ForwardStep, LossFunction, Metrics
+from megatron_posttrain.training.heads import Head, LabelLogprobs, Output
 from megatron_posttrain.training.optimizer import make_optimizer, overlaps, wrap_for_data_parallel
 from megatron_posttrain.training.timing import PhaseTimer
 from megatron_posttrain.training.totals import Mean, Totals
 from megatron_posttrain.training.weight_sets import WeightSets
 
 LABEL_LOGPROBS = LabelLogprobs()
-Metrics = Mapping[str, Mean]
-# (a head's output, batch) -> a term of the loss for every token, sequence or unit of the micro-batch, never their sum
-# or mean; what is logged, as sums that know their counts
-LossFunction = Callable[[Output, PackedBatch], tuple[Tensor, Metrics]]
 
 
 @dataclass
@@ -226,7 +221,7 @@ class Engine:
         totals = Totals.of(micro_batches, self.groups.data)
         outputs: list[Output] = []
         loss_function = partial(_kept, loss_function, outputs) if keep else loss_function
-        work = _Work(head, loss_function, float(over(totals)))
+        work = self._work(head, loss_function, float(over(totals)))
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
         with platform().megatron():
@@ -254,7 +249,10 @@ class Engine:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def _again(self, micro_batches: Sequence[PackedBatch], work: _Work, recorder: Recorder) -> None:
+    def _work(self, head: Head, loss_function: LossFunction, denominator: float = 1.0) -> ForwardStep:
+        return ForwardStep(self.arch, self.groups, head, loss_function, denominator)
+
+    def _again(self, micro_batches: Sequence[PackedBatch], work: ForwardStep, recorder: Recorder) -> None:
         """The forward passes of a step, whose outputs and losses the recorder sees too."""
 
         def watched(output: Output, batch: PackedBatch) -> tuple[Tensor, Metrics]:
@@ -264,7 +262,7 @@ class Engine:
             recorder.look(terms, last, sys.maxsize, "the loss")
             return terms, metrics
 
-        self._schedule(micro_batches, _Work(work.head, watched, work.denominator), forward_only=True)
+        self._schedule(micro_batches, replace(work, loss_function=watched), forward_only=True)
 
     # ---- forward passes --------------------------------------------------------------------------------
 
@@ -276,13 +274,13 @@ class Engine:
         with platform().megatron():
             for chunk in self.chunks:
                 chunk.eval()
-            self._schedule(micro_batches, _Work(head, partial(_kept, _no_loss, kept), 1.0), forward_only=True)
+            self._schedule(micro_batches, self._work(head, partial(_kept, _no_loss, kept)), forward_only=True)
         return self.from_last_stage(kept, micro_batches, head)
 
     def refuse_outputs(self, micro_batches: Sequence[PackedBatch], head: Head) -> None:
         """Collective: raises NotFiniteError that names the rank and layer which made an output that is not finite."""
         with platform().megatron():
-            work = _Work(head, _no_loss, 1.0)
+            work = self._work(head, _no_loss)
             refuse(self, "log-probs are not finite", partial(self._again, self._padded(micro_batches), work))
 
     def from_last_stage(self, kept: list[Output], batches: Sequence[PackedBatch], head: Head) -> list[Output]:
@@ -307,14 +305,16 @@ class Engine:
 
     # ---- megatron-core's schedules ---------------------------------------------------------------------
 
-    def _schedule(self, batches: Sequence[PackedBatch], work: _Work, *, forward_only: bool) -> list[dict[str, Any]]:
+    def _schedule(
+        self, batches: Sequence[PackedBatch], work: ForwardStep, *, forward_only: bool
+    ) -> list[dict[str, Any]]:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         layout = self.groups.layout
         rows = max(len(b.tokens) for b in batches)
         iterators: list[Iterator[PackedBatch]] = [iter(batches) for _ in self.chunks]
         return get_forward_backward_func()(
-            forward_step_func=partial(self._forward, work, len(batches)),
+            forward_step_func=partial(work, len(batches)),
             data_iterator=iterators if layout.virtual_pipeline else iterators[0],
             model=list(self.chunks) if layout.virtual_pipeline else self.chunks[0],
             num_microbatches=len(batches),
@@ -322,65 +322,6 @@ class Engine:
             micro_batch_size=1,
             forward_only=forward_only,
         )
-
-    def _forward(
-        self, work: _Work, count: int, batches: Iterator[PackedBatch], model: Any
-    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Any]]]]:
-        from megatron.core.packed_seq_params import PackedSeqParams
-
-        context = self.groups.context
-        batch = next(batches)
-        device = platform().device
-        mine = local_index(batch.cu_seqlens, context.rank(), context.size())
-        tokens, positions, labels = (x[mine].to(device) for x in (batch.tokens, batch.position_ids, batch.labels))
-        cu_seqlens = batch.cu_seqlens.to(device)
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=batch.max_seqlen,
-            max_seqlen_kv=batch.max_seqlen,
-        )
-        chosen = work.head.positions(batch)[mine].nonzero()[:, 0]
-        chosen = chosen if len(chosen) else chosen.new_zeros(1)  # kernels need not take none
-        local = chosen.to(device)
-        with output_rows(model, local):
-            output = model(
-                tokens[None],
-                positions[None],
-                None,
-                packed_seq_params=packed,
-                padding_mask=self._padding_mask(batch, mine, model),
-            )
-        rows = Rows(batch, mine[chosen], labels[local], self.arch.vocab_size, self.groups.tensor)
-        return output, partial(self._loss, work, count, rows, local, len(mine))
-
-    def _padding_mask(self, batch: PackedBatch, mine: Any, model: Any) -> Tensor | None:
-        """[1, t] True at padding, which the routers' balancing loss must not count; None without any."""
-        if self.arch.moe is None or not batch.has_padding:
-            return None
-        mask = batch.padding[mine].to(platform().device)
-        layout = self.groups.layout
-        first = getattr(model, "module", model).pre_process
-        if layout.sequence_parallel and not first:
-            # The first stage's model splits the mask over tensor ranks itself, later stages expect it split.
-            mask = mask.chunk(layout.tensor)[self.groups.tensor.rank()]
-        return mask[None]
-
-    def _loss(
-        self, work: _Work, count: int, rows: Rows, local: Tensor, tokens: int, logits: Tensor
-    ) -> tuple[Tensor, dict[str, Any]]:
-        batch, context = rows.batch, self.groups.context
-        found = work.head(logits[0], rows)
-        everywhere = {name: x.new_zeros(tokens, *x.shape[1:]).index_copy(0, local, x) for name, x in found.items()}
-        output = {name: gather_tokens(x, batch.cu_seqlens, context) for name, x in everywhere.items()}
-        terms, metrics = work.loss_function(output, batch.to(platform().device))
-        if terms.dim() == 0:
-            raise TypeError("a loss returns a term for every token, sequence or unit; found their sum or mean")
-        loss = terms.sum() / work.denominator
-        # Undone later: the schedule multiplies by context ranks and divides by micro-batches, and the
-        # gradient is averaged over data x context ranks. What is left is the sum over all of them.
-        return loss * (count * self.groups.layout.data), {"loss": loss.detach().clone(), **metrics}
 
     def _total(self, outputs: list[dict[str, Any]]) -> tuple[float, dict[str, Mean]]:
         """Sums over micro-batches and data parallel ranks, known to every rank: the loss, and what is logged."""
@@ -399,15 +340,6 @@ class Engine:
             dist.broadcast(flat, src=dist.get_global_rank(group, group.size() - 1), group=group)
         loss, *sums = flat.tolist()
         return loss, {name: Mean(*sums[2 * i : 2 * i + 2]) for i, name in enumerate(names[0])}
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What is done with every micro-batch's logits."""
-
-    head: Head
-    loss_function: LossFunction
-    denominator: float
 
 
 def _kept(
