@@ -31,7 +31,7 @@ from megatron_posttrain.platform import platform
 from megatron_posttrain.training.batches import rank_micro_batches, rank_token_batches
 from megatron_posttrain.training.divergence import divergence, top_k_divergence
 from megatron_posttrain.training.engine import Engine
-from megatron_posttrain.training.heads import Output, Rows, TopK
+from megatron_posttrain.training.heads import OfLabels, Output, Rows, TopK
 from megatron_posttrain.training.prepare import Prepared, prepare
 from megatron_posttrain.training.run import Run
 from megatron_posttrain.training.totals import Mean, per_token
@@ -61,7 +61,7 @@ def distill(config: DistillConfig) -> int:
                 "tokens": sum(len(c.token_ids) for row in batch for c in row),
                 "loss_tokens": result.totals.tokens,
             }
-            if validation is not None and (step.saves or step.last):
+            if validation is not None and step.validates:
                 with step.phase("validation", apart=True):
                     figures["validation_loss"] = validation_divergence(engine, teacher, validation)
             step.log(result.figures(), figures)
@@ -132,7 +132,7 @@ class Teacher:
         if self.algorithm.top_k is None:
             self.engine.forward(micro_batches, _Looking(self))
             return
-        head = _Likeliest(self, TopK(self.algorithm.top_k, self.algorithm.temperature))
+        head = _Likeliest(self.algorithm.top_k, self.algorithm.temperature, self.vocab_size)
         for batch, output in zip(micro_batches, self.engine.forward(micro_batches, head), strict=True):
             self._kept[tuple(batch.sequence_ids)] = output
 
@@ -170,14 +170,11 @@ def _columns(weight: Tensor, columns: int, group: dist.ProcessGroup) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Looking:
+class _Looking(OfLabels):
     """Head of the teacher: keeps hidden states where they are."""
 
     teacher: Teacher
     widths: ClassVar[Mapping[str, int]] = {"seen": 0}
-
-    def positions(self, batch: PackedBatch) -> Tensor:
-        return batch.loss_mask != 0
 
     def __call__(self, logits: Tensor, rows: Rows) -> Output:
         self.teacher.keep_hidden(rows.batch)
@@ -185,32 +182,21 @@ class _Looking:
 
 
 @dataclass(frozen=True)
-class _Likeliest:
+class _Likeliest(TopK):
     """Head of the teacher: its likeliest tokens among those that the student has, too."""
 
-    teacher: Teacher
-    head: TopK
-
-    @property
-    def widths(self) -> Mapping[str, int]:
-        return self.head.widths
-
-    def positions(self, batch: PackedBatch) -> Tensor:
-        return self.head.positions(batch)
+    vocab_size: int = 0
 
     def __call__(self, logits: Tensor, rows: Rows) -> Output:
-        return self.head(logits, replace(rows, vocab_size=self.teacher.vocab_size))
+        return super().__call__(logits, replace(rows, vocab_size=self.vocab_size))
 
 
 @dataclass(frozen=True)
-class DivergenceHead:
+class DivergenceHead(OfLabels):
     """Head of the student: `divergence` of every token whose label counts, nats."""
 
     teacher: Teacher
     widths: ClassVar[Mapping[str, int]] = {"divergence": 0}
-
-    def positions(self, batch: PackedBatch) -> Tensor:
-        return batch.loss_mask != 0
 
     def __call__(self, logits: Tensor, rows: Rows) -> Output:
         return {"divergence": self.teacher.divergence(logits, rows)}

@@ -11,7 +11,6 @@ from megatron_posttrain.algorithms.preference_losses import dpo_terms, kto_terms
 from megatron_posttrain.algorithms.preferences import (
     answer_logprobs,
     means,
-    per_pair,
     read_preferences,
     score_sequences,
     sequence_sums,
@@ -28,7 +27,7 @@ from megatron_posttrain.training.engine import LABEL_LOGPROBS, Engine, StepResul
 from megatron_posttrain.training.heads import Output
 from megatron_posttrain.training.prepare import prepare
 from megatron_posttrain.training.run import Run
-from megatron_posttrain.training.totals import Mean, per_sequence
+from megatron_posttrain.training.totals import Mean, per_sequence, per_unit
 
 
 def dpo(config: DpoConfig) -> int:
@@ -48,10 +47,8 @@ def dpo(config: DpoConfig) -> int:
             batch = [dataset.preferences[row] for row in rows]
             with step.phase("train"):
                 result = update(engine, config, batch, reference.of(rows), step.learning_rate)
-            figures: dict[str, float | Mean] = {
-                "tokens": sum(len(tokens) for x in batch for tokens, _ in x.conversations)
-            }
-            if held_out is not None and of_held_out is not None and (step.saves or step.last):
+            figures: dict[str, float | Mean] = {"tokens": sum(x.tokens for x in batch)}
+            if held_out is not None and of_held_out is not None and step.validates:
                 with step.phase("validation", apart=True):
                     figures |= validate(engine, config, held_out, of_held_out)
             step.log(result.figures(), figures)
@@ -82,7 +79,7 @@ def model_with_reference(run: Run, references: list[ReferenceLogprobs]) -> Engin
 
 def pair_step(engine: Engine, config: DpoConfig, batch: list[Preference], reference: Tensor, lr: float) -> StepResult:
     batches = unit_batches(sequences_of(batch), engine, config)
-    return engine.train_step(batches, partial(pair_loss, config.algorithm, reference), per_pair, lr)
+    return engine.train_step(batches, partial(pair_loss, config.algorithm, reference), per_unit, lr)
 
 
 def pair_loss(
@@ -143,7 +140,7 @@ def kto_loss(
     beta: float, reference: Tensor, labels: Tensor, divergence: float, output: Output, batch: PackedBatch
 ) -> tuple[Tensor, dict[str, Mean]]:
     """A term for every answer of the micro-batch; `reference`, `labels`: [answers of the global batch]."""
-    at = [place for place, index in enumerate(batch.sequence_ids) if index >= 0]
+    at = [unit[0] for unit in batch.units]
     numbers = [batch.sequence_ids[place] // 2 for place in at]
     logprobs = answer_logprobs(output, batch)[at]
     of_batch, good = reference[numbers].to(logprobs.device), labels[numbers].to(logprobs.device)

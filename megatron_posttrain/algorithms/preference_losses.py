@@ -56,8 +56,7 @@ def dpo_loss(
         length_normalized=length_normalized,
         gamma=gamma,
     )
-    total = terms.sum() / (max(1, len(terms)) if denominator is None else denominator)
-    return total, {name: value.mean() for name, value in metrics.items()}
+    return _over_pairs(terms, metrics, denominator)
 
 
 def dpo_terms(
@@ -174,6 +173,10 @@ def reward_model_loss(
         scalar loss, and means over these pairs of accuracy, margin, chosen_reward and rejected_reward.
     """
     terms, metrics = reward_model_terms(chosen, rejected, margin=margin, center=center)
+    return _over_pairs(terms, metrics, denominator)
+
+
+def _over_pairs(terms: Tensor, metrics: Metrics, denominator: Tensor | float | None) -> tuple[Tensor, Metrics]:
     total = terms.sum() / (max(1, len(terms)) if denominator is None else denominator)
     return total, {name: value.mean() for name, value in metrics.items()}
 

@@ -21,7 +21,7 @@ from megatron_posttrain.training.finite import anywhere
 from megatron_posttrain.training.heads import Head, Output
 from megatron_posttrain.training.limits import check_positions
 from megatron_posttrain.training.prepare import Prepared
-from megatron_posttrain.training.totals import Mean, Totals
+from megatron_posttrain.training.totals import Mean
 
 # (a head's output, batch) -> [sequences of the micro-batch]
 SequenceValues = Callable[[Output, PackedBatch], Tensor]
@@ -49,13 +49,10 @@ def token_budget(config: Config) -> int:
 
 
 def sequences_of(preferences: Sequence[Preference]) -> list[list[TokenSequence]]:
-    """For each its two conversations, numbered 2k and 2k + 1."""
+    """For each its two conversations, a unit, numbered 2k and 2k + 1."""
     return [
-        [
-            TokenSequence(tokens.tolist(), mask.tolist(), index=2 * k + side)
-            for side, (tokens, mask) in enumerate(found.conversations)
-        ]
-        for k, found in enumerate(preferences)
+        [TokenSequence(tokens, mask, index=2 * k + side, unit=k) for side, (tokens, mask) in enumerate(x.conversations)]
+        for k, x in enumerate(preferences)
     ]
 
 
@@ -64,20 +61,14 @@ def unit_batches(units: Sequence[Sequence[TokenSequence]], engine: Engine, confi
     `token_budget` allows. A unit's sequences are never parted."""
     if not config.data.packing:
         return rank_micro_batches(units, engine.groups, config.training.micro_batch_size)
-    flat = [replace(sequence, unit=k) for k, unit in enumerate(units) for sequence in unit]
+    flat = [sequence for unit in units for sequence in unit]
     return rank_token_batches(flat, engine.groups, engine.arch, token_budget(config))
 
 
 def sides(batch: PackedBatch) -> tuple[list[int], list[int], list[int]]:
     """Of the pairs of a micro-batch: where the first sequences are, where the second, and the pairs' numbers."""
-    place = {index: at for at, index in enumerate(batch.sequence_ids)}
-    numbers = sorted(index // 2 for index in place if index >= 0 and index % 2 == 0)
-    return [place[2 * k] for k in numbers], [place[2 * k + 1] for k in numbers], numbers
-
-
-def per_pair(totals: Totals) -> float:
-    """For a loss that is a mean over the pairs of the global batch."""
-    return totals.sequences / 2
+    first, second = ([unit[side] for unit in batch.units] for side in (0, 1))
+    return first, second, [batch.sequence_ids[at] // 2 for at in first]
 
 
 def answer_logprobs(output: Output, batch: PackedBatch) -> Tensor:
@@ -104,7 +95,8 @@ def score_sequences(
 
     Raises NotFiniteError on all ranks where one is not finite.
     """
-    numbered = [replace(sequence, index=index) for index, sequence in enumerate(sequences)]
+    # One by one: nothing here needs both conversations of a pair.
+    numbered = [replace(sequence, index=index, unit=None) for index, sequence in enumerate(sequences)]
     batches = rank_token_batches(numbered, engine.groups, engine.arch, budget)
     found = torch.zeros(len(sequences))
     for batch, output in zip(batches, engine.forward(batches, head), strict=True):

@@ -50,7 +50,8 @@ class ReferenceLogprobs:
     def missing(self, rows: Iterable[int]) -> list[int]:
         """Collective: the rows that are not known, as rank 0 sees its file."""
         self.values = torch.as_tensor(broadcast_object(self.values.numpy()))
-        return sorted({row for row in rows if self.values[row].isnan().any()})
+        unknown = self.values.isnan().any(-1).tolist()
+        return sorted({row for row in rows if unknown[row]})
 
     def compute(self, engine: Engine, rows: list[int], run: Run) -> None:
         """Collective: those of `rows`, under the present weights of `engine`; written by rank 0."""

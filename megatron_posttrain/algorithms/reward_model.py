@@ -13,7 +13,6 @@ from megatron_posttrain.algorithms.preference_losses import reward_model_terms
 from megatron_posttrain.algorithms.preferences import (
     last_values,
     means,
-    per_pair,
     read_preferences,
     score_sequences,
     sequences_of,
@@ -29,7 +28,7 @@ from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.heads import Output, Scalars
 from megatron_posttrain.training.prepare import prepare
 from megatron_posttrain.training.run import Run
-from megatron_posttrain.training.totals import Mean
+from megatron_posttrain.training.totals import Mean, per_unit
 
 HEAD = Scalars(last=True)
 
@@ -49,11 +48,9 @@ def reward_model(config: RewardModelConfig) -> int:
                 batches = unit_batches(sequences_of(batch), engine, config)
             with step.phase("train"):
                 loss = partial(pair_loss, config.algorithm.center, torch.tensor([found.margin for found in batch]))
-                result = engine.train_step(batches, loss, per_pair, step.learning_rate, HEAD)
-            figures: dict[str, float | Mean] = {
-                "tokens": sum(len(tokens) for x in batch for tokens, _ in x.conversations)
-            }
-            if held_out is not None and (step.saves or step.last):
+                result = engine.train_step(batches, loss, per_unit, step.learning_rate, HEAD)
+            figures: dict[str, float | Mean] = {"tokens": sum(x.tokens for x in batch)}
+            if held_out is not None and step.validates:
                 with step.phase("validation", apart=True):
                     figures |= validate(engine, config, held_out)
             step.log(result.figures(), figures)

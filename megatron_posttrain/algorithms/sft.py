@@ -37,7 +37,7 @@ def sft(config: SftConfig) -> int:
                 "tokens": sum(len(c.token_ids) for row in batch for c in row),
                 "loss_tokens": result.totals.tokens,
             }
-            if validation is not None and (step.saves or step.last):
+            if validation is not None and step.validates:
                 with step.phase("validation", apart=True):
                     figures["validation_loss"] = validation_loss(engine, validation)
             step.log(result.figures(), figures)

@@ -71,7 +71,6 @@ class PreferenceDataset(Epochs):
                 f"data.sequence_length is {sequence_length}, and none of the {len(rows)} rows fits (the longest has "
                 f"{self.longest} tokens); raise it to {self.longest}, or set data.overlong=truncate"
             )
-        self.has_margins = any(row.margin is not None for row in rows)
         super().__init__(len(self.preferences), self._make_rows)
 
     def __len__(self) -> int:

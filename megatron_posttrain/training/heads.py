@@ -42,16 +42,20 @@ class Head(Protocol):
         """Of logits [n, columns of this tensor rank]: by name [n] or [n, width] fp32, the same on all tensor ranks."""
 
 
+class OfLabels:
+    """What heads share that are computed for every label that counts."""
+
+    def positions(self, batch: PackedBatch) -> Tensor:
+        return batch.loss_mask != 0
+
+
 @dataclass(frozen=True)
-class LabelLogprobs:
+class LabelLogprobs(OfLabels):
     """Of every label that counts: `logprobs`, log softmax(logits / temperature), differentiable, and `entropy` of that
     distribution, nats."""
 
     temperature: float = 1.0
     widths: ClassVar[Mapping[str, int]] = {"logprobs": 0, "entropy": 0}
-
-    def positions(self, batch: PackedBatch) -> Tensor:
-        return batch.loss_mask != 0
 
     def __call__(self, logits: Tensor, rows: Rows) -> Output:
         logprobs, entropy = token_logprobs(logits, rows.labels, rows.vocab_size, rows.tensor, self.temperature)
@@ -59,7 +63,7 @@ class LabelLogprobs:
 
 
 @dataclass(frozen=True)
-class Scalars:
+class Scalars(OfLabels):
     """`values`: of a model whose output layer has one column (reward models, critics), differentiable.
 
     Args:
@@ -71,7 +75,7 @@ class Scalars:
 
     def positions(self, batch: PackedBatch) -> Tensor:
         if not self.last:
-            return batch.loss_mask != 0
+            return super().positions(batch)
         chosen = torch.zeros(len(batch.tokens), dtype=torch.bool)
         real = torch.tensor(batch.sequence_ids) >= 0
         chosen[(batch.cu_seqlens[:-1] + torch.tensor(batch.real_lengths) - 1)[real].long()] = True
@@ -82,7 +86,7 @@ class Scalars:
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(OfLabels):
     """Of every label that counts the `k` likeliest tokens: `logprobs` [n, k] of softmax(logits / temperature), falling,
     and their numbers `tokens` [n, k], which fp32 holds exactly. Without gradient: of teachers."""
 
@@ -92,9 +96,6 @@ class TopK:
     @property
     def widths(self) -> Mapping[str, int]:
         return {"logprobs": self.k, "tokens": self.k}
-
-    def positions(self, batch: PackedBatch) -> Tensor:
-        return batch.loss_mask != 0
 
     @torch.no_grad()
     def __call__(self, logits: Tensor, rows: Rows) -> Output:

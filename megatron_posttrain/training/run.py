@@ -156,6 +156,11 @@ class Step:
         return self.run.checkpoints.due(self.number, self.last)
 
     @property
+    def validates(self) -> bool:
+        """Whether held-out rows are looked at after it: with every checkpoint, and at the end."""
+        return self.saves or self.last
+
+    @property
     def learning_rate(self) -> float:
         return learning_rate(self.run.config.optimizer, self.index, self.run.total_steps)
 
