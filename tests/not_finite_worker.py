@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,13 @@ from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.errors import NotFiniteError
 from megatron_posttrain.models.layout_checks import check_layout
 from megatron_posttrain.models.sharded import unwrap
-from megatron_posttrain.parallel.groups import make_groups, start_distributed
+from megatron_posttrain.parallel.groups import make_groups
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.heads import Output
 from megatron_posttrain.training.totals import per_token
+from tests.jobs import run_jobs
 from tests.layouts.worker import batch
 
 
@@ -93,17 +93,5 @@ def run(job: dict[str, Any]) -> None:
         Path(job["out"]).write_text(json.dumps(facts))
 
 
-def main() -> None:
-    from megatron.core import parallel_state
-
-    torch.set_num_threads(1)
-    start_distributed()
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        run(job)
-        parallel_state.destroy_model_parallel()
-        dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run_jobs(run)

@@ -10,7 +10,6 @@ worker.py JOBS.json: [{"model", "layout": {...}, "steps", "options": {...}, "out
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from megatron_posttrain.data.batch import Sequence
 from megatron_posttrain.models import build
 from megatron_posttrain.models.layout_checks import check_layout
 from megatron_posttrain.models.modules import kernels
-from megatron_posttrain.parallel.groups import make_groups, start_distributed
+from megatron_posttrain.parallel.groups import make_groups
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.training import optimizer
 from megatron_posttrain.training.batches import rank_micro_batches
@@ -35,6 +34,7 @@ from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.export import export
 from megatron_posttrain.training.sequences import sequence_logprobs
 from megatron_posttrain.training.totals import per_token
+from tests.jobs import run_jobs
 
 SCORED = [5, 17, 33, 8, 50, 9, 12, 21]
 ROWS = [[11, 20], [31], [7, 9, 15], [24, 6], [16, 16], [30], [13, 12, 5], [28]]
@@ -113,19 +113,5 @@ def unmended(job: dict[str, Any]) -> None:
                 (Path(job["out"]) / "facts.json").write_text(json.dumps({"failed": str(error)}))
 
 
-def main() -> None:
-    from megatron.core import parallel_state
-    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
-
-    torch.set_num_threads(1)
-    start_distributed()
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        (unmended if "without" in job else patched)(job)
-        parallel_state.destroy_model_parallel()
-        get_moe_layer_wise_logging_tracker().clear()  # sized by the first model's layers
-        dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run_jobs(lambda job: (unmended if "without" in job else patched)(job))

@@ -7,7 +7,6 @@ worker.py JOBS.json: [{"model", "layout": {...}, "steps", "lora": {...}, "model_
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,13 +19,14 @@ from megatron_posttrain.checkpoint.hf import check_directory
 from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.models.layout_checks import check_layout
 from megatron_posttrain.models.modules import kernels
-from megatron_posttrain.parallel.groups import make_groups, start_distributed
+from megatron_posttrain.parallel.groups import make_groups
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.export import export, export_adapter
 from megatron_posttrain.training.sequences import sequence_logprobs
 from megatron_posttrain.training.totals import per_token
+from tests.jobs import run_jobs
 from tests.layouts.worker import SCORED, batch, sequences
 
 LR = 1e-2
@@ -79,19 +79,10 @@ def run(job: dict[str, Any]) -> None:
         (out / "facts.json").write_text(json.dumps(facts))
 
 
-def main() -> None:
-    jobs = json.loads(Path(sys.argv[1]).read_text())
-    from megatron.core import parallel_state
-
-    torch.set_num_threads(1)
-    start_distributed()
-    for job in jobs:
-        with patch.object(kernels, "grouped_matmul", lambda dtype, job=job: job.get("grouped", False)):
-            run(job)
-        parallel_state.destroy_model_parallel()
-        dist.barrier()
-    dist.destroy_process_group()
+def alone_or_grouped(job: dict[str, Any]) -> None:
+    with patch.object(kernels, "grouped_matmul", lambda dtype: job.get("grouped", False)):
+        run(job)
 
 
 if __name__ == "__main__":
-    main()
+    run_jobs(alone_or_grouped)
