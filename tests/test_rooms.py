@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_posttrain"
+LONGEST_FUNCTION = 50  # lines, without the docstring
 
 
 def order() -> list[str]:
@@ -43,3 +44,16 @@ def test_no_two_classes_of_one_name() -> None:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     )
     assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_functions_are_short() -> None:
+    long = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            first = node.body[1] if ast.get_docstring(node) is not None and len(node.body) > 1 else node.body[0]
+            lines = node.end_lineno - first.lineno + 1 if node.end_lineno else 0
+            if lines > LONGEST_FUNCTION:
+                long.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name}: {lines} lines")
+    assert not long

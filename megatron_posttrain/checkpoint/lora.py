@@ -9,7 +9,6 @@ gpt-oss, and for other families where it is told that an adapter is 3-D.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from torch import Tensor
 from megatron_posttrain.checkpoint.hf_files import read_json, write_json
 from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models.disk_layout import DiskLayout, Place
+from megatron_posttrain.models.modules.lora import scaling
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -144,7 +144,7 @@ def _rows(place: Place) -> Place:
 def _scaling(config: dict[str, Any], module: str) -> float:
     rank = _matching(config.get("rank_pattern"), module, config["r"])
     alpha = _matching(config.get("alpha_pattern"), module, config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return scaling(alpha, rank, bool(config.get("use_rslora")))
 
 
 def _matching(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,30 +47,63 @@ def _temperature(text: str) -> float:
     return value
 
 
+@dataclass(frozen=True)
+class Job:
+    """A checked command line, and what was learned while checking it."""
+
+    tokenizer: Any
+    prompts: list[Any]
+    rewards: list[Any]
+    max_model_len: int
+    dtype: Any  # torch's
+
+
 def run(args: argparse.Namespace) -> int:
     # First, before torch: it sets what vLLM and OpenMP read from the environment at their import.
     from megatron_posttrain.rollout import RolloutEngine, Sampling
 
     # isort: split
-    import torch
     import torch.distributed as dist
 
-    from megatron_posttrain.checkpoint.hf import HfReader, check_directory
+    from megatron_posttrain.evaluation.evaluate import evaluate, save, table
+    from megatron_posttrain.parallel.groups import start_distributed
+    from megatron_posttrain.platform.describe import refuse_unused_gpu
+    from megatron_posttrain.training.process import quiet_libraries
+
+    quiet_libraries()
+    job = _checked(args)
+    refuse_unused_gpu()
+    start_distributed()
+    engine = RolloutEngine(
+        args.model,
+        dtype=job.dtype,
+        max_model_len=job.max_model_len,
+        tensor=args.tensor,
+        gpu_memory_utilization=0.9,
+    )
+    sampling = Sampling(args.samples, args.max_tokens, args.temperature)
+    evaluation, records = evaluate(engine, job.tokenizer, job.prompts, job.rewards, sampling, args.seed)
+    if dist.get_rank() == 0:
+        facts: dict[str, Any] = {"model": str(args.model), "data": str(args.data), "graded_by": args.reward}
+        save(evaluation, records, Path(args.output), facts)
+        print(table(evaluation, facts))
+        print(f"\nwritten to {args.output}/evaluation.json and responses.jsonl")
+    engine.close()
+    dist.destroy_process_group()
+    return 0
+
+
+def _checked(args: argparse.Namespace) -> Job:
+    """Raises UserError for whatever can be known before the engine is built."""
+    from megatron_posttrain.checkpoint.hf import check_directory
     from megatron_posttrain.config.schema import RewardConfig
     from megatron_posttrain.data.dataset import PromptDataset
     from megatron_posttrain.data.rows import read_rows
     from megatron_posttrain.data.tokenize import load_tokenizer
-    from megatron_posttrain.evaluation.evaluate import evaluate, save, table
-    from megatron_posttrain.parallel.groups import start_distributed
     from megatron_posttrain.parallel.network import check_interfaces
-    from megatron_posttrain.platform import platform
-    from megatron_posttrain.platform.describe import refuse_unused_gpu
     from megatron_posttrain.rewards import load_rewards
-    from megatron_posttrain.rollout.limits import EngineKeys, engine_problems
     from megatron_posttrain.training.limits import check_answers
-    from megatron_posttrain.training.process import quiet_libraries
 
-    quiet_libraries()
     check_output(Path(args.output), "--output", FILES)
     check_interfaces()
     _, architecture = check_directory(args.model)
@@ -86,35 +120,33 @@ def run(args: argparse.Namespace) -> int:
             f"--max-tokens {args.max_tokens}: with the {len(longest.token_ids)} tokens of the prompt at "
             f"{rows[longest.index].source} that is {max_model_len}; the model allows {architecture.context_length}"
         )
+    dtype = _dtype(args)
+    _check_engine(args, architecture, max_model_len, dtype.itemsize)
+    return Job(tokenizer, prompts, rewards, max_model_len, dtype)
+
+
+def _dtype(args: argparse.Namespace) -> Any:
+    import torch
+
+    from megatron_posttrain.checkpoint.hf import HfReader
+
     stored = HfReader(args.model)
     named = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    dtype = named.get(args.dtype) or stored.dtype(next(iter(stored.names())))
+    return named.get(args.dtype) or stored.dtype(next(iter(stored.names())))
+
+
+def _check_engine(args: argparse.Namespace, architecture: Any, length: int, dtype_bytes: int) -> None:
+    """Raises UserError for what vLLM would refuse, and for processes that are no whole engines."""
+    from megatron_posttrain.platform import platform
+    from megatron_posttrain.rollout.limits import EngineKeys, engine_problems
+
     keys = EngineKeys(tensor="--tensor", length="--max-tokens and the longest prompt", cache="vLLM's cache, GiB")
     wrong = engine_problems(
-        architecture, platform().name, tensor=args.tensor, length=max_model_len, cache_bytes=None,
-        dtype_bytes=dtype.itemsize, keys=keys,
+        architecture, platform().name, tensor=args.tensor, length=length, cache_bytes=None, dtype_bytes=dtype_bytes,
+        keys=keys,
     )  # fmt: skip
     if told := "; ".join(wrong):
         raise UserError(told)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks % args.tensor:
         raise UserError(f"--tensor {args.tensor} does not divide the {ranks} processes")
-    refuse_unused_gpu()
-    start_distributed()
-    engine = RolloutEngine(
-        args.model,
-        dtype=dtype,
-        max_model_len=max_model_len,
-        tensor=args.tensor,
-        gpu_memory_utilization=0.9,
-    )
-    sampling = Sampling(args.samples, args.max_tokens, args.temperature)
-    evaluation, records = evaluate(engine, tokenizer, prompts, rewards, sampling, args.seed)
-    if dist.get_rank() == 0:
-        facts: dict[str, Any] = {"model": str(args.model), "data": str(args.data), "graded_by": args.reward}
-        save(evaluation, records, Path(args.output), facts)
-        print(table(evaluation, facts))
-        print(f"\nwritten to {args.output}/evaluation.json and responses.jsonl")
-    engine.close()
-    dist.destroy_process_group()
-    return 0

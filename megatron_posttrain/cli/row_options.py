@@ -7,8 +7,7 @@ from typing import Any
 
 import yaml
 
-from megatron_posttrain.config.schema import COLUMNS
-from megatron_posttrain.errors import nearest
+from megatron_posttrain.config.schema import check_columns
 
 Columns = dict[str, str | list[str]]
 
@@ -29,10 +28,10 @@ def _columns(text: str) -> Columns:
         found = None
     if not isinstance(found, dict) or not all(map(_is_name, found.values())):
         raise argparse.ArgumentTypeError(f"{text!r} must be a map such as '{{prompt: question, answer: [a, b]}}'")
-    for name in found:
-        if name not in COLUMNS:
-            allowed = ", ".join(COLUMNS)
-            raise argparse.ArgumentTypeError(f"no column {name!r}{nearest(str(name), COLUMNS)}; allowed: {allowed}")
+    try:
+        check_columns(found)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -80,6 +80,13 @@ COLUMNS = (
 )  # fmt: skip
 
 
+def check_columns(names: Iterable[str]) -> None:
+    """Raises ValueError for a name that is none of ours."""
+    for name in names:
+        if name not in COLUMNS:
+            raise ValueError(f"no column {name!r}{nearest(str(name), COLUMNS)}; allowed: {', '.join(COLUMNS)}")
+
+
 class DataConfig(Section):
     train: str | list[str] = Field(description="JSONL file(s), or any `datasets` source")
     validation: str | list[str] | None = Field(
@@ -102,9 +109,7 @@ class DataConfig(Section):
     @field_validator("columns")
     @classmethod
     def _known_columns(cls, columns: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
-        for name in columns:
-            if name not in COLUMNS:
-                raise ValueError(f"no column '{name}'{nearest(name, COLUMNS)}; allowed: {', '.join(COLUMNS)}")
+        check_columns(columns)
         return columns
 
 

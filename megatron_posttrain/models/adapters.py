@@ -18,7 +18,7 @@ from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.disk_layout import Fusion
-from megatron_posttrain.models.modules.lora import LoraLinear, Split, add_to_grouped_output, add_to_output
+from megatron_posttrain.models.modules.lora import LoraLinear, Split, add_to_grouped_output, add_to_output, scaling
 from megatron_posttrain.models.modules.nf4 import BLOCK, quantising_linears, run_dequantised
 from megatron_posttrain.models.sharded import GROUPED_EXPERT, layer_numbers, partition, position, table_name, unwrap
 from megatron_posttrain.models.weights import Mapping, Replicated, RowParallel, TensorPlan, expand, unmerged
@@ -27,11 +27,6 @@ from megatron_posttrain.parallel.layout import Layout
 
 ALL = "all-linear"
 A, B = ".lora_A.weight", ".lora_B.weight"  # after the module's name, as PEFT has it
-
-
-def scaling(lora: LoraConfig) -> float:
-    """alpha / rank, or alpha / sqrt(rank) (rank-stabilised LoRA, arXiv 2312.03732, section 3)."""
-    return lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank)
 
 
 @dataclass(frozen=True)
@@ -185,6 +180,7 @@ def attach(chunks: Sequence[nn.Module], adapters: Adapters, groups: Groups, *, s
     from megatron_posttrain.models.modules.experts import GroupedExperts
 
     arch, lora = adapters.arch, adapters.lora
+    factor = scaling(lora.alpha, lora.rank, lora.use_rslora)
     expert = position(groups.expert)
     offset = expert[0] * (arch.moe.num_experts // expert[1]) if arch.moe else 0
     for chunk in chunks:
@@ -208,7 +204,7 @@ def attach(chunks: Sequence[nn.Module], adapters: Adapters, groups: Groups, *, s
             b = adapters.plans[adapter_name(plan.name, "b")]
             owners = _owners(b.mapping, adapters.target(plan).owners, rank, size).to(weight.device)
             inputs = plan.local_shape(size)[1]
-            module = LoraLinear(inputs, owners, lora.rank, scaling(lora), lora.dropout, split, weight.dtype)
+            module = LoraLinear(inputs, owners, lora.rank, factor, lora.dropout, split, weight.dtype)
             with torch.no_grad():
                 adapters.plans[adapter_name(plan.name, "a")].fill(module.a, _Initial(plan, lora.rank, seed), rank, size)
             _register(model, local_name, module)

@@ -60,16 +60,6 @@ def exact(sample: Sample, *, ignore_case: bool = False) -> float:
     return float(given.casefold() == expected.casefold() if ignore_case else given == expected)
 
 
-class _Pattern:
-    """A pattern of the config, refused where it cannot be compiled."""
-
-    def __init__(self, key: str, pattern: str, flags: int = 0) -> None:
-        try:
-            self.compiled = re.compile(pattern, flags)
-        except re.error as error:
-            raise UserError(f"{key}: {pattern!r} is no regular expression: {error}") from None
-
-
 @reward("regex")
 class Regex:
     """1.0 when a pattern is found in the answer; where the pattern has a group and the row an answer, when they agree.
@@ -81,7 +71,10 @@ class Regex:
     """
 
     def __init__(self, *, pattern: str, whole: bool = False, of: Literal["answer", "response"] = "answer") -> None:
-        self._pattern = _Pattern("rewards: 'regex': args.pattern", pattern, re.DOTALL).compiled
+        try:
+            self._pattern = re.compile(pattern, re.DOTALL)
+        except re.error as error:
+            raise UserError(f"rewards: 'regex': args.pattern: {pattern!r} is no regular expression: {error}") from None
         self._whole, self._of = whole, of
 
     def __call__(self, sample: Sample) -> float:

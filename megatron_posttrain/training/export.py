@@ -90,10 +90,9 @@ def export_adapter(engine: Engine, source: Path, directory: Path) -> None:
     engine.gather_weights()
     with platform().megatron():
         tensors = {name: tensor.cpu() for name, tensor in engine.adapter_exporter.tensors() if dist.get_rank() == 0}
-    problem = None
-    if dist.get_rank() == 0:
-        lora = adapters.lora
-        try:
+    lora, main = adapters.lora, dist.get_rank() == 0
+    with _failing_together(directory):
+        if main:
             write_adapter(
                 directory,
                 ((module, tensors[a], tensors[b]) for module, a, b in adapters.modules()),
@@ -104,15 +103,12 @@ def export_adapter(engine: Engine, source: Path, directory: Path) -> None:
                 base_model=str(source),
                 layout=registry.layout(engine.arch, adapters.fused),
             )
-            if both := sorted(adapters.names_in_both()):
-                print(
-                    f"warning: {directory}: PEFT drops those of dense and shared layers that are called as experts' "
-                    f"are ({', '.join(both)}); tools/merge_adapter.py reads all, and hf/ has them merged",
-                    flush=True,
-                )
-        except OSError as error:
-            problem = f"{directory} could not be written: {cause(directory, error)}"
-    agree(problem)
+    if main and (both := sorted(adapters.names_in_both())):
+        print(
+            f"warning: {directory}: PEFT drops those of dense and shared layers that are called as experts' "
+            f"are ({', '.join(both)}); tools/merge_adapter.py reads all, and hf/ has them merged",
+            flush=True,
+        )
 
 
 def export_run(engine: Engine, checkpoints: Checkpoints, run: Record, source: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -45,6 +46,11 @@ class Split:
     def same_inputs(self) -> bool:
         """Whether all ranks of the group are given the same rows."""
         return not (self.expert or self.sequence or self.by == "row")
+
+
+def scaling(alpha: float, rank: int, rank_stabilised: bool) -> float:
+    """alpha / rank, or alpha / sqrt(rank) (rank-stabilised LoRA, arXiv 2312.03732, section 3)."""
+    return alpha / (math.sqrt(rank) if rank_stabilised else rank)
 
 
 class LoraLinear(nn.Module):
