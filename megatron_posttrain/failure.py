@@ -1,7 +1,5 @@
 """Why a process ends; in a job of several, why the first of them failed: the others only lose their peers."""
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os

@@ -1,7 +1,5 @@
 """What the two conversion tools share: options, the plan that --dry-run prints, exit statuses."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

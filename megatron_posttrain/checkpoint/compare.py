@@ -1,7 +1,5 @@
 """Two checkpoints, tensor by tensor, Hugging Face or Megatron, one tensor in memory at a time."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Hugging Face directories into Megatron distributed checkpoints and back, one tensor in memory at a time."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace

@@ -5,8 +5,6 @@ A tensor is stored in chunks; each chunk is the zip archive that `torch.save` wo
 tensor never has to be in memory: its bytes can be copied from where they are.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import pickle

@@ -1,7 +1,5 @@
 """Hugging Face directories of models: checked from their headers, read and written by the weight table."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any

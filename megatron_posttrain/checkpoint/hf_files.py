@@ -3,8 +3,6 @@
 A directory that is written is there only when it is complete.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
@@ -14,7 +12,7 @@ from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -315,7 +313,7 @@ class HfWriter:
         self.open_files.close()
         shutil.rmtree(self.partial, ignore_errors=True)
 
-    def __enter__(self) -> HfWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

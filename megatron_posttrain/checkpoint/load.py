@@ -1,7 +1,5 @@
 """A parallel Megatron model filled from a Hugging Face directory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import partial
 

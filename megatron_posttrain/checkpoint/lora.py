@@ -7,8 +7,6 @@ up with one A; `experts.base_layer` is the first such tensor of a layer, `expert
 gpt-oss, and for other families where it is told that an adapter is 3-D.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace

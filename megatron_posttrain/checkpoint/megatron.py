@@ -1,7 +1,5 @@
 """Megatron distributed checkpoints of a model's weights: their keys, their files, and reading them."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

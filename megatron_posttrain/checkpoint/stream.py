@@ -1,7 +1,5 @@
 """Directories written as a stream of files: in bounded memory, resumable, by several processes, atomically."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """`doctor`: checks the machine, a config and, on an assumed cluster, its memory; says what to fix. Needs no GPU."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

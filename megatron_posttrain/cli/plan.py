@@ -1,7 +1,5 @@
 """`plan`: memory and step time of a model on a cluster, the best layouts, and how to run the winner. Needs no GPU."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What kernels that are made at run time need: a C compiler and Python's headers."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

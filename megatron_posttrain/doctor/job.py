@@ -1,13 +1,11 @@
 """The job: config, model, layout, batch, data, and whether it fits in the memory of a cluster."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from megatron_posttrain.config.algorithms import ALGORITHMS, DistillConfig, DpoConfig, GrpoConfig
 from megatron_posttrain.config.load import load_config
@@ -47,7 +45,7 @@ class Cluster:
     gpu: Gpu
 
     @classmethod
-    def parse(cls, text: str) -> Cluster:
+    def parse(cls, text: str) -> Self:
         """`8xH100`. Raises UserError."""
         match = re.fullmatch(r"\s*(\d+)\s*[xX*]\s*([A-Za-z]+\d+)\s*", text)
         if match is None or int(match[1]) < 1:

@@ -1,7 +1,5 @@
 """The machine: versions, device, disk, shared memory, ports."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Adapters of a model's linear layers: which there are, their weight tables, and how a model gets them."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import math

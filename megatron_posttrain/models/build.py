@@ -1,7 +1,5 @@
 """An Architecture to megatron-core's config and this rank's model chunks."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

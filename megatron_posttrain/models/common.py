@@ -1,7 +1,5 @@
 """What the families share: reading a config, and the tables of Llama-like blocks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

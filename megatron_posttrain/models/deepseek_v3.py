@@ -1,7 +1,5 @@
 """DeepSeek-V3 and R1 (arXiv 2412.19437): latent attention, sigmoid router with correction bias, MTP."""
 
-from __future__ import annotations
-
 import torch
 
 from megatron_posttrain.errors import UserError

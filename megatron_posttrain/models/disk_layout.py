@@ -5,8 +5,6 @@ for all experts of a layer; a family lists those as `Fusion`s. A `DiskLayout` tu
 into places inside the tensors on disk, the same way for reading and for writing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby

@@ -4,8 +4,6 @@ A weight [out, in] is e4m3; beside it lies one fp32 scale for each block of 128 
 values are multiplied (`weight_scale_inv`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any
 

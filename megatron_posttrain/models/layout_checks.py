@@ -1,7 +1,5 @@
 """Which parallel layouts are possible for a model, and the nearest ones that are."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace

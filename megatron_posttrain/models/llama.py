@@ -1,7 +1,5 @@
 """Llama 2 and 3 (arXiv 2407.21783), with Llama 3's RoPE scaling."""
 
-from __future__ import annotations
-
 from megatron_posttrain.models import common
 from megatron_posttrain.models.architecture import Architecture, HfConfig
 from megatron_posttrain.models.weights import Mapping

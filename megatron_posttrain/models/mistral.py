@@ -1,7 +1,5 @@
 """Mistral (arXiv 2310.06825): Llama's tensors, and in the first releases a sliding window in every layer."""
 
-from __future__ import annotations
-
 from megatron_posttrain.models import common
 from megatron_posttrain.models.architecture import Architecture, HfConfig
 from megatron_posttrain.models.weights import Mapping

@@ -1,7 +1,5 @@
 """Qwen2, Qwen2.5 and Qwen2-MoE (arXiv 2407.10671): query, key and value biases; a gated shared expert."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron_posttrain.models import common

@@ -1,7 +1,5 @@
 """Qwen3 and Qwen3-MoE (arXiv 2505.09388): query-key norms; experts without shared ones."""
 
-from __future__ import annotations
-
 from megatron_posttrain.models import common, qwen2
 from megatron_posttrain.models.architecture import Architecture, HfConfig
 from megatron_posttrain.models.weights import Mapping

@@ -1,7 +1,5 @@
 """Finds the family of a model, and what follows from it: architecture, weight plans, config."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import replace

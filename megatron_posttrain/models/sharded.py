@@ -1,7 +1,5 @@
 """Weights between Hugging Face tensors and the shards of a parallel Megatron model."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Context parallelism's view of a packed micro-batch: which tokens are this rank's, and back again."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

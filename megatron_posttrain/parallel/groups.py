@@ -1,7 +1,5 @@
 """torch.distributed and megatron-core's process groups, made here and nowhere else."""
 
-from __future__ import annotations
-
 import datetime
 import os
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ The output head counts; the embedding look-up, the router, norms and recomputati
 gradients of frozen layers.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Models that `plan --model` knows by name: shapes from their published configs, no weights or network needed."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from pathlib import Path

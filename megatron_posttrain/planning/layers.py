@@ -1,7 +1,5 @@
 """The matrix multiplications of a transformer layer, which FLOPs, memory and step time are all counted from."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

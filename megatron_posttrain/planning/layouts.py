@@ -1,7 +1,5 @@
 """Layouts to consider: parsing one, enumerating all that training accepts, and how layers fall on stages."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -6,8 +6,6 @@ elements, every bucket ends at a multiple of lcm(data parallel size, 128), and e
 optimizer state of its equal share of every bucket, padding excepted.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Memory and time of a workload under a layout, and the ranking of all layouts that training accepts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 

@@ -1,7 +1,5 @@
 """Generation with vLLM inside the trainer's ranks: memory and time of a rollout and of the refit after a step."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import lru_cache
 

@@ -1,7 +1,5 @@
 """What is to be trained, apart from where."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_posttrain.models.architecture import Architecture

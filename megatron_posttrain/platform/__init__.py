@@ -1,7 +1,5 @@
 """Everything that differs between CUDA and CPU. `platform()` is the one of this process."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

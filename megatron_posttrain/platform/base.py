@@ -1,7 +1,5 @@
 """What the rest of the package may ask of a device."""
 
-from __future__ import annotations
-
 import contextlib
 from typing import Protocol
 

@@ -5,8 +5,6 @@ tensor types with CUDA's. Inside `CpuPlatform.megatron()` such requests are answ
 it torch is untouched, so that vLLM in the same process sees plain torch. No Megatron code is copied.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging
@@ -15,7 +13,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -126,7 +124,7 @@ class _Stream:
 
     def record(self, *args: Any) -> None: ...
 
-    def record_event(self, *args: Any) -> _Stream:
+    def record_event(self, *args: Any) -> Self:
         return self
 
     def synchronize(self) -> None: ...
@@ -134,7 +132,7 @@ class _Stream:
     def query(self) -> bool:
         return True
 
-    def elapsed_time(self, other: _Stream) -> float:
+    def elapsed_time(self, other: Any) -> float:
         return 0.0
 
 

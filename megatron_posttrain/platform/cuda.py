@@ -1,7 +1,5 @@
 """CUDA: megatron-core's home; nothing is replaced."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 

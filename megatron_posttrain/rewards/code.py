@@ -1,7 +1,5 @@
 """Code against tests: 1.0 when the response's program passes all of them, judged from outside of it."""
 
-from __future__ import annotations
-
 import ast
 import builtins
 import json

@@ -6,8 +6,6 @@ patch what compares, bring an `__eq__`, print a verdict, or end into success: it
 not dumpable, so that a process of the same user sees neither its memory nor its descriptors.
 """
 
-from __future__ import annotations
-
 import builtins
 import ctypes
 import json

@@ -1,7 +1,5 @@
 """Whether two final answers are the same: as text, as numbers, element by element, else by math-verify."""
 
-from __future__ import annotations
-
 import re
 from fractions import Fraction
 

@@ -1,7 +1,5 @@
 """The final answer that a text gives, as it is written there. Every function takes time linear in the text."""
 
-from __future__ import annotations
-
 import re
 
 TAIL = 2000  # characters at the end of a text without a box in which its answer is looked for

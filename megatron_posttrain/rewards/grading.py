@@ -1,7 +1,5 @@
 """Grades the samples of a step with every reward of a run, side by side."""
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import logging

@@ -1,7 +1,5 @@
 """Verifiable instructions (IFEval, arXiv 2311.07911): all 25 types, with the verdicts of its official checker."""
 
-from __future__ import annotations
-
 import json
 import operator
 import re

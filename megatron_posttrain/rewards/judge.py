@@ -1,7 +1,5 @@
 """A language model as judge, behind any OpenAI-compatible address; our own vLLM server is one."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Which language a text is written in, by its script and by the words that languages need most; R1's reward."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import Counter

@@ -1,7 +1,5 @@
 """Answers without what does not change them: one spelling for what Unicode, LaTeX and Markdown write in many ways."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from fractions import Fraction

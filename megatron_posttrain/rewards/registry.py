@@ -1,7 +1,5 @@
 """Rewards by name: built in, or from a user's Python file."""
 
-from __future__ import annotations
-
 import inspect
 import sys
 import traceback
@@ -10,15 +8,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict, ValidationError, create_model
 
+from megatron_posttrain.config.schema import RewardConfig
 from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.rewards.response import split_reasoning
-
-if TYPE_CHECKING:
-    from megatron_posttrain.config.schema import RewardConfig
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Where the reasoning of a response ends and its answer begins."""
 
-from __future__ import annotations
-
 REASONING = (
     ("<think>", "</think>"),
     ("[THINK]", "[/THINK]"),

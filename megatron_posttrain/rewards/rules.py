@@ -1,7 +1,5 @@
 """Rewards by rule: what an answer is, how it is written, how long it is."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

@@ -1,7 +1,5 @@
 """Runs Python programs that nobody has read, in a process of their own behind the kernel's walls."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import math

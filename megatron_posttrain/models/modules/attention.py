@@ -1,11 +1,9 @@
 """Causal attention over packed sequences in torch, with context parallelism, sinks and sliding windows."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -36,7 +34,7 @@ class PackingPlan:
     restore: Tensor | None  # puts the buckets' tokens back in packed order
 
     @classmethod
-    def make(cls, cu_seqlens: Tensor) -> PackingPlan:
+    def make(cls, cu_seqlens: Tensor) -> Self:
         bounds = cu_seqlens.tolist()
         lengths = tuple(b - a for a, b in itertools.pairwise(bounds))
         device = cu_seqlens.device

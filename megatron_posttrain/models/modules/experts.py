@@ -1,7 +1,5 @@
 """Experts of one rank by grouped matrix products: two kernels a layer, however many experts there are."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any

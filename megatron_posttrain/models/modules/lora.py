@@ -1,7 +1,5 @@
 """LoRA (arXiv 2106.09685, section 4.1) beside one linear layer of megatron-core, split over ranks as the layer is."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
