@@ -162,8 +162,7 @@ def _log_failures(
     samples: Sequence[Sample], rewards: Sequence[Reward], scores: Sequence[Mapping[str, Score | str]]
 ) -> None:
     for item in rewards:
-        failed = [i for i, scored in enumerate(scores) if isinstance(scored[item.name], str)]
-        if failed:
+        if failed := [i for i, scored in enumerate(scores) if isinstance(scored[item.name], str)]:
             then = "are masked" if item.on_error is None else f"count as {item.on_error:g}"
             log.warning(
                 "reward %r failed on %d of %d samples, which %s; the first: %s; its response: %r",

@@ -33,8 +33,7 @@ def choice(sample: Sample) -> float:
 
 
 def _chosen(text: str) -> str | None:
-    box = boxed(text)
-    if box is not None:
+    if (box := boxed(text)) is not None:
         inner = re.fullmatch(rf"(?:\\text\w*\s*\{{)?\s*{_LETTER}\s*\}}?(?:[.):].*)?", box.strip(), re.DOTALL)
         return inner[1] if inner else None
     said = None
@@ -45,8 +44,7 @@ def _chosen(text: str) -> str | None:
         return said
     lines = [line for line in text.strip().splitlines() if line.strip()]
     for line in [*lines[-1:], *lines[:1]]:
-        alone = re.fullmatch(rf"\s*{_LETTER}(?:[.):].*)?\s*[.。]?", line)
-        if alone:
+        if alone := re.fullmatch(rf"\s*{_LETTER}(?:[.):].*)?\s*[.。]?", line):
             return alone[1]
     return None
 
