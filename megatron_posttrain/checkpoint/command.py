@@ -34,9 +34,8 @@ def parse_size(text: str) -> int:
 
 def add_options(parser: argparse.ArgumentParser, shard_size: str) -> None:
     add = parser.add_argument
-    add(
-        "--shard-size", type=parse_size, default=shard_size, help="largest file, e.g. 500MB, 5GB (default: %(default)s)"
-    )
+    size = "largest file, e.g. 500MB, 5GB (default: %(default)s)"
+    add("--shard-size", type=parse_size, default=shard_size, help=size)
     add("--dtype", choices=tuple(DTYPES), help="of the tensors written; default: as they are (FP8 becomes bf16)")
     add("--mtp", choices=("keep", "drop"), default="keep", help="multi-token-prediction layers (default: %(default)s)")
     add("--check-finite", action="store_true", help="refuse NaN and infinite values (default: off)")

@@ -7,13 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_posttrain.checkpoint.hf_files import (
-    HfReader,
-    HfWriter,
-    has_weights,
-    read_json,
-    side_file_paths,
-)
+from megatron_posttrain.checkpoint.hf_files import HfReader, HfWriter, has_weights, read_json, side_file_paths
 from megatron_posttrain.errors import UserError, nearest, nearest_file
 from megatron_posttrain.models import fp8, registry
 from megatron_posttrain.models.architecture import Architecture, HfConfig

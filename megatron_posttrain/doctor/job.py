@@ -32,7 +32,7 @@ from megatron_posttrain.training.prepare import (
     prepare,
     read_architecture,
     read_tokenizer,
-)
+)  # fmt: skip
 
 FP8_PRECISIONS = {"mxfp8": "mxfp8", None: "bf16"}  # config's recipe -> the planner's precision; all others: fp8
 
@@ -91,13 +91,9 @@ class JobCheck:
         if self.cluster is not None and layout is not None:
             self._memory(layout, self.cluster)
         elif directory is not None and not self.findings.failed:
-            self._everything_else()
-
-    def _everything_else(self) -> None:
-        """Whatever training would still refuse on this machine."""
-        self.findings.attempt(
-            "start of training", lambda: prepare(self.config, self.ranks), lambda _: "nothing refused"
-        )
+            # Whatever training would still refuse on this machine.
+            start = "start of training"
+            self.findings.attempt(start, lambda: prepare(self.config, self.ranks), lambda _: "nothing refused")
 
     # ---- the model ---------------------------------------------------------------------------------------
 
@@ -264,32 +260,28 @@ class JobCheck:
             self.findings.add("warn", "memory", "planned for bf16; fp32 weights and activations take twice the space",
                               "set precision.dtype=bf16 on GPUs")  # fmt: skip
         parts = sorted(((v, k) for k, v in found.memory_gib.items() if k != "total"), reverse=True)[:3]
-        shown = (
-            f"{found.memory_gib['total']:.1f} of {cluster.gpu.memory_gib:.0f} GiB ({cluster.gpus}x{cluster.gpu.name}): "
-        )
+        gpu, total = cluster.gpu, found.memory_gib["total"]
+        shown = f"{total:.1f} of {gpu.memory_gib:.0f} GiB ({cluster.gpus}x{gpu.name}): "
         shown += ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for size, name in parts)
         if found.fits:
             self.findings.add("ok", "memory", f"{shown}; about {found.step_seconds:.2f} s a step")
         else:
-            found_wrong = shown if found.memory_gib["total"] > cluster.gpu.memory_gib else f"{shown}; {found.reason}"
-            self.findings.add("fail", "memory", found_wrong, self._what_fits(arch, work, cluster))
+            shown = shown if total > gpu.memory_gib else f"{shown}; {found.reason}"
+            self.findings.add("fail", "memory", shown, self._what_fits(arch, work, cluster))
         for warning in found.warnings:
             self.findings.add("warn", "plan", warning)
 
     def _what_fits(self, arch: Architecture, work: Workload, cluster: Cluster) -> str:
-        free = Workload(
-            work.task, work.sequence_length, work.global_batch, teacher=work.teacher, teacher_path=work.teacher_path
-        )
-        best = plan(arch, cluster.gpus, free, cluster.gpu)[0]
-        if not best.fits:
-            nodes = 2 * math.ceil(cluster.gpus / cluster.gpu.per_node)
-            wider = plan(arch, nodes * cluster.gpu.per_node, free, cluster.gpu)[0]
-            if wider.fits:
-                return (
-                    f"nothing fits on these GPUs; {nodes} nodes of {cluster.gpu.per_node}: {_told(wider, cluster.gpu)}"
-                )
-            return "nothing fits on these GPUs: more of them, shorter sequences, or a smaller model (see `plan`)"
-        return _told(best, cluster.gpu)
+        gpu, teacher = cluster.gpu, {"teacher": work.teacher, "teacher_path": work.teacher_path}
+        free = Workload(work.task, work.sequence_length, work.global_batch, **teacher)  # type: ignore[arg-type]
+        best = plan(arch, cluster.gpus, free, gpu)[0]
+        if best.fits:
+            return _told(best, gpu)
+        nodes = 2 * math.ceil(cluster.gpus / gpu.per_node)
+        wider = plan(arch, nodes * gpu.per_node, free, gpu)[0]
+        if wider.fits:
+            return f"nothing fits on these GPUs; {nodes} nodes of {gpu.per_node}: {_told(wider, gpu)}"
+        return "nothing fits on these GPUs: more of them, shorter sequences, or a smaller model (see `plan`)"
 
 
 def _told(e: Estimate, gpu: Gpu) -> str:

@@ -205,11 +205,7 @@ def _sizes(arch: Architecture) -> dict[str, Any]:
         options["window_size"] = (arch.sliding_window - 1, 0)
         options["window_attn_skip_freq"] = [int(n in arch.sliding_layers) for n in range(arch.num_layers)]
     if arch.activation == "gpt_oss_glu":
-        options |= {
-            "activation_func": quick_gelu,
-            "glu_linear_offset": 1.0,
-            "activation_func_clamp_value": 7.0,
-        }
+        options |= {"activation_func": quick_gelu, "glu_linear_offset": 1.0, "activation_func_clamp_value": 7.0}
     return options
 
 

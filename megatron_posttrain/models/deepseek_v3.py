@@ -4,12 +4,7 @@ import torch
 
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import common
-from megatron_posttrain.models.architecture import (
-    Architecture,
-    HfConfig,
-    MixtureOfExperts,
-    MultiLatentAttention,
-)
+from megatron_posttrain.models.architecture import Architecture, HfConfig, MixtureOfExperts, MultiLatentAttention
 from megatron_posttrain.models.weights import ColumnParallel, Mapping, Replicated, RowParallel, on
 
 FUSIONS = common.EXPERT_FUSIONS

@@ -19,12 +19,7 @@ FIELD = "quantization_config"
 BLOCK = 128
 DTYPE = torch.float8_e4m3fn
 LARGEST = torch.finfo(DTYPE).max
-SECTION = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "weight_block_size": [BLOCK, BLOCK],
-}
+SECTION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
 
 
 def block_size(config: HfConfig) -> tuple[int, int] | None:
