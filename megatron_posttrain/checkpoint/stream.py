@@ -155,9 +155,8 @@ def _together(action: Callable[[], None], here: bool = True) -> None:
     if (world := ranks()[1]) > 1:
         errors = [None] * world
         torch.distributed.all_gather_object(errors, error)
-    for found in errors:
-        if found is not None:
-            raise UserError(found)
+    if found := next(filter(None, errors), None):
+        raise UserError(found)
 
 
 def _is_whole(partial: Path, file: OutputFile) -> bool:
@@ -230,8 +229,7 @@ def _write_tensor(out: Any, block: Tensor, item: Item, check_finite: bool, progr
     flat = block.detach().contiguous().view(-1)
     step = STEP_BYTES // item.dtype.itemsize
     for start in range(0, len(flat), step):
-        piece = flat[start : start + step]
-        piece = piece.to(item.dtype)
+        piece = flat[start : start + step].to(item.dtype)
         if check_finite and not is_finite(piece):
             raise UserError(f"tensor '{item.name}' has NaN or infinite values as {item.dtype}")
         write_all(out, memoryview(piece.view(torch.uint8).numpy().data))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -204,16 +205,16 @@ def attach(chunks: Sequence[nn.Module], adapters: Adapters, groups: Groups, *, s
             inputs = plan.local_shape(size)[1]
             module = LoraLinear(inputs, owners, lora.rank, factor, lora.dropout, split, weight.dtype)
             with torch.no_grad():
-                adapters.plans[adapter_name(plan.name, "a")].fill(module.a, _Initial(plan, lora.rank, seed), rank, size)
+                drawn = partial(_initial, (lora.rank, plan.shapes[0][1]), seed)
+                adapters.plans[adapter_name(plan.name, "a")].fill(module.a, drawn, rank, size)
             _register(model, local_name, module)
             weight.adapter = module
 
 
 def _owners(b: Mapping, owners: tuple[int, ...], rank: int, size: int) -> Tensor:
     """[out] of this rank: the number of the A that each row of B meets."""
-    return torch.cat(
-        [torch.full((stop - start,), owners[source or 0]) for source, start, stop in b.segments(rank, size)]
-    )
+    parts = b.segments(rank, size)
+    return torch.cat([torch.full((stop - start,), owners[source or 0]) for source, start, stop in parts])
 
 
 def seed_of(*parts: int | str) -> int:
@@ -221,15 +222,10 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
 
 
-class _Initial:
-    """Reads an A by its Hugging Face name: drawn, not stored."""
-
-    def __init__(self, plan: TensorPlan, rank: int, seed: int) -> None:
-        self.shape, self.seed = (rank, plan.shapes[0][1]), seed
-
-    def __call__(self, name: str) -> Tensor:
-        generator = torch.Generator().manual_seed(seed_of(self.seed, name))
-        return (2 * torch.rand(self.shape, generator=generator) - 1) / math.sqrt(self.shape[1])
+def _initial(shape: tuple[int, int], seed: int, name: str) -> Tensor:
+    """An A [rank, in] by its Hugging Face name: drawn, not stored."""
+    generator = torch.Generator().manual_seed(seed_of(seed, name))
+    return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[1])
 
 
 def _register(model: Any, weight: str, module: LoraLinear) -> None:

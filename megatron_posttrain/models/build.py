@@ -296,11 +296,9 @@ def _fp8(arch: Architecture, layout: Layout, precision: PrecisionConfig, transfo
 
 
 def _experts(arch: Architecture, layout: Layout, model: ModelConfig, transformer_engine: bool) -> dict[str, Any]:
-    moe = arch.moe
+    moe, wanted, balancing = arch.moe, model.moe.aux_loss_coefficient, model.moe.load_balancing
     assert moe is not None
-    balancing = model.moe.load_balancing
-    coefficient = model.moe.aux_loss_coefficient
-    coefficient = moe.aux_loss_coefficient if coefficient is None else coefficient
+    coefficient = moe.aux_loss_coefficient if wanted is None else wanted
     return {
         "num_moe_experts": moe.num_experts,
         "moe_router_topk": moe.top_k,

@@ -5,10 +5,11 @@ import importlib.util
 
 import torch
 
+from megatron_posttrain.platform.base import Platform
 from megatron_posttrain.platform.scope import replaced, without_transformer_engine
 
 
-class CudaPlatform:
+class CudaPlatform(Platform):
     name = "cuda"
     backend = "nccl"
 
