@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_posttrain.checkpoint.convert import Conversion, ConvertOptions, check_paths
+from megatron_posttrain.checkpoint.convert import FIXED_BYTES, Conversion, ConvertOptions, check_paths
 from megatron_posttrain.checkpoint.stream import StreamOptions, free_bytes, ranks
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import registry
@@ -107,7 +107,7 @@ def describe(conversion: Conversion, target: Path) -> str:
         ("read", f"{conversion.bytes_in / 1e9:.2f} GB"),
         ("written", f"{conversion.bytes_out / 1e9:.2f} GB in {len(conversion.files)} files"),
         ("largest tensor", f"{conversion.largest / 1e9:.3f} GB"),
-        ("anonymous memory", f"at most {conversion.memory_bound() / 1e9:.2f} GB a process"),
+        ("anonymous memory", f"at most {(FIXED_BYTES + 3 * conversion.largest) / 1e9:.2f} GB a process"),
         ("free disk", f"{free / 1e9:.2f} GB, {fits}"),
     ]
     if conversion.left_behind:

@@ -96,9 +96,6 @@ def _pieces(parts: Iterator[Tensor]) -> Iterator[Tensor]:
             yield piece.float() if piece.dtype == fp8.DTYPE else piece
 
 
-# ---- the two sides ---------------------------------------------------------------------------------------
-
-
 def is_megatron(directory: Path) -> bool:
     return (directory / METADATA).exists()
 

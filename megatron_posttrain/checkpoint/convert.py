@@ -67,16 +67,9 @@ class Conversion:
             sizes[item.name] = sizes.get(item.name, 0) + item.nbytes
         return max(sizes.values())
 
-    def memory_bound(self) -> int:
-        """Bytes of anonymous memory that a process stays below."""
-        return FIXED_BYTES + 3 * self.largest
-
     def run(self, target: Path, options: StreamOptions) -> int:
         """Collective under torchrun. Returns the bytes that this process wrote."""
         return write_stream(target, self.files, self.inputs, self.finish, options)
-
-
-# ---- Hugging Face to Megatron ----------------------------------------------------------------------------
 
 
 def plan_hf_to_megatron(directory: Path, options: ConvertOptions, weights: bool = True) -> Conversion:
@@ -150,9 +143,6 @@ def _with_dtype(config: HfConfig, dtype: torch.dtype | None) -> HfConfig:
         return config
     kept = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
     return kept | {"dtype": str(dtype).removeprefix("torch.")}
-
-
-# ---- Megatron to Hugging Face ----------------------------------------------------------------------------
 
 
 def side_files(directory: Path, source: Path | None) -> Path:

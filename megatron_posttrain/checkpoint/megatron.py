@@ -71,9 +71,6 @@ def other_names(key: str, arch: Architecture) -> list[str]:
     return [name for name in dict.fromkeys(names) if name != key]
 
 
-# ---- writing ---------------------------------------------------------------------------------------------
-
-
 class Planned(NamedTuple):
     """The files of a checkpoint before anything is written, and its catalogue."""
 
@@ -134,9 +131,6 @@ def _modules(key: str) -> list[str]:
     module = key.rpartition(".")[0]
     core = [module.replace("linear_proj", "core_attention")] if module.endswith("self_attention.linear_proj") else []
     return [module, *core]
-
-
-# ---- reading ---------------------------------------------------------------------------------------------
 
 
 class MegatronReader:

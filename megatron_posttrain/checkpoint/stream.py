@@ -135,10 +135,8 @@ def put_in_place(partial: Path, directory: Path) -> None:
 
 def free_bytes(directory: Path) -> int:
     """Free space of the file system that `directory` is, or would be, on."""
-    parent = directory.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    return shutil.disk_usage(parent).free
+    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
 
 
 def _together(action: Callable[[], None], here: bool = True) -> None:

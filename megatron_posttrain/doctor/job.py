@@ -84,7 +84,12 @@ class JobCheck:
         directory = self._model()
         layout = self._layout()
         if place := self.config.model.tokenizer or directory:
-            self._tokenizer(place)
+            self.tokenizer = self.findings.attempt(
+                "tokenizer",
+                lambda: read_tokenizer(place, self.arch),
+                lambda tokenizer: f"{len(tokenizer)} tokens, chat template found",
+                "use the tokenizer that the model was trained with",
+            )
         if isinstance(self.config, GrpoConfig):
             self._engine(self.config)
         self._data()
@@ -94,8 +99,6 @@ class JobCheck:
             # Whatever training would still refuse on this machine.
             start = "start of training"
             self.findings.attempt(start, lambda: prepare(self.config, self.ranks), lambda _: "nothing refused")
-
-    # ---- the model ---------------------------------------------------------------------------------------
 
     def _model(self) -> Path | None:
         path = self.config.model.path
@@ -126,16 +129,6 @@ class JobCheck:
         else:
             fix = "" if self.arch is not None else "name its shapes: --model NAME_OR_CONFIG"
             self.findings.add("not checked here", "model", shown, fix)
-
-    def _tokenizer(self, place: Path | str) -> None:
-        self.tokenizer = self.findings.attempt(
-            "tokenizer",
-            lambda: read_tokenizer(place, self.arch),
-            lambda tokenizer: f"{len(tokenizer)} tokens, chat template found",
-            "use the tokenizer that the model was trained with",
-        )
-
-    # ---- layout and batch ----------------------------------------------------------------------------------
 
     def _layout(self) -> Layout | None:
         config, findings = self.config, self.findings
@@ -171,8 +164,6 @@ class JobCheck:
     @property
     def device(self) -> str:
         return platform().name if self.cluster is None else "cuda"
-
-    # ---- data ----------------------------------------------------------------------------------------------
 
     def _data(self) -> None:
         data = self.config.data
@@ -237,8 +228,6 @@ class JobCheck:
         if self.arch is not None:
             check_positions(dataset.lengths, self.arch)
         return dataset
-
-    # ---- memory --------------------------------------------------------------------------------------------
 
     def _memory(self, layout: Layout, cluster: Cluster) -> None:
         arch, config = self.arch, self.config

@@ -162,9 +162,6 @@ def check_quantization(arch: Architecture, layout: Layout) -> None:
             )
 
 
-# ---- in a model ------------------------------------------------------------------------------------------
-
-
 def building(lora: LoraConfig | None, *, random: bool) -> AbstractContextManager[None]:
     """For the time in which a model is built that is to have these adapters."""
     quantized = lora is not None and lora.quantization is not None

@@ -62,7 +62,7 @@ def estimate(
     arch: Architecture, layout: Layout, micro_batch: int, recompute: str, work: Workload, gpu: Gpu, exact: bool = False
 ) -> Estimate:
     """Memory and time of one layout. `exact`: count the padding of gradient buckets too, as a rank holds them."""
-    count = work.sequences_per_row
+    count = 2 if work.task == "dpo" else 1  # sequences a row
     work = replace(work, micro_batch=count * micro_batch, global_batch=count * work.global_batch, recompute=recompute)
     if work.lora:
         trained = max((_adapters(arch, layout, stage, work.lora_rank) for stage in range(layout.pipeline)), key=sum)

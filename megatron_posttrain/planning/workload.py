@@ -32,10 +32,6 @@ class Workload:
         return self.task == "lora"
 
     @property
-    def sequences_per_row(self) -> int:
-        return 2 if self.task == "dpo" else 1
-
-    @property
     def balanced(self) -> bool:
         """Post-training routes tokens as the model likes; pre-training is measured with balanced experts."""
         return self.routing == "balanced" or (self.routing == "auto" and self.task == "pretrain")

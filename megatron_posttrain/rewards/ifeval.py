@@ -89,9 +89,6 @@ class IfEval:
             raise GradingError("neither the row's metadata.instruction_id_list nor args.instructions is there")
 
 
-# ---- the instructions ----------------------------------------------------------------------------------------
-
-
 def _first_word(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
     paragraphs = text.split("\n\n")
     count = sum(bool(paragraph.strip()) for paragraph in paragraphs)

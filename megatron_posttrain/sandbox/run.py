@@ -74,8 +74,12 @@ def run(
         output_kib: of stdout and stderr together.
         unsafe: without isolation, only with limits and a clean environment; for programs that are trusted.
     """
+    python = Path(sys.executable)
+    prefixes = {os.path.realpath(prefix) for prefix in (sys.prefix, sys.base_prefix)}
+    interpreter = {prefix for prefix in prefixes if not prefix.startswith("/usr/") and prefix not in _SYSTEM}
     job = {
-        "command": [_python(), "-s", "-B", "main.py"],
+        # The interpreter's directory without links, for that is bound; its own link makes it a venv.
+        "command": [str(python.parent.resolve() / python.name), "-s", "-B", "main.py"],
         "environment": {
             "PATH": "/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
             "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
@@ -83,7 +87,7 @@ def run(
         "files": {**(files or {}), "main.py": code},
         "limits": _limits(seconds, memory_mib),
         "isolate": not unsafe,
-        "binds": sorted({*filter(os.path.exists, _SYSTEM), *_interpreter()}),
+        "binds": sorted({*filter(os.path.exists, _SYSTEM), *interpreter}),
         "root": tempfile.gettempdir() + "/megatron_posttrain_sandbox",  # a place to mount on; nothing is written there
         "scratch": f"size={FILE_MIB}m,nr_inodes=8192",
         "directory": "/tmp",
@@ -103,16 +107,6 @@ def why_unavailable() -> str | None:
     """Why programs cannot be isolated on this machine, None where they can."""
     result = run("print('ready')")
     return None if result.stdout == "ready\n" else result.stderr.strip() or f"a trial ended with {result.status}"
-
-
-def _python() -> str:
-    """This environment's interpreter: its directory without links, for that is bound; its own link makes it a venv."""
-    return str(Path(sys.executable).parent.resolve() / Path(sys.executable).name)
-
-
-def _interpreter() -> list[str]:
-    prefixes = {os.path.realpath(prefix) for prefix in (sys.prefix, sys.base_prefix)}
-    return [prefix for prefix in prefixes if not prefix.startswith("/usr/") and prefix not in _SYSTEM]
 
 
 def _limits(seconds: float, memory_mib: int) -> dict[str, tuple[int, int]]:
