@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
@@ -117,27 +118,17 @@ def _is_async(function: Callable[[Any], Any]) -> bool:
 
 async def _in_thread(function: Callable[[Any], Any], argument: Any) -> Any:
     """In a thread that the process does not wait for at its end: one that hangs holds up nothing."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Any] = loop.create_future()
-
-    def settle(value: Any, error: BaseException | None) -> None:
-        if future.done():  # took too long
-            return
-        if error is None:
-            future.set_result(value)
-        else:
-            future.set_exception(error if isinstance(error, Exception) else RuntimeError(last_line(error)))
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()  # from here on it cannot be cancelled, as where it took too long
 
     def call() -> None:
         try:
-            value = function(argument)
+            future.set_result(function(argument))
         except BaseException as error:
-            loop.call_soon_threadsafe(settle, None, error)
-        else:
-            loop.call_soon_threadsafe(settle, value, None)
+            future.set_exception(error if isinstance(error, Exception) else RuntimeError(last_line(error)))
 
     threading.Thread(target=call, daemon=True, name="reward").start()
-    return await future
+    return await asyncio.wrap_future(future)
 
 
 def _results(item: Reward, value: Any, count: int) -> Sequence[Any]:

@@ -6,6 +6,7 @@ import traceback
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeVar
@@ -144,9 +145,8 @@ def _bind(name: str, target: Callable[..., Any], args: Mapping[str, Any], unsafe
     made = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
     hints = typing.get_type_hints(made)
     parameters = [p for p in inspect.signature(made).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    fields: dict[str, Any] = {
-        p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default) for p in parameters
-    }
+    defaults = {p.name: ... if p.default is p.empty else p.default for p in parameters}
+    fields: dict[str, Any] = {name: (hints.get(name, Any), default) for name, default in defaults.items()}
     given = {"unsafe": True, **args} if unsafe and "unsafe" in fields else dict(args)
     schema = create_model("Parameters", __config__=ConfigDict(extra="forbid", protected_namespaces=()), **fields)
     try:
@@ -154,18 +154,7 @@ def _bind(name: str, target: Callable[..., Any], args: Mapping[str, Any], unsafe
     except ValidationError as error:
         raise UserError("\n".join(_explain(name, list(fields), e) for e in error.errors())) from None
     values = {key: getattr(checked, key) for key in fields}
-    if isinstance(target, type):
-        function: Callable[[Any], Any] = target(**values)
-        return function
-    if not values:
-        return target
-    if inspect.iscoroutinefunction(target):
-
-        async def call(sample: Any) -> Any:
-            return await target(sample, **values)
-
-        return call
-    return lambda sample: target(sample, **values)
+    return target(**values) if isinstance(target, type) else partial(target, **values)
 
 
 def _explain(name: str, allowed: list[str], error: Any) -> str:
