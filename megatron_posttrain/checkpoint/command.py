@@ -14,8 +14,6 @@ from megatron_posttrain.checkpoint.stream import StreamOptions, free_bytes, rank
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import registry
 
-__all__ = ["Conversion", "add_options", "guarded", "options", "parser", "run"]
-
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -138,9 +138,8 @@ def compiler_problem() -> str:
     """Why a C file that includes Python.h does not compile; empty when it does. Looks where Triton looks."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        return (
-            "no C compiler: CC is not set, and neither gcc nor clang is on PATH; Triton's kernels need one at run time"
-        )
+        missing = "no C compiler: CC is not set, and neither gcc nor clang is on PATH"
+        return f"{missing}; Triton's kernels need one at run time"
     scheme = sysconfig.get_default_scheme()
     headers = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]
     with tempfile.TemporaryDirectory() as folder:

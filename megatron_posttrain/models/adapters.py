@@ -5,8 +5,8 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -43,20 +43,22 @@ class Target:
 
 @dataclass(frozen=True)
 class Adapters:
-    """The adapters of a model. `weights`: plans of the adapted weights, by name; `plans`: those of all A and B."""
+    """The adapters of a model."""
 
     lora: LoraConfig
     arch: Architecture
     fused: bool  # gate and up of experts share an A, as the tensor that holds both on disk has it
     targets: list[Target]
-    weights: dict[str, TensorPlan] = field(init=False)
-    plans: dict[str, TensorPlan] = field(init=False)
 
-    def __post_init__(self) -> None:
-        found = {plan.name: plan for plan in expand([t.weight for t in self.targets])}
-        object.__setattr__(self, "weights", found)
-        rows = [row for target in self.targets for row in (target.a, target.b)]
-        object.__setattr__(self, "plans", {plan.name: plan for plan in expand(rows)})
+    @cached_property
+    def weights(self) -> dict[str, TensorPlan]:
+        """Plans of the adapted weights, by name."""
+        return {plan.name: plan for plan in expand([t.weight for t in self.targets])}
+
+    @cached_property
+    def plans(self) -> dict[str, TensorPlan]:
+        """Those of all A and B."""
+        return {plan.name: plan for plan in expand([row for t in self.targets for row in (t.a, t.b)])}
 
     def target(self, plan: TensorPlan) -> Target:
         return next(t for t in self.targets if t.weight.megatron == plan.mapping.megatron)

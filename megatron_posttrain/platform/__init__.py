@@ -17,6 +17,3 @@ def platform() -> Platform:
     from megatron_posttrain.platform.cpu import CpuPlatform
 
     return CpuPlatform()
-
-
-__all__ = ["Platform", "platform"]
