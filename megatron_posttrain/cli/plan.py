@@ -168,9 +168,8 @@ def _print(
     console.print(_split("Memory of the fullest rank, GiB", {k: v for k, v in best.memory_gib.items() if k != "total"}))
     console.print(_split("Time of a step, seconds", best.seconds))
     console.print(f"{best.layout}: {best.reason}")
-    low, high = spread_of(gpu, arch.moe is not None)
-    if high / low > WIDE:
-        fast, slow = _range(best, arch, gpu)
+    fast, slow = _range(best, arch, gpu)
+    if slow / fast > WIDE:
         console.print(f"published runs of one configuration differ: a step of {fast:.2f} to {slow:.2f} seconds")
     for warning in best.warnings:
         console.print(f"[yellow]warning:[/] {warning}")

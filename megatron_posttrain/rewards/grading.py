@@ -20,31 +20,20 @@ LONGEST_SHOWN = 200  # characters of a response in a message
 
 @dataclass(frozen=True)
 class Grade:
-    """What a sample is worth.
+    """What a sample is worth."""
 
-    Attributes:
-        rewards: by name, without those that failed.
-        total: sum of weight x reward; with what `on_error` says for one that failed.
-        masked: whether it must not train, because a reward could not grade it.
-        failures: why, by the reward's name.
-        metrics: figures that rewards log, as `REWARD/NAME`.
-    """
-
-    rewards: dict[str, float]
-    total: float
-    masked: bool = False
-    failures: Mapping[str, str] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    rewards: dict[str, float]  # by name, without those that failed
+    total: float  # sum of weight x reward; with what `on_error` says for one that failed
+    masked: bool = False  # it must not train, because a reward could not grade it
+    failures: Mapping[str, str] = field(default_factory=dict)  # why, by the reward's name
+    metrics: Mapping[str, float] = field(default_factory=dict)  # figures that rewards log, as `REWARD/NAME`
 
 
 def compute_rewards(samples: Sequence[Sample], rewards: Sequence[Reward], *, threads: int = 8) -> list[Grade]:
-    """Grade every sample with every reward.
+    """Grade every sample with every reward; the samples of a prompt come one after the other.
 
     Plain functions run in at most `threads` threads, coroutines all at once. A reward that raises, returns something
     else than a finite number or takes too long is logged with its first sample and ends nothing.
-
-    Args:
-        samples: those of a prompt one after the other.
     """
     units = [(item, unit) for item in rewards for unit in _units(item, samples)]
     grading = _grade_all([(item, [samples[i] for i in unit]) for item, unit in units], threads)

@@ -24,11 +24,8 @@ def _unknown(name: str) -> str:
 
 
 def follows(name: str, text: str, arguments: Mapping[str, Any]) -> bool:
-    """Whether a response follows an instruction, strictly; an empty response follows none.
-
-    Raises:
-        GradingError: no such instruction, or arguments that it does not have.
-    """
+    """Whether a response follows an instruction, strictly; an empty response follows none. Raises GradingError where
+    there is no such instruction, or it has no such arguments."""
     if name not in CHECKS:
         raise GradingError(_unknown(name))
     given = {key: value for key, value in arguments.items() if value is not None}

@@ -56,22 +56,15 @@ Target = TypeVar("Target", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward of a run.
-
-    Attributes:
-        function: plain or async; its argument is a sample, or a list of them where `per` says so, in which case it
-            returns a list.
-        per: `batch`: all samples that a replica grades in a step; `group`: those of one prompt.
-        on_error: the value of a sample that could not be graded; None: the sample does not train.
-        seconds: after which a call counts as failed; None: never.
-    """
+    """A reward of a run. `function`, plain or async, takes a sample, or a list of them (to a list of values) where
+    `per` says so: all that a replica grades in a step (`batch`), or those of one prompt (`group`)."""
 
     name: str
     weight: float
     function: Callable[[Any], Any]
     per: Per = "sample"
-    on_error: float | None = None
-    seconds: float | None = None
+    on_error: float | None = None  # the value of a sample that could not be graded; None: the sample does not train
+    seconds: float | None = None  # after which a call counts as failed; None: never
 
 
 @dataclass(frozen=True)
@@ -92,10 +85,7 @@ def reward(name: str, *, per: Per = "sample", needs_answer: bool = False) -> Cal
     A function takes a `Sample` and returns a finite number, as a scalar of numpy or torch too, or a `Score`; plain
     ones are called from several threads at once. Its keyword-only parameters are keys of the config's `args`,
     checked by their types. A class is made once, from `args`, and its instance is called.
-
-    Args:
-        per: what a call grades; with `batch` and `group` a list of samples, to a list of numbers.
-        needs_answer: rows without `answer` are refused.
+    `per`: what a call grades, see `Reward`; `needs_answer`: rows without `answer` are refused.
     """
 
     def register(target: Target) -> Target:
@@ -110,12 +100,8 @@ def reward(name: str, *, per: Per = "sample", needs_answer: bool = False) -> Cal
 def load_rewards(specs: Iterable[RewardConfig], *, unsafe: bool = False) -> list[Reward]:
     """The rewards that the configuration names, from their files where it gives one, with their parameters.
 
-    Args:
-        unsafe: `sandbox.unsafe`, for those that run programs.
-
-    Raises:
-        UserError: an unknown name or parameter, a bad value, a file that is missing, fails, or does not define the
-            name, a name twice.
+    `unsafe`: `sandbox.unsafe`, for those that run programs. Raises UserError for an unknown name or parameter, a bad
+    value, a file that is missing, fails, or does not define the name, a name twice.
     """
     rewards: list[Reward] = []
     for spec in specs:

@@ -85,11 +85,8 @@ class Regex:
 
 @reward("json_schema")
 class JsonSchema:
-    """1.0 when the answer is JSON (alone, or in its last code block) that fits a schema.
-
-    Args:
-        schema: the JSON Schema, or its file; null: the row's `metadata.schema`.
-    """
+    """1.0 when the answer is JSON (alone, or in its last code block) that fits a schema: `schema`, the JSON Schema or
+    its file, else the row's `metadata.schema`."""
 
     def __init__(self, *, schema: dict[str, Any] | str | None = None) -> None:
         where = "rewards: 'json_schema': args.schema"
@@ -134,11 +131,8 @@ def _validator(schema: Any) -> Any:
 
 @reward("format")
 def think_format(sample: Sample, *, opening: Literal["required", "optional"] = "optional") -> float:
-    """1.0 for reasoning in one pair of its tags, then an answer that is not empty.
-
-    Args:
-        opening: `optional`: the opening tag may be missing, as where the prompt ends with it.
-    """
+    """1.0 for reasoning in one pair of its tags, then an answer that is not empty. Where `opening` is `optional` the
+    opening tag may be missing, as where the prompt ends with it."""
     text = sample.response.strip()
     for begin, end in REASONING:
         if text.count(end) == 1 and text.count(begin) <= 1:
@@ -157,11 +151,8 @@ def _length(sample: Sample) -> int:
 
 @reward("overlong")
 def overlong(sample: Sample, *, max_tokens: int, buffer: int = 4096) -> float:
-    """Soft overlong punishment (DAPO, arXiv 2503.14476, equation 13): 0 to -1 over the last `buffer` tokens.
-
-    Args:
-        max_tokens: of a response, the buffer included; longer and truncated ones get -1.
-    """
+    """Soft overlong punishment (DAPO, arXiv 2503.14476, equation 13): 0 to -1 over the last `buffer` of `max_tokens`
+    tokens; longer and truncated responses get -1."""
     if sample.truncated:
         return -1.0
     return max(-1.0, min(0.0, (max_tokens - buffer - _length(sample)) / buffer))

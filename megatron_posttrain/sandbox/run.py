@@ -31,21 +31,14 @@ _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_S
 
 @dataclass(frozen=True)
 class Result:
-    """How a program ended.
-
-    Attributes:
-        status: `ok` for exit code 0; `error` for another; `timeout`, `memory` and `output` where it hit a limit;
-            `unavailable` where it was not run, with the reason in `stderr`.
-        exit_code: negative for a signal, None where it was ended from outside or not run.
-        stdout, stderr: up to the limit of output, undecodable bytes replaced.
-        seconds: of wall time, from the start of the program's process.
-    """
+    """How a program ended: `ok` with exit code 0, `error` with another, `timeout`, `memory` or `output` at a limit,
+    `unavailable` where it was not run, with the reason in `stderr`."""
 
     status: Status
-    exit_code: int | None
-    stdout: str
+    exit_code: int | None  # negative for a signal, None where it was ended from outside or not run
+    stdout: str  # up to the limit of output, undecodable bytes replaced; stderr too
     stderr: str
-    seconds: float
+    seconds: float  # of wall time, from the start of the program's process
 
 
 def run(
