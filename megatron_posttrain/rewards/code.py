@@ -32,9 +32,6 @@ class Tests:
     prompt: str = ""  # executed before the program, on its side
     entry_point: str = ""
 
-    def __len__(self) -> int:
-        return len(self.asserts) + len(self.pairs)
-
 
 def program_of(text: str) -> str:
     """The last Python block of `text`, else all of it. A block that was cut off is none."""
@@ -88,7 +85,7 @@ class Code:
 
     Asserts are evaluated in a process that the program cannot reach; what a program prints for an input is compared
     here, blanks at the ends of lines and of the text left out. A sandbox that fails is no wrong answer: the
-    sample counts as not graded.
+    sample counts as not graded. Raises UserError where programs cannot be isolated here, and `unsafe` is not set.
 
     Args:
         seconds: for all asserts together, or for one input.
@@ -96,9 +93,6 @@ class Code:
         partial: the share of tests passed instead of all or nothing.
         max_tests: that many of a row's tests at most; null: all.
         unsafe: without isolation.
-
-    Raises:
-        UserError: programs cannot be isolated here, and `unsafe` is not set.
     """
 
     def __init__(
