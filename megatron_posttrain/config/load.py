@@ -63,7 +63,7 @@ def _ignored(config: Config) -> Iterator[str]:
 
 def to_yaml(config: BaseModel) -> str:
     """The resolved config as YAML, enough to run it again."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
 
 
 def describe(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -74,6 +74,7 @@ def describe(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
         if nested is not None and (info.is_required() or isinstance(default, BaseModel)):
             yield from describe(nested, f"{prefix}{name}.")
             continue
+        name = info.alias or name
         shown = "(required)" if info.is_required() else _short(default)
         allowed = _allowed(info.annotation)
         text = "; ".join(part for part in (allowed, info.description or "") if part)
@@ -122,7 +123,7 @@ def _short(value: Any) -> str:
 
 
 def _explain(schema: type[BaseModel], error: Any) -> str:
-    location = [str(part) for part in error["loc"]]
+    location = [str(part) for part in error["loc"] if part not in ("number", "by step")]  # pydantic's, of a schedule
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         names = _names_at(schema, location[:-1])
@@ -143,4 +144,4 @@ def _names_at(schema: type[BaseModel], location: Sequence[str]) -> list[str]:
     for part in location:
         if part in current.model_fields:
             current = _section(current.model_fields[part].annotation) or current
-    return list(current.model_fields)
+    return [info.alias or name for name, info in current.model_fields.items()]
