@@ -100,7 +100,7 @@ class GrpoAlgorithm(PolicyAlgorithm):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, values: Any) -> Any:
-        return PRESETS.get(values.get("preset"), {}) | values if isinstance(values, dict) else values
+        return PRESETS.get(str(values.get("preset")), {}) | values if isinstance(values, dict) else values
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

@@ -43,6 +43,8 @@ class Checkpoints:
         """Raises UserError where the newest one is of another run than `origin` is; needs no model."""
         self.directory = output / "checkpoints"
         self.config, self.origin = config, origin
+        self.beside: dict[str, Engine] = {}  # what is saved and loaded with the model, in a directory of this name
+        self.state: dict[str, float] = {}  # and what a loop carries from step to step
         self._deadline: Deadline | None = None
         self._changes: list[str] = []
         if config.resume == "auto" and origin is not None:
@@ -55,7 +57,10 @@ class Checkpoints:
 
     def after_step(self, engine: Engine, run: Record, step: int) -> bool:
         """Collective: saves when it is due or a stop was asked for; whether the run is to end before its last step."""
-        self._deadline = self._deadline or Deadline(checkpoint_bytes(engine.precision, engine.arch, engine.adapters))
+        engines = self._engines(engine).values()
+        self._deadline = self._deadline or Deadline(
+            sum(checkpoint_bytes(each.precision, each.arch, each.adapters) for each in engines)
+        )
         late = run.is_main and self._deadline.near()
         stop, last = run.stop_requested(also=late), step == run.total_steps
         if stop or self.due(step, last):
@@ -67,35 +72,30 @@ class Checkpoints:
         return stop and not last
 
     def save(self, engine: Engine, step: int) -> None:
-        """Collective. What a loop needs beside weights and optimizer follows from the step's number.
+        """Collective. What a loop needs beside weights, optimizer and `state` follows from the step's number.
 
         Raises SaveError on every rank when one cannot write; what was there before stays.
         """
         final = self.directory / f"step_{step:06d}"
         partial = self.directory / f".step_{step:06d}.partial"
-        with self._failing_together(final, partial):
-            if dist.get_rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-        engine.gather_weights()
-        with self._failing_together(final, partial):
-            from megatron.core import dist_checkpointing
-
-            with platform().megatron(), optimizer_can_resume(), without_gathered_states(), _written_by_threads():
-                dist_checkpointing.save(
-                    _sharded_state(engine, loading=False)[0],
-                    str(partial),
-                    # It gathers every rank's entries on every rank; torch checks that all of a tensor is there, once.
-                    validate_access_integrity=False,
-                    content_metadata=dict(SHARDING),
-                )
+        for name, each in self._engines(engine).items():
+            with self._failing_together(final, partial):
+                if dist.get_rank() == 0:
+                    shutil.rmtree(partial / name, ignore_errors=True)
+                    (partial / name).mkdir(parents=True)
+            each.gather_weights()
+            with self._failing_together(final, partial):
+                _save(each, partial / name)
         with self._failing_together(final, partial):
             if dist.get_rank() == 0:
                 state = {"step": step} if self.origin is None else self.origin.state(step)
-                (partial / STATE_FILE).write_text(json.dumps(state))
+                (partial / STATE_FILE).write_text(json.dumps(state | {"loop": self.state}))
                 shutil.rmtree(final, ignore_errors=True)
                 partial.rename(final)
                 self._remove_old(step)
+
+    def _engines(self, engine: Engine) -> dict[str, Engine]:
+        return {"": engine, **self.beside}
 
     def _remove_old(self, step: int) -> None:
         """All but the newest `keep`; first those of later steps, of an attempt that this one does not go on from."""
@@ -155,7 +155,7 @@ class Checkpoints:
         while True:
             # One answer for all ranks: a shared file system may show them different listings.
             path, problem = broadcast_object(self._newest(unreadable))  # type: ignore[misc]
-            if path is None or not (problem := problem or _load(engine, path)):
+            if path is None or not (problem := problem or self._load(engine, path)):
                 break
             unreadable.append(f"{path} cannot be read: {problem}")
             _say(f"warning: {unreadable[-1]}; the one before it is tried")
@@ -166,6 +166,14 @@ class Checkpoints:
         if path is not None and self._changes:
             _say(f"changed from step {_step_of(path) + 1} on: {', '.join(self._changes)}")
         return 0 if path is None else _step_of(path)
+
+    def _load(self, engine: Engine, path: Path) -> str | None:
+        """Collective: why the checkpoint cannot be read, the same on all ranks."""
+        problems = (_load(each, path / name) for name, each in self._engines(engine).items())
+        if problem := next(filter(None, problems), None):
+            return problem
+        self.state = broadcast_object(read_state(path).get("loop", {}))  # type: ignore[assignment]
+        return None
 
     def _newest(self, unreadable: list[str]) -> tuple[Path | None, str | None]:
         """The newest checkpoint but for those that were tried, and what is wrong with it as far as files tell."""
@@ -179,12 +187,13 @@ def damage(path: Path) -> str | None:
 
     try:
         read_state(path)
-        stored = FileSystemReader(str(path)).read_metadata().storage_data
+        ends: dict[str, int] = {}
+        for place in (path, *(part for part in path.iterdir() if part.is_dir())):
+            for info in (FileSystemReader(str(place)).read_metadata().storage_data or {}).values():
+                name = str((place / info.relative_path).relative_to(path))
+                ends[name] = max(ends.get(name, 0), info.offset + info.length)
     except Exception as error:  # a damaged pickle may raise anything
         return described(error)
-    ends: dict[str, int] = {}
-    for info in (stored or {}).values():
-        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
     for name, end in sorted(ends.items()):
         size = (path / name).stat().st_size if (path / name).exists() else 0
         if size < end:
@@ -228,6 +237,20 @@ def _load(engine: Engine, path: Path) -> str | None:
     except (CheckpointException, CheckpointingException, *UNREADABLE) as error:
         problem = described(error)
     return first_problem(problem)
+
+
+def _save(engine: Engine, path: Path) -> None:
+    """Collective."""
+    from megatron.core import dist_checkpointing
+
+    with platform().megatron(), optimizer_can_resume(), without_gathered_states(), _written_by_threads():
+        dist_checkpointing.save(
+            _sharded_state(engine, loading=False)[0],
+            str(path),
+            # It gathers every rank's entries on every rank; torch checks that all of a tensor is there, once.
+            validate_access_integrity=False,
+            content_metadata=dict(SHARDING),
+        )
 
 
 def _written_by_threads() -> contextlib.AbstractContextManager[None]:

@@ -70,12 +70,19 @@ class Run:
         self._record: Record | None = None
         self._stack = contextlib.ExitStack()
 
-    def model(self, keep: str | None = None) -> Engine:
+    @property
+    def state(self) -> dict[str, float]:
+        """What a loop carries from step to step, beside weights; part of checkpoints."""
+        return self.checkpoints.state
+
+    def model(self, keep: str | None = None, beside: Mapping[str, Engine] | None = None) -> Engine:
         """Collective: the model that is trained, as the newest checkpoint has it; saved and exported by the run.
 
         Args:
             keep: name of a weight set for the weights that the run began with.
+            beside: other trained models that are saved and resumed with it, by name.
         """
+        self.checkpoints.beside |= beside or {}
         self._engine = Engine.of(self.config, self.prepared.arch, self.groups)
         if keep is not None:
             self._engine.keep_weights(keep)
