@@ -9,11 +9,11 @@ import torch
 
 from megatron_posttrain.algorithms.advantages import group_advantages
 from megatron_posttrain.algorithms.policy import (
-    REFERENCE,
     Rollouts,
     check,
     kl_in_reward,
     receive_samples,
+    reference_of,
     score_samples,
     set_token_advantages,
     spread,
@@ -36,7 +36,7 @@ def grpo(config: GrpoConfig) -> int:
     prompts = check(config, prepared.tokenizer, prepared.arch, platform().name)
     rewards = load_rewards(config.rewards, unsafe=config.sandbox.unsafe)
     with Run(prepared, prompts) as run:
-        engine = run.model(keep=REFERENCE if config.algorithm.needs_reference else None)
+        engine = run.model(**reference_of(config))
         if config.rollout.offload:
             engine.offload()  # vLLM asks for its share of the memory when it is made
         rollouts = Rollouts.start(run, config, engine, prompts, rewards)

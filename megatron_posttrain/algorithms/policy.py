@@ -88,7 +88,11 @@ class Rollouts:
         return config.model_copy(update={"algorithm": config.algorithm.model_copy(update=weight)})
 
     def refit(self, config: GrpoConfig, step: int) -> None:
-        """New weights into the rollout engine, and the proof that it holds them: a hard stop when it does not."""
+        """New weights into the rollout engine, and the proof that it holds them: a hard stop when it does not. Where it
+        is time for it the reference gets them too."""
+        every = config.algorithm.reference_every
+        if every is not None and step and step % every == 0:
+            self.engine.keep_weights(REFERENCE)
         if config.rollout.offload:
             self.engine.offload()
         Refit(self.rollout).update(full_tensors(self.engine), step)
@@ -118,6 +122,7 @@ class Rollouts:
         """Logs and saves what a step did. Raises RunawayError where trainer and engine have parted."""
         algorithm = self.whole_config.algorithm
         limit, outside = algorithm.stop_outside, figures["mismatch_outside"]
+        assert isinstance(outside, float)
         if limit is not None and outside > limit:
             raise RunawayError(
                 f"step {step.number}: {outside:.1%} of the tokens have a ratio of the trainer's to the engine's "
@@ -131,6 +136,13 @@ class Rollouts:
             self.run.state["entropy_coefficient"] = figures["entropy_coefficient"] = weight
         step.log(figures, samples.metrics())
         save_samples(self.run.directory / "rollouts" / f"step_{step.number:06d}.jsonl", samples)
+
+
+def reference_of(config: GrpoConfig) -> dict[str, Any]:
+    """What `Run.model` is told about the reference."""
+    algorithm = config.algorithm
+    keep = REFERENCE if algorithm.needs_reference else None
+    return {"keep": keep, "save_kept": algorithm.reference_every is not None}
 
 
 def receive_samples(samples: Samples, engine: Engine, config: GrpoConfig) -> list[list[PackedBatch]]:
@@ -147,11 +159,9 @@ def receive_samples(samples: Samples, engine: Engine, config: GrpoConfig) -> lis
     return [pack_share(shares[mine], sequence, groups.layout) for shares in updates]
 
 
-def score_samples(
-    mini_batches: list[list[PackedBatch]], engine: Engine, config: GrpoConfig, *, old: bool = False
-) -> None:
-    """The trainer's own log-probs of what was sampled, where several updates or rewards need them, or `old`; the
-    reference's for KL."""
+def score_samples(mini_batches: list[list[PackedBatch]], engine: Engine, config: GrpoConfig) -> None:
+    """The trainer's own log-probs of what was sampled, where several updates or rewards need them; the reference's for
+    KL."""
     algorithm = config.algorithm
 
     def score(name: str) -> None:
@@ -161,7 +171,7 @@ def score_samples(
                 batch.extras[name] = values
 
     in_reward = algorithm.kl_in == "reward" and algorithm.kl_coefficient > 0
-    if len(mini_batches) > 1 or in_reward or old:
+    if len(mini_batches) > 1 or in_reward:
         score("old_logprobs")
     if algorithm.kl_coefficient:
         with engine.weights(REFERENCE):

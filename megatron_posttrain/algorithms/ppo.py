@@ -13,11 +13,10 @@ from torch import Tensor
 
 from megatron_posttrain.algorithms.losses import value_terms
 from megatron_posttrain.algorithms.policy import (
-    REFERENCE,
     Rollouts,
     check,
-    compare,
     receive_samples,
+    reference_of,
     score_samples,
     set_token_advantages,
     update,
@@ -52,13 +51,13 @@ def ppo(config: PpoConfig) -> int:
     own, algorithm = critic_config(config), config.algorithm
     with Run(prepared, prompts) as run:
         critic = Engine.of(own, critic_arch, run.groups)
-        engine = run.model(keep=REFERENCE if algorithm.needs_reference else None, beside={CRITIC: critic})
+        engine = run.model(beside={CRITIC: critic}, **reference_of(config))
         if config.rollout.offload:
             engine.offload()
             critic.offload()
         rollouts = Rollouts.start(run, config, engine, prompts, rewards)
         for step in run.steps():
-            now, warming = rollouts.config(step.index), step.index < config.critic.warmup_steps
+            now = rollouts.config(step.index)
             with step.phase("refit"):
                 if config.rollout.offload:
                     critic.offload()
@@ -68,16 +67,15 @@ def ppo(config: PpoConfig) -> int:
             with step.phase("train"):
                 mini_batches = receive_samples(samples, engine, now)
                 batches = [batch for batches in mini_batches for batch in batches]
-                score_samples(mini_batches, engine, now, old=warming)
+                score_samples(mini_batches, engine, now)
                 score_values(critic, batches)
                 gae = {"gamma": algorithm.gamma, "lam": algorithm.lam}
                 set_token_advantages(samples, batches, engine, now.algorithm, **gae)
                 rate = learning_rate(own.optimizer, step.index, run.total_steps)
-                metrics = update_critic(critic, mini_batches, now, rate)
-                if warming:
-                    metrics |= compare(engine, samples, batches, None, now)
-                else:
-                    metrics |= update(engine, samples, mini_batches, now, step.learning_rate)
+                metrics = update_critic(critic, mini_batches, config, rate)
+                # At a rate of 0 the optimizer has states, which a checkpoint needs, and weights stay
+                policy_rate = 0.0 if step.index < config.critic.warmup_steps else step.learning_rate
+                metrics |= update(engine, samples, mini_batches, now, policy_rate)
             rollouts.finish(step, samples, metrics)
         if not run.status:
             export(critic, model_directory(own.model.path), run.directory / CRITIC, config.model.tokenizer)

@@ -126,7 +126,7 @@ class PpoAlgorithm(PolicyAlgorithm):
 class CriticConfig(Section):
     path: str | None = Field(None, description="Hugging Face directory, also of a reward model; null: the policy's")
     lr: PositiveFloat = Field(1e-5, description="peak learning rate, on the policy's schedule")
-    warmup_steps: NonNegativeInt = Field(0, description="first steps, in which only the critic is trained")
+    warmup_steps: NonNegativeInt = Field(0, description="first steps, in which the policy stays as it is")
 
 
 PreferenceLoss = Literal["sigmoid", "robust", "ipo", "apo_zero", "apo_down", "simpo", "orpo", "kto"]

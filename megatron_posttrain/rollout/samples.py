@@ -148,7 +148,7 @@ def collect_samples(
     step: int,
     batch: int = 0,
 ) -> Samples:
-    """Of batch number `batch` of a rollout step; a sample's seed depends on the run's, the step, the batch and its number."""
+    """Of a rollout step: a sample's seed depends on the run's seed, the step, the batch in it, and its number."""
     sampling = Sampling(config.rollout.samples_per_prompt, config.rollout.max_tokens, config.rollout.temperature)
     sequence = np.random.SeedSequence([config.training.seed, step, batch])
     seeds = sequence.generate_state(len(prompts) * sampling.n, np.uint32) >> 1

@@ -44,6 +44,7 @@ class Checkpoints:
         self.directory = output / "checkpoints"
         self.config, self.origin = config, origin
         self.beside: dict[str, Engine] = {}  # what is saved and loaded with the model, in a directory of this name
+        self.weight_set: str | None = None  # so is a weight set of the model
         self.state: dict[str, float] = {}  # and what a loop carries from step to step
         self._deadline: Deadline | None = None
         self._changes: list[str] = []
@@ -85,7 +86,13 @@ class Checkpoints:
                     (partial / name).mkdir(parents=True)
             each.gather_weights()
             with self._failing_together(final, partial):
-                _save(each, partial / name)
+                _save(_sharded_state(each, loading=False)[0], partial / name)
+        if (kept := self.weight_set) is not None:
+            with self._failing_together(final, partial):
+                if dist.get_rank() == 0:
+                    (partial / kept).mkdir()
+            with self._failing_together(final, partial), engine.weights(kept):
+                _save(_model_state(engine), partial / kept)
         with self._failing_together(final, partial):
             if dist.get_rank() == 0:
                 state = {"step": step} if self.origin is None else self.origin.state(step)
@@ -172,6 +179,10 @@ class Checkpoints:
         problems = (_load(each, path / name) for name, each in self._engines(engine).items())
         if problem := next(filter(None, problems), None):
             return problem
+        if (kept := self.weight_set) is not None:
+            with engine.weights(kept):
+                if problem := _load_weights(engine, path / kept):
+                    return problem
         self.state = broadcast_object(read_state(path).get("loop", {}))  # type: ignore[assignment]
         return None
 
@@ -239,13 +250,29 @@ def _load(engine: Engine, path: Path) -> str | None:
     return first_problem(problem)
 
 
-def _save(engine: Engine, path: Path) -> None:
+def _load_weights(engine: Engine, path: Path) -> str | None:
+    """Collective: as `_load`, of a checkpoint that has weights only."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    problem = None
+    try:
+        with platform().megatron():
+            loaded = dist_checkpointing.load(_model_state(engine), str(path), validate_access_integrity=False)
+            for index, chunk in enumerate(engine.modules):
+                chunk.load_state_dict(loaded[_model_key(engine, index)], strict=False)
+    except (CheckpointException, CheckpointingException, *UNREADABLE) as error:
+        problem = described(error)
+    return first_problem(problem)
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
     """Collective."""
     from megatron.core import dist_checkpointing
 
     with platform().megatron(), optimizer_can_resume(), without_gathered_states(), _written_by_threads():
         dist_checkpointing.save(
-            _sharded_state(engine, loading=False)[0],
+            state,
             str(path),
             # It gathers every rank's entries on every rank; torch checks that all of a tensor is there, once.
             validate_access_integrity=False,
@@ -266,9 +293,9 @@ def _model_key(engine: Engine, index: int) -> str:
     return f"model{index}" if len(engine.modules) > 1 else "model"
 
 
-def _sharded_state(engine: Engine, *, loading: bool) -> tuple[dict[str, Any], Stretches]:
-    """What megatron-core saves, or loads into. Trained weights are not loaded: they are the optimizer's, rounded."""
-    state: dict[str, Any] = {
+def _model_state(engine: Engine) -> dict[str, Any]:
+    """Of weights, or of adapters alone."""
+    return {
         _model_key(engine, index): (
             chunk.sharded_state_dict(metadata=dict(SHARDING))  # type: ignore[operator]
             if engine.adapters is None
@@ -276,6 +303,11 @@ def _sharded_state(engine: Engine, *, loading: bool) -> tuple[dict[str, Any], St
         )
         for index, chunk in enumerate(engine.modules)
     }
+
+
+def _sharded_state(engine: Engine, *, loading: bool) -> tuple[dict[str, Any], Stretches]:
+    """What megatron-core saves, or loads into. Trained weights are not loaded: they are the optimizer's, rounded."""
+    state = _model_state(engine)
     stretches = Stretches(engine.optimizer, list(state.values()))
     optimizer = engine.optimizer.sharded_state_dict(state, is_loading=loading, metadata=dict(SHARDING))
     rest = {key: stretches.without_trained(chunk) for key, chunk in state.items()}
