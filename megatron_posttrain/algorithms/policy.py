@@ -102,8 +102,7 @@ class Rollouts:
 
     def draw(self, config: GrpoConfig, step: int, batches: int = 1) -> Samples:
         """The step's samples; where all of a prompt have one reward they are replaced, out of at most `batches`."""
-        wanted = config.rollout.prompts_per_step
-        batch = self.prompts.batch(step, wanted)
+        batch = self.prompts.batch(step, config.rollout.prompts_per_step)
 
         def collect(prompts: list[Prompt], number: int) -> Samples:
             return collect_samples(self.rollout, self.tokenizer, prompts, self.rewards, config, step, number)
@@ -122,8 +121,7 @@ class Rollouts:
         """Logs and saves what a step did. Raises RunawayError where trainer and engine have parted."""
         algorithm = self.whole_config.algorithm
         limit, outside = algorithm.stop_outside, figures["mismatch_outside"]
-        assert isinstance(outside, float)
-        if limit is not None and outside > limit:
+        if limit is not None and outside > limit:  # type: ignore[operator]
             raise RunawayError(
                 f"step {step.number}: {outside:.1%} of the tokens have a ratio of the trainer's to the engine's "
                 f"probability outside {list(algorithm.token_band or BAND)}, more than algorithm.stop_outside={limit}; "
@@ -170,8 +168,7 @@ def score_samples(mini_batches: list[list[PackedBatch]], engine: Engine, config:
             for batch, values in zip(batches, logprobs, strict=True):
                 batch.extras[name] = values
 
-    in_reward = algorithm.kl_in == "reward" and algorithm.kl_coefficient > 0
-    if len(mini_batches) > 1 or in_reward:
+    if len(mini_batches) > 1 or algorithm.kl_in == "reward":
         score("old_logprobs")
     if algorithm.kl_coefficient:
         with engine.weights(REFERENCE):
@@ -226,11 +223,9 @@ def compare(
     samples.differences = sums_by_sequence(groups, batches, differences, len(samples.prompts)).numpy()
     counts = torch.zeros(len(RATIO_BINS) + 2, dtype=torch.float64)
     if groups.last_stage and groups.tensor.rank() == 0 and groups.context.rank() == 0:
-        for batch, values in zip(batches, log_ratios, strict=True):
-            counted = values[batch.loss_mask != 0]
-            counts[:-1] += torch.bincount(torch.bucketize(counted, RATIO_BINS), minlength=len(RATIO_BINS) + 1)
-            low, high = map(math.log, low_high)
-            counts[-1] += ((counted < low) | (counted > high)).sum()
+        counted = torch.cat([found[b.loss_mask != 0] for b, found in zip(batches, log_ratios, strict=True)])
+        counts[:-1] = torch.bincount(torch.bucketize(counted, RATIO_BINS), minlength=len(RATIO_BINS) + 1)
+        counts[-1] = ((counted < math.log(low_high[0])) | (counted > math.log(low_high[1]))).sum()
     everywhere = counts.to(platform().device)
     dist.all_reduce(everywhere)
     *bins, outside = everywhere.tolist()
@@ -258,10 +253,7 @@ def token_budget(config: GrpoConfig) -> int:
 
 def policy_loss(algorithm: PolicyAlgorithm, output: Output, batch: PackedBatch) -> tuple[Tensor, dict[str, Mean]]:
     """The update's terms; where the batch has no old log-probs, they are those of this pass."""
-
-    def rows(flat: Tensor) -> Tensor:
-        return to_rows(flat, batch.cu_seqlens)
-
+    rows = partial(to_rows, cu_seqlens=batch.cu_seqlens)
     rollout = rows(batch.extras["rollout_logprobs"])
     reference = batch.extras.get("reference_logprobs")
     terms, sums = policy_gradient_terms(
@@ -335,17 +327,13 @@ def set_token_advantages(
     moments = torch.zeros(3, dtype=torch.float64)
     totals = torch.tensor(samples.rewards)
     for batch in batches:
-        mask, lengths = to_rows(batch.loss_mask, batch.cu_seqlens), batch.cu_seqlens.diff().tolist()
+        rows = partial(to_rows, cu_seqlens=batch.cu_seqlens)
+        mask, values = rows(batch.loss_mask), rows(batch.extras.get("values", torch.zeros(len(batch.tokens))))
         last = (mask.flip(-1).cumsum(-1).flip(-1) == 1) * mask
-        rewards = to_rows(spread(batch, totals), batch.cu_seqlens) * last
-        rewards = rewards - to_rows(kl_in_reward(batch, algorithm), batch.cu_seqlens)
-        values = to_rows(batch.extras.get("values", torch.zeros(len(batch.tokens))), batch.cu_seqlens)
-        for name, found in zip(
-            ("advantages", "returns"),
-            generalized_advantages(rewards, values, mask, gamma=gamma, lam=lam),
-            strict=True,
-        ):
-            batch.extras[name] = torch.cat([row[:n] for row, n in zip(found, lengths, strict=True)])
+        rewards = rows(spread(batch, totals)) * last - rows(kl_in_reward(batch, algorithm))
+        both = generalized_advantages(rewards, values, mask, gamma=gamma, lam=lam)
+        real = torch.arange(mask.shape[1]) < batch.cu_seqlens.diff()[:, None]
+        batch.extras |= {name: found[real] for name, found in zip(("advantages", "returns"), both, strict=True)}
         own = batch.extras["advantages"].double()
         moments += torch.stack([own.sum(), own.square().sum(), batch.loss_mask.double().sum()])
     moments = moments.to(platform().device)

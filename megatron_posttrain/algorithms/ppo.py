@@ -21,19 +21,18 @@ from megatron_posttrain.algorithms.policy import (
     set_token_advantages,
     update,
 )
-from megatron_posttrain.checkpoint.hf import check_directory, model_directory
+from megatron_posttrain.checkpoint.hf import model_directory
 from megatron_posttrain.config.algorithms import PpoConfig
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.models.layout_checks import check_layout
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rewards.registry import load_rewards
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.export import export
 from megatron_posttrain.training.finite import anywhere
 from megatron_posttrain.training.heads import Output, Scalars
-from megatron_posttrain.training.prepare import Prepared, prepare
+from megatron_posttrain.training.prepare import Prepared, check_beside, prepare
 from megatron_posttrain.training.run import Run
 from megatron_posttrain.training.schedule import learning_rate
 from megatron_posttrain.training.totals import Mean
@@ -69,8 +68,7 @@ def ppo(config: PpoConfig) -> int:
                 batches = [batch for batches in mini_batches for batch in batches]
                 score_samples(mini_batches, engine, now)
                 score_values(critic, batches)
-                gae = {"gamma": algorithm.gamma, "lam": algorithm.lam}
-                set_token_advantages(samples, batches, engine, now.algorithm, **gae)
+                set_token_advantages(samples, batches, engine, now.algorithm, gamma=algorithm.gamma, lam=algorithm.lam)
                 rate = learning_rate(own.optimizer, step.index, run.total_steps)
                 metrics = update_critic(critic, mini_batches, config, rate)
                 # At a rate of 0 the optimizer has states, which a checkpoint needs, and weights stay
@@ -97,18 +95,13 @@ def check_critic(config: PpoConfig, prepared: Prepared) -> Architecture:
     """The critic's, with a scalar head, its own where it is a reward model. Raises UserError."""
     if config.critic.path is None:
         return prepared.arch.with_scalar_head()
-    path = model_directory(config.critic.path, "critic.path")
-    arch = check_directory(path)[1].with_scalar_head()
+    path, arch = check_beside("critic.path", config.critic.path, prepared.layout)
     if arch.vocab_size < len(prepared.tokenizer):
         raise UserError(
             f"critic.path={path} has {arch.vocab_size} tokens, the policy's tokenizer {len(prepared.tokenizer)}; "
             "allowed: a model with the policy's tokenizer"
         )
-    try:
-        check_layout(prepared.layout, arch)
-    except UserError as error:
-        raise UserError(f"critic.path={path}, which runs in the policy's layout: {error}") from None
-    return arch
+    return arch.with_scalar_head()
 
 
 def score_values(critic: Engine, batches: list[PackedBatch]) -> None:

@@ -263,9 +263,7 @@ class JobCheck:
         if found is None:
             return
         if isinstance(config, PpoConfig):
-            self.findings.add(
-                "warn", "memory", "planned without the critic, whose weights, gradients and states come on top"
-            )
+            self.findings.add("warn", "memory", "planned without the critic, which comes on top")
         if config.precision.dtype == "fp32":
             self.findings.add("warn", "memory", "planned for bf16; fp32 weights and activations take twice the space",
                               "set precision.dtype=bf16 on GPUs")  # fmt: skip

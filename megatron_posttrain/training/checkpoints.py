@@ -86,13 +86,13 @@ class Checkpoints:
                     (partial / name).mkdir(parents=True)
             each.gather_weights()
             with self._failing_together(final, partial):
-                _save(_sharded_state(each, loading=False)[0], partial / name)
+                _save(each, partial / name)
         if (kept := self.weight_set) is not None:
             with self._failing_together(final, partial):
                 if dist.get_rank() == 0:
                     (partial / kept).mkdir()
             with self._failing_together(final, partial), engine.weights(kept):
-                _save(_model_state(engine), partial / kept)
+                _save(engine, partial / kept, weights_only=True)
         with self._failing_together(final, partial):
             if dist.get_rank() == 0:
                 state = {"step": step} if self.origin is None else self.origin.state(step)
@@ -179,9 +179,10 @@ class Checkpoints:
         problems = (_load(each, path / name) for name, each in self._engines(engine).items())
         if problem := next(filter(None, problems), None):
             return problem
-        if (kept := self.weight_set) is not None:
+        kept = self.weight_set
+        if kept is not None and broadcast_object((path / kept).is_dir()):  # else it changes from now on
             with engine.weights(kept):
-                if problem := _load_weights(engine, path / kept):
+                if problem := _load(engine, path / kept, weights_only=True):
                     return problem
         self.state = broadcast_object(read_state(path).get("loop", {}))  # type: ignore[assignment]
         return None
@@ -225,7 +226,7 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def _load(engine: Engine, path: Path) -> str | None:
+def _load(engine: Engine, path: Path, *, weights_only: bool = False) -> str | None:
     """Collective: why the checkpoint cannot be read, the same on all ranks."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -233,16 +234,17 @@ def _load(engine: Engine, path: Path) -> str | None:
     problem = None
     try:
         with platform().megatron(), optimizer_can_resume(), without_gathered_states():
-            state, stretches = _sharded_state(engine, loading=True)
+            state, stretches = (_model_state(engine), None) if weights_only else _sharded_state(engine, loading=True)
             loaded = dist_checkpointing.load(state, str(path), validate_access_integrity=False)
             for index, chunk in enumerate(engine.modules):
                 chunk.load_state_dict(loaded.get(_model_key(engine, index), {}), strict=False)
-            engine.optimizer.load_state_dict(loaded["optimizer"])
-            stretches.restore()
-            for chunk in engine.chunks:
-                chunk.start_param_sync(force_sync=True)
-        if engine.optimizer_config is not None:
-            set_hyper_parameters(engine.optimizer, engine.optimizer_config)
+            if stretches is not None:
+                engine.optimizer.load_state_dict(loaded["optimizer"])
+                stretches.restore()
+                for chunk in engine.chunks:
+                    chunk.start_param_sync(force_sync=True)
+                if engine.optimizer_config is not None:
+                    set_hyper_parameters(engine.optimizer, engine.optimizer_config)
     except torch.OutOfMemoryError:
         raise
     except (CheckpointException, CheckpointingException, *UNREADABLE) as error:
@@ -250,29 +252,13 @@ def _load(engine: Engine, path: Path) -> str | None:
     return first_problem(problem)
 
 
-def _load_weights(engine: Engine, path: Path) -> str | None:
-    """Collective: as `_load`, of a checkpoint that has weights only."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-
-    problem = None
-    try:
-        with platform().megatron():
-            loaded = dist_checkpointing.load(_model_state(engine), str(path), validate_access_integrity=False)
-            for index, chunk in enumerate(engine.modules):
-                chunk.load_state_dict(loaded[_model_key(engine, index)], strict=False)
-    except (CheckpointException, CheckpointingException, *UNREADABLE) as error:
-        problem = described(error)
-    return first_problem(problem)
-
-
-def _save(state: dict[str, Any], path: Path) -> None:
+def _save(engine: Engine, path: Path, *, weights_only: bool = False) -> None:
     """Collective."""
     from megatron.core import dist_checkpointing
 
     with platform().megatron(), optimizer_can_resume(), without_gathered_states(), _written_by_threads():
         dist_checkpointing.save(
-            state,
+            _model_state(engine) if weights_only else _sharded_state(engine, loading=False)[0],
             str(path),
             # It gathers every rank's entries on every rank; torch checks that all of a tensor is there, once.
             validate_access_integrity=False,
