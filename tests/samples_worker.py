@@ -86,7 +86,7 @@ def main() -> None:
         check(samples, [order[rank::data] for rank in range(data)], dist.get_rank() % data, list(range(n)))
         more = generate_samples(engine, tokenizer, prompts(count), rewards, sampling, range(1000, 1000 + n))
         kept = [order[: n // 2], order[n // 2 :]]  # of either batch, from any replica
-        joined = join([samples, more], kept, {})
+        joined = join([(part, i) for part, numbers in zip([samples, more], kept, strict=True) for i in numbers], {})
         joined.advantages = samples.advantages
         seeds = [*kept[0], *(1000 + i for i in kept[1])]
         assert joined.lengths.tolist() == [len(completion(seed).token_ids) for seed in seeds]

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_posttrain.algorithms.advantages import group_advantages
-from megatron_posttrain.algorithms.dynamic_sampling import further_prompts, replace_equal
+from megatron_posttrain.algorithms.dynamic_sampling import replace_equal
 from megatron_posttrain.algorithms.grpo import set_advantages
 from megatron_posttrain.algorithms.losses import value_terms
 from megatron_posttrain.algorithms.policy import RATIO_BINS, compare, policy_loss, set_token_advantages
@@ -246,14 +246,11 @@ def test_prompts_of_equal_rewards_are_replaced(count: int, most: int, useful: in
     dataset: Any = SimpleNamespace(prompts=[Prompt(i, [1], None, {}, []) for i in range(count)])
     first, asked = dataset.prompts[:6], []
 
-    def draw(number: int, wanted: int, known: Any) -> list[Prompt]:
-        return further_prompts(dataset, [0, 0], number, wanted, known)
-
     def collect(prompts: list[Prompt], number: int) -> Samples:
         asked.append([p.index for p in prompts])
         return drawn(prompts)
 
-    found = replace_equal(drawn(first), first, most, draw, collect)
+    found = replace_equal(drawn(first), first, dataset, [0, 0], most, collect)
     kept = [prompt.index for prompt in found.prompts[::2]]
     assert len(kept) == len(set(kept)) == 6
     assert sum(number % 3 != 0 for number in kept) == useful
@@ -261,8 +258,8 @@ def test_prompts_of_equal_rewards_are_replaced(count: int, most: int, useful: in
     assert [int(token[0]) for token in found.token_ids] == [p.index for p in found.prompts]
     assert found.texts == [str(p.index) for p in found.prompts]
     assert found.metrics()["generated_batches"] == 1 + len(asked) <= most
-    again = further_prompts(dataset, [0, 0], 1, 3, {0, 1, 2, 3, 4, 5})
-    assert [p.index for p in again] == [p.index for p in further_prompts(dataset, [0, 0], 1, 3, {0, 1, 2, 3, 4, 5})]
+    again = replace_equal(drawn(first), first, dataset, [0, 0], most, collect)
+    assert [prompt.index for prompt in again.prompts[::2]] == kept
 
 
 def test_ppo_is_refused_with_what_it_would_ignore() -> None:

@@ -4,7 +4,7 @@ take their place."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -12,20 +12,12 @@ from megatron_posttrain.data.dataset import Prompt, PromptDataset
 from megatron_posttrain.rollout.samples import Samples, join
 
 
-def further_prompts(
-    dataset: PromptDataset, seed: Sequence[int], number: int, count: int, asked: Collection[int]
-) -> list[Prompt]:
-    """At most `count` that were not asked in this step, whose seed this is: a resumed run draws the same."""
-    left = [prompt for prompt in dataset.prompts if prompt.index not in asked]
-    order = np.random.default_rng([*seed, number]).permutation(len(left))
-    return [left[i] for i in order[:count]]
-
-
 def replace_equal(
     samples: Samples,
     prompts: Sequence[Prompt],
+    dataset: PromptDataset,
+    seed: Sequence[int],
     batches: int,
-    draw: Callable[[int, int, Collection[int]], list[Prompt]],
     collect: Callable[[list[Prompt], int], Samples],
 ) -> Samples:
     """Collective: samples of as many prompts, those with unequal rewards first; with equal ones where `batches` are
@@ -33,31 +25,29 @@ def replace_equal(
 
     Args:
         samples: of `prompts`, the first batch.
-        draw: further prompts: (number of the batch, how many, indices of those that were asked).
-        collect: the samples of a batch.
+        seed: of this step's choice of further prompts, so that a resumed run makes the same.
+        collect: the samples of the batch with this number.
     """
     wanted, size = len(prompts), len(samples.prompts) // len(prompts)
     parts, asked = [samples], {prompt.index for prompt in prompts}
     for number in range(1, batches):
         found = sum(int(_unequal(part, size).sum()) for part in parts)
-        if found >= wanted:
+        left = [prompt for prompt in dataset.prompts if prompt.index not in asked]
+        if found >= wanted or not left:
             break
         # As many as should be enough at the rate seen so far
         count = min(wanted, math.ceil((wanted - found) * len(asked) / max(1, found)))
-        further = draw(number, count, asked)
-        if not further:
-            break
+        further = [left[i] for i in np.random.default_rng([*seed, number]).permutation(len(left))[:count]]
         asked |= {prompt.index for prompt in further}
         parts.append(collect(further, number))
-    kinds = [(part, group, useful) for part, s in enumerate(parts) for group, useful in enumerate(_unequal(s, size))]
-    chosen = sorted(kinds, key=lambda kind: not kind[2])[:wanted]
-    kept = [[g * size + i for p, g, _ in chosen if p == part for i in range(size)] for part in range(len(parts))]
+    groups = [(part, group, useful) for part in parts for group, useful in enumerate(_unequal(part, size))]
+    chosen = sorted(groups, key=lambda group: not group[2])[:wanted]
     figures = {
         "generated_batches": float(len(parts)),
         "generated_reward": float(np.concatenate([part.rewards for part in parts]).mean()),
-        "equal_fraction": 1 - float(np.mean([useful for *_, useful in kinds])),
+        "equal_fraction": 1 - float(np.mean([useful for *_, useful in groups])),
     }
-    return join(parts, kept, figures)
+    return join([(part, group * size + i) for part, group, _ in chosen for i in range(size)], figures)
 
 
 def _unequal(samples: Samples, size: int) -> np.ndarray:

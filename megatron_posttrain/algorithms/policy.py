@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_posttrain.algorithms.advantages import generalized_advantages
-from megatron_posttrain.algorithms.dynamic_sampling import further_prompts, replace_equal
+from megatron_posttrain.algorithms.dynamic_sampling import replace_equal
 from megatron_posttrain.algorithms.losses import kl_estimate, policy_gradient_terms
 from megatron_posttrain.config.algorithms import GrpoConfig, PolicyAlgorithm
 from megatron_posttrain.data.batch import PackedBatch
@@ -84,7 +84,7 @@ class Rollouts:
         config = self.whole_config.at(step)
         if config.algorithm.entropy_target is None:
             return config
-        weight = {"entropy_coefficient": self.run.state.get("entropy_coefficient", 0.0)}
+        weight = {"entropy_coefficient": self.run.checkpoints.state.get("entropy_coefficient", 0.0)}
         return config.model_copy(update={"algorithm": config.algorithm.model_copy(update=weight)})
 
     def refit(self, config: GrpoConfig, step: int) -> None:
@@ -109,8 +109,7 @@ class Rollouts:
 
         samples = collect(batch, 0)
         if batches > 1:
-            draw = partial(further_prompts, self.prompts, [config.training.seed, step])
-            samples = replace_equal(samples, batch, batches, draw, collect)
+            samples = replace_equal(samples, batch, self.prompts, [config.training.seed, step], batches, collect)
         self.rollout.sleep()
         samples.advantages = torch.zeros(len(samples.prompts))  # known when they were scored
         if config.algorithm.mask_truncated:
@@ -130,8 +129,8 @@ class Rollouts:
         if algorithm.entropy_target is not None and isinstance(entropy := figures.get("entropy"), Mean):
             move = algorithm.at(step.index).entropy_coefficient
             move *= 1 if entropy.value < algorithm.entropy_target else -1
-            weight = max(0.0, self.run.state.get("entropy_coefficient", 0.0) + move)
-            self.run.state["entropy_coefficient"] = figures["entropy_coefficient"] = weight
+            weight = max(0.0, self.run.checkpoints.state.get("entropy_coefficient", 0.0) + move)
+            self.run.checkpoints.state["entropy_coefficient"] = figures["entropy_coefficient"] = weight
         step.log(figures, samples.metrics())
         save_samples(self.run.directory / "rollouts" / f"step_{step.number:06d}.jsonl", samples)
 

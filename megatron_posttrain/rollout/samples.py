@@ -211,15 +211,15 @@ def generate_samples(
     )
 
 
-def join(parts: Sequence[Samples], kept: Sequence[Sequence[int]], metrics: dict[str, float]) -> Samples:
-    """One batch from several: of each the samples `kept`, in the order of the parts.
+def join(taken: Sequence[tuple[Samples, int]], metrics: dict[str, float]) -> Samples:
+    """One batch from several, each sample by its batch and number in it.
 
     Args:
-        metrics: what is logged beside the samples' own; rewards' own metrics are those of the first part.
+        metrics: what is logged beside the samples' own; rewards' own metrics are those of the first sample's batch.
     """
-    first, taken = parts[0], [(part, number) for part, numbers in zip(parts, kept, strict=True) for number in numbers]
-    places = {id(part): {sample: k for k, sample in enumerate(part.drawn)} for part in parts}
-    found = [(new, part, places[id(part)].get(number)) for new, (part, number) in enumerate(taken)]
+    first, parts = taken[0][0], {id(part): part for part, _ in taken}
+    places = {(key, sample): k for key, part in parts.items() for k, sample in enumerate(part.drawn)}
+    found = [(new, part, places.get((id(part), number))) for new, (part, number) in enumerate(taken)]
     mine = [(new, part, k) for new, part, k in found if k is not None]
 
     def of_all(values: Callable[[Samples], NDArray[Any]]) -> NDArray[Any]:
@@ -235,7 +235,7 @@ def join(parts: Sequence[Samples], kept: Sequence[Sequence[int]], metrics: dict[
             for name in first.rewards_by_name
         },
         masked=of_all(lambda part: part.masked),
-        seconds=sum(part.seconds for part in parts),
+        seconds=sum(part.seconds for part in parts.values()),
         drawn=[new for new, _, _ in mine],
         token_ids=[part.token_ids[k] for _, part, k in mine],
         logprobs=[part.logprobs[k] for _, part, k in mine],

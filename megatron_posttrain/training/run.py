@@ -70,11 +70,6 @@ class Run:
         self._record: Record | None = None
         self._stack = contextlib.ExitStack()
 
-    @property
-    def state(self) -> dict[str, float]:
-        """What a loop carries from step to step, beside weights; part of checkpoints."""
-        return self.checkpoints.state
-
     def model(
         self, keep: str | None = None, beside: Mapping[str, Engine] | None = None, *, save_kept: bool = False
     ) -> Engine:
