@@ -29,9 +29,10 @@ from typing import Any
 from megatron_posttrain.evaluation.evaluate import wilson_interval
 
 # Turns as text: the small model has no template, and no tokens for roles.
-CHAT = """{{ bos_token }}{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content \
-}}{{ eos_token }}{% endgeneration %}{% else %}{{ message.content }}
-{% endif %}{% endfor %}"""
+CHAT = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}"
+    "{{ message.content }}{{ eos_token }}{% endgeneration %}{% else %}{{ message.content }}\n{% endif %}{% endfor %}"
+)
 
 
 def run(command: str, output: Path, options: Sequence[str]) -> list[dict[str, Any]]:
@@ -51,11 +52,8 @@ def write(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
 def split(rows: list[dict[str, Any]], held_out: int, folder: Path) -> list[str]:
     """Options for a training and a validation file."""
     random.Random(0).shuffle(rows)
-    train, validation = (
-        write(folder / "train.jsonl", rows[held_out:]),
-        write(folder / "held_out.jsonl", rows[:held_out]),
-    )
-    return [f"data.train={train}", f"data.validation={validation}"]
+    parts = {"train": rows[held_out:], "validation": rows[:held_out]}
+    return [f"data.{name}={write(folder / f'{name}.jsonl', part)}" for name, part in parts.items()]
 
 
 def small_model(data: Path, folder: Path, layers: int | None = None, seed: int = 0) -> Path:
@@ -79,9 +77,10 @@ def validation(figures: list[dict[str, Any]], name: str) -> list[float]:
 
 
 def lora(data: Path, output: Path, model: Path | None, options: list[str]) -> None:
-    rows = json.loads(gzip.open(data / "datasets/llamafactory_demo/alpaca_en_demo.json.gz").read())
-    common = [f"model.path={model or small_model(data, output / 'model')}", *split(rows, 64, output), "data.packing=true",
-              "lora={rank: 16, alpha: 32}", "data.sequence_length=512", "training.global_batch_size=2"]  # fmt: skip
+    with gzip.open(data / "datasets/llamafactory_demo/alpaca_en_demo.json.gz") as file:
+        rows = split(json.load(file), 64, output)
+    common = [f"model.path={model or small_model(data, output / 'model')}", *rows, "data.sequence_length=512",
+              "lora={rank: 16, alpha: 32}", "training.global_batch_size=2"]  # fmt: skip
     before = run("sft", output / "before", [*common, "training.steps=1", "optimizer.lr=1e-30", *options])
     after = run("sft", output / "after", [*common, "training.steps=60", "checkpoint.every=20", "optimizer.lr=3e-4",
                                           "optimizer.warmup_steps=5", *options])  # fmt: skip
@@ -98,7 +97,7 @@ def preferences(command: str, data: Path, output: Path, model: Path | None, opti
               "training.global_batch_size=32", "training.micro_batch_size=8", "training.epochs=3",
               "checkpoint.every=40", "optimizer.warmup_steps=5"]  # fmt: skip
     figures = run(command, output / "run", [*common, *options])
-    held_out = sum(1 for _ in (output / "held_out.jsonl").open())
+    held_out = sum(1 for _ in (output / "validation.jsonl").open())
     for step in figures:
         if (accuracy := step.get("validation_accuracy")) is not None:
             low, high = wilson_interval(accuracy, held_out)

@@ -94,8 +94,8 @@ class WeightedSource(Section):
 
 class DataConfig(Section):
     train: str | list[str | WeightedSource] = Field(
-        description="JSONL file(s), or any `datasets` source; as {path: FILE, weight: 2.0} a mixture: an epoch takes as "
-        "many conversations as all sources have, of each in proportion to its weight (1 where there is none)"
+        description="JSONL file(s), or any `datasets` source; as {path: FILE, weight: 2.0} a mixture: an epoch takes "
+        "as many conversations as all sources have, of each in proportion to its weight (1 where there is none)"
     )
     validation: str | list[str] | None = Field(
         None, description="as `train`; its loss is logged at every checkpoint and at the end; null: none"

@@ -109,9 +109,8 @@ class SftDataset(Epochs):
     ) -> None:
         self.sources, self.weights = sources, weights
         self.sequence_length, self.packing, self.seed = sequence_length, packing, seed
-        fits = [
-            (x.lengths <= sequence_length) | ((overlong == "truncate") & (x.first < sequence_length)) for x in sources
-        ]
+        cut = overlong == "truncate"
+        fits = [(x.lengths <= sequence_length) | (cut & (x.first < sequence_length)) for x in sources]
         kept = [np.flatnonzero(fit) for fit in fits]
         self.sizes = [len(numbers) for numbers in kept]
         whole = np.concatenate([x.lengths[numbers] for x, numbers in zip(sources, kept, strict=True)])
@@ -131,7 +130,7 @@ class SftDataset(Epochs):
         self.truncated = int((whole > sequence_length).sum())
         self.counted = sum(int(x.counted[numbers].sum()) for x, numbers in zip(sources, kept, strict=True))
         for i in np.flatnonzero(whole > sequence_length).tolist():
-            self.counted -= np.count_nonzero(self._mask(i, int(whole[i]))[sequence_length:])
+            self.counted -= int(np.count_nonzero(self._mask(i, int(whole[i]))[sequence_length:]))
         super().__init__(self._make_rows, equal=weights is None or not packing)
 
     def __len__(self) -> int:

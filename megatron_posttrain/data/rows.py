@@ -79,8 +79,8 @@ class Reader:
     """Records to rows, with counts of the columns and the rows that it leaves out.
 
     Args:
-        use: rows of another are refused; `sft` (which needs an assistant's turn), `text` (as sft, without), `preference`,
-            `other`, or `any`, which refuses none.
+        use: rows of another are refused; `sft` (which needs an assistant's turn), `text` (as sft, without),
+            `preference`, `other`, or `any`, which refuses none.
     """
 
     columns: Columns
@@ -188,11 +188,9 @@ _SIDES = {(True, False): "rejected", (False, True): "chosen"}
 
 def _check_use(row: Row, record: dict[str, Any], use: str) -> None:
     form = row.form
-    turns = [*row.messages, *row.chosen, *row.rejected]
-    if use not in ("sft", "text") and (
-        weights := [turn["weight"] for turn in turns if turn.get("weight", 1) not in (0, 1)]
-    ):
-        raise BadRow(f"a turn of weight {weights[0]}: only sft and distill weigh turns; allowed here: 0 or 1")
+    weights = {turn.get("weight", 1) for turn in (*row.messages, *row.chosen, *row.rejected)} - {0, 1}
+    if use not in ("sft", "text") and weights:
+        raise BadRow(f"a turn of weight {min(weights)}: only sft and distill weigh turns; allowed here: 0 or 1")
     if use == "preference" and row.label is None and "label" in record:
         raise BadRow(f"label must be true or false, found {kind(record['label'])}")
     if use == "preference" and (missing := _SIDES.get(("chosen" in record, "rejected" in record))):

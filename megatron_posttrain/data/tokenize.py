@@ -21,14 +21,8 @@ from megatron_posttrain.data.template import PROBE, Omissions, Span, Template, l
 from megatron_posttrain.errors import UserError
 
 __all__ = [
-    "Conversation",
-    "Omissions",
-    "TrainOn",
-    "encode_conversation",
-    "encode_prompt",
-    "encode_row",
-    "load_tokenizer",
-]
+    "Conversation", "Omissions", "TrainOn", "encode_conversation", "encode_prompt", "encode_row", "load_tokenizer",
+]  # fmt: skip
 
 TrainOn = Literal["all-assistant", "last-assistant", "everything"]
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
