@@ -96,7 +96,7 @@ def test_a_row_without_anything_to_learn_is_refused(tmp_path, tokenizer):
 def test_a_mixture_has_exact_counts_and_wastes_no_row(tmp_path, tokenizer):
     sizes, weights = [20, 6, 11], [1.0, 3.0, 1.0]
     sources = [
-        conversations(tmp_path, tokenizer, turns_of([name * (shortest + 5 * (i % 4)) for i in range(n)]), name)
+        conversations(tmp_path, tokenizer, turns_of([name * (shortest + 9 * (i % 5)) for i in range(n)]), name)
         for n, name, shortest in zip(sizes, "xyz", (1, 20, 1), strict=True)
     ]
     data = SftDataset(sources, 90, seed=3, weights=weights)
@@ -119,7 +119,7 @@ def test_a_mixture_has_exact_counts_and_wastes_no_row(tmp_path, tokenizer):
     assert len(set(sizes_of_epochs)) > 1
     assert data.fingerprint != SftDataset(sources, 90, seed=3, weights=[1.0, 3.0, 2.0]).fingerprint
     with pytest.raises(UserError, match=r"none of the 6 conversations of .*y\.jsonl fits"):
-        SftDataset(sources, 45, weights=weights)
+        SftDataset(sources, 40, weights=weights)
 
 
 def test_prompts(tokenizer):
