@@ -73,7 +73,6 @@ def test_weights_of_turns(tmp_path, template):
     for bad, why in (
         ({"weight": -0.5}, r"messages\[1\]\.weight must be a number of at least 0, found -0\.5"),
         ({"weight": "much"}, r"messages\[1\]\.weight must be a number of at least 0, found \"much\""),
-        ({"loss_weight": float("inf")}, r"messages\[1\]\.loss_weight must be a number of at least 0"),
         ({"train": 0.5}, r"messages\[1\]\.train must be 0 or 1"),
     ):
         with pytest.raises(UserError, match=why):
@@ -85,7 +84,10 @@ def test_weights_of_turns(tmp_path, template):
 @pytest.mark.parametrize("template", [CHATML, CHATML_MARKED])
 def test_train_on(template):
     """Against transformers' own mask of the same template with markers."""
-    tokenizer, marked = byte_tokenizer(template), byte_tokenizer(CHATML_MARKED)
+    tokenizer, twin = byte_tokenizer(template), CHATML_MARKED
+    if template == CHATML:  # jinja cuts the line break after a block
+        twin = twin.replace("{% endgeneration %}\n", "{% endgeneration %}{{ '\\n' }}")
+    marked = byte_tokenizer(twin)
     messages = turns("a", "first", "c", "last", "e")
     every = marked.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     ends = [i for i, token in enumerate(every["input_ids"]) if token == marked.eos_token_id]
