@@ -122,21 +122,23 @@ def sample_stories(model: Path, count: int, tokens: int, seed: int) -> list[dict
 
 
 def distill(data: Path, output: Path, model: Path | None, options: list[str]) -> None:
+    """80 samples, of which SFT sees one token at a place and distillation the teacher's whole distribution."""
     teacher = model or small_model(data, output / "teacher")
-    rows = split(sample_stories(teacher, 1000, 200, 0), 100, output)
+    rows = split(sample_stories(teacher, 200, 200, 0)[:180], 100, output)
     for seed in range(3):
         student = small_model(data, output / f"student_{seed}", layers=2, seed=seed)
-        common = [f"model.path={student}", *rows, "data.sequence_length=512", "training.steps=150",
-                  "training.global_batch_size=8", "training.micro_batch_size=4", f"training.seed={seed}",
-                  "optimizer.lr=3e-3", "optimizer.warmup_steps=10", *options]  # fmt: skip
-        sft = run("sft", output / f"sft_{seed}", common)
-        kl = run("distill", output / f"distill_{seed}", [*common, f"teacher.path={teacher}"])
+        common = [*rows, "data.sequence_length=256", "training.global_batch_size=4", "training.micro_batch_size=4",
+                  f"training.seed={seed}"]  # fmt: skip
+        trained = [f"model.path={student}", "training.steps=300", "checkpoint.every=100", "optimizer.lr=3e-3",
+                   "optimizer.warmup_steps=10", *options]  # fmt: skip
+        sft = run("sft", output / f"sft_{seed}", [*common, *trained])
+        kl = run("distill", output / f"distill_{seed}", [*common, *trained, f"teacher.path={teacher}"])
         # The same measure of both: -log p of the held-out samples, without training.
-        looked = run("sft", output / f"look_{seed}", [*common, f"model.path={output / f'distill_{seed}' / 'hf'}",
-                                                      "training.steps=1", "optimizer.lr=1e-30"])  # fmt: skip
-        figures = [validation(x, "validation_loss")[-1] for x in (sft, looked, kl)]
+        exported = f"model.path={output / f'distill_{seed}' / 'hf'}"
+        looked = run("sft", output / f"look_{seed}", [*common, exported, "training.steps=1", "optimizer.lr=1e-30"])
+        losses = [[round(x, 4) for x in validation(figures, "validation_loss")] for figures in (sft, looked, kl)]
         print(
-            "distill: seed {}: held-out -log p of SFT {:.4f}, of distillation {:.4f} (KL {:.4f})".format(seed, *figures)
+            "distill: seed {}: held-out -log p of SFT {}, of distillation {}; KL {}".format(seed, *losses), flush=True
         )
 
 
