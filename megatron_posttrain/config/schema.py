@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -89,7 +90,7 @@ def check_columns(names: Iterable[str]) -> None:
 
 class WeightedSource(Section):
     path: str
-    weight: PositiveFloat = Field(allow_inf_nan=False)
+    weight: PositiveFloat
 
 
 class DataConfig(Section):
@@ -139,6 +140,17 @@ class DataConfig(Section):
         train = [] if isinstance(self.train, str) else self.train
         found = [source.weight if isinstance(source, WeightedSource) else None for source in train]
         return [weight or 1.0 for weight in found] if any(found) else None
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _known_sources(cls, train: Any) -> Any:
+        for entry in train if isinstance(train, list) and train else [train]:
+            named = entry.model_dump() if isinstance(entry, WeightedSource) else entry
+            weight = named.get("weight") if isinstance(named, dict) and set(named) == {"path", "weight"} else None
+            right = isinstance(weight, int | float) and 0 < weight < math.inf and isinstance(named["path"], str)
+            if not isinstance(entry, str) and not right:
+                raise ValueError(f"{entry!r} is no source; allowed: paths and {{path: FILE, weight: NUMBER above 0}}")
+        return train
 
     @field_validator("columns")
     @classmethod
