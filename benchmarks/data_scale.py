@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import json
 import os
 import resource
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 
 from megatron_posttrain.config.schema import Config
+from megatron_posttrain.data.cache import ABOUT, ARRAYS, Encoder
 from megatron_posttrain.data.dataset import read_conversations
 from megatron_posttrain.data.tokenize import load_tokenizer
 
@@ -46,6 +48,20 @@ def unpack(source: Path, folder: Path) -> Path:
         else:
             shutil.copy(file, folder)
     return folder
+
+
+def repeat(cache: Path, key: str, rows: int, count: int) -> None:
+    """An entry of `count` rows under `key`: the arrays of the only entry, which has `rows`, again and again."""
+    (source,) = (folder for folder in cache.iterdir() if not folder.name.startswith("."))
+    target = cache / key
+    target.mkdir()
+    about = json.loads((source / ABOUT).read_text())
+    for name in about["digests"]:
+        content = (source / name).read_bytes()
+        (target / name).write_bytes(content * (count // rows) if name in ARRAYS else content)
+        with (target / name).open("rb") as stream:
+            about["digests"][name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    (target / ABOUT).write_text(json.dumps(about))
 
 
 def start(file: Path, tokenizer_directory: Path, cache: Path) -> None:
@@ -78,6 +94,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--tokenizer", type=Path, help="default: Qwen3's, in DATA")
+    parser.add_argument("--opened", type=int, help="also open as many, a multiple of --rows, without tokenising them")
     parser.add_argument("--start", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     file, cache = args.output / f"rows_{args.rows}.jsonl", args.output / "cache"
@@ -95,6 +112,20 @@ def main() -> None:
         print(f"{name} start, load average {os.getloadavg()[0]:.1f}:", flush=True)
         subprocess.run([*map(str, command), "--tokenizer", str(tokenizer), "--start"], check=True)
         print(f"{name} start: {time.monotonic() - began:.1f} s with imports", flush=True)
+    if args.opened:
+        many = args.output / f"rows_{args.opened}.jsonl"
+        make_rows(args.data, many, args.opened)
+        repeat(
+            cache,
+            Encoder(load_tokenizer(tokenizer), {}, "refuse", "all-assistant").key(str(many)),
+            args.rows,
+            args.opened,
+        )
+        print(
+            f"second start with {args.opened:,} rows, whose arrays are those of the others again and again:", flush=True
+        )
+        command[-1] = str(args.opened)
+        subprocess.run([*map(str, command), "--tokenizer", str(tokenizer), "--start"], check=True)
     size = sum(part.stat().st_size for part in cache.rglob("*") if part.is_file())
     print(f"cache: {size / 1e6:,.0f} MB")
 

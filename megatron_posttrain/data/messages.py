@@ -96,8 +96,7 @@ def _role(name: str, at: str) -> str:
     if name == "observation":  # GLM's templates read it
         return name
     role = ROLES.get(name.lower())
-    close = nearest(name.lower(), ROLES)
-    if role is None and close:
+    if role is None and (close := nearest(name.lower(), ROLES)):
         raise BadRow(f"{at}.role is {name!r}{close}")
     return role or name
 
