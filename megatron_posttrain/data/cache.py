@@ -109,7 +109,7 @@ class Encoder:
             of_row = (conversation.token_ids, mask, [len(mask)], counts[:1], [len(counts)])
             for name, values in zip(ARRAYS, of_row, strict=True):
                 found[name].append(np.asarray(values))
-        arrays = {name: np.concatenate(parts or [np.empty(0, int)]) for name, parts in found.items()}
+        arrays = {name: np.concatenate(parts or [[]]).astype(ARRAYS[name]) for name, parts in found.items()}
         return _Chunk(arrays, list(weights), len(chunk), unlearned, reader.ignored, reader.left_out)
 
 
@@ -139,19 +139,15 @@ def _locked(name: str, kind: int) -> Iterator[None]:
 
 
 def _open(folder: Path, source: str) -> TokenizedSource | None:
+    """None where it is not there, or not as it was written."""
     try:
         about = json.loads((folder / ABOUT).read_text())
         files = {name: folder / name for name in about["digests"]}
         for name, file in files.items():
             with file.open("rb") as stream:
                 if hashlib.file_digest(stream, "sha256").hexdigest() != about["digests"][name]:
-                    raise ValueError(f"{name} is not as it was written")
-    except FileNotFoundError as error:
-        if folder.exists():
-            tell(f"{folder}: {error.filename} is missing; made anew")
-        return None
-    except (ValueError, KeyError) as error:
-        tell(f"{folder}: damaged ({error}); made anew")
+                    return None
+    except (OSError, ValueError, KeyError):
         return None
     tell_left_out(source, about["left_out"])
     tell_ignored(about["ignored"])
@@ -169,7 +165,9 @@ def _build(folder: Path, source: str, encoder: Encoder) -> None:
     try:
         about = _write(partial, source, encoder)
         (partial / ABOUT).write_text(json.dumps(about))
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        if folder.exists():
+            tell(f"{folder} was damaged; made anew")
+            shutil.rmtree(folder)
         try:
             partial.rename(folder)
         except OSError:
@@ -200,9 +198,9 @@ def _write(folder: Path, source: str, encoder: Encoder) -> dict[str, Any]:
             codes = np.array([weights.setdefault(weight, len(weights)) for weight in chunk.weights])
             if len(weights) > MOST_WEIGHTS:
                 raise UserError(f"{source}: more than {MOST_WEIGHTS} different weights of turns; round them")
-            chunk.arrays["mask"] = codes[chunk.arrays["mask"]]
-            for name, dtype in ARRAYS.items():
-                add(name, chunk.arrays[name].astype(dtype))
+            chunk.arrays["mask"] = codes.astype("uint8")[chunk.arrays["mask"]]
+            for name in ARRAYS:
+                add(name, chunk.arrays[name])
             ignored += chunk.ignored
             left_out += chunk.left_out
             unlearned += chunk.unlearned
