@@ -89,11 +89,7 @@ class TeacherConfig(Section):
     path: str = Field(description="Hugging Face directory or hub id in the local cache")
 
 
-# What other commands than `sft` and `distill` would ignore.
-CONVERSATIONS_ONLY = {
-    "data.train_on": "only sft and distill choose the tokens that count",
-    "data.cache": "only sft and distill keep their tokens",
-}
+CONVERSATIONS_ONLY = dict.fromkeys(("data.train_on", "data.cache"), "only sft and distill choose and keep tokens")
 
 
 class SftConfig(Config):

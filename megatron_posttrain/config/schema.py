@@ -89,13 +89,8 @@ def check_columns(names: Iterable[str]) -> None:
             raise ValueError(f"no column {name!r}{nearest(str(name), COLUMNS)}; allowed: {', '.join(COLUMNS)}")
 
 
-class WeightedSource(Section):
-    path: str
-    weight: PositiveFloat
-
-
 class DataConfig(Section):
-    train: str | list[str | WeightedSource] = Field(
+    train: str | list[str | dict[str, Any]] = Field(
         description="JSONL file(s), or any `datasets` source; as {path: FILE, weight: 2.0} a mixture: an epoch takes "
         "as many conversations as all sources have, of each in proportion to its weight (1 where there is none)"
     )
@@ -133,22 +128,20 @@ class DataConfig(Section):
     def sources(self) -> list[str]:
         """Of `train`, in order."""
         train = [self.train] if isinstance(self.train, str) else self.train
-        return [source if isinstance(source, str) else source.path for source in train]
+        return [source if isinstance(source, str) else source["path"] for source in train]
 
     @property
     def weights(self) -> list[float] | None:
         """Of each of `sources`; None where none is given."""
-        train = [] if isinstance(self.train, str) else self.train
-        found = [source.weight if isinstance(source, WeightedSource) else None for source in train]
-        return [weight or 1.0 for weight in found] if any(found) else None
+        found = [source["weight"] if isinstance(source, dict) else None for source in self.train]
+        return [float(weight or 1) for weight in found] if any(found) else None
 
     @field_validator("train", mode="before")
     @classmethod
     def _known_sources(cls, train: Any) -> Any:
         for entry in train if isinstance(train, list) and train else [train]:
-            named = entry.model_dump() if isinstance(entry, WeightedSource) else entry
-            weight = named.get("weight") if isinstance(named, dict) and set(named) == {"path", "weight"} else None
-            right = isinstance(weight, int | float) and 0 < weight < math.inf and isinstance(named["path"], str)
+            weight = entry.get("weight") if isinstance(entry, dict) and set(entry) == {"path", "weight"} else None
+            right = isinstance(weight, int | float) and 0 < weight < math.inf and isinstance(entry["path"], str)
             if not isinstance(entry, str) and not right:
                 raise ValueError(f"{entry!r} is no source; allowed: paths and {{path: FILE, weight: NUMBER above 0}}")
         return train
