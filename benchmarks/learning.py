@@ -26,6 +26,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_posttrain.data.pairs import PreferenceDataset
+from megatron_posttrain.data.rows import read_rows
+from megatron_posttrain.data.tokenize import load_tokenizer
 from megatron_posttrain.evaluation.evaluate import wilson_interval
 
 # Turns as text: the small model has no template, and no tokens for roles.
@@ -90,19 +93,19 @@ def lora(data: Path, output: Path, model: Path | None, options: list[str]) -> No
 
 
 def preferences(command: str, data: Path, output: Path, model: Path | None, options: list[str]) -> None:
-    """Accuracy on held-out pairs, of which as many favour either answer by length as there are."""
     with gzip.open(data / "datasets/hh_rlhf_harmless/test_2000.jsonl.gz") as file:
         pairs = split([json.loads(line) for line in file], 500, output)
     common = [f"model.path={model or small_model(data, output / 'model')}", *pairs, "data.sequence_length=512",
               "training.global_batch_size=32", "training.micro_batch_size=8", "training.epochs=3",
               "checkpoint.every=40", "optimizer.warmup_steps=5"]  # fmt: skip
     figures = run(command, output / "run", [*common, *options])
-    held_out = sum(1 for _ in (output / "validation.jsonl").open())
+    rows = read_rows(output / "validation.jsonl", use="preference")
+    held_out = len(PreferenceDataset(rows, load_tokenizer(model or output / "model"), 512))
     for step in figures:
         if (accuracy := step.get("validation_accuracy")) is not None:
             low, high = wilson_interval(accuracy, held_out)
-            print(f"{command}: step {step['step']}, held-out accuracy {accuracy:.4f} ({low:.3f} to {high:.3f} if all "
-                  f"{held_out} fit), loss {step['validation_loss']:.4f}")  # fmt: skip
+            print(f"{command}: step {step['step']}, accuracy on {held_out} held-out pairs {accuracy:.4f} ({low:.3f} to "
+                  f"{high:.3f}), loss {step['validation_loss']:.4f}", flush=True)  # fmt: skip
 
 
 def sample_stories(model: Path, count: int, tokens: int, seed: int) -> list[dict[str, Any]]:
