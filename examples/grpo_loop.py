@@ -41,7 +41,7 @@ def loss(output: Output, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, Me
 def main(file: str, *overrides: str) -> int:
     config = load_config(GrpoConfig, file, overrides)
     prepared = prepare(config)
-    prompts = prompts_of(config, read_rows(config.data.train), prepared.tokenizer)
+    prompts = prompts_of(config, read_rows(config.data.sources), prepared.tokenizer)
     rewards = load_rewards(config.rewards)
     head = LabelLogprobs(config.rollout.temperature)
     with Run(prepared, prompts) as run:

@@ -39,8 +39,8 @@ def distill(config: DistillConfig) -> int:
     """Trains, resumes where a run stopped, exports. Exit status: 0, or REQUEUE_STATUS when asked to stop."""
     prepared = prepare(config)
     teacher_arch = check_teacher(config, prepared)
-    dataset = read_dataset(config, prepared, config.data.train)
-    validation = read_dataset(config, prepared, config.data.validation) if config.data.validation else None
+    dataset = read_dataset(config, prepared)
+    validation = read_dataset(config, prepared, held_out=True) if config.data.validation else None
     with Run(prepared, dataset) as run:
         engine = run.model()
         own = config.model.model_copy(update={"path": config.teacher.path, "random_init": False})

@@ -276,7 +276,7 @@ def check(config: GrpoConfig, tokenizer: Any, arch: Architecture | None, device:
     """What only RL asks of a config for `device`, cpu or cuda; the prompts. Raises UserError."""
     if wrong := list(rollout_problems(config, arch, device)):
         raise UserError("; ".join(wrong))
-    return prompts_of(config, read_rows(config.data.train, columns=config.data.columns), tokenizer)
+    return prompts_of(config, read_rows(config.data.sources, columns=config.data.columns), tokenizer)
 
 
 def make_rollout_engine(config: GrpoConfig, prepared: Prepared) -> RolloutEngine:

@@ -186,14 +186,19 @@ class TeacherConfig(Section):
     path: str = Field(description="Hugging Face directory or hub id in the local cache")
 
 
+CONVERSATIONS_ONLY = dict.fromkeys(("data.train_on", "data.cache"), "only sft and distill choose and keep tokens")
+
+
 class SftConfig(Config):
     command = "sft"
+    mixes = True
     algorithm: SftAlgorithm = Field(default_factory=SftAlgorithm)
 
 
 class ScoreConfig(SftConfig):
     command = "score"
-    ignored = dict.fromkeys(
+    mixes = False
+    ignored = CONVERSATIONS_ONLY | dict.fromkeys(
         ("optimizer", "lora", "training.steps", "training.epochs", "checkpoint", "data.validation", "data.overlong"),
         "`score` does not train",
     )
@@ -201,6 +206,7 @@ class ScoreConfig(SftConfig):
 
 class DpoConfig(Config):
     command = "dpo"
+    ignored = CONVERSATIONS_ONLY
     algorithm: DpoAlgorithm = Field(default_factory=DpoAlgorithm)
 
     def problems(self, world_size: int) -> Iterator[str]:
@@ -213,11 +219,13 @@ class DpoConfig(Config):
 
 class RewardModelConfig(Config):
     command = "reward-model"
+    ignored = CONVERSATIONS_ONLY
     algorithm: RewardModelAlgorithm = Field(default_factory=RewardModelAlgorithm)
 
 
 class DistillConfig(Config):
     command = "distill"
+    mixes = True
     teacher: TeacherConfig = Field(description="a frozen model with the student's tokenizer, in its layout")
     algorithm: DistillAlgorithm = Field(default_factory=DistillAlgorithm)
 
@@ -231,7 +239,7 @@ class DistillConfig(Config):
 
 class GrpoConfig(Config):
     command = "grpo"
-    ignored: ClassVar[dict[str, str]] = {
+    ignored: ClassVar[dict[str, str]] = CONVERSATIONS_ONLY | {
         "data.validation": "held-out problems are graded by `evaluate`",
         "data.packing": "samples always share micro-batches",
         "data.overlong": "prompts that leave no room for rollout.max_tokens are dropped, responses end there",

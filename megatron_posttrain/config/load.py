@@ -48,6 +48,8 @@ def load_config(schema: type[ConfigType], file: str | Path | None, overrides: Se
 
 def _ignored(config: Config) -> Iterator[str]:
     """What was set and would have no effect. A value equal to the default may stay: a run's own config has all keys."""
+    if not config.mixes and config.data.weights:
+        yield f"key 'data.train': weights of sources would be ignored by {config.command}; allowed: paths"
     for key, why in getattr(config, "ignored", {}).items():
         *parents, name = key.split(".")
         section: Any = config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -119,7 +120,10 @@ def check_columns(names: Iterable[str]) -> None:
 
 
 class DataConfig(Section):
-    train: str | list[str] = Field(description="JSONL file(s), or any `datasets` source")
+    train: str | list[str | dict[str, Any]] = Field(
+        description="JSONL file(s), or any `datasets` source; as {path: FILE, weight: 2.0} a mixture: an epoch takes "
+        "as many conversations as all sources have, of each in proportion to its weight (1 where there is none)"
+    )
     validation: str | list[str] | None = Field(
         None, description="as `train`; its loss is logged at every checkpoint and at the end; null: none"
     )
@@ -127,6 +131,14 @@ class DataConfig(Section):
         default_factory=dict,
         description="our column names to the files': {prompt: question, answer: final_answer}; question.stem reaches "
         "into a column, a list joins several",
+    )
+    train_on: Literal["all-assistant", "last-assistant", "everything"] = Field(
+        "all-assistant",
+        description="tokens that count: all assistant turns', the last one's, or all; a turn's `weight` multiplies its "
+        "tokens' loss, and the loss is sum(weight x loss) / sum(weight)",
+    )
+    cache: str | None = Field(
+        None, description="directory of tokenised rows, shared by runs; null: .cache beside `output`"
     )
     omissions: Literal["refuse", "allow"] = Field(
         "refuse", description="rows of which the chat template leaves a text, a tool or a tool call out"
@@ -136,6 +148,33 @@ class DataConfig(Section):
     overlong: Literal["drop", "truncate"] = Field(
         "drop", description="what to do with a conversation longer than sequence_length; counted and reported"
     )
+
+    @property
+    def held_out(self) -> list[str]:
+        """Sources of `validation`."""
+        return [self.validation] if isinstance(self.validation, str) else self.validation or []
+
+    @property
+    def sources(self) -> list[str]:
+        """Of `train`, in order."""
+        train = [self.train] if isinstance(self.train, str) else self.train
+        return [source if isinstance(source, str) else source["path"] for source in train]
+
+    @property
+    def weights(self) -> list[float] | None:
+        """Of each of `sources`; None where none is given."""
+        found = [source["weight"] if isinstance(source, dict) else None for source in self.train]
+        return [float(weight or 1) for weight in found] if any(found) else None
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _known_sources(cls, train: Any) -> Any:
+        for entry in train if isinstance(train, list) and train else [train]:
+            weight = entry.get("weight") if isinstance(entry, dict) and set(entry) == {"path", "weight"} else None
+            right = isinstance(weight, int | float) and 0 < weight < math.inf and isinstance(entry["path"], str)
+            if not isinstance(entry, str) and not right:
+                raise ValueError(f"{entry!r} is no source; allowed: paths and {{path: FILE, weight: NUMBER above 0}}")
+        return train
 
     @field_validator("columns")
     @classmethod
@@ -259,10 +298,15 @@ class Config(Section):
     command: ClassVar[str] = ""
     # Keys that the command would ignore, and why; refused where they are not at their default.
     ignored: ClassVar[dict[str, str]] = {}
+    mixes: ClassVar[bool] = False  # whether the weights of `data.train` have an effect
 
     @property
     def output_dir(self) -> Path:
         return Path(self.output)
+
+    @property
+    def cache_dir(self) -> Path:
+        return Path(self.data.cache) if self.data.cache else self.output_dir.absolute().parent / ".cache"
 
     @property
     def rows_per_step(self) -> int:

@@ -26,7 +26,7 @@ WITHOUT_EFFECT = (
     "model.recompute", "data.validation", "rollout.tensor", "rollout.kv_cache_gib", "rollout.gpu_memory_fraction",
     "rollout.offload", "rollout.proof_tolerance",
     # Fingerprints tell whether other names are other weights and rows.
-    "model.path", "model.tokenizer", "data.train", "data.columns",
+    "model.path", "model.tokenizer", "data.train", "data.columns", "data.cache",
 )  # fmt: skip
 FROM_NOW_ON = (
     "optimizer", "algorithm", "critic.lr", "critic.warmup_steps", "rewards", "model.moe",
