@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.set_defaults(command=name)
     module.add_arguments(command)
-    args = command.parse_args(arguments[1:])
+    args = command.parse_intermixed_args(arguments[1:])
     try:
         return module.run(args)
     except UserError as error:

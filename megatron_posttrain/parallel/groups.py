@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.parallel.network import raise_file_limit
 from megatron_posttrain.platform import platform
 
+Value = TypeVar("Value")
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # first steps compile kernels; a hang still ends
 
 
@@ -86,7 +87,7 @@ def make_groups(layout: Layout, seed: int) -> Groups:
     )
 
 
-def broadcast_object(value: object, source: int = 0) -> object:
+def broadcast_object(value: Value, source: int = 0) -> Value:
     """Rank `source`'s value in every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=source)

@@ -1,0 +1,61 @@
+"""A checkpoint's files, written by a thread of every rank while training goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing.dummy
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+from megatron_posttrain.platform.scope import replaced
+
+
+class Writing:
+    """This rank's share of a checkpoint that is being written, of a copy in host memory.
+
+    Args:
+        request: megatron-core's AsyncRequest.
+        state: what is written beside the files when all ranks' are there.
+    """
+
+    def __init__(self, request: Any, state: dict[str, Any]) -> None:
+        self.state, self._request = state, request
+        self._arguments = list(request.async_fn_args)
+        if request.preload_fn is not None:
+            self._arguments[1] = request.preload_fn()
+        self._problem: BaseException | None = None
+        self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _write(self) -> None:
+        try:
+            if self._request.async_fn is not None:
+                with written_by_threads():
+                    self._request.async_fn(*self._arguments)
+        except BaseException as error:
+            self._problem = error
+
+    @property
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Until this rank's files are written. Raises what went wrong with them."""
+        self._thread.join()
+        if self._problem is not None:
+            raise self._problem
+
+    def finish(self) -> None:
+        """Collective, when every rank has waited: the files that tell of all ranks' files."""
+        for function in self._request.finalize_fns:
+            function()
+
+
+def written_by_threads() -> contextlib.AbstractContextManager[None]:
+    """megatron-core 0.16.1 forks a process for each of a rank's files, though CUDA's, gloo's and vLLM's threads do not
+    survive a fork, and starts one more, that stays, to hear from them: 2 to 4 s before a rank's first byte."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    threads = SimpleNamespace(get_context=lambda method: multiprocessing.dummy)
+    return replaced([(filesystem_async, "mp", threads), (filesystem_async, "_results_queue", None)])
