@@ -61,8 +61,9 @@ class Checkpoints:
         if self._writing is not None and not anywhere(not self._writing.done):
             self.finish()
         better = self.best.name in figures and self.best.look(step, broadcast_object(dict(figures)))
-        size = checkpoint_bytes(engine.precision, engine.arch, engine.adapters, engine.ema)
-        self._deadline = self._deadline or Deadline(size)
+        self._deadline = self._deadline or Deadline(
+            checkpoint_bytes(engine.precision, engine.arch, engine.adapters, engine.ema)
+        )
         late = run.is_main and self._deadline.near()
         stop, last = run.stop_requested(also=late), step == run.total_steps
         if stop or better or self.due(step, last):
@@ -177,8 +178,9 @@ class Checkpoints:
 
     def load_best(self, engine: Engine) -> None:
         """Collective: the best step's weights, for the export. Raises SaveError where they cannot be read."""
-        if problem := _load(engine, self._paths(self.best.step)[0]):
-            raise SaveError(f"the best step's {self._paths(self.best.step)[0]} cannot be read: {problem}")
+        path = self._paths(self.best.step)[0]
+        if problem := _load(engine, path):
+            raise SaveError(f"{path}, the best step, cannot be read: {problem}")
 
     def whole(self) -> list[Path]:
         """Complete checkpoints, oldest first."""

@@ -51,11 +51,8 @@ def held_out_problems(config: Config) -> Iterator[str]:
             yield f"{key}={value} needs data.validation"
     if best is not None and names and best not in names:
         yield f"checkpoint.best={best} is no figure of held-out rows{nearest(best, names)}; allowed: {', '.join(names)}"
-    checkpoint = config.checkpoint
-    for key, set_ in {
-        f"training.patience={config.training.patience}": config.training.patience is not None,
-        f"checkpoint.best_is={checkpoint.best_is}": checkpoint.best_is is not None,
-        "checkpoint.export=best": checkpoint.export == "best",
-    }.items():
-        if set_ and best is None:
-            yield f"{key} needs checkpoint.best"
+    if best is None:
+        export = config.checkpoint.export if config.checkpoint.export == "best" else None
+        keys = {"training.patience": config.training.patience, "checkpoint.best_is": config.checkpoint.best_is}
+        given = (keys | {"checkpoint.export": export}).items()
+        yield from (f"{key}={value} needs checkpoint.best" for key, value in given if value is not None)
