@@ -148,9 +148,7 @@ class TrainingConfig(Section):
         None, description="looks in a row without a better checkpoint.best, after which the run ends (early stop)"
     )
     skip_not_finite: NonNegativeInt = Field(
-        0,
-        description="steps in a row, the first of all excepted, that may be left out because their loss or gradient is "
-        "not finite; the next one ends the run",
+        0, description="steps in a row, never the first, that are left out when loss or gradient is not finite"
     )
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of an average of the weights, exported in their place; null: none"

@@ -114,10 +114,12 @@ class Engine:
     def of(cls, config: Config, arch: Architecture, groups: Groups, *, train: bool = True) -> Engine:
         """As a whole config says."""
         optimizer = config.optimizer if train else None
-        options: dict[str, Any] = {"lora": config.lora, "seed": config.training.seed}
-        engine = cls(
-            arch, groups, config.model, config.precision, optimizer, overlap=config.parallel.overlap, **options
-        )
+        options: dict[str, Any] = {
+            "lora": config.lora,
+            "seed": config.training.seed,
+            "overlap": config.parallel.overlap,
+        }
+        engine = cls(arch, groups, config.model, config.precision, optimizer, **options)
         engine.ema, engine.may_skip = config.training.ema, config.training.skip_not_finite
         return engine
 

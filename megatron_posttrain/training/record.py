@@ -17,7 +17,7 @@ from megatron_posttrain.config.load import to_yaml
 from megatron_posttrain.config.schema import Config
 from megatron_posttrain.platform import platform
 from megatron_posttrain.training.heartbeat import Heartbeat, last_words
-from megatron_posttrain.training.trackers import Tracker, open_trackers
+from megatron_posttrain.training.trackers import open_trackers
 
 STOP_FILE = ".stop"
 
@@ -39,7 +39,7 @@ class Record:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
         self._metrics: Any = None
-        self._trackers: list[Tracker] = []
+        self._trackers: list[Any] = []
         if self.is_main:
             self._open(first_step)
         beats, hang_seconds = self.directory / "heartbeats", config.logging.hang_seconds

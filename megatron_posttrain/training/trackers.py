@@ -6,18 +6,12 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_posttrain.config.schema import Config
 from megatron_posttrain.errors import UserError
 
 RUNS = "trackers.json"  # in the output directory: what services call this run, so that another attempt goes on with it
-
-
-class Tracker(Protocol):
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def close(self, failed: bool) -> None: ...
 
 
 class TensorBoard:
@@ -72,7 +66,7 @@ class MLflow:
         self._mlflow.end_run("FAILED" if failed else "FINISHED")
 
 
-SERVICES: dict[str, Callable[[Config, dict[str, str]], Tracker]] = {"wandb": WeightsAndBiases, "mlflow": MLflow}
+SERVICES: dict[str, Callable[[Config, dict[str, str]], Any]] = {"wandb": WeightsAndBiases, "mlflow": MLflow}
 
 
 def tracker_problems(config: Config) -> Iterator[str]:
@@ -83,11 +77,11 @@ def tracker_problems(config: Config) -> Iterator[str]:
             yield f"logging.{name}={value} needs the package {name}: pip install {name}, or remove the key"
 
 
-def open_trackers(config: Config, first_step: int) -> list[Tracker]:
+def open_trackers(config: Config, first_step: int) -> list[Any]:
     """Those that the config names. Raises UserError with what a service says against it."""
     file = config.output_dir / RUNS
     runs = json.loads(file.read_text()) if first_step and file.exists() else {}
-    found: list[Tracker] = [TensorBoard(config, first_step)] if config.logging.tensorboard else []
+    found: list[Any] = [TensorBoard(config, first_step)] if config.logging.tensorboard else []
     for name, service in SERVICES.items():
         if getattr(config.logging, name) is not None:
             try:

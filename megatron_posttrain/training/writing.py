@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing.dummy
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,27 +24,20 @@ class Writing:
         self._arguments = list(request.async_fn_args)
         if request.preload_fn is not None:
             self._arguments[1] = request.preload_fn()
-        self._problem: BaseException | None = None
-        self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
-        self._thread.start()
+        self._written = ThreadPoolExecutor(1, "checkpoint").submit(self._write)
 
     def _write(self) -> None:
-        try:
-            if self._request.async_fn is not None:
-                with written_by_threads():
-                    self._request.async_fn(*self._arguments)
-        except BaseException as error:
-            self._problem = error
+        if self._request.async_fn is not None:
+            with written_by_threads():
+                self._request.async_fn(*self._arguments)
 
     @property
     def done(self) -> bool:
-        return not self._thread.is_alive()
+        return self._written.done()
 
     def wait(self) -> None:
         """Until this rank's files are written. Raises what went wrong with them."""
-        self._thread.join()
-        if self._problem is not None:
-            raise self._problem
+        self._written.result()
 
     def finish(self) -> None:
         """Collective, when every rank has waited: the files that tell of all ranks' files."""
