@@ -33,9 +33,7 @@ class MoeConfig(Section):
     aux_loss_coefficient: NonNegativeFloat | None = Field(
         None, description="weight of the balancing loss; null: what the checkpoint's config says"
     )
-    z_loss_coefficient: NonNegativeFloat = Field(
-        0.0, description="weight of the mean squared log-sum-exp of routers' logits (router z-loss)"
-    )
+    z_loss_coefficient: NonNegativeFloat = Field(0.0, description="of routers' mean squared log-sum-exp of logits")
     dispatcher: Literal["alltoall", "deepep"] = Field(
         "alltoall", description="how tokens reach their experts; deepep needs the package deep_ep and CUDA"
     )
@@ -124,9 +122,7 @@ class OptimizerConfig(Section):
         "cosine", description="decay after the warm-up; wsd: none until the last decay_steps, then linear"
     )
     decay_steps: PositiveInt | None = Field(None, description="of wsd; null: a tenth of all steps")
-    router_lr: PositiveFloat | None = Field(
-        None, description="peak learning rate of routers, on the same schedule; null: lr"
-    )
+    router_lr: PositiveFloat | None = Field(None, description="peak of routers, on the same schedule; null: lr")
     weight_decay: NonNegativeFloat = 0.1
     decay: Literal["matrices", "all"] = Field("matrices", description="what decays; all: norms and biases too")
     clip_grad: NonNegativeFloat = Field(1.0, description="global gradient norm; 0: no clipping")
@@ -144,9 +140,7 @@ class TrainingConfig(Section):
     validate_every: PositiveInt | None = Field(
         None, description="steps between looks at data.validation; null: with every checkpoint"
     )
-    patience: PositiveInt | None = Field(
-        None, description="looks in a row without a better checkpoint.best, after which the run ends (early stop)"
-    )
+    patience: PositiveInt | None = Field(None, description="looks with no better checkpoint.best, to stop early after")
     skip_not_finite: NonNegativeInt = Field(
         0, description="steps in a row, never the first, that are left out when loss or gradient is not finite"
     )
@@ -178,9 +172,7 @@ class CheckpointConfig(Section):
     best: str | None = Field(
         None, description="held-out figure, such as validation_loss, whose best step is kept beside the newest ones"
     )
-    best_is: Literal["lower", "higher"] | None = Field(
-        None, description="null: lower for validation_loss, higher for all others"
-    )
+    best_is: Literal["lower", "higher"] | None = Field(None, description="null: lower for validation_loss, else higher")
     export: Literal["last", "best"] = Field("last", description="step that is written to hf/ and adapter/")
     asynchronous: bool = Field(
         False, description="training goes on while a copy in host memory (12 bytes a parameter + weights) is written"

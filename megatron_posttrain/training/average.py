@@ -3,7 +3,8 @@ rank's shard, which is offloaded, saved and loaded as its moments are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,12 +36,21 @@ def make_room(optimizer: Any) -> None:
         state[AVERAGE] = torch.empty_like(main)
 
 
-def exchange(optimizer: Any) -> None:
-    """Main weights and averages take each other's place, to the last bit, and the model's shards follow; the shards
-    are then to be gathered."""
-    for main, state in _weights(optimizer):
-        before = main.clone()
-        main.copy_(state[AVERAGE])
-        state[AVERAGE].copy_(before)
-    for part in optimizer.chained_optimizers:
-        part._copy_main_params_to_model_params()
+@contextmanager
+def used(optimizer: Any, gather: Callable[[], None]) -> Iterator[None]:
+    """The model has the averages, and afterwards its own weights again, to the last bit; `gather`: from shards."""
+
+    def exchange() -> None:
+        for main, state in _weights(optimizer):
+            before = main.clone()
+            main.copy_(state[AVERAGE])
+            state[AVERAGE].copy_(before)
+        for part in optimizer.chained_optimizers:
+            part._copy_main_params_to_model_params()
+        gather()
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()

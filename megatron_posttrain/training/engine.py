@@ -114,11 +114,8 @@ class Engine:
     def of(cls, config: Config, arch: Architecture, groups: Groups, *, train: bool = True) -> Engine:
         """As a whole config says."""
         optimizer = config.optimizer if train else None
-        options: dict[str, Any] = {
-            "lora": config.lora,
-            "seed": config.training.seed,
-            "overlap": config.parallel.overlap,
-        }
+        options: dict[str, Any] = {"lora": config.lora, "seed": config.training.seed}
+        options["overlap"] = config.parallel.overlap
         engine = cls(arch, groups, config.model, config.precision, optimizer, **options)
         engine.ema, engine.may_skip = config.training.ema, config.training.skip_not_finite
         return engine
@@ -174,16 +171,12 @@ class Engine:
         (`ema`), or, where adapters are trained and it is `base`, of the model without them."""
         self.gather_weights()
         if name == "ema" and self.ema is not None:
-            average.exchange(self.optimizer)
-            self._gather()
-            try:
-                yield
-            finally:
-                average.exchange(self.optimizer)
-                self._gather()
-            return
-        base = name == "base" and self.adapters is not None
-        with adapters.disabled(self.modules) if base else self.weight_sets.use(name):
+            scope = average.used(self.optimizer, self._gather)
+        elif name == "base" and self.adapters is not None:
+            scope = adapters.disabled(self.modules)
+        else:
+            scope = self.weight_sets.use(name)
+        with scope:
             yield
 
     def offload(self) -> None:
