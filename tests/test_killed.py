@@ -26,7 +26,8 @@ def lines(run: Path) -> list[str]:
 
 
 def kill_somewhere(line: list[str], run: Path, chance: random.Random) -> bool:
-    """Up to three steps after the first one that this attempt logs, or on the way; whether a checkpoint was torn."""
+    """Up to five steps after the first one that this attempt logs, or on the way; whether a checkpoint was torn."""
+    started = time.time()
     with contextlib.suppress(OSError):
         (run / "heartbeats" / "rank_0.json").unlink()
     job = threading.Thread(target=launch.ranks, args=(2, *line), kwargs={"check": False})
@@ -34,7 +35,7 @@ def kill_somewhere(line: list[str], run: Path, chance: random.Random) -> bool:
     while not (run / "heartbeats" / "rank_0.json").exists():
         assert job.is_alive()
         time.sleep(0.02)
-    goal = len(lines(run)) + chance.randrange(4)
+    goal = len(lines(run)) + chance.randrange(6)
     while len(lines(run)) < goal and job.is_alive():
         time.sleep(0.01)
     found = lines(run)
@@ -46,7 +47,7 @@ def kill_somewhere(line: list[str], run: Path, chance: random.Random) -> bool:
         with contextlib.suppress(psutil.NoSuchProcess):
             rank.kill()
     job.join()
-    return any((run / "checkpoints").glob(".step_*.partial"))
+    return any(path.stat().st_mtime > started for path in (run / "checkpoints").glob(".step_*.partial"))
 
 
 @pytest.mark.slow

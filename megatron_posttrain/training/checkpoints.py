@@ -130,7 +130,9 @@ class Checkpoints:
 
     def _remove_old(self, step: int, best: int) -> None:
         """All but the newest `keep` and the best; first those of later steps, of an attempt that this one does not go
-        on from."""
+        on from, and what a killed one left."""
+        for torn in self.directory.glob(".step_*.partial"):
+            shutil.rmtree(torn)
         whole = self.whole()
         later = [path for path in whole if _step_of(path) > step]
         for old in [*later, *[path for path in whole if path not in later][: -self.config.keep]]:
