@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing.dummy
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
-from megatron_posttrain.platform.scope import replaced
+from megatron_posttrain.upstream.megatron import written_by_threads
 
 
 class Writing:
@@ -43,12 +40,3 @@ class Writing:
         """Collective, when every rank has waited: the files that tell of all ranks' files."""
         for function in self._request.finalize_fns:
             function()
-
-
-def written_by_threads() -> contextlib.AbstractContextManager[None]:
-    """megatron-core 0.16.1 forks a process for each of a rank's files, though CUDA's, gloo's and vLLM's threads do not
-    survive a fork, and starts one more, that stays, to hear from them: 2 to 4 s before a rank's first byte."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    threads = SimpleNamespace(get_context=lambda method: multiprocessing.dummy)
-    return replaced([(filesystem_async, "mp", threads), (filesystem_async, "_results_queue", None)])
