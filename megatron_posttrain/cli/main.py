@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in (known := commands()):
         print(f"error: no command '{name}'{nearest(name, known)} (one of {', '.join(known)})", file=sys.stderr)
         return 2
-    args = command_parser(name).parse_args(arguments[1:])
+    args = command_parser(name).parse_intermixed_args(arguments[1:])
     try:
         return args.run(args)
     except UserError as error:

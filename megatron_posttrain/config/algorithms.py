@@ -199,7 +199,10 @@ class ScoreConfig(SftConfig):
     command = "score"
     mixes = False
     ignored = CONVERSATIONS_ONLY | dict.fromkeys(
-        ("optimizer", "lora", "training.steps", "training.epochs", "checkpoint", "data.validation", "data.overlong"),
+        (
+            *("optimizer", "lora", "training.steps", "training.epochs", "training.skip_not_finite", "training.ema"),
+            *("checkpoint", "data.validation", "data.overlong", "logging.profile", "logging.wandb", "logging.mlflow"),
+        ),
         "`score` does not train",
     )
 
@@ -304,6 +307,7 @@ class Algorithm:
         help: one line.
         rows: what `data.train` holds.
         rollouts: whether every trainer rank holds a rank of a vLLM engine.
+        held_out: figures of held-out rows by which a best step can be chosen, logged as validation_*.
     """
 
     config: type[Config]
@@ -311,6 +315,7 @@ class Algorithm:
     help: str
     rows: Literal["conversations", "prompts", "preferences", "any"] = "conversations"
     rollouts: bool = False
+    held_out: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -325,7 +330,7 @@ class Algorithm:
 ALGORITHMS = {
     row.name: row
     for row in (
-        Algorithm(SftConfig, "megatron_posttrain.algorithms.sft:sft", "supervised fine-tuning"),
+        Algorithm(SftConfig, "megatron_posttrain.algorithms.sft:sft", "supervised fine-tuning", held_out=("loss",)),
         Algorithm(
             GrpoConfig,
             "megatron_posttrain.algorithms.grpo:grpo",
@@ -345,15 +350,20 @@ ALGORITHMS = {
             "megatron_posttrain.algorithms.dpo:dpo",
             "preferences: DPO and its relatives, KTO",
             rows="preferences",
+            held_out=("loss", "accuracy"),
         ),
         Algorithm(
             RewardModelConfig,
             "megatron_posttrain.algorithms.reward_model:reward_model",
             "a scalar reward from pairs",
             rows="preferences",
+            held_out=("loss", "accuracy"),
         ),
         Algorithm(
-            DistillConfig, "megatron_posttrain.algorithms.distill:distill", "a student learns a teacher's distributions"
+            DistillConfig,
+            "megatron_posttrain.algorithms.distill:distill",
+            "a student learns a teacher's distributions",
+            held_out=("loss",),
         ),
         Algorithm(
             ScoreConfig,

@@ -318,8 +318,10 @@ def disk_gib(config: Config, arch: Architecture | None) -> float | None:
     if arch is None:
         return None
     width = 4 if config.precision.dtype == "fp32" else 2
-    kept = config.checkpoint.keep + 1 if config.checkpoint.every else 1  # the newest is written before the oldest goes
-    return weight_elements(arch) * (kept * (width + 12) + width) / 2**30
+    # The newest is written before the oldest goes.
+    kept = (config.checkpoint.keep if config.checkpoint.every else 0) + (config.checkpoint.best is not None) + 1
+    each = width + 12 + 4 * (config.training.ema is not None)
+    return weight_elements(arch) * (kept * each + width) / 2**30
 
 
 def _size(arch: Architecture) -> str:
