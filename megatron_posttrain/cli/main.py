@@ -20,6 +20,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # `run(args) -> int`; it is imported only when its command is asked for, so `--help` and `plan` start without torch.
 OTHER_COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("megatron_posttrain.cli.evaluate", "generate with vLLM, grade with a reward"),
+    "curate": ("megatron_posttrain.cli.curate", "filter rows: duplicates, contamination, length, language, repetition"),
     "data": ("megatron_posttrain.cli.data", "what data files hold and how they would be read"),
     "plan": ("megatron_posttrain.cli.plan", "memory, step time and best layouts of a model on a cluster"),
     "doctor": ("megatron_posttrain.cli.doctor", "check a config, the machine and the versions"),

@@ -13,12 +13,14 @@ Columns = dict[str, str | list[str]]
 
 
 def add_row_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--columns", type=_columns, default={}, metavar="MAP", help="as data.columns: '{prompt: question.stem}'"
-    )
+    add_columns(parser)
     parser.add_argument(
         "--omissions", choices=("refuse", "allow"), default="refuse", help="as data.omissions (default: refuse)"
     )
+
+
+def add_columns(parser: argparse.ArgumentParser, name: str = "--columns", text: str = "as data.columns") -> None:
+    parser.add_argument(name, type=_columns, default={}, metavar="MAP", help=f"{text}: '{{prompt: question.stem}}'")
 
 
 def _columns(text: str) -> Columns:
