@@ -57,9 +57,7 @@ def measure(rows: Path, evaluation: Path, output: Path, language: bool) -> None:
         sys.exit("curate failed")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     size, seconds = rows.stat().st_size / 1e6, time.perf_counter() - start
-    print(
-        f"{rows.stem} rows, {size:,.0f} MB: {seconds:.1f} s, {peak:.2f} GiB at most\n", flush=True
-    )
+    print(f"{rows.stem} rows, {size:,.0f} MB: {seconds:.1f} s, {peak:.2f} GiB at most\n", flush=True)
 
 
 def main() -> None:
