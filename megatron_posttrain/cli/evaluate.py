@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megatron_posttrain.cli.generation import REWARD_OPTIONS, SET_OPTIONS, given, set_of, start
+from megatron_posttrain.cli.generation import REWARD_OPTIONS, SET_OPTIONS, given, prepare, set_of, start_engine
 from megatron_posttrain.cli.generation import add_arguments as add_common
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.output import check_output
@@ -40,10 +40,11 @@ def run(args: argparse.Namespace) -> int:
     places = {name: output / name if args.suite else output for name in sets}
     for place in places.values():
         check_output(place, "--output", FILES)
-    engine, tokenizer, tasks = start(args, sets, directory)
+    job = prepare(args, sets, directory)
+    engine = start_engine(args, job)
     results = {}
-    for task in tasks:
-        evaluation, records = evaluate(engine, tokenizer, task.prompts, task.rewards, task.sampling, args.seed)
+    for task in job.tasks:
+        evaluation, records = evaluate(engine, job.tokenizer, task.prompts, task.rewards, task.sampling, args.seed)
         results[task.name] = evaluation
         if dist.get_rank() == 0:
             facts: dict[str, Any] = {"model": str(args.model), "data": task.data, "graded_by": task.graded_by}

@@ -20,7 +20,9 @@ SET_OPTIONS = (
 REWARD_OPTIONS = ("reward", "reward_file", "reward_args")
 
 
-def add_arguments(parser: argparse.ArgumentParser, max_tokens: int, samples: int, required: bool = True) -> None:
+def add_arguments(
+    parser: argparse.ArgumentParser, max_tokens: int, samples: int, temperature: float = 0.0, required: bool = True
+) -> None:
     add = parser.add_argument
     add("--model", required=required, metavar="DIR", help="Hugging Face directory, tokenizer included")
     add("--data", required=required, metavar="FILE", help="rows of {messages or prompt or question, answer, metadata}")
@@ -31,15 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser, max_tokens: int, samples: int
     add("--max-tokens", type=positive, metavar="N", help=f"of a response (default: {max_tokens})")
     add("--samples", type=positive, metavar="N", help=f"responses a prompt (default: {samples})")
     add("--preset", metavar="NAME", help="greedy, qwen3-thinking or qwen3-non-thinking: what follows, and the "
-        "template's thinking (default: greedy)")  # fmt: skip
-    add("--temperature", type=_temperature, metavar="T", help="of sampling; 0: greedy (default: the preset's, 0)")
+        "template's thinking (default: none)")  # fmt: skip
+    add("--temperature", type=_temperature, metavar="T", help=f"of sampling; 0: greedy (default: the preset's, "
+        f"{temperature:g} without one)")  # fmt: skip
     add("--top-p", type=float, metavar="P", help="of the likeliest tokens together (default: the preset's, 1)")
     add("--top-k", type=int, metavar="N", help="likeliest tokens; 0: all (default: the preset's, 0)")
     add("--limit", type=positive, metavar="N", help="only the first N rows (default: all)")
     add("--seed", type=int, default=0, help="of sampling (default: 0)")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: as stored (default)")
     add("--tensor", type=positive, default=1, metavar="N", help="tensor parallel ranks of an engine (default: 1)")
-    parser.set_defaults(set_defaults={"max_tokens": max_tokens, "samples": samples})
+    parser.set_defaults(set_defaults={"max_tokens": max_tokens, "samples": samples, "temperature": temperature})
 
 
 def positive(text: str) -> int:
@@ -91,7 +94,8 @@ def set_of(args: argparse.Namespace) -> Any:
     from megatron_posttrain.evaluation.suite import EvaluationSet
 
     reward = {"name": args.reward or "math", "file": args.reward_file, "args": args.reward_args or {}}
-    values = {"data": args.data, "rewards": [reward], **args.set_defaults, **given(args, SET_OPTIONS)}
+    defaults = {name: x for name, x in args.set_defaults.items() if not (args.preset and name == "temperature")}
+    values = {"data": args.data, "rewards": [reward], **defaults, **given(args, SET_OPTIONS)}
     try:
         return EvaluationSet.model_validate(values)
     except ValidationError as error:
@@ -100,14 +104,21 @@ def set_of(args: argparse.Namespace) -> Any:
         raise UserError(f"--{option} {first['input']}: {first['msg'][:1].lower() + first['msg'][1:]}") from None
 
 
-def start(args: argparse.Namespace, sets: dict[str, Any], directory: Path = Path()) -> tuple[Any, Any, list[Task]]:
-    """Engine, tokenizer and tasks. Whatever can be known before the engine is built raises UserError."""
+@dataclass(frozen=True)
+class Job:
+    """A checked command line, and what was learned while checking it."""
+
+    tokenizer: Any
+    tasks: list[Task]
+    max_model_len: int
+    dtype: Any  # torch's
+
+
+def prepare(args: argparse.Namespace, sets: dict[str, Any], directory: Path = Path()) -> Job:
+    """Raises UserError for whatever can be known before the engine is built."""
     from megatron_posttrain.checkpoint.hf import check_directory
     from megatron_posttrain.data.tokenize import load_tokenizer
-    from megatron_posttrain.parallel.groups import start_distributed
     from megatron_posttrain.parallel.network import check_interfaces
-    from megatron_posttrain.platform.describe import refuse_unused_gpu
-    from megatron_posttrain.rollout import RolloutEngine
     from megatron_posttrain.training.process import quiet_libraries
 
     quiet_libraries()
@@ -124,12 +135,19 @@ def start(args: argparse.Namespace, sets: dict[str, Any], directory: Path = Path
         tasks.append(task)
     dtype = _dtype(args)
     _check_engine(args, architecture, max(lengths), dtype.itemsize)
+    return Job(tokenizer, tasks, max(lengths), dtype)
+
+
+def start_engine(args: argparse.Namespace, job: Job) -> Any:
+    from megatron_posttrain.parallel.groups import start_distributed
+    from megatron_posttrain.platform.describe import refuse_unused_gpu
+    from megatron_posttrain.rollout import RolloutEngine
+
     refuse_unused_gpu()
     start_distributed()
-    engine = RolloutEngine(
-        args.model, dtype=dtype, max_model_len=max(lengths), tensor=args.tensor, gpu_memory_utilization=0.9
+    return RolloutEngine(
+        args.model, dtype=job.dtype, max_model_len=job.max_model_len, tensor=args.tensor, gpu_memory_utilization=0.9
     )
-    return engine, tokenizer, tasks
 
 
 def _task(name: str, one: Any, directory: Path, tokenizer: Any, omissions: Any) -> Task:

@@ -120,7 +120,7 @@ class EvaluationSet(Section):
     @cached_property
     def _templates(self) -> Mapping[str, Any]:
         environment = SandboxedEnvironment(undefined=StrictUndefined)
-        environment.filters |= {"shuffled": _shuffled, "letter": lambda index: chr(ord("A") + index)}
+        environment.filters |= {"shuffled": _shuffled, "letter": _letter}
         shot = self.few_shot.response if self.few_shot else None
         texts = {"prompt": self.prompt, "answer": self.answer, "few_shot.response": shot}
         try:
@@ -140,6 +140,10 @@ class EvaluationSet(Section):
 def _shuffled(values: list[Any]) -> list[Any]:
     """In an order that depends on the values alone."""
     return random.Random(repr(values)).sample(values, len(values))
+
+
+def _letter(index: int) -> str:
+    return chr(ord("A") + index)
 
 
 class Suite(Section):
