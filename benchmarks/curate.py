@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import sys
 import tempfile
 import time
@@ -55,9 +54,11 @@ def measure(rows: Path, evaluation: Path, output: Path, language: bool) -> None:
     extra = ["--language", "en", "--language-share", "0"] if language else []
     if main(["curate", str(rows), "--against", str(evaluation), "--output", str(output), *extra]):
         sys.exit("curate failed")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    cpu = time.process_time()
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    peak = int(line.split()[1]) / 2**20
     size, seconds = rows.stat().st_size / 1e6, time.perf_counter() - start
-    print(f"{rows.stem} rows, {size:,.0f} MB: {seconds:.1f} s, {peak:.2f} GiB at most\n", flush=True)
+    print(f"{rows.stem} rows, {size:,.0f} MB: {seconds:.1f} s ({cpu:.1f} of CPU), {peak:.2f} GiB at most\n", flush=True)
 
 
 def main() -> None:

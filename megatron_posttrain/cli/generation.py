@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_posttrain.cli.row_options import add_row_arguments
+from megatron_posttrain.cli.row_options import add_row_arguments, json_object
 from megatron_posttrain.errors import UserError
 
 # Options that say what one set is, and which field of an EvaluationSet each is.
@@ -29,7 +28,7 @@ def add_arguments(
     add_row_arguments(parser)
     add("--reward", metavar="NAME", help="what grades a response (default: math)")
     add("--reward-file", metavar="FILE", help="Python file that defines NAME with @reward (default: built in)")
-    add("--reward-args", type=_object, metavar="JSON", help="the reward's parameters (default: {})")
+    add("--reward-args", type=json_object, metavar="JSON", help="the reward's parameters (default: {})")
     add("--max-tokens", type=positive, metavar="N", help=f"of a response (default: {max_tokens})")
     add("--samples", type=positive, metavar="N", help=f"responses a prompt (default: {samples})")
     add("--preset", metavar="NAME", help="greedy, qwen3-thinking or qwen3-non-thinking: what follows, and the "
@@ -57,16 +56,6 @@ def _temperature(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
     return value
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError:
-        found = None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"""{text!r} must be a JSON object such as '{{"ignore_case": true}}'""")
-    return found
 
 
 @dataclass(frozen=True)

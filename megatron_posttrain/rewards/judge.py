@@ -174,7 +174,9 @@ class Judge:
         if None in values:
             raise GradingError(f"the judge's verdicts are {one} and {two}; allowed: A, B, C")
         first, second = (float(value or 0.0) for value in values)
-        return Score((first + second) / 2, {"contradiction": float(abs(first - second) == 1), "canary": self._won})
+        shown_first = (first + 1 - second) / 2  # of the two verdicts, those for the answer shown first
+        metrics = {"contradiction": float(abs(first - second) == 1), "first": shown_first, "canary": self._won}
+        return Score((first + second) / 2, metrics)
 
     def _fill(self, **fields: str) -> str:
         try:
