@@ -160,7 +160,7 @@ def test_an_ill_judge_loses_nothing(
 def test_a_judge_that_is_down(judges: Judges, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     judges.address = "http://127.0.0.1:9/v1"
     files = [answers(tmp_path, "one", 3), answers(tmp_path, "two", 2)]
-    assert run(judges, tmp_path / "out", *files, status=1) == {}
+    assert run(judges, tmp_path / "out", *files, status=1, retries=0) == {}
     assert f"{PROMPTS} of {PROMPTS} verdicts are missing" in (said := capsys.readouterr().err)
     assert "APIConnectionError" in said
 

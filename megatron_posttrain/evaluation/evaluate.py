@@ -16,7 +16,7 @@ from megatron_posttrain.errors import UserError
 from megatron_posttrain.evaluation.statistics import clustered_interval, majority, pass_at_k, wilson_interval
 from megatron_posttrain.rewards import Reward
 from megatron_posttrain.rewards.extract import final_answer
-from megatron_posttrain.rewards.normalize import normalize
+from megatron_posttrain.rewards.normalize import normalize, number
 from megatron_posttrain.rewards.response import split_reasoning
 from megatron_posttrain.rewards.rules import chosen_letter
 from megatron_posttrain.rollout import RolloutEngine, Sampling
@@ -45,9 +45,14 @@ class Evaluation:
     majority: float | None = None  # accuracy of each prompt's most frequent answer; where the reward compares answers
 
 
+def _number_or_text(answer: str) -> str:
+    value = number(answer)
+    return answer if value is None else str(value)
+
+
 # How two responses are told to give the same answer, by the reward that grades them.
 VOTES: dict[str, Callable[[str], str]] = {
-    "math": lambda text: normalize(final_answer(text)),
+    "math": lambda text: _number_or_text(normalize(final_answer(text))),
     "choice": lambda text: chosen_letter(text) or "",
     "exact": lambda text: " ".join(text.split()),
 }

@@ -213,5 +213,6 @@ class Judge:
                 raise GradingError(f"the judge at {self._address}: {type(error).__name__}: {error}") from error
             except (AttributeError, IndexError, TypeError, ValueError) as error:
                 raise GradingError(f"the judge at {self._address} answers no chat completion: {error}") from error
-        self._cache.put(name, reply)
+        if _VERDICT.search(reply):  # else it is asked again the next time
+            self._cache.put(name, reply)
         return reply
