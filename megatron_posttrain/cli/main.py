@@ -22,6 +22,7 @@ OTHER_COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("megatron_posttrain.cli.evaluate", "generate with vLLM, grade with a reward"),
     "sample": ("megatron_posttrain.cli.sample", "N graded responses a prompt: rows for sft, dpo and grpo"),
     "judge": ("megatron_posttrain.cli.judge", "models' answers compared by a judge, in both orders"),
+    "serve": ("megatron_posttrain.cli.serve", "vLLM's server on a run's model, template and adapter"),
     "curate": ("megatron_posttrain.cli.curate", "filter rows: duplicates, contamination, length, language, repetition"),
     "data": ("megatron_posttrain.cli.data", "what data files hold and how they would be read"),
     "plan": ("megatron_posttrain.cli.plan", "memory, step time and best layouts of a model on a cluster"),
