@@ -147,7 +147,7 @@ def test_contamination_planted_in_real_rows(
     ("arguments", "message"),
     [
         (["--ngram", "13"], "--ngram would be ignored without --against"),
-        (["--language", "eng"], "--language eng; did you mean"),
+        (["--language", "eng"], "no language 'eng'; did you mean"),
         (["--against", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--against-columns", "{prompt: stem}"], "--against-columns would be ignored"),
     ],

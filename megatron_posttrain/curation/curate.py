@@ -7,58 +7,63 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, PositiveInt, model_validator
 from pydantic_core import from_json, to_json
 
+from megatron_posttrain.config.schema import Fraction, Section
 from megatron_posttrain.curation.contamination import Contamination
 from megatron_posttrain.curation.duplicates import SHINGLE, NearDuplicates
 from megatron_posttrain.curation.words import Hashes, Offsets, mixed, ngrams, text_of_word, words
 from megatron_posttrain.data.columns import Columns
 from megatron_posttrain.data.messages import Message
 from megatron_posttrain.data.rows import Row, read_records
-from megatron_posttrain.errors import UserError
-from megatron_posttrain.rewards.language import language_share
+from megatron_posttrain.errors import UserError, nearest
+from megatron_posttrain.rewards.language import LANGUAGES, language_share
 
 KEPT, DROPPED = "rows.jsonl", "dropped.jsonl"
 BATCH = 4096  # rows
 
 
-@dataclass(frozen=True)
-class Rules:
-    """What a row must be. None: not looked at.
+class Rules(Section):
+    """What a row must be; what is None is not looked at."""
 
-    Attributes:
-        text: what duplicates and lengths are told by: all of a row's messages, or those that are not an assistant's.
-        near: Jaccard similarity of 5-word shingles from which a row repeats an earlier one.
-        min_words, max_words: of the text.
-        repetition: largest share of a text's 5-word shingles that were there before in it.
-        language, language_share: ISO 639-1 code, and the smallest share of words that are in sentences of it.
-        require, refuse: regular expressions that the last answer must, or must not, match somewhere.
-    """
+    text: Literal["row", "prompt"] = Field("row", description="what is looked at: all of a row, or its prompt alone")
+    near: Fraction = Field(0.8, description="Jaccard similarity of 5-word shingles from which a row repeats an earlier "
+        "one; 0: equal texts only")  # fmt: skip
+    against: list[str] = Field([], description="evaluation files: rows that share their prompts go")
+    ngram: PositiveInt = Field(8, description="words of a shared n-gram; in print: 8, 10 or 13")
+    overlap: Fraction = Field(0.5, description="share of an evaluation prompt's words that lie in shared n-grams; 0: "
+        "one n-gram is enough")  # fmt: skip
+    min_words: PositiveInt | None = Field(None, description="of a text")
+    max_words: PositiveInt | None = Field(None, description="of a text")
+    repetition: Fraction | None = Field(None, description="largest share of 5-word shingles that repeat one in it")
+    language: str | None = Field(None, description="ISO 639-1 code")
+    language_share: Fraction = Field(0.8, description="smallest share of words that are in sentences of it")
+    require: re.Pattern[str] | None = Field(None, description="regular expression that the last answer must match")
+    refuse: re.Pattern[str] | None = Field(None, description="regular expression that the last answer must not match")
 
-    text: Literal["row", "prompt"] = "row"
-    near: float | None = 0.8
-    min_words: int | None = None
-    max_words: int | None = None
-    repetition: float | None = None
-    language: str | None = None
-    language_share: float = 0.8
-    require: re.Pattern[str] | None = None
-    refuse: re.Pattern[str] | None = None
+    @model_validator(mode="after")
+    def _check(self) -> Rules:
+        if self.language is not None and self.language not in LANGUAGES:
+            raise ValueError(f"no language {self.language!r}{nearest(self.language, LANGUAGES)}; allowed: {LANGUAGES}")
+        for name, needed in (("ngram", "against"), ("overlap", "against"), ("language_share", "language")):
+            if name in self.model_fields_set and not getattr(self, needed):
+                raise ValueError(f"--{name.replace('_', '-')} would be ignored without --{needed}")
+        return self
 
 
 def curate(
     sources: Iterable[str],
     output: Path,
     rules: Rules,
-    evaluation: Contamination | None = None,
     columns: Columns | None = None,
+    evaluation_columns: Columns | None = None,
 ) -> dict[str, Any]:
     """Writes OUTPUT/rows.jsonl and dropped.jsonl ({reason, detail, source, row}); returns what was dropped and why.
 
@@ -67,6 +72,7 @@ def curate(
     start = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
     part = output / (KEPT + ".part")
+    evaluation = Contamination(rules.against, rules.ngram, rules.overlap, evaluation_columns)
     near = NearDuplicates(rules.near) if rules.near else None
     exact: dict[bytes, str] = {}
     counts: Counter[str] = Counter()
@@ -100,7 +106,7 @@ def curate(
         "rows": total,
         "kept": total - counts.total(),
         "dropped": dict(counts.most_common()),
-        "evaluation": evaluation.report() if evaluation else [],
+        "evaluation": evaluation.report(),
         "seconds": round(time.perf_counter() - start, 2),
     }
 
@@ -147,11 +153,11 @@ def _reasons(
     offsets: Offsets,
     rules: Rules,
     exact: dict[bytes, str],
-    evaluation: Contamination | None,
+    evaluation: Contamination,
 ) -> dict[int, tuple[str, str]]:
     """Rows of a batch to drop, by number, with the first reason and its detail."""
     repeated = _repetition(hashes, offsets) if rules.repetition is not None else np.zeros(len(rows))
-    contaminated = evaluation.find(hashes, offsets) if evaluation else {}
+    contaminated = evaluation.find(hashes, offsets) if rules.against else {}
     found: dict[int, tuple[str, str]] = {}
     for i, (row, text, length) in enumerate(zip(rows, texts, np.diff(offsets).tolist(), strict=True)):
         answer = next((_content(m) for m in reversed(_messages(row)) if m["role"] == "assistant"), None)

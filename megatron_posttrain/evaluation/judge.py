@@ -96,20 +96,9 @@ def fit(differences: Array, values: Array, weights: Array) -> Array:
     return found
 
 
-@dataclass(frozen=True)
-class Ratings:
-    """Bradley-Terry ratings on Elo's scale, their mean 1000: 400 points are odds of ten to one."""
-
-    models: list[str]
-    rating: Array  # [models]
-    low: Array  # 95% intervals, from resampled prompts
-    high: Array
-    controlled: Array  # with the length of answers as a further reason to win, taken out
-    log_odds: Array  # [models] of `controlled`
-
-
-def rate(verdicts: Sequence[Verdict], models: Sequence[str]) -> Ratings:
-    """Ratings of all models at once; see `Ratings`.
+def rate(verdicts: Sequence[Verdict], models: Sequence[str]) -> Array:
+    """[4, models] Bradley-Terry ratings, the ends of their 95% intervals from resampled prompts, and ratings with the
+    length of answers, as a further reason to win, taken out; on Elo's scale: mean 1000, 400 points are odds of 10 to 1.
 
     Length is controlled as in AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475, equation 2, without the prompts'
     difficulty): a term in tanh of the difference of lengths over its standard deviation.
@@ -125,8 +114,8 @@ def rate(verdicts: Sequence[Verdict], models: Sequence[str]) -> Ratings:
     drawn = random.multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), RESAMPLES)
     resampled = np.array([_elo(fit(sides, values, counts[of_prompt].astype(float))) for counts in drawn])
     low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
-    log_odds = fit(np.column_stack([sides, length]), values, ones)[:-1]
-    return Ratings(list(models), _elo(fit(sides, values, ones)), low, high, _elo(log_odds), log_odds)
+    controlled = _elo(fit(np.column_stack([sides, length]), values, ones)[:-1])
+    return np.stack([_elo(fit(sides, values, ones)), low, high, controlled])
 
 
 def _elo(log_odds: Array) -> Array:
@@ -144,15 +133,18 @@ def report(verdicts: Sequence[Verdict], models: Sequence[str], canary: float) ->
         if not values:
             continue
         half = 1.96 * float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 1.0
-        odds = ratings.log_odds[models.index(a)] - ratings.log_odds[models.index(b)]
+        points = ratings[3, models.index(a)] - ratings[3, models.index(b)]
         pairs.append({
             "first": a, "second": b, "prompts": len(values), "wins": sum(v > 0.5 for v in values),
             "ties": sum(v == 0.5 for v in values), "losses": sum(v < 0.5 for v in values),
             "contradictory": sum(v.contradiction for v in verdicts if (v.first, v.second) == (a, b)),
             "win_rate": fmean(values), "low": max(0.0, fmean(values) - half), "high": min(1.0, fmean(values) + half),
-            "length_controlled": float(1 / (1 + np.exp(-odds))),
+            "length_controlled": float(1 / (1 + 10 ** (-points / 400))),
         })  # fmt: skip
-    rows = zip(models, ratings.rating, ratings.low, ratings.high, ratings.controlled, strict=True)
+    names = ("rating", "low", "high", "length_controlled")
+    rows = [
+        {"model": m} | dict(zip(names, each, strict=True)) for m, each in zip(models, ratings.T.tolist(), strict=True)
+    ]
     return {
         "judge": {
             "verdicts": len(verdicts),
@@ -162,8 +154,5 @@ def report(verdicts: Sequence[Verdict], models: Sequence[str], canary: float) ->
             "canary": canary,
         },
         "pairs": pairs,
-        "models": [
-            {"model": m, "rating": float(r), "low": float(lo), "high": float(hi), "length_controlled": float(c)}
-            for m, r, lo, hi, c in sorted(rows, key=lambda row: -row[1])
-        ],
+        "models": sorted(rows, key=lambda row: -row["rating"]),
     }

@@ -52,7 +52,7 @@ def majority(answers: Sequence[str], correct: Sequence[bool]) -> float:
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """Of two models' mean values on the same prompts, second less first; the interval is at 95%."""
 
     prompts: int
@@ -65,13 +65,13 @@ class Difference:
     detectable: float  # the smallest true difference that such prompts show with 80% power at the 5% level
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> PairedDifference:
     """Each prompt's mean value under both models; the differences' spread is what counts (arXiv 2411.00640, eq. 7)."""
     pairs = [b - a for a, b in zip(first, second, strict=True)]
     mean = fmean(pairs)
     error = stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.nan
     p_value = 2 * NormalDist().cdf(-abs(mean) / error) if error > 0 else float(mean == 0)
     half = Z95 * error
-    return Difference(
+    return PairedDifference(
         len(pairs), fmean(first), fmean(second), mean, mean - half, mean + half, p_value, (Z95 + Z80) * error
     )
