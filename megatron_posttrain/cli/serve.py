@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--name", metavar="NAME", help="of the model in requests (default: the directory's)")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (default: 127.0.0.1)")
     add("--port", type=int, default=8000, help="default: 8000")
-    add("options", nargs="*", metavar="-- OPTION", help="after --: options of vLLM's server, such as "
-        "--max-model-len 8192 --enable-auto-tool-choice --tool-call-parser hermes")  # fmt: skip
+    add("--vllm", nargs=argparse.REMAINDER, default=[], metavar="OPTION", help="all that follows are options of vLLM's "
+        "server, such as --max-model-len 8192 --enable-auto-tool-choice --tool-call-parser hermes")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *server_options(args)]
     if platform().name == "cpu":
-        command += [option for option in CPU_OPTIONS if option not in args.options]
+        command += [option for option in CPU_OPTIONS if option not in args.vllm]
     sys.stdout.flush()
     os.execve(sys.executable, command, ENVIRONMENT | os.environ)
 
@@ -57,4 +57,4 @@ def server_options(args: argparse.Namespace) -> list[str]:
         raise UserError(f"{run}: neither a Hugging Face directory nor a run with one in hf/{nearest_file(run)}")
     if args.thinking:
         options += ["--default-chat-template-kwargs", json.dumps({"enable_thinking": args.thinking == "on"})]
-    return ["--model", str(model), *options, "--host", args.host, "--port", str(args.port), *args.options]
+    return ["--model", str(model), *options, "--host", args.host, "--port", str(args.port), *args.vllm]
