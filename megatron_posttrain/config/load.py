@@ -12,10 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from megatron_posttrain.config.schema import Config
 from megatron_posttrain.errors import UserError, nearest, nearest_file
 
-ConfigType = TypeVar("ConfigType", bound=Config)
+ConfigType = TypeVar("ConfigType", bound=BaseModel)
 
 
 def load_config(schema: type[ConfigType], file: str | Path | None, overrides: Sequence[str] = ()) -> ConfigType:
@@ -46,7 +45,7 @@ def load_config(schema: type[ConfigType], file: str | Path | None, overrides: Se
     return config
 
 
-def _ignored(config: Config) -> Iterator[str]:
+def _ignored(config: BaseModel) -> Iterator[str]:
     """What was set and would have no effect. A value equal to the default may stay: a run's own config has all keys."""
     if not config.mixes and config.data.weights:
         yield f"key 'data.train': weights of sources would be ignored by {config.command}; allowed: paths"
