@@ -102,7 +102,7 @@ class Checkpoints:
             with self._failing_together(step), engine.weights(kept):
                 requests.append(_request(engine, partial / kept, weights_only=True))
         state = {"step": step} if self.origin is None else self.origin.state(step)
-        state |= {"loop": self.state, "best": self.best.state(), "skipped": engine.skipped}
+        state |= {"loop": dict(self.state), "best": self.best.state(), "skipped": engine.skipped}
         self._writing = Writing(requests, state)
         if not self.config.asynchronous:
             self.finish()
