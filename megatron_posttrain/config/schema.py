@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     field_validator,
     model_validator,
 )
@@ -22,10 +25,37 @@ from pydantic import (
 from megatron_posttrain.errors import nearest
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Number = TypeVar("Number")
+
+
+def _check_steps(values: dict[int, Number]) -> dict[int, Number]:
+    if list(values) != sorted(values) or next(iter(values), None) != 0:
+        raise ValueError(f"steps must rise from 0, found {', '.join(map(str, values)) or 'none'}")
+    return values
+
+
+if TYPE_CHECKING:
+    Scheduled = Annotated[Number, "a number, once `Section.at` was asked for one"]
+else:  # a number, or numbers by step: {0: 8192, 500: 16384} is 16384 after 500 steps
+    ByStep = Annotated[dict[NonNegativeInt, Number], AfterValidator(_check_steps), Tag("by step")]
+    Scheduled = Annotated[
+        Annotated[Number, Tag("number")] | ByStep,
+        Discriminator(lambda value: "by step" if isinstance(value, dict) else "number"),
+    ]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    def at(self, step: int | None) -> Self:
+        """With a number for every schedule: that of step `step` (from 0), or None: the largest of all steps."""
+        found: dict[str, Any] = {}
+        for name, value in self:
+            if isinstance(value, Section):
+                found[name] = value.at(step)
+            elif isinstance(value, dict) and 0 in value:
+                found[name] = max(value.values()) if step is None else value[max(s for s in value if s <= step)]
+        return self.model_copy(update=found)
 
 
 class MoeConfig(Section):
@@ -218,8 +248,10 @@ class LoggingConfig(Section):
 class RolloutConfig(Section):
     prompts_per_step: PositiveInt = 32
     samples_per_prompt: PositiveInt = 8
-    max_tokens: PositiveInt = Field(1024, description="of a response")
-    temperature: PositiveFloat = 1.0
+    max_tokens: Scheduled[PositiveInt] = Field(
+        1024, description="of a response; this and other numbers may be given by step: {0: 8192, 500: 16384}"
+    )
+    temperature: Scheduled[PositiveFloat] = Field(1.0, description="may be given by step")
     tensor: PositiveInt = Field(1, description="tensor parallel ranks of a vLLM engine")
     kv_cache_gib: PositiveFloat | None = Field(
         None, description="cache of one engine rank, GiB; null: 0.25 on CPU, sized by vLLM on CUDA"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_posttrain.config.algorithms import ALGORITHMS, DistillConfig, DpoConfig, GrpoConfig
+from megatron_posttrain.config.algorithms import ALGORITHMS, DistillConfig, DpoConfig, GrpoConfig, PpoConfig
 from megatron_posttrain.config.load import load_config
 from megatron_posttrain.config.schema import Config
 from megatron_posttrain.data.dataset import SftDataset, read_conversations
@@ -239,6 +239,8 @@ class JobCheck:
         found = self.findings.attempt("memory", lambda: plan_layout(arch, layout, work, cluster.gpu))
         if found is None:
             return
+        if isinstance(config, PpoConfig):
+            self.findings.add("warn", "memory", "planned without the critic, which comes on top")
         if config.precision.dtype == "fp32":
             self.findings.add("warn", "memory", "planned for bf16; fp32 weights and activations take twice the space",
                               "set precision.dtype=bf16 on GPUs")  # fmt: skip

@@ -43,6 +43,9 @@ class Checkpoints:
         """Raises UserError where the newest one is of another run than `origin` is; needs no model."""
         self.directory = output / "checkpoints"
         self.config, self.origin = config, origin
+        self.beside: dict[str, Engine] = {}  # what is saved and loaded with the model, in a directory of this name
+        self.weight_set: str | None = None  # so is a weight set of the model
+        self.state: dict[str, float] = {}  # and what a loop carries from step to step
         self._deadline: Deadline | None = None
         self._changes: list[str] = []
         self.done = 0  # steps of the newest one that can be gone on from
@@ -57,7 +60,10 @@ class Checkpoints:
 
     def after_step(self, engine: Engine, run: Record, step: int) -> bool:
         """Collective: saves when it is due or a stop was asked for; whether the run is to end before its last step."""
-        self._deadline = self._deadline or Deadline(checkpoint_bytes(engine.precision, engine.arch, engine.adapters))
+        engines = self._engines(engine).values()
+        self._deadline = self._deadline or Deadline(
+            sum(checkpoint_bytes(each.precision, each.arch, each.adapters) for each in engines)
+        )
         late = run.is_main and self._deadline.near()
         stop, last = run.stop_requested(also=late), step == run.total_steps
         if stop or self.due(step, last):
@@ -69,35 +75,36 @@ class Checkpoints:
         return stop and not last
 
     def save(self, engine: Engine, step: int) -> None:
-        """Collective. What a loop needs beside weights and optimizer follows from the step's number.
+        """Collective. What a loop needs beside weights, optimizer and `state` follows from the step's number.
 
         Raises SaveError on every rank when one cannot write; what was there before stays.
         """
         final = self.directory / f"step_{step:06d}"
         partial = self.directory / f".step_{step:06d}.partial"
-        with self._failing_together(final, partial):
-            if dist.get_rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-        engine.gather_weights()
-        with self._failing_together(final, partial):
-            from megatron.core import dist_checkpointing
-
-            with platform().megatron(), optimizer_can_resume(), without_gathered_states(), _written_by_threads():
-                dist_checkpointing.save(
-                    _sharded_state(engine, loading=False)[0],
-                    str(partial),
-                    # It gathers every rank's entries on every rank; torch checks that all of a tensor is there, once.
-                    validate_access_integrity=False,
-                    content_metadata=dict(SHARDING),
-                )
+        for name, each in self._engines(engine).items():
+            with self._failing_together(final, partial):
+                if dist.get_rank() == 0:
+                    shutil.rmtree(partial / name, ignore_errors=True)
+                    (partial / name).mkdir(parents=True)
+            each.gather_weights()
+            with self._failing_together(final, partial):
+                _save(each, partial / name)
+        if (kept := self.weight_set) is not None:
+            with self._failing_together(final, partial):
+                if dist.get_rank() == 0:
+                    (partial / kept).mkdir()
+            with self._failing_together(final, partial), engine.weights(kept):
+                _save(engine, partial / kept, weights_only=True)
         with self._failing_together(final, partial):
             if dist.get_rank() == 0:
                 state = {"step": step} if self.origin is None else self.origin.state(step)
-                (partial / STATE_FILE).write_text(json.dumps(state))
+                (partial / STATE_FILE).write_text(json.dumps(state | {"loop": self.state}))
                 shutil.rmtree(final, ignore_errors=True)
                 partial.rename(final)
                 self._remove_old(step)
+
+    def _engines(self, engine: Engine) -> dict[str, Engine]:
+        return {"": engine, **self.beside}
 
     def _remove_old(self, step: int) -> None:
         """All but the newest `keep`; first those of later steps, of an attempt that this one does not go on from."""
@@ -157,7 +164,7 @@ class Checkpoints:
         while True:
             # One answer for all ranks: a shared file system may show them different listings.
             path, problem = broadcast_object(self._newest(unreadable))  # type: ignore[misc]
-            if path is None or not (problem := problem or _load(engine, path)):
+            if path is None or not (problem := problem or self._load(engine, path)):
                 break
             unreadable.append(f"{path} cannot be read: {problem}")
             _say(f"warning: {unreadable[-1]}; the one before it is tried")
@@ -168,6 +175,19 @@ class Checkpoints:
         if path is not None and self._changes:
             _say(f"changed from step {_step_of(path) + 1} on: {', '.join(self._changes)}")
         return 0 if path is None else _step_of(path)
+
+    def _load(self, engine: Engine, path: Path) -> str | None:
+        """Collective: why the checkpoint cannot be read, the same on all ranks."""
+        problems = (_load(each, path / name) for name, each in self._engines(engine).items())
+        if problem := next(filter(None, problems), None):
+            return problem
+        kept = self.weight_set
+        if kept is not None and broadcast_object((path / kept).is_dir()):  # else it changes from now on
+            with engine.weights(kept):
+                if problem := _load(engine, path / kept, weights_only=True):
+                    return problem
+        self.state = broadcast_object(read_state(path).get("loop", {}))  # type: ignore[assignment]
+        return None
 
     def _newest(self, unreadable: list[str]) -> tuple[Path | None, str | None]:
         """The newest checkpoint but for those that were tried, and what is wrong with it as far as files tell."""
@@ -181,12 +201,13 @@ def damage(path: Path) -> str | None:
 
     try:
         read_state(path)
-        stored = FileSystemReader(str(path)).read_metadata().storage_data
+        ends: dict[str, int] = {}
+        for place in (path, *(part for part in path.iterdir() if part.is_dir())):
+            for info in (FileSystemReader(str(place)).read_metadata().storage_data or {}).values():
+                name = str((place / info.relative_path).relative_to(path))
+                ends[name] = max(ends.get(name, 0), info.offset + info.length)
     except Exception as error:  # a damaged pickle may raise anything
         return described(error)
-    ends: dict[str, int] = {}
-    for info in (stored or {}).values():
-        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
     for name, end in sorted(ends.items()):
         size = (path / name).stat().st_size if (path / name).exists() else 0
         if size < end:
@@ -207,7 +228,7 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def _load(engine: Engine, path: Path) -> str | None:
+def _load(engine: Engine, path: Path, *, weights_only: bool = False) -> str | None:
     """Collective: why the checkpoint cannot be read, the same on all ranks."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -215,21 +236,36 @@ def _load(engine: Engine, path: Path) -> str | None:
     problem = None
     try:
         with platform().megatron(), optimizer_can_resume(), without_gathered_states():
-            state, stretches = _sharded_state(engine, loading=True)
+            state, stretches = (_model_state(engine), None) if weights_only else _sharded_state(engine, loading=True)
             loaded = dist_checkpointing.load(state, str(path), validate_access_integrity=False)
             for index, chunk in enumerate(engine.modules):
                 chunk.load_state_dict(loaded.get(_model_key(engine, index), {}), strict=False)
-            engine.optimizer.load_state_dict(loaded["optimizer"])
-            stretches.restore()
-            for chunk in engine.chunks:
-                chunk.start_param_sync(force_sync=True)
-        if engine.optimizer_config is not None:
-            set_hyper_parameters(engine.optimizer, engine.optimizer_config)
+            if stretches is not None:
+                engine.optimizer.load_state_dict(loaded["optimizer"])
+                stretches.restore()
+                for chunk in engine.chunks:
+                    chunk.start_param_sync(force_sync=True)
+                if engine.optimizer_config is not None:
+                    set_hyper_parameters(engine.optimizer, engine.optimizer_config)
     except torch.OutOfMemoryError:
         raise
     except (CheckpointException, CheckpointingException, *UNREADABLE) as error:
         problem = described(error)
     return first_problem(problem)
+
+
+def _save(engine: Engine, path: Path, *, weights_only: bool = False) -> None:
+    """Collective."""
+    from megatron.core import dist_checkpointing
+
+    with platform().megatron(), optimizer_can_resume(), without_gathered_states(), _written_by_threads():
+        dist_checkpointing.save(
+            _model_state(engine) if weights_only else _sharded_state(engine, loading=False)[0],
+            str(path),
+            # It gathers every rank's entries on every rank; torch checks that all of a tensor is there, once.
+            validate_access_integrity=False,
+            content_metadata=dict(SHARDING),
+        )
 
 
 def _written_by_threads() -> contextlib.AbstractContextManager[None]:
@@ -245,9 +281,9 @@ def _model_key(engine: Engine, index: int) -> str:
     return f"model{index}" if len(engine.modules) > 1 else "model"
 
 
-def _sharded_state(engine: Engine, *, loading: bool) -> tuple[dict[str, Any], Stretches]:
-    """What megatron-core saves, or loads into. Trained weights are not loaded: they are the optimizer's, rounded."""
-    state: dict[str, Any] = {
+def _model_state(engine: Engine) -> dict[str, Any]:
+    """Of weights, or of adapters alone."""
+    return {
         _model_key(engine, index): (
             chunk.sharded_state_dict(metadata=dict(SHARDING))  # type: ignore[operator]
             if engine.adapters is None
@@ -255,6 +291,11 @@ def _sharded_state(engine: Engine, *, loading: bool) -> tuple[dict[str, Any], St
         )
         for index, chunk in enumerate(engine.modules)
     }
+
+
+def _sharded_state(engine: Engine, *, loading: bool) -> tuple[dict[str, Any], Stretches]:
+    """What megatron-core saves, or loads into. Trained weights are not loaded: they are the optimizer's, rounded."""
+    state = _model_state(engine)
     stretches = Stretches(engine.optimizer, list(state.values()))
     optimizer = engine.optimizer.sharded_state_dict(state, is_loading=loading, metadata=dict(SHARDING))
     rest = {key: stretches.without_trained(chunk) for key, chunk in state.items()}

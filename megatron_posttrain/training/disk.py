@@ -23,7 +23,7 @@ from megatron_posttrain.platform import platform
 PROBE_BYTES = 1 << 20
 OPTIMIZER_BYTES = 12  # a parameter: fp32 main weight and two moments
 FILES = ("config.yaml", "metrics.jsonl", ".stop")
-DIRECTORIES = ("checkpoints", "hf", "adapter", "heartbeats", "tensorboard", "rollouts")
+DIRECTORIES = ("checkpoints", "hf", "critic", "adapter", "heartbeats", "tensorboard", "rollouts")
 
 
 def check_disk(config: Config, arch: Architecture) -> None:

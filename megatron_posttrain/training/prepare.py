@@ -79,6 +79,17 @@ def read_architecture(config: Config, directory: Path) -> Architecture:
     return check_directory(directory)[1]
 
 
+def check_beside(key: str, name: str, layout: Layout) -> tuple[Path, Architecture]:
+    """Of a second model that runs in the run's layout: its directory and architecture. Raises UserError."""
+    path = model_directory(name, key)
+    arch = check_directory(path)[1]
+    try:
+        check_layout(layout, arch)
+    except UserError as error:
+        raise UserError(f"{key}={path}, which runs in the layout of model.path: {error}") from None
+    return path, arch
+
+
 def read_tokenizer(place: Path | str, arch: Architecture | None, model: Path | None = None) -> Any:
     """The tokenizer of `place` for a `model`, which may be another directory.
 

@@ -29,7 +29,8 @@ WITHOUT_EFFECT = (
     "model.path", "model.tokenizer", "data.train", "data.columns", "data.cache",
 )  # fmt: skip
 FROM_NOW_ON = (
-    "optimizer", "algorithm", "rewards", "model.moe", "training.steps", "training.epochs",
+    "optimizer", "algorithm", "critic.lr", "critic.warmup_steps", "rewards", "model.moe",
+    "training.steps", "training.epochs",
     "rollout.samples_per_prompt", "rollout.max_tokens", "rollout.temperature", "rollout.quantization",
 )  # fmt: skip
 IN_RL = ("training.global_batch_size",)  # there it cuts a step's samples into updates, and moves no row
