@@ -6,6 +6,7 @@ SPMD: every rank holds its shard of the trainer and a rank of a vLLM engine; the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial, reduce
 from operator import add
 from typing import Any
@@ -29,6 +30,7 @@ from megatron_posttrain.rollout.engine import RolloutEngine
 from megatron_posttrain.rollout.refit import Refit, prove
 from megatron_posttrain.rollout.samples import Samples, collect_samples, save_samples
 from megatron_posttrain.rollout.text import stop_message
+from megatron_posttrain.rollout.turns import load_turns
 from megatron_posttrain.training.batches import pack_share, to_rows, token_shares
 from megatron_posttrain.training.engine import Engine, StepResult
 from megatron_posttrain.training.export import full_tensors
@@ -46,7 +48,8 @@ REFERENCE = "reference"
 def grpo(config: GrpoConfig) -> int:
     """Trains, resumes where a run stopped, exports. Exit status: 0, or REQUEUE_STATUS when asked to stop."""
     prepared = prepare(config)
-    prompts = check(config, prepared.tokenizer, prepared.arch, platform().name)
+    turns = load_turns(config, prepared.tokenizer)
+    prompts = check(config, prepared.tokenizer, prepared.arch, platform().name, turns.tools)
     rewards = load_rewards(config.rewards, unsafe=config.sandbox.unsafe)
     with Run(prepared, prompts) as run:
         engine = run.model(keep=REFERENCE if config.algorithm.kl_coefficient else None)
@@ -60,7 +63,7 @@ def grpo(config: GrpoConfig) -> int:
                 refit(engine, rollout, config, canary, step.index)
             with step.phase("rollout"):
                 batch = prompts.batch(step.index, config.rollout.prompts_per_step)
-                samples = collect_samples(rollout, prepared.tokenizer, batch, rewards, config, step.index)
+                samples = collect_samples(rollout, prepared.tokenizer, batch, rewards, config, step.index, turns)
                 rollout.sleep()
             with step.phase("train"):
                 samples.advantages = group_advantages(
@@ -192,11 +195,13 @@ def policy_loss(algorithm: GrpoAlgorithm, output: Output, batch: PackedBatch) ->
     return terms, {name: Mean(total, count) for name, total in sums.items()}
 
 
-def check(config: GrpoConfig, tokenizer: Any, arch: Architecture | None, device: str) -> PromptDataset:
+def check(
+    config: GrpoConfig, tokenizer: Any, arch: Architecture | None, device: str, tools: Sequence[Any] = ()
+) -> PromptDataset:
     """What only RL asks of a config for `device`, cpu or cuda; the prompts. Raises UserError."""
     if wrong := list(rollout_problems(config, arch, device)):
         raise UserError("; ".join(wrong))
-    return prompts_of(config, read_rows(config.data.train, columns=config.data.columns), tokenizer)
+    return prompts_of(config, read_rows(config.data.train, columns=config.data.columns), tokenizer, tools)
 
 
 def make_rollout_engine(config: GrpoConfig, prepared: Prepared) -> RolloutEngine:

@@ -12,7 +12,15 @@ from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from megatron_posttrain.config.schema import Config, Fraction, RewardConfig, RolloutConfig, SandboxConfig, Section
+from megatron_posttrain.config.schema import (
+    Config,
+    EnvironmentConfig,
+    Fraction,
+    RewardConfig,
+    RolloutConfig,
+    SandboxConfig,
+    Section,
+)
 
 
 class SftAlgorithm(Section):
@@ -144,6 +152,7 @@ class GrpoConfig(Config):
         default_factory=lambda: [RewardConfig(name="math")],
         description="the sum of weight x reward; `file`: Python file that defines it with @reward(name)",
     )
+    environment: EnvironmentConfig | None = Field(None, description="what answers the model's turns; null: one turn")
     sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
     algorithm: GrpoAlgorithm = Field(default_factory=GrpoAlgorithm)
 
@@ -166,6 +175,13 @@ class GrpoConfig(Config):
             )
         if world_size % rollout.tensor:
             yield f"rollout.tensor={rollout.tensor} does not divide the {world_size} ranks"
+        if rollout.thinking_tokens is not None and rollout.thinking_tokens >= rollout.max_tokens:
+            yield (
+                f"rollout.thinking_tokens={rollout.thinking_tokens} has no effect beside "
+                f"rollout.max_tokens={rollout.max_tokens}; allowed: fewer, or null"
+            )
+        if self.environment is None and any(r.name == "environment" and r.file is None for r in self.rewards):
+            yield "rewards: 'environment' is what an environment gives, and there is none; set `environment`"
         if rollout.max_tokens >= length:
             yield (
                 f"data.sequence_length={length} leaves no room for a prompt beside "

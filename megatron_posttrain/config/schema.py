@@ -170,7 +170,13 @@ class LoggingConfig(Section):
 class RolloutConfig(Section):
     prompts_per_step: PositiveInt = 32
     samples_per_prompt: PositiveInt = 8
-    max_tokens: PositiveInt = Field(1024, description="of a response")
+    max_tokens: PositiveInt = Field(1024, description="of a response; all turns of an environment and its answers")
+    thinking_tokens: PositiveInt | None = Field(
+        None, description="after which a turn's reasoning is ended with `thinking_stop`; null: never"
+    )
+    thinking_stop: str = Field(
+        "\nThe time for thinking is over, so I answer now.\n", description="text before the end of reasoning"
+    )
     temperature: PositiveFloat = 1.0
     tensor: PositiveInt = Field(1, description="tensor parallel ranks of a vLLM engine")
     kv_cache_gib: PositiveFloat | None = Field(
@@ -197,6 +203,14 @@ class RewardConfig(Section):
         "mask", description="of a sample that it cannot grade: it does not train, or its value"
     )
     seconds: PositiveFloat | None = Field(None, description="after which it failed on a sample; null: never")
+
+
+class EnvironmentConfig(Section):
+    name: str = Field(description="calculator | python | search, or one that `file` defines")
+    file: str | None = Field(None, description="Python file that defines it with @environment(name)")
+    args: dict[str, Any] = Field(default_factory=dict, description="the environment's own parameters")
+    max_turns: PositiveInt = Field(8, description="of the model in a conversation")
+    seconds: PositiveFloat = Field(30.0, description="after which an answer is an error that the model is told")
 
 
 class SandboxConfig(Section):

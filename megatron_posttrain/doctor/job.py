@@ -220,7 +220,13 @@ class JobCheck:
             self.findings.add("ok", check, f"{len(rows):,} rows read; their lengths are not known without a tokenizer")
         elif isinstance(self.config, GrpoConfig):
             config = self.config
-            self.findings.attempt(check, lambda: prompts_of(config, rows, self.tokenizer), lambda found: found.message)
+            from megatron_posttrain.rollout.turns import load_turns
+
+            turns = self.findings.attempt("environment", lambda: load_turns(config, self.tokenizer))
+            if turns is not None:
+                self.findings.attempt(
+                    check, lambda: prompts_of(config, rows, self.tokenizer, turns.tools), lambda found: found.message
+                )
         elif self.rows == "conversations":
             dataset = self.findings.attempt(check, lambda: self._conversations(rows))
             if dataset is not None:

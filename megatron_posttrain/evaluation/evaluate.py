@@ -78,14 +78,14 @@ def evaluate(
             "response": text,
             "reward": float(samples.rewards[k]),
             "rewards": {name: float(values[k]) for name, values in samples.rewards_by_name.items()},
-            "tokens": int(samples.lengths[k]),
+            "tokens": int(samples.sampled[k]),
             "finish_reason": samples.finish_reason(k),
         }
         for k, text in zip(samples.drawn, samples.texts, strict=False)
     ]
     lines = b"".join(samples.to_first_rank(records)).splitlines()
     # What every rank knows of every sample.
-    known = zip(samples.rewards.tolist(), samples.lengths.tolist(), samples.truncated.tolist(), strict=True)
+    known = zip(samples.rewards.tolist(), samples.sampled.tolist(), samples.truncated.tolist(), strict=True)
     facts = [{"reward": r, "tokens": n, "finish_reason": "length" if cut else "stop"} for r, n, cut in known]
     return _summary(facts, sampling, len(prompts), samples.seconds), [json.loads(line) for line in lines]
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_posttrain import sandbox
-from megatron_posttrain.errors import UserError
 from megatron_posttrain.rewards.registry import GradingError, Sample, Score, reward
 
 _BLOCK = re.compile(r"^```[ \t]*([\w+.-]*)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -114,12 +113,7 @@ class Code:
     ) -> None:
         self._seconds, self._memory_mib, self._partial = seconds, memory_mib, partial
         self._max_tests, self._unsafe = max_tests, unsafe
-        reason = None if unsafe else sandbox.why_unavailable()
-        if reason:
-            raise UserError(
-                f"rewards: 'code' runs programs that nobody has read, and this machine cannot isolate them: {reason}; "
-                "allowed: user namespaces, the right to make namespaces (CAP_SYS_ADMIN), or sandbox.unsafe: true"
-            )
+        sandbox.check_isolation("rewards: 'code'", unsafe)
 
     def __call__(self, sample: Sample) -> Score:
         tests = tests_of(sample)

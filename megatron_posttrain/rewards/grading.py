@@ -8,6 +8,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
@@ -17,6 +18,7 @@ from megatron_posttrain.rewards.registry import GradingError, Reward, Sample, Sc
 
 log = logging.getLogger(__name__)
 LONGEST_SHOWN = 200  # characters of a response in a message
+THREADS = 16  # in which environments answer
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,12 @@ def compute_rewards(samples: Sequence[Sample], rewards: Sequence[Reward], *, thr
 
 
 def metric_sums(grades: Iterable[Grade]) -> dict[str, tuple[float, int]]:
-    """Sum and count of each figure that rewards log."""
+    """Sum and count of each figure that rewards log, as `reward/REWARD/NAME`."""
     sums: dict[str, tuple[float, int]] = {}
     for grade in grades:
         for name, value in grade.metrics.items():
-            total, count = sums.get(name, (0.0, 0))
-            sums[name] = total + value, count + 1
+            total, count = sums.get(f"reward/{name}", (0.0, 0))
+            sums[f"reward/{name}"] = total + value, count + 1
     return sums
 
 
@@ -172,6 +174,21 @@ def _log_failures(
                 item.name, len(failed), len(samples), then, scores[failed[0]][item.name],
                 samples[failed[0]].response[:LONGEST_SHOWN],
             )  # fmt: skip
+
+
+def in_thread(function: Callable[[Any], Any], argument: Any, seconds: float) -> Future[Any]:
+    """`function(argument)` in one of at most `THREADS` threads; TimeoutError where it took longer than `seconds`."""
+
+    async def call() -> Any:
+        async with _gate():
+            return await asyncio.wait_for(_in_thread(function, argument), seconds)
+
+    return asyncio.run_coroutine_threadsafe(call(), _loop())
+
+
+@cache
+def _gate() -> asyncio.Semaphore:
+    return asyncio.Semaphore(THREADS)
 
 
 @cache

@@ -21,6 +21,8 @@ from typing import IO, Literal
 
 import psutil
 
+from megatron_posttrain.errors import UserError
+
 Status = Literal["ok", "error", "timeout", "memory", "output", "unavailable"]
 PROCESSES = 64  # and threads, at a time
 FILE_MIB = 64  # of one file, and of all files together
@@ -105,6 +107,16 @@ def why_unavailable() -> str | None:
     """Why programs cannot be isolated on this machine, None where they can."""
     result = run("print('ready')")
     return None if result.stdout == "ready\n" else result.stderr.strip() or f"a trial ended with {result.status}"
+
+
+def check_isolation(what: str, unsafe: bool) -> None:
+    """Raises UserError that begins with `what` where programs cannot be isolated, and `unsafe` does not allow that."""
+    reason = None if unsafe else why_unavailable()
+    if reason:
+        raise UserError(
+            f"{what} runs programs that nobody has read, and this machine cannot isolate them: {reason}; "
+            "allowed: user namespaces, the right to make namespaces (CAP_SYS_ADMIN), or sandbox.unsafe: true"
+        )
 
 
 def _python() -> str:
