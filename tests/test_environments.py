@@ -13,9 +13,7 @@ import pytest
 from megatron_posttrain import sandbox
 from megatron_posttrain.config.algorithms import GrpoConfig
 from megatron_posttrain.config.schema import EnvironmentConfig
-from megatron_posttrain.data.messages import Message
 from megatron_posttrain.environments import Call, Done, Turn, load_environment
-from megatron_posttrain.environments.dialogue import call_form, following_tokens, read_calls
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.rollout import turns as turns_module
@@ -25,7 +23,6 @@ from tests.chat_tokenizers import CHATML
 from tests.tool_models import CALL, Scripted, prompt_of, tool_tokenizer
 
 END = "<|im_end|>"
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizers"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -50,7 +47,7 @@ def talk(environment: Any, say: Any, questions: list[str], limit: int = 400, **r
 def calculating(text: str) -> str:
     """Asks the calculator for the question's sum, and repeats its answer."""
     found = re.search(r"<tool_response>(.*?)</tool_response>", text)
-    question = re.search(r"user\n(\S+)", text)
+    question = re.search(r"user\n([^<\s]+)", text)
     assert question is not None
     return (f"It is {found[1]}." if found else f"Let me see. {CALL % question[1]}") + END
 
@@ -203,7 +200,7 @@ def test_an_environment_of_plain_turns_and_what_is_wrong_with_its_replies(mine: 
     assert "longer than 0.5 s" in episodes[3].failure
     _, [cut] = talk(environment, say, ["go"], max_turns=2)
     assert (cut.reward, cut.turn, cut.metrics["out_of_turns"], len(cut.messages)) == (0.0, 2, 1, 3)
-    _, [full] = talk(environment, say, ["go"], limit=40)  # no room behind the environment's words
+    _, [full] = talk(environment, say, ["go"], limit=20)  # no room behind the environment's words
     assert (full.finish_reason, full.turn, math.nan in full.logprobs) == ("length", 1, False)
 
 
@@ -225,7 +222,7 @@ def test_reasoning_is_ended_at_its_limit() -> None:
     assert tokenizer.decode(inserted) == " stop </think>\n\n"
     assert not any(map(math.isnan, quick.logprobs))  # its reasoning had ended
     assert (long.metrics["thinking_stopped"], quick.metrics["thinking_stopped"]) == (1, 0)
-    sampling = Sampling(max_tokens=20, stop_token_ids=sampling.stop_token_ids)
+    sampling = Sampling(max_tokens=19, stop_token_ids=sampling.stop_token_ids)
     cut, _ = converse(engine, tokenizer, prompts, sampling, [1, 2], turns)
     assert (cut.finish_reason, len(cut.token_ids)) == ("length", 10)
 
@@ -287,32 +284,3 @@ def test_python_runs_in_the_sandbox() -> None:
     assert answers[3] == "error: timeout"
     assert "characters left out" in answers[4]
     assert len(answers[4]) < 4100
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
-@pytest.mark.parametrize(("name", "form"), [("qwen3", "hermes"), ("llama3_1", "llama"), ("deepseek_v3", None)])
-def test_public_templates(name: str, form: str | None) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / name)
-    tools = load_environment(spec("calculator")).tools
-    assert call_form(tokenizer, tools) == form
-    if form is None:
-        return
-    call = {"type": "function", "function": {"name": "calculator", "arguments": {"expression": "2+3"}}}
-    asked: list[Message] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2+3?"}]
-    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
-    answers = [{"role": "tool", "name": "calculator", "content": "5"}]
-
-    def render(messages: list[Message], prompt: bool) -> str:
-        return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False)
-
-    before, after = render([*asked, turn], False), render([*asked, turn, *answers], True)
-    said = before[len(render(asked, True)) :].rstrip()  # as the model would write it, and its end
-    said, end = said[: said.rindex("<|")], said[said.rindex("<|") :]
-    assert read_calls(form, said) == (Call("calculator", {"expression": "2+3"}),)
-    ends = {tokenizer.convert_tokens_to_ids(end)}
-    following = following_tokens(tokenizer, {"tools": tools}, asked, answers, ends)
-    assert tokenizer.decode(following) == after[len(before.rstrip()) :]
-    whole = tokenizer(after, add_special_tokens=False)["input_ids"]
-    assert whole[-len(following) :] == following

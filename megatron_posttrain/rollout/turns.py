@@ -25,7 +25,7 @@ from megatron_posttrain.errors import UserError
 from megatron_posttrain.rewards.grading import in_thread
 from megatron_posttrain.rewards.registry import last_line
 from megatron_posttrain.rewards.response import REASONING
-from megatron_posttrain.rollout.engine import Completion, RolloutEngine, Sampling
+from megatron_posttrain.rollout.engine import RolloutEngine, Sampling
 from megatron_posttrain.rollout.text import response_text, split_response, stop_token_ids
 
 PATIENCE = 2.0  # seconds without any answer after which a round goes on without those that are missing
@@ -102,11 +102,6 @@ class Episode:
         more = np.random.SeedSequence([self.seed, self.rounds]).generate_state(1)
         return self.seed if self.rounds == 1 else int(more[0]) >> 1
 
-    def add(self, completion: Completion) -> None:
-        self.token_ids += completion.token_ids
-        self.logprobs += completion.logprobs
-        self.finish_reason = completion.finish_reason
-
     def insert(self, tokens: Sequence[int], limit: int) -> bool:
         """Tokens that the model did not draw. False, and the sample is cut off, where they leave no room behind."""
         if len(self.token_ids) + len(tokens) >= limit:
@@ -141,9 +136,7 @@ def converse(
     pending: dict[int, Future[Any] | None] = {}  # a future on the first rank of the replica
     first = dist.get_rank() % rollout.tensor == 0
     while active or pending:
-        chosen = [episodes[i] for i in active]
-        for episode, completion in zip(chosen, _generate(rollout, chosen, sampling, turns), strict=True):
-            episode.add(completion)
+        _generate(rollout, [episodes[i] for i in active], sampling, turns)
         active, stopped = _after(tokenizer, episodes, active, sampling, turns)
         for i in stopped if turns.environment is not None else ():
             pending[i] = _ask(tokenizer, episodes[i], turns) if first else None
@@ -161,16 +154,21 @@ def converse(
     return episodes
 
 
-def _generate(
-    rollout: RolloutEngine, episodes: Sequence[Episode], sampling: Sampling, turns: Turns
-) -> list[Completion]:
+def _generate(rollout: RolloutEngine, episodes: Sequence[Episode], sampling: Sampling, turns: Turns) -> None:
+    """A completion behind each of these."""
+    if not episodes:
+        return
     limits = []
     for episode in episodes:
         room = sampling.max_tokens - len(episode.token_ids)
         limits.append(min(room, turns.thinking_tokens or room) if episode.budgeted else room)
     uneven = {"limits": limits} if set(limits) - {sampling.max_tokens} else {}
     asked = [episode.prompt.token_ids + episode.token_ids for episode in episodes]
-    return rollout.generate(asked, sampling, [episode.next_seed() for episode in episodes], **uneven)
+    completions = rollout.generate(asked, sampling, [episode.next_seed() for episode in episodes], **uneven)
+    for episode, completion in zip(episodes, completions, strict=True):
+        episode.token_ids += completion.token_ids
+        episode.logprobs += completion.logprobs
+        episode.finish_reason = completion.finish_reason
 
 
 def _after(
