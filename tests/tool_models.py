@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
 from megatron_posttrain.data.dataset import Prompt
-from megatron_posttrain.data.tokenize import encode_prompt
+from megatron_posttrain.data.tokenize import encode_conversation, encode_prompt
 from megatron_posttrain.rollout.engine import Completion, Sampling
 from tests.chat_tokenizers import byte_tokenizer
 
@@ -57,3 +62,46 @@ def prompt_of(tokenizer: Any, question: str, tools: list[Any], answer: str | Non
     messages = [{"role": "user", "content": question}]
     options = {"tools": tools} if tools else {}
     return Prompt(0, encode_prompt(tokenizer, messages, options=options), answer, {}, messages, options)
+
+
+def sums(count: int, seed: int, largest: int) -> list[tuple[str, str]]:
+    """Questions and answers."""
+    draw = random.Random(seed)
+    pairs = ((draw.randint(2, largest), draw.randint(2, largest)) for _ in range(count))
+    return [(f"{a}*{b}", str(a * b)) for a, b in pairs]
+
+
+def make_tool_model(directory: Path, steps: int, tools: list[Any], largest: int = 9, rows: int = 16) -> None:
+    """A tiny Qwen3 that has seen, for `steps`, conversations which ask the calculator for a product and repeat it."""
+    tokenizer = tool_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "head_dim": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    model: Any = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **sizes, **heads, **ends))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 20, 2 - 2 * step / steps))
+    for step in range(steps):
+        pairs = [_asking(*pair) for pair in sums(rows, step, largest)]
+        found = [encode_conversation(tokenizer, messages, options={"tools": tools}) for messages in pairs]
+        longest = max(len(row.token_ids) for row in found)
+        ids = torch.tensor([row.token_ids + [0] * (longest - len(row.token_ids)) for row in found])
+        mask = torch.tensor([row.loss_mask + [0] * (longest - len(row.token_ids)) for row in found])
+        loss = model(ids, labels=ids.masked_fill(mask == 0, -100)).loss
+        loss.backward()
+        optimizer.step()
+        warmup.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            print(step, loss.item(), flush=True)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _asking(question: str, answer: str) -> list[dict[str, Any]]:
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": CALL % question},
+        {"role": "tool", "content": answer},
+        {"role": "assistant", "content": answer},
+    ]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_posttrain.algorithms.advantages import group_advantages
 from megatron_posttrain.algorithms.losses import policy_gradient_terms
+from megatron_posttrain.algorithms.model_reward import ModelReward
 from megatron_posttrain.config.algorithms import GrpoAlgorithm, GrpoConfig
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.data.batch import Sequence as TokenSequence
@@ -51,8 +52,11 @@ def grpo(config: GrpoConfig) -> int:
     turns = load_turns(config, prepared.tokenizer)
     prompts = check(config, prepared.tokenizer, prepared.arch, platform().name, turns.tools)
     rewards = load_rewards(config.rewards, unsafe=config.sandbox.unsafe)
+    model_reward = ModelReward.of(config, prepared)
     with Run(prepared, prompts) as run:
         engine = run.model(keep=REFERENCE if config.algorithm.kl_coefficient else None)
+        if model_reward is not None:
+            model_reward.load(run.groups)
         if config.rollout.offload:
             engine.offload()  # vLLM asks for its share of the memory when it is made
         rollout = run.closing(make_rollout_engine(config, prepared))
@@ -65,6 +69,9 @@ def grpo(config: GrpoConfig) -> int:
                 batch = prompts.batch(step.index, config.rollout.prompts_per_step)
                 samples = collect_samples(rollout, prepared.tokenizer, batch, rewards, config, step.index, turns)
                 rollout.sleep()
+            if model_reward is not None:
+                with step.phase("reward_model"):
+                    model_reward.add(samples, config.rollout.samples_per_prompt)
             with step.phase("train"):
                 samples.advantages = group_advantages(
                     torch.tensor(samples.rewards, dtype=torch.float32),

@@ -198,6 +198,7 @@ class RewardConfig(Section):
     name: str
     weight: float = 1.0
     file: str | None = Field(None, description="Python file that defines it with @reward(name)")
+    path: str | None = Field(None, description="of reward_model: OUTPUT/hf of the command reward-model")
     args: dict[str, Any] = Field(default_factory=dict, description="the reward's own parameters")
     on_error: Literal["mask"] | float = Field(
         "mask", description="of a sample that it cannot grade: it does not train, or its value"

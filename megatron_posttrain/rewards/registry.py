@@ -54,6 +54,7 @@ class GradingError(Exception):
     """A reward cannot tell: the sandbox failed, the judge is down, the row has nothing to grade by."""
 
 
+MODEL = "reward_model"  # the reward that `algorithms` computes, with a model in the trainer's layout
 Per = Literal["sample", "batch", "group"]
 Target = TypeVar("Target", bound=Callable[..., Any])
 
@@ -136,7 +137,8 @@ def find(kind: str, name: str, file: str | None, key: str) -> Definition:
 
 
 def load_rewards(specs: Iterable[RewardConfig], *, unsafe: bool = False) -> list[Reward]:
-    """The rewards that the configuration names, from their files where it gives one, with their parameters.
+    """The rewards that the configuration names, from their files where it gives one, with their parameters; those of
+    models apart.
 
     Args:
         unsafe: `sandbox.unsafe`, for those that run programs.
@@ -146,10 +148,15 @@ def load_rewards(specs: Iterable[RewardConfig], *, unsafe: bool = False) -> list
             name, a name twice.
     """
     rewards: list[Reward] = []
-    for spec in specs:
-        definition = find("reward", spec.name, spec.file, "rewards")
-        if spec.name in (r.name for r in rewards):
+    specs = list(specs)
+    for number, spec in enumerate(specs):
+        if spec.name in (other.name for other in specs[:number]):
             raise UserError(f"rewards: {spec.name!r} is there twice")
+        if (spec.path is None) == (spec.name == MODEL) or (spec.path and (spec.file or spec.args or spec.seconds)):
+            raise UserError(f"rewards: {spec.name!r}: {MODEL!r} has path, weight and on_error, no other reward a path")
+        if spec.path is not None:
+            continue
+        definition = find("reward", spec.name, spec.file, "rewards")
         on_error = None if spec.on_error == "mask" else float(spec.on_error)
         function = bind(f"rewards: {spec.name!r}", definition.target, spec.args, unsafe)
         rewards.append(Reward(spec.name, spec.weight, function, definition.per, on_error, spec.seconds))
