@@ -73,7 +73,7 @@ def test_turns_are_the_templates_and_only_the_models_tokens_count() -> None:
         drawn = [token for token, p in zip(episode.token_ids, episode.logprobs, strict=True) if not math.isnan(p)]
         assert tokenizer.decode(drawn) == f"{messages[1]['content']}{END}{messages[3]['content']}{END}"
         assert any(prompt == ids[: len(prompt)] for prompt in engine.rounds[1])  # no token was made anew
-        assert episode.metrics["tool_calls"] == 1
+        assert episode.metrics["environment/tool_calls"] == 1
     assert short.logprobs[0] != short.logprobs[-1]  # each round has its own seed
 
 
@@ -106,7 +106,7 @@ def test_a_model_is_told_what_was_wrong_with_its_call(said: str, told: str | Non
     _, [episode] = talk(load_environment(spec("calculator")), say, ["?"])
     content = episode.messages[1]["content"]
     assert content == "1" if told is None else content.startswith("error: ") and told in content
-    assert episode.metrics["tool_errors"] == (told is not None)
+    assert episode.metrics["environment/tool_errors"] == (told is not None)
     assert episode.messages[-1]["content"] == "never mind"
 
 
@@ -180,7 +180,11 @@ def test_a_tool_that_never_returns_is_an_error_that_the_model_is_told(mine: Path
     _, [episode] = talk(environment, calculating, ["slow"], seconds=0.3)
     assert time.monotonic() - start < 20
     assert episode.messages[1]["content"] == "error: took longer than 0.3 s"
-    assert (episode.metrics["late_answers"], episode.metrics["tool_errors"], episode.failure) == (1, 1, "")
+    assert (episode.metrics["environment/late"], episode.metrics["environment/tool_errors"], episode.failure) == (
+        1,
+        1,
+        "",
+    )
 
 
 def test_an_environment_of_plain_turns_and_what_is_wrong_with_its_replies(mine: Path) -> None:
@@ -199,7 +203,7 @@ def test_an_environment_of_plain_turns_and_what_is_wrong_with_its_replies(mine: 
     assert "must be a list" in episodes[2].failure
     assert "longer than 0.5 s" in episodes[3].failure
     _, [cut] = talk(environment, say, ["go"], max_turns=2)
-    assert (cut.reward, cut.turn, cut.metrics["out_of_turns"], len(cut.messages)) == (0.0, 2, 1, 3)
+    assert (cut.reward, cut.turn, cut.metrics["environment/out_of_turns"], len(cut.messages)) == (0.0, 2, 1, 3)
     _, [full] = talk(environment, say, ["go"], limit=20)  # no room behind the environment's words
     assert (full.finish_reason, full.turn, math.nan in full.logprobs) == ("length", 1, False)
 
@@ -235,7 +239,7 @@ def test_mistakes(mine: Path, tmp_path: Path) -> None:
         (spec("also here", mine), "no environment named 'also here'; allowed: game, half, slow"),
         (spec("half", mine), "has no method reply"),
         (spec("search"), "args.files is missing"),
-        (spec("search", args={"files": ["nowhere.txt"]}), "FileNotFoundError"),
+        (spec("search", args={"files": ["nowhere.txt"]}), "No such file"),
         (spec("game", tmp_path / "none.py"), "no such file (environment 'game')"),
     ):
         with pytest.raises(UserError, match=re.escape(said)):
@@ -279,7 +283,7 @@ def test_python_runs_in_the_sandbox() -> None:
     said = environment.reply(None, Turn("", "", tuple(Call("python", {"code": code}) for code in programs)))
     answers = [message["content"] for message in said]
     assert answers[0] == "42\n"
-    assert answers[1] == "1\n\nerror: error: ZeroDivisionError: division by zero"
+    assert answers[1] == "error: ZeroDivisionError: division by zero\nprinted: 1\n"
     assert answers[2].startswith("error: ")
     assert answers[3] == "error: timeout"
     assert "characters left out" in answers[4]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -56,21 +55,11 @@ class ModelReward:
         """Collective: grades the samples, `group` of a prompt, beside what other rewards gave them."""
         spec, values = self.spec, self._values(samples)
         failed = np.isnan(values)
-        masked = failed & (spec.on_error == "mask")
-        worth = spec.weight * np.where(failed, 0.0 if spec.on_error == "mask" else float(spec.on_error), values)
-        samples.masked |= masked
-        samples.rewards = mask(samples.rewards + worth, samples.masked, group)
+        instead = 0.0 if spec.on_error == "mask" else float(spec.on_error)
+        samples.masked |= failed & (spec.on_error == "mask")
+        samples.rewards += spec.weight * np.where(failed, instead, values)
+        samples.rewards = mask(samples.rewards, samples.masked, group)
         samples.rewards_by_name[spec.name] = values
-        for mine, k in zip(range(len(samples.grades)), samples.drawn, strict=False):
-            grade = samples.grades[mine]
-            why = {spec.name: "its template does not write the conversation, or not within the model's positions"}
-            samples.grades[mine] = replace(
-                grade,
-                rewards=grade.rewards | ({} if failed[k] else {spec.name: float(values[k])}),
-                total=grade.total + float(worth[k]),
-                masked=grade.masked or bool(masked[k]),
-                failures={**grade.failures, **(why if failed[k] else {})},
-            )
 
     def _values(self, samples: Samples) -> np.ndarray:
         """[n] NaN where the model cannot read a conversation."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import math
 import operator
 import re
@@ -18,16 +17,13 @@ from megatron_posttrain.errors import UserError
 
 _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow, ast.USub: operator.neg,
-    ast.UAdd: operator.pos,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
 }  # fmt: skip
-LARGEST_BITS = 4096  # of a number that is computed with
+LARGEST_BITS = 4096  # of a power
 
 
 @environment("calculator")
 class CalculatorEnvironment(ToolEnvironment):
-    """Sums, products, quotients and powers of numbers."""
-
     def __init__(self) -> None:
         super().__init__(self.calculator)
 
@@ -44,8 +40,8 @@ def _value(node: ast.expr) -> Any:
     match node:
         case ast.Constant(value=int() | float() as value):
             return value
-        case ast.UnaryOp(op=op, operand=operand) if type(op) in _OPERATORS:
-            return _OPERATORS[type(op)](_value(operand))
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_value(operand)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             a, b = _value(left), _value(right)
             if isinstance(op, ast.Pow) and abs(b) * math.log2(abs(a) + 2) > LARGEST_BITS:
@@ -56,11 +52,7 @@ def _value(node: ast.expr) -> Any:
 
 @environment("python")
 class PythonEnvironment(ToolEnvironment):
-    """Programs, each in a sandbox of its own (`megatron_posttrain.sandbox`).
-
-    Args:
-        seconds, memory_mib: that a program may take.
-    """
+    """Programs, each in a sandbox of its own, for `seconds` and with `memory_mib` at most."""
 
     def __init__(self, *, seconds: float = 10.0, memory_mib: int = 1024, unsafe: bool = False) -> None:
         sandbox.check_isolation("environment: 'python'", unsafe)
@@ -77,17 +69,13 @@ class PythonEnvironment(ToolEnvironment):
         if result.status == "ok":
             return result.stdout
         why = result.stderr.strip().splitlines()[-1:] or [result.status]
-        return f"{result.stdout}\n{ERROR}{result.status}: {why[0]}" if result.stdout else f"{ERROR}{why[0]}"
+        return f"{ERROR}{why[0]}" + (f"\nprinted: {result.stdout}" if result.stdout else "")
 
 
 @environment("search")
 class SearchEnvironment(ToolEnvironment):
-    """Passages of local files that suit a query best, by BM25 (Robertson and Zaragoza 2009) with k1 1.2, b 0.75.
-
-    Args:
-        files: .jsonl with a `text` a row, others with passages between empty lines; directories are searched for both.
-        results: passages an answer.
-    """
+    """The `results` passages of text `files`, or of all in directories, that suit a query best, by BM25 (Robertson and
+    Zaragoza 2009) with k1 1.2 and b 0.75. Passages lie between empty lines."""
 
     def __init__(self, *, files: list[str], results: int = 3) -> None:
         self.passages = [passage for name in files for passage in _passages(Path(name))]
@@ -95,12 +83,10 @@ class SearchEnvironment(ToolEnvironment):
             raise UserError(f"environment: 'search': args.files {files}: no text in them")
         self._results = results
         self._index: dict[str, list[tuple[int, int]]] = defaultdict(list)  # word -> (passage, times)
-        self._lengths = [0] * len(self.passages)
         for number, passage in enumerate(self.passages):
-            counts = Counter(_words(passage))
-            self._lengths[number] = counts.total()
-            for word, times in counts.items():
+            for word, times in Counter(_words(passage)).items():
                 self._index[word].append((number, times))
+        self._lengths = [len(_words(passage)) for passage in self.passages]
         super().__init__(self.search)
 
     def search(self, query: str) -> str:
@@ -130,12 +116,9 @@ def _words(text: str) -> list[str]:
 
 
 def _passages(place: Path) -> list[str]:
-    if place.is_dir():
-        return [passage for file in sorted(place.rglob("*")) if file.is_file() for passage in _passages(file)]
     try:
-        text = place.read_text()
-        if place.suffix != ".jsonl":
-            return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
-        return [str(json.loads(line)["text"]) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"environment: 'search': args.files {place}: {type(error).__name__}: {error}") from None
+        files = [file for file in sorted(place.rglob("*")) if file.is_file()] if place.is_dir() else [place]
+        texts = [file.read_text() for file in files]
+    except (OSError, ValueError) as error:
+        raise UserError(f"environment: 'search': args.files {place}: {error}") from None
+    return [part.strip() for text in texts for part in re.split(r"\n\s*\n", text) if part.strip()]

@@ -19,6 +19,7 @@ from megatron_posttrain.config.algorithms import GrpoConfig
 from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.data.messages import Message
+from megatron_posttrain.environments.dialogue import read_calls
 from megatron_posttrain.parallel.exchange import exchange, gather_rows, to_first_rank
 from megatron_posttrain.rewards.grading import Grade, compute_rewards, metric_sums
 from megatron_posttrain.rewards.registry import Reward, Sample
@@ -183,7 +184,7 @@ def generate_samples(
     said: list[Sample] = []
     grades: list[Grade] = []
     if dist.get_rank() % rollout.tensor == 0:
-        said = [_said(tokenizer, episode) for episode in episodes]
+        said = [_said(tokenizer, episode, turns) for episode in episodes]
         grades = list(map(_graded, episodes, compute_rewards(said, rewards)))
     facts = np.zeros((share + 1, 5 + len(rewards)))
     facts[-1, 0] = seconds
@@ -193,6 +194,7 @@ def generate_samples(
         facts[k, 3:] = grade.total, grade.masked, *(grade.rewards.get(r.name, np.nan) for r in rewards)
     everywhere = gather_rows(torch.from_numpy(facts)).numpy()[:: rollout.tensor]
     known = everywhere[:, :-1].reshape(-1, facts.shape[1])[: len(of_sample)].T
+    turn_sums = {name: (float(sum(e.metrics[name] for e in episodes)), len(episodes)) for name in turns.metrics}
     return Samples(
         prompts=of_sample,
         lengths=known[0].astype(np.int64),
@@ -205,15 +207,13 @@ def generate_samples(
         drawn=drawn,
         token_ids=[np.array(e.token_ids, np.int32) for e in episodes],
         logprobs=[np.array(e.logprobs, np.float32) for e in episodes],
-        messages=[
-            e.messages or [{"role": "assistant", "content": s.response}] for e, s in zip(episodes, said, strict=False)
-        ],
+        messages=[e.messages for e in episodes] if said else [],
         texts=[
-            response_text(tokenizer, e.token_ids) if e.begun else s.response
-            for e, s in zip(episodes, said, strict=False)
+            response_text(tokenizer, e.token_ids) if e.begun else x.response
+            for e, x in zip(episodes, said, strict=bool(said))
         ],
         grades=grades,
-        logged=_means(metric_sums(grades) | _turn_sums(episodes if said else [], turns)),
+        logged=_means(metric_sums(grades) | (turn_sums if said else {})),
         ranks_per_replica=rollout.tensor,
         share=share,
     )
@@ -240,31 +240,21 @@ def _drawn(episode: Episode) -> int:
     return len(episode.logprobs) - int(np.isnan(episode.logprobs).sum())
 
 
-def _said(tokenizer: Any, episode: Episode) -> Sample:
-    """What rewards see: the last turn."""
+def _said(tokenizer: Any, episode: Episode, turns: Turns) -> Sample:
+    """What rewards see: the last turn. One that still asks a tool has no answer, whatever the call holds."""
     prompt, text = episode.prompt, response_text(tokenizer, episode.said)
-    parts = split_response(tokenizer, episode.asked, episode.said, text)
-    cut = episode.finish_reason == "length"
-    return Sample(prompt.messages, text, prompt.answer, prompt.metadata, *parts, _drawn(episode), cut, episode.reward)
+    reasoning, final = split_response(tokenizer, episode.asked, episode.said, text)
+    final = "" if read_calls(turns.form, final) else final
+    if [m["role"] for m in episode.messages[-1:]] != ["assistant"]:  # one turn, or cut off
+        episode.messages.append({"role": "assistant", "content": text})
+    facts = prompt.messages, text, prompt.answer, prompt.metadata, reasoning, final
+    return Sample(*facts, _drawn(episode), episode.finish_reason == "length", episode.reward)
 
 
 def _graded(episode: Episode, grade: Grade) -> Grade:
     if not episode.failure:
         return grade
     return replace(grade, masked=True, failures={**grade.failures, "environment": episode.failure})
-
-
-def _turn_sums(episodes: Sequence[Episode], turns: Turns) -> dict[str, tuple[float, int]]:
-    """Sum and count of what conversations log."""
-    of_environment = ("tool_calls", "tool_errors", "late_answers", "out_of_turns")
-    names = of_environment if turns.environment is not None else ()
-    sums = {f"environment/{name}": (float(sum(e.metrics[name] for e in episodes)), len(episodes)) for name in names}
-    if turns.environment is not None:
-        sums["environment/turns"] = float(sum(e.turn for e in episodes)), len(episodes)
-        sums["environment/failed"] = float(sum(bool(e.failure) for e in episodes)), len(episodes)
-    if turns.thinking_tokens is not None:
-        sums["thinking_stopped"] = float(sum(e.metrics["thinking_stopped"] for e in episodes)), len(episodes)
-    return {name: pair for name, pair in sums.items() if pair[1]}
 
 
 def save_samples(path: Path, samples: Samples) -> None:
@@ -281,10 +271,11 @@ def save_samples(path: Path, samples: Samples) -> None:
 
 def _record(samples: Samples, k: int, mine: int) -> dict[str, Any]:
     """Of sample `k`, the replica's number `mine`."""
-    prompt, grade, logprobs = samples.prompts[k], samples.grades[mine], samples.logprobs[mine]
-    drawn = ~np.isnan(logprobs)
+    prompt, failures = samples.prompts[k], samples.grades[mine].failures
+    drawn = ~np.isnan(samples.logprobs[mine])
     turns = {} if drawn.all() else {"turns": samples.messages[mine], "mask": drawn.astype(int).tolist()}
-    failed = {"failures": grade.failures, "masked": grade.masked} if grade.failures else {}
+    masked = bool(samples.masked[k])
+    failed = {"failures": failures, "masked": masked} if failures or masked else {}
     return (
         {
             "index": prompt.index,
@@ -293,8 +284,8 @@ def _record(samples: Samples, k: int, mine: int) -> dict[str, Any]:
             "response": samples.texts[mine],
             "prompt_token_ids": prompt.token_ids,
             "token_ids": samples.token_ids[mine].tolist(),
-            "reward": grade.total,
-            "rewards": grade.rewards,
+            "reward": float(samples.rewards[k]),
+            "rewards": {name: float(x[k]) for name, x in samples.rewards_by_name.items() if not np.isnan(x[k])},
             "advantage": float(samples.advantages[k]),
             "finish_reason": samples.finish_reason(k),
             "logprob_difference": float(samples.differences[k]) / max(1, int(samples.sampled[k])),

@@ -29,18 +29,12 @@ from megatron_posttrain.rollout.engine import RolloutEngine, Sampling
 from megatron_posttrain.rollout.text import response_text, split_response, stop_token_ids
 
 PATIENCE = 2.0  # seconds without any answer after which a round goes on without those that are missing
-_NOT_STARTED = object()
 
 
 @dataclass(frozen=True)
 class Turns:
-    """How conversations go on after a completion of the model; these: not at all.
-
-    Attributes:
-        form: of the tool calls of the environment.
-        seconds: after which an environment's answer is an error that the model is told.
-        thinking_tokens: of a turn after which reasoning is ended with `thinking_stop`; None: never.
-    """
+    """How conversations go on after a completion; these: not at all. `seconds`: that an environment may take;
+    `thinking_tokens`: of a turn, after which its reasoning is ended with `thinking_stop`."""
 
     environment: Environment | None = None
     form: CallForm | None = None
@@ -53,63 +47,36 @@ class Turns:
     def tools(self) -> list[dict[str, Any]]:
         return [] if self.environment is None else self.environment.tools
 
+    @property
+    def metrics(self) -> list[str]:
+        """Names of what episodes count."""
+        counted = ("turns", "tool_calls", "tool_errors", "late", "out_of_turns", "failed") if self.environment else ()
+        stopped = ["thinking_stopped"] if self.thinking_tokens else []
+        return [*stopped, *(f"environment/{name}" for name in counted)]
+
 
 ONE_TURN = Turns()
-
-
-@dataclass
-class Answer:
-    """What follows a turn, as the first rank of a replica tells the others."""
-
-    tokens: list[int] = field(default_factory=list)
-    messages: list[Message] = field(default_factory=list)
-    done: bool = False
-    reward: float = 0.0
-    failure: str = ""  # why there is no answer
-    late: bool = False
+Answer = tuple[list[int], list[Message], float, str]  # tokens and messages (none: it is over), reward, failure
 
 
 @dataclass
 class Episode:
-    """A sample: all that follows a prompt.
-
-    Attributes:
-        token_ids: of the model and of the environment.
-        logprobs: the engine's, of the distribution that a token was drawn from; NaN of a token that was not drawn.
-        messages: the turns, on the first rank of a replica, where there is an environment.
-        begun: where in `token_ids` the present turn of the model begins.
-        failure: of the environment: the sample must not train.
-    """
+    """A sample: what follows a prompt, of the model and of the environment."""
 
     prompt: Prompt
     seed: int
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # the engine's; NaN of a token that the model did not draw
     finish_reason: Literal["stop", "length"] = "stop"
-    messages: list[Message] = field(default_factory=list)
-    begun: int = 0
+    messages: list[Message] = field(default_factory=list)  # on the first rank of a replica, with an environment
     reward: float = 0.0
-    failure: str = ""
+    failure: str = ""  # of the environment: the sample must not train
     metrics: Counter[str] = field(default_factory=Counter)
-    state: Any = _NOT_STARTED
-    rounds: int = 0
+    state: Any = None
+    begun: int = 0  # where in `token_ids` the model's present turn begins
     turn: int = 1
-    budgeted: bool = True  # the present turn may yet come to the limit of its reasoning
-
-    def next_seed(self) -> int:
-        """Of the next completion: it depends on the sample's seed and the round alone."""
-        self.rounds += 1
-        more = np.random.SeedSequence([self.seed, self.rounds]).generate_state(1)
-        return self.seed if self.rounds == 1 else int(more[0]) >> 1
-
-    def insert(self, tokens: Sequence[int], limit: int) -> bool:
-        """Tokens that the model did not draw. False, and the sample is cut off, where they leave no room behind."""
-        if len(self.token_ids) + len(tokens) >= limit:
-            self.finish_reason = "length"
-            return False
-        self.token_ids += tokens
-        self.logprobs += [math.nan] * len(tokens)
-        return True
+    rounds: int = 0
+    thinks: bool = True  # the present turn may yet come to the limit of its reasoning
 
     @property
     def asked(self) -> list[int]:
@@ -120,6 +87,21 @@ class Episode:
     def said(self) -> list[int]:
         """Tokens of the present turn."""
         return self.token_ids[self.begun :]
+
+    def next_seed(self) -> int:
+        """It depends on the sample's seed and the round alone."""
+        self.rounds += 1
+        later = np.random.SeedSequence([self.seed, self.rounds]).generate_state(1)
+        return self.seed if self.rounds == 1 else int(later[0]) >> 1
+
+    def insert(self, tokens: Sequence[int], limit: int) -> bool:
+        """Tokens that the model did not draw. False, and the sample is cut off, where they leave no room behind."""
+        if len(self.token_ids) + len(tokens) >= limit:
+            self.finish_reason = "length"
+            return False
+        self.token_ids += tokens
+        self.logprobs += [math.nan] * len(tokens)
+        return True
 
 
 def converse(
@@ -132,163 +114,132 @@ def converse(
 ) -> list[Episode]:
     """Collective over a replica: a sample for each prompt and seed; `sampling.max_tokens` bounds all of its turns."""
     episodes = [Episode(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    rounds = _Rounds(rollout, tokenizer, sampling, turns)
     active = list(range(len(episodes)))
     pending: dict[int, Future[Any] | None] = {}  # a future on the first rank of the replica
     first = dist.get_rank() % rollout.tensor == 0
     while active or pending:
-        _generate(rollout, [episodes[i] for i in active], sampling, turns)
-        active, stopped = _after(tokenizer, episodes, active, sampling, turns)
-        for i in stopped if turns.environment is not None else ():
-            pending[i] = _ask(tokenizer, episodes[i], turns) if first else None
+        rounds.generate([episodes[i] for i in active])
+        stopped = [i for i in active if episodes[i].finish_reason == "stop"] if turns.environment else []
+        active = [i for i in active if episodes[i].finish_reason == "length" and rounds.stop_thinking(episodes[i])]
+        pending |= {i: rounds.ask(episodes[i]) if first else None for i in stopped}
         if not pending:
             continue
-        answers: dict[int, Answer] = {}
-        if first:
-            for i in _answered(pending, wait_for_one=not active):
-                answers[i] = _answer(tokenizer, episodes[i], pending[i], turns, sampling)
-        for i, answer in rollout.share(answers).items():
-            del pending[i]
-            if _go_on(episodes[i], answer, sampling.max_tokens, turns):
-                active.append(i)
-        active.sort()
+        ready = _ready(pending, wait_for_one=not active) if first else {}
+        answers = rollout.share({i: rounds.answer(episodes[i], future) for i, future in ready.items()})
+        pending = {i: future for i, future in pending.items() if i not in answers}
+        active = sorted([*active, *(i for i, answer in answers.items() if rounds.go_on(episodes[i], *answer))])
     return episodes
 
 
-def _generate(rollout: RolloutEngine, episodes: Sequence[Episode], sampling: Sampling, turns: Turns) -> None:
-    """A completion behind each of these."""
-    if not episodes:
-        return
-    limits = []
-    for episode in episodes:
-        room = sampling.max_tokens - len(episode.token_ids)
-        limits.append(min(room, turns.thinking_tokens or room) if episode.budgeted else room)
-    uneven = {"limits": limits} if set(limits) - {sampling.max_tokens} else {}
-    asked = [episode.prompt.token_ids + episode.token_ids for episode in episodes]
-    completions = rollout.generate(asked, sampling, [episode.next_seed() for episode in episodes], **uneven)
-    for episode, completion in zip(episodes, completions, strict=True):
-        episode.token_ids += completion.token_ids
-        episode.logprobs += completion.logprobs
-        episode.finish_reason = completion.finish_reason
-
-
-def _after(
-    tokenizer: Any, episodes: Sequence[Episode], numbers: Sequence[int], sampling: Sampling, turns: Turns
-) -> tuple[list[int], list[int]]:
-    """Those that go on with the same turn, behind the limit of its reasoning, and those whose turn has ended."""
-    same, ended = [], []
-    for i in numbers:
-        episode = episodes[i]
-        if episode.finish_reason == "stop":
-            ended.append(i)
-        elif turns.thinking_tokens is not None and episode.budgeted:
-            episode.budgeted = False
-            tag = _open_reasoning(tokenizer, episode)
-            words = f"{turns.thinking_stop}{tag}\n\n" if tag else ""
-            tokens = tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
-            episode.metrics["thinking_stopped"] += bool(tag)
-            if episode.insert(tokens, sampling.max_tokens):
-                same.append(i)
-    return same, ended
-
-
-def _open_reasoning(tokenizer: Any, episode: Episode) -> str | None:
-    """The tag that would end the present turn's reasoning; None where it has none, or has ended it."""
-    text = response_text(tokenizer, [*episode.asked[-32:], *episode.said])
-    begun = len(response_text(tokenizer, episode.asked[-32:]).rstrip())
-    for begin, end in REASONING:
-        opened = text.rfind(begin)
-        if opened >= 0 and opened + len(begin) >= begun and end not in text[opened:]:
-            return end
-    return None
-
-
-def _ask(tokenizer: Any, episode: Episode, turns: Turns) -> Future[Any]:
-    """The environment's answer to the present turn, in a thread."""
-    environment = turns.environment
-    assert environment is not None
-    text = response_text(tokenizer, episode.said)
-    final = split_response(tokenizer, episode.asked, episode.said, text)[1]
-    turn = Turn(text, final, read_calls(turns.form, final))
-    episode.messages.append({"role": "assistant", "content": text})
-    episode.metrics["tool_calls"] += len(turn.calls)
-
-    def reply(turn: Turn) -> Any:
-        if episode.state is _NOT_STARTED:
-            episode.state = environment.start(episode.prompt)
-        return turn, environment.reply(episode.state, turn)
-
-    future = in_thread(reply, turn, turns.seconds)
-    future.turn = turn  # type: ignore[attr-defined]
-    return future
-
-
-def _answered(pending: dict[int, Future[Any] | None], *, wait_for_one: bool) -> list[int]:
-    """Conversations whose answer is there, in their order."""
-    missing = {future for future in pending.values() if future is not None}
+def _ready(pending: dict[int, Any], *, wait_for_one: bool) -> dict[int, Any]:
+    missing = set(pending.values())
     while missing:
-        nothing_yet = wait_for_one and len(missing) == len(pending)
-        done, missing = wait(missing, None if nothing_yet else PATIENCE, FIRST_COMPLETED)
+        patience = None if wait_for_one and len(missing) == len(pending) else PATIENCE
+        done, missing = wait(missing, patience, FIRST_COMPLETED)
         if not done:
             break
-    return sorted(i for i, future in pending.items() if future not in missing)
+    return {i: future for i, future in sorted(pending.items()) if future not in missing}
 
 
-def _answer(tokenizer: Any, episode: Episode, future: Any, turns: Turns, sampling: Sampling) -> Answer:
-    late = False
-    try:
-        reply = future.result()[1]
-    except TimeoutError:
-        why, late = f"took longer than {turns.seconds:g} s", True
-        if not future.turn.calls:
-            return Answer(failure=f"its reply {why}", late=True)
-        reply = tool_messages(future.turn.calls, [f"{ERROR}{why}"] * len(future.turn.calls))
-    except Exception as error:
-        return Answer(failure=last_line(error))
-    if isinstance(reply, Done):
-        return Answer(done=True, reward=float(reply.reward))
-    asked = episode.prompt.messages
-    try:
-        ends = sampling.stop_token_ids
-        tokens = following_tokens(tokenizer, episode.prompt.options, asked, reply, ends)
-    except BadRow as error:
-        return Answer(failure=str(error))
-    return Answer(tokens, reply, late=late)
+@dataclass(frozen=True)
+class _Rounds:
+    """What is done with a conversation in a round."""
 
+    rollout: RolloutEngine
+    tokenizer: Any
+    sampling: Sampling
+    turns: Turns
 
-def _go_on(episode: Episode, answer: Answer, limit: int, turns: Turns) -> bool:
-    """Whether the model has another turn."""
-    episode.reward, episode.failure = answer.reward, answer.failure
-    episode.metrics["late_answers"] += answer.late
-    errors = sum(m["role"] == "tool" and str(m["content"]).startswith(ERROR) for m in answer.messages)
-    episode.metrics["tool_errors"] += errors
-    if answer.done or answer.failure:
-        return False
-    if episode.turn == turns.max_turns:
-        episode.metrics["out_of_turns"] += 1
-        return False
-    if not episode.insert(answer.tokens, limit):
-        return False
-    episode.messages += answer.messages
-    episode.begun, episode.turn, episode.budgeted = len(episode.token_ids), episode.turn + 1, True
-    return True
+    def generate(self, episodes: Sequence[Episode]) -> None:
+        if not episodes:
+            return
+        room = [self.sampling.max_tokens - len(e.token_ids) for e in episodes]
+        limits = [
+            min(n, self.turns.thinking_tokens or n) if e.thinks else n for n, e in zip(room, episodes, strict=True)
+        ]
+        uneven = {"limits": limits} if set(limits) - {most} else {}
+        asked, seeds = [e.prompt.token_ids + e.token_ids for e in episodes], [e.next_seed() for e in episodes]
+        for e, completion in zip(episodes, self.rollout.generate(asked, self.sampling, seeds, **uneven), strict=True):
+            e.token_ids += completion.token_ids
+            e.logprobs += completion.logprobs
+            e.finish_reason = completion.finish_reason
+
+    def stop_thinking(self, e: Episode) -> bool:
+        """Ends the reasoning of a turn that is at its limit; whether the turn goes on."""
+        if self.turns.thinking_tokens is None or not e.thinks:
+            return False
+        e.thinks = False
+        asked = response_text(self.tokenizer, e.asked[-32:]).rstrip()
+        text = response_text(self.tokenizer, e.said)
+        opened = (begin + text if asked.endswith(begin) else text for begin, _ in REASONING)
+        pairs = zip(opened, REASONING, strict=True)
+        tag = next((end for said, (begin, end) in pairs if begin in said and end not in said), "")
+        words = f"{self.turns.thinking_stop}{tag}\n\n" if tag else ""
+        e.metrics["thinking_stopped"] += bool(tag)
+        return e.insert(self.tokenizer(words, add_special_tokens=False)["input_ids"], self.sampling.max_tokens)
+
+    def ask(self, e: Episode) -> Future[Any]:
+        """The environment's reply to the present turn, in a thread."""
+        environment, text = self.turns.environment, response_text(self.tokenizer, e.said)
+        assert environment is not None
+        final = split_response(self.tokenizer, e.asked, e.said, text)[1]
+        turn = Turn(text, final, read_calls(self.turns.form, final))
+        e.messages.append({"role": "assistant", "content": text})
+        e.metrics.update({"environment/turns": 1, "environment/tool_calls": len(turn.calls)})
+
+        def reply(turn: Turn) -> list[Message] | Done:
+            e.state = environment.start(e.prompt) if e.turn == 1 else e.state
+            return environment.reply(e.state, turn)
+
+        return in_thread(reply, turn, self.turns.seconds)
+
+    def answer(self, e: Episode, future: Future[Any]) -> Answer:
+        try:
+            reply = future.result()
+        except TimeoutError:
+            e.metrics["environment/late"] += 1
+            why = f"took longer than {self.turns.seconds:g} s"
+            calls = read_calls(self.turns.form, e.messages[-1]["content"])
+            reply = tool_messages(calls, [ERROR + why] * len(calls))
+            if not calls:
+                return [], [], 0.0, why
+        except Exception as error:
+            return [], [], 0.0, last_line(error)
+        if isinstance(reply, Done):
+            return [], [], float(reply.reward), ""
+        ends, prompt = self.sampling.stop_token_ids, e.prompt
+        try:
+            return following_tokens(self.tokenizer, prompt.options, prompt.messages, reply, ends), reply, 0.0, ""
+        except BadRow as error:
+            return [], [], 0.0, str(error)
+
+    def go_on(self, e: Episode, tokens: list[int], messages: list[Message], reward: float, failure: str) -> bool:
+        """Whether the model has another turn."""
+        e.reward, e.failure = reward, failure
+        errors = sum(m["role"] == "tool" and str(m["content"]).startswith(ERROR) for m in messages)
+        out_of_turns = bool(messages) and e.turn == self.turns.max_turns
+        e.metrics["environment/tool_errors"] += errors
+        e.metrics["environment/out_of_turns"] += out_of_turns
+        e.metrics["environment/failed"] += bool(failure)
+        if not messages or out_of_turns or not e.insert(tokens, self.sampling.max_tokens):
+            return False
+        e.messages += messages
+        e.begun, e.turn, e.thinks = len(e.token_ids), e.turn + 1, True
+        return True
 
 
 def load_turns(config: GrpoConfig, tokenizer: Any) -> Turns:
     """As the config says. Raises UserError for an environment that cannot be made or that the template cannot carry."""
-    rollout, spec = config.rollout, config.environment
-    thinking: dict[str, Any] = {
-        "thinking_tokens": rollout.thinking_tokens,
-        "thinking_stop": rollout.thinking_stop,
-    }
-    if rollout.thinking_tokens is not None:
-        known = f"{tokenizer.chat_template} {' '.join(tokenizer.get_added_vocab())}"
-        if not any(begin in known for begin, _ in REASONING):
-            raise UserError(
-                f"rollout.thinking_tokens={rollout.thinking_tokens}: neither the chat template nor the tokens of "
-                f"{tokenizer.name_or_path} begin reasoning; known: {', '.join(begin for begin, _ in REASONING)}"
-            )
+    limit, spec = config.rollout.thinking_tokens, config.environment
+    known = f"{tokenizer.chat_template} {' '.join(tokenizer.get_added_vocab())}"
+    if limit is not None and not any(begin in known for begin, _ in REASONING):
+        raise UserError(
+            f"rollout.thinking_tokens={limit}: neither the chat template nor the tokens of {tokenizer.name_or_path} "
+            f"begin reasoning; known: {', '.join(begin for begin, _ in REASONING)}"
+        )
     if spec is None:
-        return Turns(**thinking)
+        return Turns(thinking_tokens=limit, thinking_stop=config.rollout.thinking_stop)
     environment = load_environment(spec, unsafe=config.sandbox.unsafe)
     form = check_dialogue(tokenizer, environment, stop_token_ids(tokenizer))
-    return Turns(environment, form, spec.max_turns, spec.seconds, **thinking)
+    return Turns(environment, form, spec.max_turns, spec.seconds, limit, config.rollout.thinking_stop)
