@@ -85,8 +85,14 @@ def check_tensors(reader: HfReader, arch: Architecture) -> None:
 
 def model_directory(path: str, key: str = "model.path") -> Path:
     """A local directory, or the directory of a hub id in the local cache; nothing is downloaded."""
-    if Path(path).is_dir():
-        return Path(path)
+    if (place := Path(path)).is_dir():
+        if (place / "adapter_config.json").is_file() and not (place / "config.json").is_file():
+            raise UserError(f"{key}: {path} holds an adapter; merge it into its model first: tools/merge_adapter.py")
+        if (place / ".metadata").is_file():
+            raise UserError(f"{key}: {path} is a Megatron checkpoint; convert it: tools/convert_megatron_to_hf.py")
+        return place
+    if place.is_file():
+        raise UserError(f"{key}: {path} is a file; name its directory, {place.parent}")
     if path.count("/") == 1 and not path.startswith((".", "/")):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError

@@ -96,6 +96,8 @@ def read_header(path: Path) -> dict[str, Entry]:
         with path.open("rb") as file:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+            if prefix == b"version ":
+                raise UserError(f"{path}: a pointer of Git LFS, not the file itself; `git lfs pull` fetches it")
             if 8 + length > size:
                 raise UserError(f"{path}: truncated safetensors file ({size} bytes, its header is not complete)")
             header = json.loads(file.read(length))
@@ -131,7 +133,9 @@ class HfReader:
         index = self.directory / INDEX
         if not index.exists():
             if not (self.directory / SINGLE).exists() and not (self.directory / SINGLE).is_symlink():
-                raise UserError(f"{self.directory}: has neither {SINGLE} nor {INDEX}")
+                other = sorted(p.name for p in self.directory.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+                found = f"; found: {', '.join(other)}; save the model with transformers to get safetensors"
+                raise UserError(f"{self.directory}: has neither {SINGLE} nor {INDEX}{found if other else ''}")
             self._entries = read_header(self.directory / SINGLE)
             return
         weight_map = read_json(index).get("weight_map")

@@ -44,6 +44,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def command_parser(name: str) -> argparse.ArgumentParser:
+    """Of a command of the table: its options, and `run`, its function; imports its module."""
+    module_name, text = commands()[name]
+    module = importlib.import_module(module_name)
+    parser = argparse.ArgumentParser(
+        prog=f"megatron-posttrain {name}",
+        description=text[0].upper() + text[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=name, run=module.run)
+    module.add_arguments(parser)
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 failed, 2 bad input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -54,18 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in (known := commands()):
         print(f"error: no command '{name}'{nearest(name, known)} (one of {', '.join(known)})", file=sys.stderr)
         return 2
-    module_name, text = known[name]
-    module = importlib.import_module(module_name)
-    command = argparse.ArgumentParser(
-        prog=f"megatron-posttrain {name}",
-        description=text[0].upper() + text[1:] + ".",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(command=name)
-    module.add_arguments(command)
-    args = command.parse_args(arguments[1:])
+    args = command_parser(name).parse_args(arguments[1:])
     try:
-        return module.run(args)
+        return args.run(args)
     except UserError as error:
         return report(error)
     except OSError as error:

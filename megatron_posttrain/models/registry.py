@@ -43,6 +43,8 @@ def architecture_from_hf(config: HfConfig, keep_mtp: bool = False) -> Architectu
         raise UserError(f"config.json: model_type {kind!r} is not supported (one of {supported}){hint}")
     check_keys(config)
     arch = FAMILIES[kind].architecture(config)
+    if (moe := arch.moe) is not None and not 0 < moe.top_k <= moe.num_experts:
+        raise UserError(f"config.json: num_experts_per_tok is {moe.top_k}; allowed: 1 to its {moe.num_experts} experts")
     if any(str(name).endswith(CLASSIFIER) for name in config.get("architectures") or []):
         if len(labels := config.get("id2label") or {0: "", 1: ""}) != 1:
             raise UserError(f"config.json: a classifier of {len(labels)} labels (id2label); supported: 1, a reward")

@@ -45,9 +45,11 @@ class Checkpoints:
         self.config, self.origin = config, origin
         self._deadline: Deadline | None = None
         self._changes: list[str] = []
+        self.done = 0  # steps of the newest one that can be gone on from
         if config.resume == "auto" and origin is not None:
             newest = next((path for path in reversed(self.whole()) if damage(path) is None), None)
-            self._changes = [] if newest is None else origin.changes(newest, read_state(newest))
+            if newest is not None:
+                self._changes, self.done = origin.changes(newest, read_state(newest)), _step_of(newest)
 
     def due(self, step: int, last: bool) -> bool:
         """Whether to save after step number `step` (from 1)."""
