@@ -247,8 +247,8 @@ def test_mistakes(mine: Path, tmp_path: Path) -> None:
     values: dict[str, Any] = {"model": {"path": "-"}, "data": {"train": "-"}, "output": "-"}
     config = GrpoConfig.model_validate(values | {"environment": {"name": "calculator"}})
     with pytest.raises(UserError, match="writes tool calls in a form that is not known here"):
-        load_turns(config, tool_tokenizer(CHATML))
-    assert load_turns(config, tool_tokenizer()).form == "hermes"
+        load_turns(config.environment, config.rollout, tool_tokenizer(CHATML))
+    assert load_turns(config.environment, config.rollout, tool_tokenizer()).form == "hermes"
     thinking = GrpoConfig.model_validate(values | {"rollout": {"thinking_tokens": 2000}})
     assert any("has no effect beside rollout.max_tokens=1024" in problem for problem in thinking.problems(1))
     graded = GrpoConfig.model_validate(values | {"rewards": [{"name": "environment"}]})

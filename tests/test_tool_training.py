@@ -50,7 +50,7 @@ def config(place: Path, output: str, **changes: Any) -> dict[str, Any]:
 @pytest.mark.timeout(900)
 def test_grpo_with_a_calculator_and_a_reward_model(tmp_path: Path) -> None:
     tools = load_environment(EnvironmentConfig(name="calculator")).tools
-    make_tool_model(tmp_path / "model", 40, tools)
+    make_tool_model(tmp_path / "model", 70, tools)
     make_reward_model(tmp_path / "scorer")
     rows = [json.dumps({"question": question, "answer": answer}) for question, answer in sums(16, 99, 9)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))

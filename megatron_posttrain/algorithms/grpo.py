@@ -49,7 +49,7 @@ REFERENCE = "reference"
 def grpo(config: GrpoConfig) -> int:
     """Trains, resumes where a run stopped, exports. Exit status: 0, or REQUEUE_STATUS when asked to stop."""
     prepared = prepare(config)
-    turns = load_turns(config, prepared.tokenizer)
+    turns = load_turns(config.environment, config.rollout, prepared.tokenizer, unsafe=config.sandbox.unsafe)
     prompts = check(config, prepared.tokenizer, prepared.arch, platform().name, turns.tools)
     rewards = load_rewards(config.rewards, unsafe=config.sandbox.unsafe)
     model_reward = ModelReward.of(config, prepared)

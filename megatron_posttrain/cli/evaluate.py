@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+from pydantic import ValidationError
+
 from megatron_posttrain.cli.row_options import add_row_arguments
+from megatron_posttrain.config.schema import EnvironmentConfig
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.output import check_output
 
@@ -23,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_row_arguments(parser)
     add("--reward", default="math", metavar="NAME", help="what grades a response (default: math)")
     add("--reward-file", metavar="FILE", help="Python file that defines NAME with @reward (default: built in)")
+    add(
+        "--environment",
+        type=_environment,
+        metavar="NAME",
+        help="what answers the model's turns, or all of the config's section: '{name: search, args: {files: [a.txt]}}'",
+    )
     add("--max-tokens", type=_positive, default=256, metavar="N", help="of a response (default: 256)")
     add("--temperature", type=_temperature, default=0.0, metavar="T", help="of sampling; 0: greedy (default: 0)")
     add("--samples", type=_positive, default=1, metavar="N", help="responses a prompt (default: 1)")
@@ -31,6 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: as stored (default)")
     add("--tensor", type=_positive, default=1, metavar="N", help="tensor parallel ranks of an engine (default: 1)")
     add("--output", default="runs/evaluation", metavar="DIR", help="default: runs/evaluation")
+
+
+def _environment(text: str) -> EnvironmentConfig:
+    found = yaml.safe_load(text)
+    try:
+        return EnvironmentConfig.model_validate(found if isinstance(found, dict) else {"name": found})
+    except ValidationError as error:
+        raise argparse.ArgumentTypeError(f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from None
 
 
 def _positive(text: str) -> int:
@@ -54,6 +72,7 @@ class Job:
     tokenizer: Any
     prompts: list[Any]
     rewards: list[Any]
+    turns: Any
     max_model_len: int
     dtype: Any  # torch's
 
@@ -82,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         gpu_memory_utilization=0.9,
     )
     sampling = Sampling(args.samples, args.max_tokens, args.temperature)
-    evaluation, records = evaluate(engine, job.tokenizer, job.prompts, job.rewards, sampling, args.seed)
+    evaluation, records = evaluate(engine, job.tokenizer, job.prompts, job.rewards, sampling, args.seed, job.turns)
     if dist.get_rank() == 0:
         facts: dict[str, Any] = {"model": str(args.model), "data": str(args.data), "graded_by": args.reward}
         save(evaluation, records, Path(args.output), facts)
@@ -96,13 +115,14 @@ def run(args: argparse.Namespace) -> int:
 def _checked(args: argparse.Namespace) -> Job:
     """Raises UserError for whatever can be known before the engine is built."""
     from megatron_posttrain.checkpoint.hf import check_directory
-    from megatron_posttrain.config.schema import RewardConfig
+    from megatron_posttrain.config.schema import RewardConfig, RolloutConfig
     from megatron_posttrain.data.dataset import PromptDataset
     from megatron_posttrain.data.rows import read_rows
     from megatron_posttrain.data.tokenize import load_tokenizer
     from megatron_posttrain.parallel.network import check_interfaces
     from megatron_posttrain.rewards import load_rewards
-    from megatron_posttrain.training.limits import check_answers
+    from megatron_posttrain.rollout.turns import load_turns
+    from megatron_posttrain.training.limits import check_answers, rows_with_tools
 
     check_output(Path(args.output), "--output", FILES)
     check_interfaces()
@@ -112,6 +132,8 @@ def _checked(args: argparse.Namespace) -> Job:
     rewards = load_rewards(graded_by)
     rows = read_rows(args.data, columns=args.columns)[: args.limit]
     check_answers(rows, graded_by)
+    turns = load_turns(args.environment, RolloutConfig(), tokenizer)
+    rows = rows_with_tools(rows, turns.tools)
     prompts = PromptDataset(rows, tokenizer, sys.maxsize, omissions=args.omissions).prompts
     longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
     max_model_len = len(longest.token_ids) + args.max_tokens
@@ -122,7 +144,7 @@ def _checked(args: argparse.Namespace) -> Job:
         )
     dtype = _dtype(args)
     _check_engine(args, architecture, max_model_len, dtype.itemsize)
-    return Job(tokenizer, prompts, rewards, max_model_len, dtype)
+    return Job(tokenizer, prompts, rewards, turns, max_model_len, dtype)
 
 
 def _dtype(args: argparse.Namespace) -> Any:

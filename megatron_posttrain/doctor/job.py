@@ -222,7 +222,8 @@ class JobCheck:
             config = self.config
             from megatron_posttrain.rollout.turns import load_turns
 
-            turns = self.findings.attempt("environment", lambda: load_turns(config, self.tokenizer))
+            given, unsafe = (config.environment, config.rollout, self.tokenizer), config.sandbox.unsafe
+            turns = self.findings.attempt("environment", lambda: load_turns(*given, unsafe=unsafe))
             if turns is not None:
                 self.findings.attempt(
                     check, lambda: prompts_of(config, rows, self.tokenizer, turns.tools), lambda found: found.message

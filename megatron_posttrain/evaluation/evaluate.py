@@ -15,6 +15,7 @@ from megatron_posttrain.errors import UserError
 from megatron_posttrain.rewards import Reward
 from megatron_posttrain.rollout import RolloutEngine, Sampling
 from megatron_posttrain.rollout.samples import generate_samples
+from megatron_posttrain.rollout.turns import ONE_TURN, Turns
 
 CORRECT = 0.5  # a response whose reward is above it counts as correct
 
@@ -53,6 +54,7 @@ def evaluate(
     rewards: Sequence[Reward],
     sampling: Sampling,
     seed: int = 0,
+    turns: Turns = ONE_TURN,
 ) -> tuple[Evaluation, list[dict[str, Any]]]:
     """Collective over all ranks; all arguments but the engine are the same on all of them.
 
@@ -65,7 +67,7 @@ def evaluate(
         ValueError: a prompt with `max_tokens` exceeds the engine's `max_model_len`.
     """
     seeds = range(seed, seed + len(prompts) * sampling.n)
-    samples = generate_samples(engine, tokenizer, prompts, rewards, sampling, seeds)
+    samples = generate_samples(engine, tokenizer, prompts, rewards, sampling, seeds, turns)
     for name, values in samples.rewards_by_name.items():
         if failed := sum(map(math.isnan, values.tolist())):
             raise UserError(f"reward {name!r} failed on {failed} of {len(values)} samples; a warning above says why")

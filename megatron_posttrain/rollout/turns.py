@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch.distributed as dist
 
-from megatron_posttrain.config.algorithms import GrpoConfig
+from megatron_posttrain.config.schema import EnvironmentConfig, RolloutConfig
 from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.data.messages import BadRow, Message
 from megatron_posttrain.environments.dialogue import CallForm, check_dialogue, following_tokens, read_calls
@@ -154,10 +154,8 @@ class _Rounds:
     def generate(self, episodes: Sequence[Episode]) -> None:
         if not episodes:
             return
-        room = [self.sampling.max_tokens - len(e.token_ids) for e in episodes]
-        limits = [
-            min(n, self.turns.thinking_tokens or n) if e.thinks else n for n, e in zip(room, episodes, strict=True)
-        ]
+        most, thinking = self.sampling.max_tokens, self.turns.thinking_tokens
+        limits = [min(most - len(e.token_ids), thinking if thinking and e.thinks else most) for e in episodes]
         uneven = {"limits": limits} if set(limits) - {most} else {}
         asked, seeds = [e.prompt.token_ids + e.token_ids for e in episodes], [e.next_seed() for e in episodes]
         for e, completion in zip(episodes, self.rollout.generate(asked, self.sampling, seeds, **uneven), strict=True):
@@ -229,9 +227,11 @@ class _Rounds:
         return True
 
 
-def load_turns(config: GrpoConfig, tokenizer: Any) -> Turns:
+def load_turns(
+    spec: EnvironmentConfig | None, rollout: RolloutConfig, tokenizer: Any, *, unsafe: bool = False
+) -> Turns:
     """As the config says. Raises UserError for an environment that cannot be made or that the template cannot carry."""
-    limit, spec = config.rollout.thinking_tokens, config.environment
+    limit, stop = rollout.thinking_tokens, rollout.thinking_stop
     known = f"{tokenizer.chat_template} {' '.join(tokenizer.get_added_vocab())}"
     if limit is not None and not any(begin in known for begin, _ in REASONING):
         raise UserError(
@@ -239,7 +239,7 @@ def load_turns(config: GrpoConfig, tokenizer: Any) -> Turns:
             f"begin reasoning; known: {', '.join(begin for begin, _ in REASONING)}"
         )
     if spec is None:
-        return Turns(thinking_tokens=limit, thinking_stop=config.rollout.thinking_stop)
-    environment = load_environment(spec, unsafe=config.sandbox.unsafe)
+        return Turns(thinking_tokens=limit, thinking_stop=stop)
+    environment = load_environment(spec, unsafe=unsafe)
     form = check_dialogue(tokenizer, environment, stop_token_ids(tokenizer))
-    return Turns(environment, form, spec.max_turns, spec.seconds, limit, config.rollout.thinking_stop)
+    return Turns(environment, form, spec.max_turns, spec.seconds, limit, stop)

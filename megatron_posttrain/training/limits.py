@@ -37,10 +37,10 @@ def prompts_of(config: GrpoConfig, rows: Sequence[Row], tokenizer: Any, tools: S
     return PromptDataset(rows, tokenizer, longest, config.training.seed, config.data.omissions)
 
 
-def rows_with_tools(rows: Sequence[Row], tools: Sequence[Any]) -> Sequence[Row]:
+def rows_with_tools(rows: Sequence[Row], tools: Sequence[Any]) -> list[Row]:
     """The rows, whose prompts name an environment's tools. Raises UserError for a row that has others."""
     if not tools:
-        return rows
+        return list(rows)
     if own := next((row for row in rows if row.tools and row.tools != tools), None):
         raise UserError(f"{own.source}: the row has tools of its own, and only those of the environment are answered")
     return [replace(row, tools=list(tools)) for row in rows]
