@@ -100,7 +100,7 @@ MISTAKES = (
     _sft("Git LFS pointer for a file", "model.path={place}/pointer", "model.safetensors", "git lfs pull"),
     _sft("pickled weights only", "model.path={place}/pickled", "pytorch_model.bin", "safetensors"),
     _sft("an adapter for a model", "model.path={place}/adapter", "holds an adapter", "tools/merge_adapter.py"),
-    _sft("a file for a model", "model.path={place}/model/config.json", "is a file", "{place}/model"),
+    _sft("a file for a model", "model.path={place}/model/config.json", "is a file; name its directory"),
     _sft("more experts a token than there are", "model.path={place}/greedy model.random_init=true",
         "num_experts_per_tok is 99", "1 to its"),
     _sft("export that would replace its source", "model.path={place}/run/hf output={place}/run", "replace its hf/"),

@@ -3,8 +3,6 @@
 A directory that is written is there only when it is complete.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
@@ -13,8 +11,7 @@ from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -30,19 +27,10 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 SHARD_BYTES = 5_000_000_000
@@ -161,6 +149,14 @@ class HfReader:
         if name not in self._entries:
             raise UserError(f"{self.directory}: no tensor '{name}'{nearest(name, self._entries)}")
         return self._entries[name]
+
+    @property
+    def files(self) -> set[Path]:
+        return {entry.file for entry in self._entries.values()}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.stop - entry.start for entry in self._entries.values())
 
     def dtype(self, name: str) -> torch.dtype:
         return self.entry(name).dtype
@@ -319,12 +315,10 @@ class HfWriter:
         self.open_files.close()
         shutil.rmtree(self.partial, ignore_errors=True)
 
-    def __enter__(self) -> HfWriter:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 self.close_files()

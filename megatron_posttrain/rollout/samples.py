@@ -194,7 +194,8 @@ def generate_samples(
         facts[k, 3:] = grade.total, grade.masked, *(grade.rewards.get(r.name, np.nan) for r in rewards)
     everywhere = gather_rows(torch.from_numpy(facts)).numpy()[:: rollout.tensor]
     known = everywhere[:, :-1].reshape(-1, facts.shape[1])[: len(of_sample)].T
-    turn_sums = {name: (float(sum(e.metrics[name] for e in episodes)), len(episodes)) for name in turns.metrics}
+    counted = turns.metrics if said else []  # nothing of a replica's other ranks, which know no text
+    turn_sums = {name: (float(sum(e.metrics[name] for e in episodes)), len(episodes)) for name in counted}
     return Samples(
         prompts=of_sample,
         lengths=known[0].astype(np.int64),
@@ -213,7 +214,7 @@ def generate_samples(
             for e, x in zip(episodes, said, strict=bool(said))
         ],
         grades=grades,
-        logged=_means(metric_sums(grades) | (turn_sums if said else {})),
+        logged=_means({f"reward/{name}": pair for name, pair in metric_sums(grades).items()} | turn_sums),
         ranks_per_replica=rollout.tensor,
         share=share,
     )

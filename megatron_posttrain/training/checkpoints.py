@@ -26,10 +26,10 @@ from megatron_posttrain.training.deadline import Deadline
 from megatron_posttrain.training.disk import agree, cause, checkpoint_bytes, described, first_problem
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.optimizer import set_hyper_parameters
-from megatron_posttrain.training.optimizer_fixes import optimizer_can_resume
 from megatron_posttrain.training.record import Record
 from megatron_posttrain.training.resume import STATE_FILE, Origin
 from megatron_posttrain.training.stretches import Stretches, without_gathered_states
+from megatron_posttrain.upstream.megatron import optimizer_can_resume
 
 # Any layout can read what any other wrote. A constant: megatron-core writes into the dict that it is given.
 SHARDING = (("distrib_optim_sharding_type", "fully_reshardable"),)
