@@ -12,10 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from megatron_posttrain.config.schema import Config
 from megatron_posttrain.errors import UserError, nearest, nearest_file
 
-ConfigType = TypeVar("ConfigType", bound=Config)
+ConfigType = TypeVar("ConfigType", bound=BaseModel)
 
 
 def load_config(schema: type[ConfigType], file: str | Path | None, overrides: Sequence[str] = ()) -> ConfigType:
@@ -46,8 +45,10 @@ def load_config(schema: type[ConfigType], file: str | Path | None, overrides: Se
     return config
 
 
-def _ignored(config: Config) -> Iterator[str]:
+def _ignored(config: BaseModel) -> Iterator[str]:
     """What was set and would have no effect. A value equal to the default may stay: a run's own config has all keys."""
+    if not config.mixes and config.data.weights:
+        yield f"key 'data.train': weights of sources would be ignored by {config.command}; allowed: paths"
     for key, why in getattr(config, "ignored", {}).items():
         *parents, name = key.split(".")
         section: Any = config
@@ -63,7 +64,7 @@ def _ignored(config: Config) -> Iterator[str]:
 
 def to_yaml(config: BaseModel) -> str:
     """The resolved config as YAML, enough to run it again."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
 
 
 def describe(schema: type[BaseModel]) -> Iterator[str]:
@@ -77,6 +78,7 @@ def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, 
     for name, info in schema.model_fields.items():
         nested = _section(info.annotation)
         default = None if info.is_required() else info.get_default(call_default_factory=True)
+        name = info.alias or name
         if nested is None or not (info.is_required() or isinstance(default, BaseModel)):
             shown = "(required)" if info.is_required() else _short(default)
             yield (
@@ -130,7 +132,7 @@ def _short(value: Any) -> str:
 
 
 def _explain(schema: type[BaseModel], error: Any) -> str:
-    location = [str(part) for part in error["loc"]]
+    location = [str(part) for part in error["loc"] if part not in ("number", "by step")]  # pydantic's, of a schedule
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         names = _names_at(schema, location[:-1])
@@ -151,4 +153,4 @@ def _names_at(schema: type[BaseModel], location: Sequence[str]) -> list[str]:
     for part in location:
         if part in current.model_fields:
             current = _section(current.model_fields[part].annotation) or current
-    return list(current.model_fields)
+    return [info.alias or name for name, info in current.model_fields.items()]

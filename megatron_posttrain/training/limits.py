@@ -33,7 +33,7 @@ def prompts_of(config: GrpoConfig, rows: Sequence[Row], tokenizer: Any, tools: S
     """
     check_answers(rows, config.rewards)
     rows = rows_with_tools(rows, tools)
-    longest = config.data.sequence_length - config.rollout.max_tokens
+    longest = config.data.sequence_length - config.rollout.at(None).max_tokens
     return PromptDataset(rows, tokenizer, longest, config.training.seed, config.data.omissions)
 
 
