@@ -45,9 +45,9 @@ def load_config(schema: type[ConfigType], file: str | Path | None, overrides: Se
     return config
 
 
-def _ignored(config: BaseModel) -> Iterator[str]:
+def _ignored(config: Any) -> Iterator[str]:
     """What was set and would have no effect. A value equal to the default may stay: a run's own config has all keys."""
-    if not config.mixes and config.data.weights:
+    if not getattr(config, "mixes", True) and config.data.weights:
         yield f"key 'data.train': weights of sources would be ignored by {config.command}; allowed: paths"
     for key, why in getattr(config, "ignored", {}).items():
         *parents, name = key.split(".")

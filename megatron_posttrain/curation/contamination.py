@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_posttrain.curation.words import Hashes, Offsets, ngrams, text_of_word, words
 from megatron_posttrain.data.columns import Columns
-from megatron_posttrain.data.rows import read_records
+from megatron_posttrain.data.rows import Reader, read_records
 from megatron_posttrain.errors import UserError
 
 _BITS = np.uint64(24)  # of a table that tells nearly all n-grams apart from those of the evaluation
@@ -29,7 +29,7 @@ class Contamination:
         texts: list[str] = []
         for file in files:
             before = len(texts)
-            for row, _ in read_records(file, columns):
+            for row, _ in read_records(file, Reader(columns or {}, "any")):
                 texts.append("\n".join(str(m["content"]) for m in row.messages if m["role"] == "user"))
                 self._sources.append(row.source)
             if len(texts) == before:

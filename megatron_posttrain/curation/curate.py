@@ -22,7 +22,7 @@ from megatron_posttrain.curation.duplicates import SHINGLE, NearDuplicates
 from megatron_posttrain.curation.words import Hashes, Offsets, mixed, ngrams, text_of_word, words
 from megatron_posttrain.data.columns import Columns
 from megatron_posttrain.data.messages import Message
-from megatron_posttrain.data.rows import Row, read_records
+from megatron_posttrain.data.rows import Reader, Row, read_records
 from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.rewards.language import LANGUAGES, language_share
 
@@ -77,7 +77,7 @@ def curate(
     exact: dict[bytes, str] = {}
     counts: Counter[str] = Counter()
     total = 0
-    rows = chain.from_iterable(read_records(source, columns) for source in sources)
+    rows = chain.from_iterable(read_records(source, Reader(columns or {}, "any")) for source in sources)
     with part.open("wb") as kept, (output / DROPPED).open("wb") as dropped:
         while batch := list(islice(rows, BATCH)):
             total += len(batch)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_posttrain.data.files import records
-from megatron_posttrain.data.rows import read_records
+from megatron_posttrain.data.rows import Reader, read_records
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.rewards import Reward, Sample, compute_rewards
 from megatron_posttrain.rewards.response import split_reasoning
@@ -42,7 +42,7 @@ def read_answers(file: str) -> Answers:
     first: Any = next(records(file), ("", {}))[1]
     columns = {"prompt": "messages"} if isinstance(first, dict) and {"messages", "response"} <= first.keys() else {}
     found: dict[str, str] = {}
-    for row, _ in read_records(file, columns):
+    for row, _ in read_records(file, Reader(columns or {}, "any")):
         *asked, said = row.messages
         if said["role"] != "assistant" or not asked:
             raise UserError(f"{row.source}: no answer; allowed: {{messages or prompt, response}}, or messages with one")
