@@ -81,7 +81,7 @@ def evaluate(
     seeds = range(seed, seed + len(prompts) * sampling.n)
     samples, records = respond(engine, tokenizer, prompts, rewards, sampling, seeds, turns)
     # What every rank knows of every sample.
-    known = zip(samples.rewards.tolist(), samples.lengths.tolist(), samples.truncated.tolist(), strict=True)
+    known = zip(samples.rewards.tolist(), samples.sampled.tolist(), samples.truncated.tolist(), strict=True)
     facts = [{"reward": r, "tokens": n, "finish_reason": "length" if cut else "stop"} for r, n, cut in known]
     summary = _summary(facts, sampling, len(prompts), samples.seconds)
     vote = VOTES.get(rewards[0].name) if len(rewards) == 1 else None
@@ -111,7 +111,7 @@ def respond(
             "response": text,
             "reward": float(samples.rewards[k]),
             "rewards": {name: float(values[k]) for name, values in samples.rewards_by_name.items()},
-            "tokens": int(samples.lengths[k]),
+            "tokens": int(samples.sampled[k]),
             "finish_reason": samples.finish_reason(k),
         }
         for k, text in zip(samples.drawn, samples.texts, strict=False)
