@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 from megatron_posttrain import __version__
 from megatron_posttrain.config.algorithms import ALGORITHMS
@@ -22,6 +23,8 @@ OTHER_COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("megatron_posttrain.cli.evaluate", "generate with vLLM, grade with a reward"),
     "data": ("megatron_posttrain.cli.data", "what data files hold and how they would be read"),
     "plan": ("megatron_posttrain.cli.plan", "memory, step time and best layouts of a model on a cluster"),
+    "pipeline": ("megatron_posttrain.cli.pipeline", "stages with gates as one run that can be resumed"),
+    "report": ("megatron_posttrain.cli.report", "one offline HTML page about runs, side by side"),
     "doctor": ("megatron_posttrain.cli.doctor", "check a config, the machine and the versions"),
 }
 
@@ -44,6 +47,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def command_parser(name: str) -> tuple[ModuleType, argparse.ArgumentParser]:
+    """The module of a command, and what reads its arguments."""
+    module_name, text = commands()[name]
+    module = importlib.import_module(module_name)
+    command = argparse.ArgumentParser(
+        prog=f"megatron-posttrain {name}",
+        description=text[0].upper() + text[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(command=name)
+    module.add_arguments(command)
+    return module, command
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 failed, 2 bad input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -54,15 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in (known := commands()):
         print(f"error: no command '{name}'{nearest(name, known)} (one of {', '.join(known)})", file=sys.stderr)
         return 2
-    module_name, text = known[name]
-    module = importlib.import_module(module_name)
-    command = argparse.ArgumentParser(
-        prog=f"megatron-posttrain {name}",
-        description=text[0].upper() + text[1:] + ".",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(command=name)
-    module.add_arguments(command)
+    module, command = command_parser(name)
     args = command.parse_args(arguments[1:])
     try:
         return module.run(args)

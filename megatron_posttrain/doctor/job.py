@@ -84,7 +84,7 @@ class JobCheck:
 
     def run(self) -> None:
         directory = self._model()
-        layout = self._layout()
+        layout = self.check_layout()
         if place := self.config.model.tokenizer or directory:
             self._tokenizer(place)
         if isinstance(self.config, GrpoConfig):
@@ -143,7 +143,7 @@ class JobCheck:
 
     # ---- layout and batch ----------------------------------------------------------------------------------
 
-    def _layout(self) -> Layout | None:
+    def check_layout(self) -> Layout | None:
         config, findings = self.config, self.findings
         wanted = Layout.from_config(config.parallel, self.ranks)
         limits = "" if self.arch is not None else " (for the ranks; the model's shapes are not known)"

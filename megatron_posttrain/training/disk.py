@@ -22,7 +22,7 @@ from megatron_posttrain.platform import platform
 
 PROBE_BYTES = 1 << 20
 OPTIMIZER_BYTES = 12  # a parameter: fp32 main weight and two moments
-FILES = ("config.yaml", "metrics.jsonl", ".stop")
+FILES = ("config.yaml", "metrics.jsonl", "environment.json", ".stop")
 DIRECTORIES = ("checkpoints", "hf", "adapter", "heartbeats", "tensorboard", "rollouts")
 
 

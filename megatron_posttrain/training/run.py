@@ -92,6 +92,7 @@ class Run:
         assert self._engine is not None, "call model() first"
         self._record = Record(self.config, self.total_steps, self._first_step)
         self.say(f"{self.dataset.message}; {self.total_steps} steps on {self.prepared.layout}")
+        self._record.describe(data=self.dataset.message, layout=str(self.prepared.layout))
         for index in range(self._first_step, self.total_steps):
             step = Step(self, index)
             self._engine.begin_step(index)
