@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: no command '{name}'{nearest(name, known)} (one of {', '.join(known)})", file=sys.stderr)
         return 2
     module, command = command_parser(name)
-    args = command.parse_args(arguments[1:])
+    args = command.parse_intermixed_args(arguments[1:])  # options may stand between overrides
     try:
         return module.run(args)
     except UserError as error:

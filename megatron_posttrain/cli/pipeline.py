@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from pydantic import BaseModel
-
 from megatron_posttrain.config.load import describe
 from megatron_posttrain.errors import UserError
 
@@ -19,9 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="check every stage, print the plan, run nothing")
     add("--assume", metavar="8xH100", help="with --dry-run: GPUs of a stage; memory and step time of each")
     add("overrides", nargs="*", metavar="key.sub=value", help="take precedence over the file")
-    keys: dict[str, type[BaseModel]] = {"": PipelineConfig, "stages.NAME.": StageConfig, "stages.NAME.gates[].": Gate}
-    lines = [line for prefix, schema in keys.items() for line in describe(schema, prefix) if "stages =" not in line]
-    parser.epilog = "\n".join(["keys of FILE (key = default):", *lines, "", EPILOG])
+    shown = [line for line in describe(PipelineConfig) if " stages." not in line]
+    shown += [*describe(StageConfig, "stages.NAME."), *describe(Gate, "stages.NAME.gates[].")]
+    parser.epilog = "\n".join(["keys of FILE (key = default):", *shown, "", EPILOG])
 
 
 EPILOG = """In `run`, ${values.X} is a value, ${output} the stage's own directory, ${stage} that of another stage and
@@ -40,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(message)
 
         parser.error = refuse  # type: ignore[method-assign, assignment]
-        return parser.parse_args(list(words))
+        return parser.parse_intermixed_args(list(words))
 
     if args.assume and not args.dry_run:
         raise UserError("--assume is for --dry-run")

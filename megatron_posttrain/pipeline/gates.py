@@ -44,6 +44,6 @@ def _check(pipeline: Pipeline, stage: Stage, gate: Gate, words: str, bound: floa
 def _figure(stage: Stage, gate: Gate) -> float:
     found = figures(stage.directory, gate.steps)
     if gate.metric not in found:
-        hint = nearest(gate.metric, found)
-        raise UserError(f"stage {stage.name} has no figure '{gate.metric}'{hint} (one of {', '.join(sorted(found))})")
+        known = f"{nearest(gate.metric, found)} (one of {', '.join(sorted(found))})" if found else ", nor any other"
+        raise UserError(f"stage {stage.name} has no figure '{gate.metric}'{known}")
     return found[gate.metric]

@@ -52,7 +52,7 @@ def _checks(pipeline: Pipeline, stage: Stage, assume: str | None) -> Iterator[tu
     else:
         job.run()
     for found in findings:
-        if found.status in ("warn", "fail") or found.check in ("memory", "layout"):
+        if found.status in ("warn", "fail") or found.check == "memory":
             yield found.status, f"{found.check}: {found.found}" + (f"; {found.fix}" if found.fix else "")
 
 

@@ -112,15 +112,15 @@ def depends_on(pipeline: Pipeline, stage: Stage, hashes: Hashes) -> dict[str, st
 
     Paths below the pipeline's output are told by stage, so that the directory can be moved.
     """
-    found = {"run": " ".join((stage.command, *stage.words)), "processes": str(stage.config.processes)}
+    found = {"command": stage.command, "processes": str(stage.config.processes)}
     named = [stage.command] if stage.is_script else []
-    for word in stage.words:
-        named += [word, word.split("=", 1)[-1]]
-    if stage.job is not None:
-        keys = flat(stage.job.model_dump(mode="json"))
-        del keys["output"]
+    if stage.job is None:
+        found["arguments"] = " ".join(stage.words)
+        named += [part for word in stage.words for part in (word, word.split("=", 1)[-1])]
+    else:
+        keys = flat(stage.job.model_dump(mode="json", exclude={"output", "logging"}))
         found |= {key: json.dumps(value).replace(str(pipeline.output), "${output}") for key, value in keys.items()}
-        named += list(_texts(list(keys.values())))
+        named += list(_texts(keys))
     for name in dict.fromkeys(named):
         path = Path(name)
         if not name or "${" in name or not path.exists() or _holds(path, pipeline.output):
