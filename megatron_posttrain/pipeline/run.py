@@ -26,6 +26,7 @@ from megatron_posttrain.pipeline.hashes import Hashes, write
 from megatron_posttrain.report.collect import PIPELINE, read_json
 
 RESULT, LOG, REPLACED = "result.json", "log.txt", "replaced"
+FINISHED = ("done", "gate")
 STOPPED = 75  # of a stage that saved and wants to be run again, and then of the pipeline
 
 
@@ -80,7 +81,7 @@ def _finish(pipeline: Pipeline, stage: Stage, hashes: Hashes, stop: Stop) -> int
     sources, result = depends_on(pipeline, stage, hashes), read_json(file)
     if why := reason_to_run(stage, sources, result, hashes):
         _say(stage, why)
-        if result.get("sources", sources) != sources:  # what is there was made from something else
+        if result and (result["sources"] != sources or result["status"] in FINISHED):  # not what is wanted
             place = pipeline.output / REPLACED / stage.name
             shutil.rmtree(place, ignore_errors=True)
             place.parent.mkdir(exist_ok=True)
@@ -139,7 +140,7 @@ def reason_to_run(stage: Stage, sources: dict[str, str], result: dict[str, Any],
     before = result["sources"]
     if changed := [name for name in {**before, **sources} if before.get(name) != sources.get(name)]:
         return f"runs again, since this changed: {', '.join(changed)}"
-    if result["status"] not in ("done", "gate"):
+    if result["status"] not in FINISHED:
         return f"goes on after attempt {result['attempts']}"
     for name, value in result["outputs"].items():
         if name in stage.wanted and hashes.of(stage.directory / name) != value:
