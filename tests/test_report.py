@@ -34,10 +34,13 @@ def make_runs(root: Path) -> Path:
     for step in (1, 2):
         with (root / f"a/rollouts/step_{step:06d}.jsonl").open("w") as file:
             for k in range(8):
-                record = {"index": k // 2, "prompt": [{"role": "user", "content": f"<b>{k // 2}</b> +1?"}], 
-                          "answer": "7", "response": f"it is {k} </script>", "token_ids": [5, k], "logprobs": [-0.25, -k],
-                          "advantage": -1.5, "reward": k / 4, "rewards": {"math": k / 8, "format": None}, "finish_reason": "length",
-                          "logprob_difference": 0.5}  # fmt: skip
+                record: dict[str, Any] = {
+                    "index": k // 2,
+                    "prompt": [{"role": "user", "content": f"<b>{k // 2}</b> +1?"}],
+                }
+                record |= {"answer": "7", "response": f"it is {k} </script>", "token_ids": [5, k], "advantage": -1.5}
+                record |= {"reward": k / 4, "rewards": {"math": k / 8, "format": None}, "finish_reason": "length"}
+                record |= {"logprobs": [-0.25, -k], "logprob_difference": 0.5}
                 file.write(json.dumps(record) + "\n")
     (root / "eval").mkdir()
     figures = {"model": "x", "accuracy": 0.5, "accuracy_low": 0.3, "accuracy_high": 0.7, "prompts": 4, "samples": 1}
@@ -122,8 +125,8 @@ def test_opens_in_a_browser(page: Path) -> None:
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"none of {', '.join(BROWSERS)} is here")
-    line = [browser, "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent}/profile",
-            "--window-size=1200,6000", "--virtual-time-budget=8000", "--enable-logging=stderr", "--dump-dom", page.as_uri()]  # fmt: skip
+    options = ["--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent}/profile", "--window-size=1200,6000"]
+    line = [browser, *options, "--virtual-time-budget=8000", "--enable-logging=stderr", "--dump-dom", page.as_uri()]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=True)
     assert 'data-ready="yes"' in done.stdout
     assert "CONSOLE" not in done.stderr
