@@ -1,7 +1,5 @@
 """Errors that a user can mend: one message, no traceback, exit status 2."""
 
-from __future__ import annotations
-
 import difflib
 import os
 from collections.abc import Iterable

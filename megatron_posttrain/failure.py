@@ -1,7 +1,5 @@
 """Why a process ends; in a job of several, why the first of them failed: the others only lose their peers."""
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os
@@ -41,10 +39,13 @@ def report(error: Exception) -> int:
     status = error.status if isinstance(error, UserError) else 1
     kind = "error" if isinstance(error, UserError) else type(error).__name__
     mine: dict[str, Any] = {"rank": int(os.environ.get("RANK", "0")), "reason": f"{kind}: {error}", "status": status}
-    if _ranks() == 1:
+    distributed = sys.modules.get("torch.distributed")
+    met = distributed is not None and distributed.is_initialized()
+    announced = int(os.environ.get("WORLD_SIZE", "1"))  # by a launcher
+    if (distributed.get_world_size() if distributed is not None and met else announced) == 1:
         _show(error, mine["reason"])
         return status
-    if not _ranks_have_met():
+    if not met:
         # Every rank finds the same mistake: one of a node says so, and the launcher then ends the others.
         if isinstance(error, UserError) and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(FIRST_SECONDS)
@@ -60,11 +61,8 @@ def report(error: Exception) -> int:
         print(f"rank {mine['rank']}: {mine['reason']}", file=sys.stderr, flush=True)
     else:
         own = textwrap.shorten(mine["reason"].splitlines()[0], 120, placeholder="...")
-        print(
-            f"rank {mine['rank']} ends ({own}), since rank {first['rank']} failed first: {first['reason']}",
-            file=sys.stderr,
-            flush=True,
-        )
+        why = f"rank {mine['rank']} ends ({own}), since rank {first['rank']} failed first: {first['reason']}"
+        print(why, file=sys.stderr, flush=True)
     time.sleep(FIRST_SECONDS)
     return first["status"]
 
@@ -77,17 +75,6 @@ def _show(error: Exception, reason: str) -> None:
         sys.stderr.flush()
 
 
-def _ranks() -> int:
-    """Of this job: those that have met, or that a launcher has announced."""
-    if _ranks_have_met():
-        return sys.modules["torch.distributed"].get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _ranks_have_met() -> bool:
-    return "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized()
-
-
 def _first(mine: dict[str, Any]) -> dict[str, Any]:
     """What the first rank to fail left in the job's store, which is `mine` when there is none before it."""
     found = [mine]
@@ -95,16 +82,13 @@ def _first(mine: dict[str, Any]) -> dict[str, Any]:
     def ask() -> None:
         from torch.distributed.distributed_c10d import _get_default_store
 
-        store = _get_default_store()
-        found.append(json.loads(store.compare_set("megatron_posttrain/failure", "", json.dumps(mine))))
-
-    def ask_or_not() -> None:
         try:
-            ask()
+            store = _get_default_store()
+            found.append(json.loads(store.compare_set("megatron_posttrain/failure", "", json.dumps(mine))))
         except (RuntimeError, ValueError) as error:  # its machine is gone: this rank's own reason is all there is
             print(f"rank {mine['rank']}: the job's store does not answer: {error}", file=sys.stderr, flush=True)
 
-    asker = threading.Thread(target=ask_or_not, daemon=True)
+    asker = threading.Thread(target=ask, daemon=True)
     asker.start()
     asker.join(STORE_SECONDS)
     return found[-1]

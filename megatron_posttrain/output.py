@@ -1,7 +1,5 @@
 """The directory that a command writes."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -35,8 +35,8 @@ from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.checkpoints import Checkpoints, _written_by_threads
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.export import export
-from megatron_posttrain.training.optimizer_fixes import optimizer_can_resume
 from megatron_posttrain.training.totals import per_token
+from megatron_posttrain.upstream.megatron import optimizer_can_resume
 from tests.layouts.worker import batch
 
 BUCKET = 5_000  # elements, so that even this model has many

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from megatron_posttrain.checkpoint.hf import HfReader, check_directory, directory_layout, write_directory
+from megatron_posttrain.checkpoint.hf import HfReader, check_directory, directory_layout, directory_writer
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.weights import Read, TensorPlan
@@ -80,7 +80,10 @@ def check_family(config: PreTrainedConfig, tmp_path: Path, *, moe: bool = False,
             assert_same_tensors(dict(layout.assemble(joined(arch, source, size))), saved)
 
         written = tmp_path / f"written_{fused}"
-        write_directory(written, arch, joined(arch, source, sizes[-1]), source=source, shard_bytes=20_000)
+        layout, writer = directory_writer(written, arch, source=source, shard_bytes=20_000)
+        with writer:
+            for name, tensor in layout.assemble(joined(arch, source, sizes[-1])):
+                writer.write(name, tensor)
         assert_same_tensors(saved_tensors(written), saved)
         kept = json.loads((written / "config.json").read_text())
         changed = {key for key in kept | source_config if kept.get(key) != source_config.get(key)}

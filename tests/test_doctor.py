@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_posttrain.cli.main import main
 from megatron_posttrain.config.algorithms import SftConfig
-from megatron_posttrain.doctor import compiler, machine
+from megatron_posttrain.doctor import machine
 from megatron_posttrain.doctor.findings import Findings
 from megatron_posttrain.doctor.job import Cluster, fewest_ranks
 from megatron_posttrain.errors import UserError
@@ -180,22 +180,22 @@ def test_port_in_use(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 def test_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Triton compiles against Python.h while it runs; slim images have neither compiler nor headers."""
     findings = Findings()
-    monkeypatch.setattr(compiler, "platform", lambda: SimpleNamespace(name="cuda"))
+    monkeypatch.setattr(machine, "platform", lambda: SimpleNamespace(name="cuda"))
     include = Path(sysconfig.get_paths()["include"])
     if shutil.which("gcc") and (include / "Python.h").exists():
-        compiler.check_compiler(findings)
+        machine.check_compiler(findings)
         assert findings[-1].status == "ok"
     monkeypatch.setattr(sysconfig, "get_paths", lambda *scheme: {"include": str(tmp_path)})
     if shutil.which("gcc"):
-        compiler.check_compiler(findings)
+        machine.check_compiler(findings)
         assert findings[-1].status == "fail"
         assert "Python.h" in findings[-1].found
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    compiler.check_compiler(findings)
+    machine.check_compiler(findings)
     assert "no C compiler" in findings[-1].found
     monkeypatch.setenv("CC", str(tmp_path / "cc"))
-    assert "No such file" in compiler.compiler_problem()
+    assert "No such file" in machine.compiler_problem()
 
 
 def test_lock_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,15 @@ MISTAKES = (
     _sft("model without a tensor", "model.path={place}/missing", "model.norm.weight"),
     _sft("file that is cut short", "model.path={place}/cut", "model.safetensors"),
     _sft("family that is not supported", "model.path={place}/mamba", "mamba2", "qwen3_moe"),
+    _sft("model without a tokenizer", "model.path={place}/wordless", "wordless", "tokenizer.json"),
+    _sft("Git LFS pointer for a file", "model.path={place}/pointer", "model.safetensors", "git lfs pull"),
+    _sft("pickled weights only", "model.path={place}/pickled", "pytorch_model.bin", "safetensors"),
+    _sft("an adapter for a model", "model.path={place}/adapter", "holds an adapter", "tools/merge_adapter.py"),
+    _sft("a file for a model", "model.path={place}/model/config.json", "is a file; name its directory"),
+    _sft("more experts a token than there are", "model.path={place}/greedy model.random_init=true",
+        "num_experts_per_tok is 99", "1 to its"),
+    _sft("export that would replace its source", "model.path={place}/run/hf output={place}/run", "replace its hf/"),
+    _sft("schedule that rises", "optimizer.min_lr=1", "min_lr=1.0 is above lr"),
     _sft("tokenizer without a template", "model.path={place}/bare", "chat template"),
     # ---- rollouts
     _grpo("one sample a prompt", "rollout.samples_per_prompt=1 training.global_batch_size=2",
@@ -166,6 +175,15 @@ def make_place(directory: Path) -> Path:
     cut.write_bytes(cut.read_bytes()[:-100])
     copy("mamba", {"model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"]})
     (copy("bare") / "chat_template.jinja").unlink()
+    (copy("wordless") / "tokenizer.json").unlink()
+    (copy("pointer") / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    pickled = copy("pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    (place / "adapter").mkdir()
+    (place / "adapter" / "adapter_config.json").write_text("{}")
+    copy("greedy", {"num_experts_per_tok": 99})
+    (place / "run").mkdir()
+    copy("run/hf")
     copy("short", {"max_position_embeddings": 512})
     copy("heads", {"head_dim": 24})
     copy("widths", {"hidden_size": 72})

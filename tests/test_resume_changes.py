@@ -90,6 +90,7 @@ def test_hyper_parameters_are_those_of_the_config(assets: Path, run: Path) -> No
         ("training.global_batch_size=8", "training.global_batch_size=8 differs from its 4"),
         ("training.seed=1", "training.seed=1 differs from its 0"),
         ("precision.dtype=bf16", "precision.dtype=bf16 differs from its fp32"),
+        ("lora.rank=4", 'lora={"rank": 4, "alpha": 32.0,'),
         ("data.train={assets}/fewer.jsonl", "the rows of data.train="),
         ("model.path={assets}/other", "the weights or config of model.path="),
     ],
@@ -108,6 +109,13 @@ def test_another_run_is_refused_before_a_model_is_built(assets: Path, run: Path,
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert "checkpoint.resume=never" in done.stderr
+
+
+def test_fewer_steps_than_were_trained_are_refused(assets: Path, run: Path) -> None:
+    done = train(assets, run, "training.steps=1", check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {run} has trained 2 steps, this config asks for 1; ")
+    assert saved(run) == ["step_000001", "step_000002"]
 
 
 def test_to_train_anew_leaves_no_checkpoint_of_the_run_before(assets: Path, run: Path) -> None:

@@ -19,15 +19,15 @@ from megatron_posttrain.checkpoint.hf import check_directory
 from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.config.schema import CheckpointConfig
 from megatron_posttrain.data.batch import Sequence
-from megatron_posttrain.parallel import gloo
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.platform import cpu, platform, scope
-from megatron_posttrain.training import optimizer_fixes
 from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.checkpoints import Checkpoints, _sharded_state
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.totals import per_token
+from megatron_posttrain.upstream import gloo
+from megatron_posttrain.upstream import megatron as fixes
 from tests.family_checks import tiny_model
 from tests.family_configs import tiny_configs
 from tests.launch import ranks
@@ -54,7 +54,7 @@ def train(engine: Engine) -> None:
 
 
 def without(monkeypatch: pytest.MonkeyPatch, fix: str) -> None:
-    monkeypatch.setattr(optimizer_fixes, "_FIXES", {k: v for k, v in optimizer_fixes._FIXES.items() if k != fix})
+    monkeypatch.setattr(fixes, "_FIXES", {k: v for k, v in fixes._FIXES.items() if k != fix})
 
 
 def checkpoints(tmp_path: Path) -> Checkpoints:
@@ -122,12 +122,12 @@ def test_a_stage_without_experts_has_no_step_without_its_fixes(engine: Engine, m
         group["params"] = []
 
     def saved_steps() -> set[float]:
-        with platform().megatron(), optimizer_fixes.optimizer_can_resume():
+        with platform().megatron(), fixes.optimizer_can_resume():
             state = _sharded_state(engine, loading=False)[0]["optimizer"]
         return {group["step"] for part in state.values() for group in part["optimizer"]["param_groups"]}
 
     assert saved_steps() == {1}
-    monkeypatch.setattr(optimizer_fixes, "_CHAINED_FIXES", {})
+    monkeypatch.setattr(fixes, "_CHAINED_FIXES", {})
     assert saved_steps() == {0, 1}
     without(monkeypatch, "state_dict")
     with pytest.raises(AssertionError):
@@ -141,7 +141,7 @@ def test_experts_are_marked_as_such_only_by_us(tmp_path: Path, engine: Engine) -
         stock = ColumnParallelLinear(
             8, 8, config=engine.model_config, init_method=torch.nn.init.zeros_, bias=False, is_expert=True
         )
-    assert stock.weight.allreduce, "megatron-core marks experts itself: models/build.py need not"
+    assert stock.weight.allreduce, "megatron-core marks experts itself: upstream/megatron.py need not"
     names = {n: p.allreduce for n, p in engine.modules[0].named_parameters() if ".experts." in n}
     assert names
     assert not any(names.values())
@@ -162,9 +162,9 @@ def unmended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[s
     """By workaround: what a step without it gave under tensor=2, and the gradient norm that transformers finds."""
     root = tmp_path_factory.mktemp("unmended")
     cases = {
-        "_mark_experts": "gpt-oss",
-        "_keep_correction_biases": "deepseek-v3",
-        "_split_down_projections": "deepseek-v3",
+        "mark_experts": "gpt-oss",
+        "keep_correction_biases": "deepseek-v3",
+        "split_down_projections": "deepseek-v3",
     }
     jobs = []
     for name, kind in cases.items():
@@ -179,14 +179,14 @@ def unmended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[s
     return {name: (json.loads((root / name / "facts.json").read_text()), norms[kind]) for name, kind in cases.items()}
 
 
-@pytest.mark.parametrize("name", ["_mark_experts", "_split_down_projections"])
+@pytest.mark.parametrize("name", ["mark_experts", "split_down_projections"])
 def test_gradients_are_wrong_without(unmended: dict[str, Any], name: str) -> None:
     facts, expected = unmended[name]
     assert facts["grad_norms"][0] != pytest.approx(expected, rel=1e-4)
 
 
 def test_padded_rows_fail_without_correction_biases_kept(unmended: dict[str, Any]) -> None:
-    assert "must match the size" in unmended["_keep_correction_biases"][0]["failed"]
+    assert "must match the size" in unmended["keep_correction_biases"][0]["failed"]
 
 
 @pytest.mark.skipif(platform().has_transformer_engine(), reason="Transformer Engine is installed")

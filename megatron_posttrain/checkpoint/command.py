@@ -1,7 +1,5 @@
 """What the two conversion tools share: options, the plan that --dry-run prints, exit statuses."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys
@@ -11,12 +9,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_posttrain.checkpoint.convert import Conversion, ConvertOptions, check_paths
+from megatron_posttrain.checkpoint.convert import FIXED_BYTES, Conversion, ConvertOptions, check_paths
 from megatron_posttrain.checkpoint.stream import StreamOptions, free_bytes, ranks
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import registry
-
-__all__ = ["Conversion", "add_options", "guarded", "options", "parser", "run"]
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -36,9 +32,8 @@ def parse_size(text: str) -> int:
 
 def add_options(parser: argparse.ArgumentParser, shard_size: str) -> None:
     add = parser.add_argument
-    add(
-        "--shard-size", type=parse_size, default=shard_size, help="largest file, e.g. 500MB, 5GB (default: %(default)s)"
-    )
+    size = "largest file, e.g. 500MB, 5GB (default: %(default)s)"
+    add("--shard-size", type=parse_size, default=shard_size, help=size)
     add("--dtype", choices=tuple(DTYPES), help="of the tensors written; default: as they are (FP8 becomes bf16)")
     add("--mtp", choices=("keep", "drop"), default="keep", help="multi-token-prediction layers (default: %(default)s)")
     add("--check-finite", action="store_true", help="refuse NaN and infinite values (default: off)")
@@ -110,7 +105,7 @@ def describe(conversion: Conversion, target: Path) -> str:
         ("read", f"{conversion.bytes_in / 1e9:.2f} GB"),
         ("written", f"{conversion.bytes_out / 1e9:.2f} GB in {len(conversion.files)} files"),
         ("largest tensor", f"{conversion.largest / 1e9:.3f} GB"),
-        ("anonymous memory", f"at most {conversion.memory_bound() / 1e9:.2f} GB a process"),
+        ("anonymous memory", f"at most {(FIXED_BYTES + 3 * conversion.largest) / 1e9:.2f} GB a process"),
         ("free disk", f"{free / 1e9:.2f} GB, {fits}"),
     ]
     if conversion.left_behind:

@@ -1,7 +1,5 @@
 """Two checkpoints, tensor by tensor, Hugging Face or Megatron, one tensor in memory at a time."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -96,9 +94,6 @@ def _pieces(parts: Iterator[Tensor]) -> Iterator[Tensor]:
         flat = part.contiguous().view(-1)
         for piece in flat.split(STEP):
             yield piece.float() if piece.dtype == fp8.DTYPE else piece
-
-
-# ---- the two sides ---------------------------------------------------------------------------------------
 
 
 def is_megatron(directory: Path) -> bool:

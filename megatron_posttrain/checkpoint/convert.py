@@ -1,7 +1,5 @@
 """Hugging Face directories into Megatron distributed checkpoints and back, one tensor in memory at a time."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -12,20 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_posttrain.checkpoint import megatron
+from megatron_posttrain.checkpoint import hf_files, megatron
 from megatron_posttrain.checkpoint.hf import check_tensors, directory_layout, model_directory, table_reader
-from megatron_posttrain.checkpoint.hf_files import (
-    Entry,
-    HfReader,
-    carry_side_files,
-    custom_code,
-    has_weights,
-    plan_shards,
-    read_json,
-    side_file_paths,
-    write_json,
-    write_side_files,
-)
+from megatron_posttrain.checkpoint.hf_files import HfReader, read_json, write_json
 from megatron_posttrain.checkpoint.lora import WEIGHTS, read_adapter
 from megatron_posttrain.checkpoint.stream import Item, OutputFile, StreamOptions, check_target, write_stream
 from megatron_posttrain.errors import UserError
@@ -80,16 +67,9 @@ class Conversion:
             sizes[item.name] = sizes.get(item.name, 0) + item.nbytes
         return max(sizes.values())
 
-    def memory_bound(self) -> int:
-        """Bytes of anonymous memory that a process stays below."""
-        return FIXED_BYTES + 3 * self.largest
-
     def run(self, target: Path, options: StreamOptions) -> int:
         """Collective under torchrun. Returns the bytes that this process wrote."""
         return write_stream(target, self.files, self.inputs, self.finish, options)
-
-
-# ---- Hugging Face to Megatron ----------------------------------------------------------------------------
 
 
 def plan_hf_to_megatron(directory: Path, options: ConvertOptions, weights: bool = True) -> Conversion:
@@ -106,7 +86,7 @@ def plan_hf_to_megatron(directory: Path, options: ConvertOptions, weights: bool 
     reader = HfReader(directory)
     arch = _as_stored(arch, reader)
     check_tensors(reader, arch)
-    side_file_paths(directory)
+    hf_files.side_file_paths(directory)
     layout = directory_layout(reader, arch)
 
     def dtype_of(plan: TensorPlan) -> torch.dtype:
@@ -123,15 +103,13 @@ def plan_hf_to_megatron(directory: Path, options: ConvertOptions, weights: bool 
     def finish(partial: Path) -> None:
         target = partial / megatron.HF_FILES
         target.mkdir()
-        carry_side_files(directory, target, options.custom_code)
+        hf_files.carry_side_files(directory, target, options.custom_code)
         write_json(target / "config.json", _with_dtype(side, options.dtype))
         write_json(partial / FACTS, {"experts": "fused" if layout.fused else "separate"})
         planned.finish(partial)
 
-    files = {reader.entry(name).file for name in reader.names()}
-    bytes_in = sum(reader.entry(name).stop - reader.entry(name).start for name in reader.names())
-    inputs = _inputs(directory, files, options)
-    return Conversion(arch, planned.files, inputs, finish, bytes_in, _left_behind(directory, options))
+    inputs = _inputs(directory, reader.files, options)
+    return Conversion(arch, planned.files, inputs, finish, reader.nbytes, _left_behind(directory, options))
 
 
 def _as_stored(arch: Architecture, reader: HfReader) -> Architecture:
@@ -142,7 +120,7 @@ def _as_stored(arch: Architecture, reader: HfReader) -> Architecture:
 
 
 def _left_behind(directory: Path, options: ConvertOptions) -> list[str]:
-    return [] if options.custom_code else custom_code(directory)
+    return [] if options.custom_code else hf_files.custom_code(directory)
 
 
 def _bytes_in(arch: Architecture, config: HfConfig) -> int:
@@ -165,9 +143,6 @@ def _with_dtype(config: HfConfig, dtype: torch.dtype | None) -> HfConfig:
         return config
     kept = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
     return kept | {"dtype": str(dtype).removeprefix("torch.")}
-
-
-# ---- Megatron to Hugging Face ----------------------------------------------------------------------------
 
 
 def side_files(directory: Path, source: Path | None) -> Path:
@@ -205,23 +180,16 @@ def plan_megatron_to_hf(directory: Path, options: ConvertOptions) -> Conversion:
     arch = registry.architecture_from_hf(config, keep_mtp=options.keep_mtp and source == directory / megatron.HF_FILES)
     reader = megatron.MegatronReader(directory, arch)
     layout = registry.layout(arch, _fused(directory, source, arch, options))
-    files, targets = _planned_files(arch, reader, layout, options)
-    written = fp8.without(registry.hf_config(arch, config))
     dtypes = {reader.dtype(plan) for plan in registry.tensors(arch) if plan.mapping.dtype is None}
-    written = _with_dtype(written, options.dtype or (dtypes.pop() if len(dtypes) == 1 else None))
-    if options.quantize:
-        written[fp8.FIELD] = fp8.SECTION
-
+    written = _with_dtype(
+        registry.hf_config(arch, config), options.dtype or (dtypes.pop() if len(dtypes) == 1 else None)
+    )
     own = options.source is not None or source == directory / megatron.HF_FILES
     tokenizer = None if own else _of_run(directory, "model.tokenizer")
-
-    def finish(partial: Path) -> None:
-        write_side_files(partial, targets, written, source, options.custom_code, tokenizer)
-
     sources = {directory / chunk.file for stored in reader.reader.tensors.values() for chunk in stored.chunks}
     bytes_in = sum(math.prod(plan.local_shape(1)) * reader.dtype(plan).itemsize for plan in registry.tensors(arch))
     inputs = _inputs(directory, sources, options)
-    return Conversion(arch, files, inputs, finish, bytes_in, _left_behind(source, options))
+    return _to_hf(arch, reader, layout, written, source, options, inputs, bytes_in, tokenizer)
 
 
 def plan_merge(base: Path, options: ConvertOptions) -> Conversion:
@@ -231,17 +199,10 @@ def plan_merge(base: Path, options: ConvertOptions) -> Conversion:
     arch = _as_stored(registry.architecture_from_hf(config, keep_mtp=options.keep_mtp), reader)
     check_tensors(reader, arch)
     layout = directory_layout(reader, arch)
-    files, targets = _planned_files(arch, _Parts(reader, arch, layout), layout, options)
-    written = _with_dtype(fp8.without(registry.hf_config(arch, config)), options.dtype)
-
-    def finish(partial: Path) -> None:
-        write_side_files(partial, targets, written, base, options.custom_code)
-
-    sources = {reader.entry(name).file for name in reader.names()}
     assert options.adapter is not None
-    inputs = _inputs(base, sources | {options.adapter / WEIGHTS}, options)
-    bytes_in = sum(reader.entry(name).stop - reader.entry(name).start for name in reader.names())
-    return Conversion(arch, files, inputs, finish, bytes_in, _left_behind(base, options))
+    inputs = _inputs(base, reader.files | {options.adapter / WEIGHTS}, options)
+    written = _with_dtype(registry.hf_config(arch, config), options.dtype)
+    return _to_hf(arch, _Parts(reader, arch, layout), layout, written, base, options, inputs, reader.nbytes)
 
 
 class _Parts:
@@ -257,16 +218,23 @@ class _Parts:
         yield self.read(name)[:]
 
 
-def _planned_files(
-    arch: Architecture, reader: megatron.MegatronReader | _Parts, layout: DiskLayout, options: ConvertOptions
-) -> tuple[list[OutputFile], dict[str, Entry]]:
-    """The files of a Hugging Face directory, and where in them each tensor lies."""
+def _to_hf(
+    arch: Architecture, reader: megatron.MegatronReader | _Parts, layout: DiskLayout, config: HfConfig, source: Path,
+    options: ConvertOptions, inputs: dict[str, Any], bytes_in: int, tokenizer: Path | None = None,
+) -> Conversion:  # fmt: skip
+    """Into a Hugging Face directory with this `config` and the side files of `source` and `tokenizer`."""
     tensors = _planned_tensors(arch, reader, layout, options)
-    targets, headers = plan_shards({name: planned[:2] for name, planned in tensors.items()}, options.shard_bytes)
+    shapes = {name: planned[:2] for name, planned in tensors.items()}
+    targets, headers = hf_files.plan_shards(shapes, options.shard_bytes)
     files = {name: OutputFile(name, [header], len(header)) for name, header in headers.items()}
     for name, target in targets.items():
         files[target.file.name].add(Item(name, target.dtype, target.stop - target.start, tensors[name][2]))
-    return list(files.values()), targets
+    config = fp8.without(config) | ({fp8.FIELD: fp8.SECTION} if options.quantize else {})
+
+    def finish(partial: Path) -> None:
+        hf_files.write_side_files(partial, targets, config, source, options.custom_code, tokenizer)
+
+    return Conversion(arch, list(files.values()), inputs, finish, bytes_in, _left_behind(source, options))
 
 
 def _fused(directory: Path, source: Path, arch: Architecture, options: ConvertOptions) -> bool:
@@ -274,7 +242,7 @@ def _fused(directory: Path, source: Path, arch: Architecture, options: ConvertOp
         return options.fused
     if (directory / FACTS).exists():
         return bool(read_json(directory / FACTS).get("experts") == "fused")
-    return has_weights(source) and directory_layout(HfReader(source), arch).fused
+    return hf_files.has_weights(source) and directory_layout(HfReader(source), arch).fused
 
 
 Planned = tuple[torch.dtype, tuple[int, ...], Callable[[], Iterable[Tensor]]]

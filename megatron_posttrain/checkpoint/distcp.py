@@ -5,8 +5,6 @@ A tensor is stored in chunks; each chunk is the zip archive that `torch.save` wo
 tensor never has to be in memory: its bytes can be copied from where they are.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import pickle
@@ -15,17 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, _weights_only_unpickler
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader, metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from megatron_posttrain.checkpoint.stream import map_file
 from megatron_posttrain.errors import UserError, nearest
@@ -129,16 +119,16 @@ def write_metadata(directory: Path, tensors: dict[str, Stored], objects: dict[st
     entries: dict[str, Any] = {}
     storage: dict[MetadataIndex, Any] = {}
     for key, stored in tensors.items():
-        chunks = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.shape)) for c in stored.chunks]
-        properties = TensorProperties(dtype=stored.dtype)
+        chunks = [metadata.ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.shape)) for c in stored.chunks]
+        properties = metadata.TensorProperties(dtype=stored.dtype)
         entries[key] = TensorStorageMetadata(properties, torch.Size(stored.shape), chunks)
         for number, chunk in enumerate(stored.chunks):
             storage[MetadataIndex(key, chunk.offsets, number)] = _StorageInfo(chunk.file, chunk.start, chunk.length)
     for key, place in objects.items():
-        entries[key] = BytesStorageMetadata()
+        entries[key] = metadata.BytesStorageMetadata()
         storage[MetadataIndex(key)] = _StorageInfo(place.file, place.start, place.length)
-    metadata = Metadata(entries, None, storage, StorageMeta(), "1.0.0")
-    (directory / METADATA).write_bytes(pickle.dumps(metadata))
+    catalogue = metadata.Metadata(entries, None, storage, metadata.StorageMeta(), "1.0.0")
+    (directory / METADATA).write_bytes(pickle.dumps(catalogue))
 
 
 class DistcpReader:
@@ -154,17 +144,17 @@ class DistcpReader:
         if not (self.directory / METADATA).exists():
             raise UserError(f"{self.directory}: not a Megatron distributed checkpoint (it has no {METADATA} file)")
         try:
-            metadata = FileSystemReader(self.directory).read_metadata()
+            catalogue = FileSystemReader(self.directory).read_metadata()
         except (pickle.UnpicklingError, EOFError, AttributeError) as error:
             raise UserError(f"{self.directory / METADATA}: cannot be read ({error})") from None
         self.tensors: dict[str, Stored] = {}
         sizes: dict[str, int] = {}
-        for key, entry in metadata.state_dict_metadata.items():
+        for key, entry in catalogue.state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata):
                 continue
             chunks = []
             for chunk in entry.chunks:
-                info = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+                info = catalogue.storage_data.get(MetadataIndex(key, chunk.offsets))
                 if info is None:
                     raise UserError(f"{self.directory / METADATA}: lacks the place of a part of tensor '{key}'")
                 file, start, length = info.relative_path, info.offset, info.length
@@ -191,14 +181,13 @@ class DistcpReader:
         """
         dtype, shape, chunks = self.stored(key)
         depth = len(leading)
-        inside = [c for c in chunks if _covers(c, leading)]
-        if len(inside) == 1 and inside[0].shape[depth:] == shape[depth:]:
-            chunk = inside[0]
-            return self._chunk(chunk, dtype)[tuple(i - o for i, o in zip(leading, chunk.offsets, strict=False))]
+        indices = [(c, tuple(i - o for i, o in zip(leading, c.offsets, strict=False))) for c in chunks]
+        inside = [(c, at) for c, at in indices if all(0 <= i < n for i, n in zip(at, c.shape, strict=False))]
+        if len(inside) == 1 and inside[0][0].shape[depth:] == shape[depth:]:
+            return self._chunk(inside[0][0], dtype)[inside[0][1]]
         out = torch.empty(shape[depth:], dtype=dtype)
         filled = 0
-        for chunk in inside:
-            index = tuple(i - o for i, o in zip(leading, chunk.offsets, strict=False))
+        for chunk, index in inside:
             part = self._chunk(chunk, dtype)[index]
             where = zip(chunk.offsets[depth:], chunk.shape[depth:], strict=True)
             out[tuple(slice(offset, offset + length) for offset, length in where)] = part
@@ -215,8 +204,3 @@ class DistcpReader:
         if tuple(tensor.shape) != chunk.shape or tensor.dtype != dtype:
             raise UserError(f"{path}: a chunk is {tensor.dtype} {list(tensor.shape)}, {METADATA} says otherwise")
         return tensor
-
-
-def _covers(chunk: StoredChunk, leading: Shape) -> bool:
-    ranges = zip(leading, chunk.offsets, chunk.shape, strict=False)
-    return all(offset <= index < offset + length for index, offset, length in ranges)

@@ -1,29 +1,17 @@
 """Hugging Face directories of models: checked from their headers, read and written by the weight table."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from megatron_posttrain.checkpoint.hf_files import (
-    HfReader,
-    HfWriter,
-    has_weights,
-    read_json,
-    side_file_paths,
-)
+from megatron_posttrain.checkpoint.hf_files import HfReader, HfWriter, has_weights, read_json, side_file_paths
 from megatron_posttrain.errors import UserError, nearest, nearest_file
 from megatron_posttrain.models import fp8, registry
 from megatron_posttrain.models.architecture import Architecture, HfConfig
 from megatron_posttrain.models.disk_layout import DiskLayout
 from megatron_posttrain.models.weights import Read
-
-__all__ = ["HfReader", "HfWriter", "check_directory", "read_json", "table_reader", "write_directory"]
-
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -85,8 +73,14 @@ def check_tensors(reader: HfReader, arch: Architecture) -> None:
 
 def model_directory(path: str, key: str = "model.path") -> Path:
     """A local directory, or the directory of a hub id in the local cache; nothing is downloaded."""
-    if Path(path).is_dir():
-        return Path(path)
+    if (place := Path(path)).is_dir():
+        if (place / "adapter_config.json").is_file() and not (place / "config.json").is_file():
+            raise UserError(f"{key}: {path} holds an adapter; merge it into its model first: tools/merge_adapter.py")
+        if (place / ".metadata").is_file():
+            raise UserError(f"{key}: {path} is a Megatron checkpoint; convert it: tools/convert_megatron_to_hf.py")
+        return place
+    if place.is_file():
+        raise UserError(f"{key}: {path} is a file; name its directory, {place.parent}")
     if path.count("/") == 1 and not path.startswith((".", "/")):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
@@ -145,18 +139,3 @@ def directory_writer(
     config = fp8.without(registry.hf_config(arch, read_json(Path(source) / "config.json")))
     owners = None if stages is None else {name: stages[layout.table_names(name)[0]] for name in contents}
     return layout, HfWriter(directory, contents, config, source=source, owners=owners, **options)
-
-
-def write_directory(
-    directory: Path | str,
-    arch: Architecture,
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    source: Path | str,
-    **options: Any,
-) -> None:
-    """A whole Hugging Face directory from the tensors of the weight table, by one process (see `directory_writer`)."""
-    layout, writer = directory_writer(directory, arch, source=source, **options)
-    with writer:
-        for name, tensor in layout.assemble(tensors):
-            writer.write(name, tensor)

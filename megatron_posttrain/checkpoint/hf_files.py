@@ -3,8 +3,6 @@
 A directory that is written is there only when it is complete.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
@@ -13,8 +11,7 @@ from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -30,19 +27,10 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 SHARD_BYTES = 5_000_000_000
@@ -96,6 +84,8 @@ def read_header(path: Path) -> dict[str, Entry]:
         with path.open("rb") as file:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+            if prefix == b"version ":
+                raise UserError(f"{path}: a pointer of Git LFS, not the file itself; `git lfs pull` fetches it")
             if 8 + length > size:
                 raise UserError(f"{path}: truncated safetensors file ({size} bytes, its header is not complete)")
             header = json.loads(file.read(length))
@@ -131,7 +121,9 @@ class HfReader:
         index = self.directory / INDEX
         if not index.exists():
             if not (self.directory / SINGLE).exists() and not (self.directory / SINGLE).is_symlink():
-                raise UserError(f"{self.directory}: has neither {SINGLE} nor {INDEX}")
+                other = sorted(p.name for p in self.directory.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+                found = f"; found: {', '.join(other)}; save the model with transformers to get safetensors"
+                raise UserError(f"{self.directory}: has neither {SINGLE} nor {INDEX}{found if other else ''}")
             self._entries = read_header(self.directory / SINGLE)
             return
         weight_map = read_json(index).get("weight_map")
@@ -157,6 +149,14 @@ class HfReader:
         if name not in self._entries:
             raise UserError(f"{self.directory}: no tensor '{name}'{nearest(name, self._entries)}")
         return self._entries[name]
+
+    @property
+    def files(self) -> set[Path]:
+        return {entry.file for entry in self._entries.values()}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.stop - entry.start for entry in self._entries.values())
 
     def dtype(self, name: str) -> torch.dtype:
         return self.entry(name).dtype
@@ -315,12 +315,10 @@ class HfWriter:
         self.open_files.close()
         shutil.rmtree(self.partial, ignore_errors=True)
 
-    def __enter__(self) -> HfWriter:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 self.close_files()

@@ -1,9 +1,6 @@
 """A parallel Megatron model filled from a Hugging Face directory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -17,7 +14,7 @@ from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.common import SCORE
 from megatron_posttrain.models.modules.nf4 import Part
 from megatron_posttrain.models.sharded import local_tensors, partition, position
-from megatron_posttrain.models.weights import Read, TensorPlan
+from megatron_posttrain.models.weights import TensorPlan
 from megatron_posttrain.parallel.groups import Groups
 
 
@@ -47,7 +44,7 @@ def load_hf(model_chunks: Sequence[nn.Module], arch: Architecture, reader: HfRea
             continue
         rank, size = partition(plan, local, *(tensor if plan.expert is None else expert_tensor))
         if (nf4 := getattr(local, "nf4", None)) is not None:  # a tensor at a time, by every rank
-            nf4.store([partial(_whole, read, name) for name in plan.hf], list(_parts(plan, rank, size)))
+            nf4.store([lambda name=name: read(name)[:] for name in plan.hf], list(_parts(plan, rank, size)))
             continue
         group = groups.copies if plan.expert is None else groups.expert_copies
         load = loads.setdefault(group, [0] * group.size())
@@ -59,10 +56,6 @@ def load_hf(model_chunks: Sequence[nn.Module], arch: Architecture, reader: HfRea
     for local, group, source in given:  # after all were read: they read at the same time
         if group.size() > 1:
             dist.broadcast(local, src=dist.get_global_rank(group, source), group=group)
-
-
-def _whole(read: Read, name: str) -> Tensor:
-    return read(name)[:]
 
 
 def _parts(plan: TensorPlan, rank: int, size: int) -> Iterator[Part]:

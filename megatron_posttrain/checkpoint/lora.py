@@ -7,8 +7,6 @@ up with one A; `experts.base_layer` is the first such tensor of a layer, `expert
 gpt-oss, and for other families where it is told that an adapter is 3-D.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -98,21 +96,12 @@ def read_adapter(directory: Path | str, fused: DiskLayout | None = None) -> Adap
     for module, letters in found.items():
         if set(letters) != {"A", "B"}:
             raise UserError(f"{directory / WEIGHTS}: '{module}' has lora_{next(iter(letters))} only")
-        if config.get("target_parameters") and (inner := _parameter(module, found, fused)) is not None:
-            assert fused is not None
-            pairs |= _split_experts(inner, letters["A"], letters["B"], fused, config)
+        if config.get("target_parameters") and fused and (held := _held_by(module.removesuffix(INNER), fused)):
+            name = held[0 if module.endswith(INNER) else -1]
+            pairs |= _split_experts(name, letters["A"], letters["B"], fused, config)
         else:
             pairs[module] = Pair(letters["A"], letters["B"], _scaling(config, module))
     return Adapter(pairs)
-
-
-def _parameter(module: str, found: Collection[str], fused: DiskLayout | None) -> str | None:
-    """The 3-D tensor whose adapter is called `module`; None where it is a linear layer's."""
-    container = module.removesuffix(INNER)
-    held = [] if fused is None else _held_by(container, fused)
-    if not held:
-        return None
-    return held[0] if module.endswith(INNER) or len(held) == 1 else held[-1]
 
 
 def _held_by(container: str, fused: DiskLayout) -> list[str]:
@@ -142,17 +131,13 @@ def _rows(place: Place) -> Place:
 
 
 def _scaling(config: dict[str, Any], module: str) -> float:
-    rank = _matching(config.get("rank_pattern"), module, config["r"])
-    alpha = _matching(config.get("alpha_pattern"), module, config["lora_alpha"])
+    def value(patterns: str, default: str) -> Any:
+        """By PEFT's rule: of the first key that, as a regular expression, ends the module's name."""
+        given = (config.get(patterns) or {}).items()
+        return next((of for key, of in given if re.match(rf"(.*\.)?({key})$", module)), config[default])
+
+    rank, alpha = value("rank_pattern", "r"), value("alpha_pattern", "lora_alpha")
     return scaling(alpha, rank, bool(config.get("use_rslora")))
-
-
-def _matching(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: the first key that, as a regular expression, ends the module's name."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
 
 
 def write_adapter(

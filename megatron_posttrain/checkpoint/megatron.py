@@ -1,7 +1,5 @@
 """Megatron distributed checkpoints of a model's weights: their keys, their files, and reading them."""
 
-from __future__ import annotations
-
 import io
 import json
 import math
@@ -21,7 +19,7 @@ from megatron_posttrain.checkpoint.distcp import (
     StoredChunk,
     archive,
     write_metadata,
-)
+)  # fmt: skip
 from megatron_posttrain.checkpoint.stream import Item, OutputFile
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import registry
@@ -73,9 +71,6 @@ def other_names(key: str, arch: Architecture) -> list[str]:
     return [name for name in dict.fromkeys(names) if name != key]
 
 
-# ---- writing ---------------------------------------------------------------------------------------------
-
-
 class Planned(NamedTuple):
     """The files of a checkpoint before anything is written, and its catalogue."""
 
@@ -93,10 +88,7 @@ class Planned(NamedTuple):
 
 
 def plan_files(
-    arch: Architecture,
-    dtype_of: Callable[[TensorPlan], torch.dtype],
-    read: Read,
-    shard_bytes: int | None,
+    arch: Architecture, dtype_of: Callable[[TensorPlan], torch.dtype], read: Read, shard_bytes: int | None
 ) -> Planned:
     """Every tensor's place in files of about `shard_bytes` (None: 2 GB), and from where its bytes come (`read`)."""
     files: list[OutputFile] = []
@@ -107,10 +99,12 @@ def plan_files(
     for plan in registry.tensors(arch):
         key, dtype, shape = key_of(plan, arch), dtype_of(plan), plan.local_shape(1)
         stored = tensors.setdefault(key.key, Stored(dtype, key.sizes + shape, []))
-        for start, stop in _row_ranges(shape, dtype):
-            part = (stop - start, *shape[1:])
-            head, tail = archive(dtype, (1,) * len(key.leading) + part)
-            nbytes = math.prod(part) * dtype.itemsize
+        rows = max(1, CHUNK_BYTES // (math.prod(shape[1:]) * dtype.itemsize))
+        for start in range(0, shape[0], rows):
+            stop = min(start + rows, shape[0])
+            chunk = (1,) * len(key.leading) + (stop - start, *shape[1:])
+            head, tail = archive(dtype, chunk)
+            nbytes = math.prod(chunk) * dtype.itemsize
             if not files or files[-1].nbytes + nbytes > (shard_bytes or SHARD_BYTES):
                 files.append(OutputFile(f"__{len(files)}_0.distcp"))
                 if len(files) == 1:
@@ -122,7 +116,6 @@ def plan_files(
             file.add(Item(plan.name, dtype, nbytes, partial(plan.rows, read, start, stop)))
             file.add(tail)
             offsets = key.leading + (start,) + (0,) * (len(shape) - 1)
-            chunk = (1,) * len(key.leading) + part
             stored.chunks.append(StoredChunk(offsets, chunk, file.name, begin, file.nbytes - begin))
         for module in _modules(key.key):
             numbers = [".".join(map(str, pair)) for pair in (key.leading or (0,), key.sizes or (1,))]
@@ -133,21 +126,11 @@ def plan_files(
     return Planned(files, tensors, objects)
 
 
-def _row_ranges(shape: Shape, dtype: torch.dtype) -> list[tuple[int, int]]:
-    rows = max(1, CHUNK_BYTES // (math.prod(shape[1:]) * dtype.itemsize))
-    return [(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows)]
-
-
 def _modules(key: str) -> list[str]:
     """The modules that have a state beside the tensor `key`, in one layer implementation or another."""
     module = key.rpartition(".")[0]
-    modules = [module]
-    if module.endswith("self_attention.linear_proj"):
-        modules.append(module.replace("linear_proj", "core_attention"))
-    return modules
-
-
-# ---- reading ---------------------------------------------------------------------------------------------
+    core = [module.replace("linear_proj", "core_attention")] if module.endswith("self_attention.linear_proj") else []
+    return [module, *core]
 
 
 class MegatronReader:

@@ -1,7 +1,5 @@
 """Directories written as a stream of files: in bounded memory, resumable, by several processes, atomically."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -137,10 +135,8 @@ def put_in_place(partial: Path, directory: Path) -> None:
 
 def free_bytes(directory: Path) -> int:
     """Free space of the file system that `directory` is, or would be, on."""
-    parent = directory.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    return shutil.disk_usage(parent).free
+    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
 
 
 def _together(action: Callable[[], None], here: bool = True) -> None:
@@ -157,9 +153,8 @@ def _together(action: Callable[[], None], here: bool = True) -> None:
     if (world := ranks()[1]) > 1:
         errors = [None] * world
         torch.distributed.all_gather_object(errors, error)
-    for found in errors:
-        if found is not None:
-            raise UserError(found)
+    if found := next(filter(None, errors), None):
+        raise UserError(found)
 
 
 def _is_whole(partial: Path, file: OutputFile) -> bool:
@@ -232,8 +227,7 @@ def _write_tensor(out: Any, block: Tensor, item: Item, check_finite: bool, progr
     flat = block.detach().contiguous().view(-1)
     step = STEP_BYTES // item.dtype.itemsize
     for start in range(0, len(flat), step):
-        piece = flat[start : start + step]
-        piece = piece.to(item.dtype)
+        piece = flat[start : start + step].to(item.dtype)
         if check_finite and not is_finite(piece):
             raise UserError(f"tensor '{item.name}' has NaN or infinite values as {item.dtype}")
         write_all(out, memoryview(piece.view(torch.uint8).numpy().data))

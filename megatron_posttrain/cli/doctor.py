@@ -1,7 +1,5 @@
 """`doctor`: checks the machine, a config and, on an assumed cluster, its memory; says what to fix. Needs no GPU."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -32,8 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_posttrain.doctor.compiler import check_compiler
-    from megatron_posttrain.doctor.machine import check_device, check_disk, check_network, check_ports, check_versions
+    from megatron_posttrain.doctor import machine
     from megatron_posttrain.training.process import finish, quiet_libraries
 
     if args.overrides and not args.config:
@@ -42,15 +39,15 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--ranks {args.ranks}: at least 1")
     quiet_libraries()
     findings = Findings()
-    check_versions(findings)
-    check_device(findings)
-    check_compiler(findings)
-    check_ports(findings)
-    check_network(findings)
+    machine.check_versions(findings)
+    machine.check_device(findings)
+    machine.check_compiler(findings)
+    machine.check_ports(findings)
+    machine.check_network(findings)
     if args.config:
         _check_job(args, findings)
     else:
-        check_disk(findings, Path("runs"), None)
+        machine.check_disk(findings, Path("runs"), None)
     if args.bandwidth:
         from megatron_posttrain.doctor.bandwidth import check_bandwidth
 

@@ -8,7 +8,6 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from types import ModuleType
 
 from megatron_posttrain import __version__
 from megatron_posttrain.config.algorithms import ALGORITHMS
@@ -47,18 +46,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def command_parser(name: str) -> tuple[ModuleType, argparse.ArgumentParser]:
-    """The module of a command, and what reads its arguments."""
+def command_parser(name: str) -> argparse.ArgumentParser:
+    """Of a command of the table: its options, and `run`, its function; imports its module."""
     module_name, text = commands()[name]
     module = importlib.import_module(module_name)
-    command = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog=f"megatron-posttrain {name}",
         description=text[0].upper() + text[1:] + ".",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.set_defaults(command=name)
-    module.add_arguments(command)
-    return module, command
+    parser.set_defaults(command=name, run=module.run)
+    module.add_arguments(parser)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,10 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in (known := commands()):
         print(f"error: no command '{name}'{nearest(name, known)} (one of {', '.join(known)})", file=sys.stderr)
         return 2
-    module, command = command_parser(name)
-    args = command.parse_intermixed_args(arguments[1:])  # options may stand between overrides
+    args = command_parser(name).parse_intermixed_args(arguments[1:])  # options may stand between overrides
     try:
-        return module.run(args)
+        return args.run(args)
     except UserError as error:
         return report(error)
     except OSError as error:

@@ -10,15 +10,14 @@ from megatron_posttrain.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from megatron_posttrain.pipeline.graph import Gate, PipelineConfig, StageConfig
+    from megatron_posttrain.pipeline.graph import PipelineConfig
 
     add = parser.add_argument
     add("file", metavar="FILE", help="YAML: `output`, `values`, `stages`; its `defaults: [base.yaml]` are read first")
     add("--dry-run", action="store_true", help="check every stage, print the plan, run nothing")
     add("--assume", metavar="8xH100", help="with --dry-run: GPUs of a stage; memory and step time of each")
     add("overrides", nargs="*", metavar="key.sub=value", help="take precedence over the file")
-    shown = [line for line in describe(PipelineConfig) if " stages." not in line]
-    shown += [*describe(StageConfig, "stages.NAME."), *describe(Gate, "stages.NAME.gates[].")]
+    shown = [line.replace(" stages.", " stages.NAME.") for line in describe(PipelineConfig) if " stages =" not in line]
     parser.epilog = "\n".join(["keys of FILE (key = default):", *shown, "", EPILOG])
 
 
@@ -32,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_posttrain.pipeline import graph
 
     def parse(command: str, words: Sequence[str]) -> argparse.Namespace:
-        _, parser = command_parser(command)
+        parser = command_parser(command)
 
         def refuse(message: str) -> None:
             raise UserError(message)

@@ -1,7 +1,5 @@
 """`plan`: memory and step time of a model on a cluster, the best layouts, and how to run the winner. Needs no GPU."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Sequence
@@ -40,18 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--task", choices=("pretrain", "sft", "lora", "dpo", "distill", "grpo"), default="sft", help="what is run")
     add("--teacher", help="distill: as --model; frozen, in the student's layout")
     add("--layout", help=f"one layout instead of a search; sizes left out are 1: {LAYOUT_HELP}")
-    add(
-        "--recompute",
-        choices=("auto", "none", "selective", "full"),
-        default="auto",
-        help="of activations; auto: none, and full where the search finds that nothing else fits",
-    )
-    add(
-        "--routing",
-        choices=("auto", "balanced", "natural"),
-        default="auto",
-        help="how tokens fall on experts: balanced by force or by dropping some; auto: so for pretrain, natural else",
-    )
+    add("--recompute", choices=("auto", "none", "selective", "full"), default="auto",
+        help="of activations; auto: none, and full where the search finds that nothing else fits")  # fmt: skip
+    add("--routing", choices=("auto", "balanced", "natural"), default="auto", help="how tokens fall on experts: "
+        "balanced by force or by dropping some; auto: so for pretrain, natural else")  # fmt: skip
     add("--lora-rank", type=int, default=16, help="of the adapters, for --task lora")
     add("--mean-length", type=int, help="grpo: mean tokens of a sample with its prompt; left out: 3/4 of the longest")
     add("--rollout-tensor", type=int, help="grpo: GPUs of a vLLM engine; left out: the best")
@@ -69,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     name, arch = load_architecture(args.model)
     _check(args)
-    gpu = _gpu(args)
+    of_gpu = {name: getattr(args, name) for name in ("domain", "nvlink_gb_per_s", "network_gb_per_s", "memory_gib")}
+    gpu = replace(find_gpu(args.gpu), **{name: value for name, value in of_gpu.items() if value is not None})
     counts = _counts(args.gpus)
     work = Workload(
         args.task, args.sequence_length, args.global_batch_size, args.precision, args.micro_batch_size or 0,
@@ -115,12 +106,6 @@ def _check(args: argparse.Namespace) -> None:
     for option in ("mean_length", "rollout_tensor", "offload"):
         if getattr(args, option) is not None and args.task != "grpo":
             raise UserError(f"--{option.replace('_', '-')} has an effect with --task grpo only, found {args.task}")
-
-
-def _gpu(args: argparse.Namespace) -> Gpu:
-    names = ("domain", "nvlink_gb_per_s", "network_gb_per_s", "memory_gib")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return replace(find_gpu(args.gpu), **given)
 
 
 def _counts(text: str) -> list[int]:
@@ -183,9 +168,8 @@ def _print(
     console.print(_split("Memory of the fullest rank, GiB", {k: v for k, v in best.memory_gib.items() if k != "total"}))
     console.print(_split("Time of a step, seconds", best.seconds))
     console.print(f"{best.layout}: {best.reason}")
-    low, high = spread_of(gpu, arch.moe is not None)
-    if high / low > WIDE:
-        fast, slow = _range(best, arch, gpu)
+    fast, slow = _range(best, arch, gpu)
+    if slow / fast > WIDE:
         console.print(f"published runs of one configuration differ: a step of {fast:.2f} to {slow:.2f} seconds")
     for warning in best.warnings:
         console.print(f"[yellow]warning:[/] {warning}")

@@ -78,18 +78,26 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def describe(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def describe(schema: type[BaseModel]) -> Iterator[str]:
     """One line a key: `key = default   description`; what `--help` shows."""
+    for key, default, text in keys(schema):
+        yield f"  {key + ' = ' + default:46} {text}".rstrip()
+
+
+def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(key, default as one writes it in YAML, or "(required)", allowed values and description) of every key."""
     for name, info in schema.model_fields.items():
         nested = _section(info.annotation)
         default = None if info.is_required() else info.get_default(call_default_factory=True)
-        if nested is not None and (info.is_required() or isinstance(default, BaseModel)):
-            yield from describe(nested, f"{prefix}{name}.")
-            continue
-        shown = "(required)" if info.is_required() else _short(default)
-        allowed = _allowed(info.annotation)
-        text = "; ".join(part for part in (allowed, info.description or "") if part)
-        yield f"  {prefix + name + ' = ' + shown:46} {text}".rstrip()
+        if nested is None or not (info.is_required() or isinstance(default, BaseModel)):
+            shown = "(required)" if info.is_required() else _short(default)
+            yield (
+                prefix + name,
+                shown,
+                "; ".join(part for part in (_allowed(info.annotation), info.description) if part),
+            )
+        if nested is not None:  # of a list's entries, or of a section that may be null, as well
+            yield from keys(nested, f"{prefix}{name}{'[]' if typing.get_origin(info.annotation) is list else ''}.")
 
 
 def _read(file: Path, seen: tuple[Path, ...]) -> DictConfig:
@@ -139,12 +147,12 @@ def _explain(schema: type[BaseModel], error: Any) -> str:
     if error["type"] == "extra_forbidden":
         names = _names_at(schema, location[:-1])
         parent = ".".join(location[:-1])
-        elsewhere = [line.split()[0] for line in describe(schema)]
+        elsewhere = [name for name, *_ in keys(schema)]
         same = next((name for name in elsewhere if name.rsplit(".", 1)[-1] == location[-1]), None)
         hint = f"; did you mean '{same}'?" if same else nearest(location[-1], names)
         return f"unknown key '{key}'{hint} (allowed{f' under {parent}' if parent else ''}: {', '.join(names)})"
     if error["type"] == "missing":
-        required = [line.split(" = ")[0].strip() for line in describe(schema) if " = (required)" in line]
+        required = [name for name, default, _ in keys(schema) if default == "(required)"]
         inside = [name for name in required if name.startswith(f"{key}.")]
         return f"key '{key}' is missing" + (f"; it needs {', '.join(inside)}" if inside else "")
     return f"key '{key}': {error['msg'][:1].lower() + error['msg'][1:]}, found {error['input']!r}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -15,6 +15,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     field_validator,
+    model_validator,
 )
 
 from megatron_posttrain.errors import nearest
@@ -124,9 +125,17 @@ class OptimizerConfig(Section):
     beta2: Fraction = 0.95
     epsilon: PositiveFloat = 1e-8
 
+    @model_validator(mode="after")
+    def _falls(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}, and is where the schedule ends")
+        return self
+
 
 class TrainingConfig(Section):
-    steps: PositiveInt | None = Field(None, description="optimizer steps (RL: rollout steps); null: from epochs")
+    steps: PositiveInt | None = Field(
+        None, description="optimizer steps (RL: rollout steps); null: from epochs; with both, the fewer"
+    )
     epochs: PositiveFloat | None = Field(None, description="passes over the data; null: from steps")
     global_batch_size: PositiveInt = Field(32, description="rows an optimizer step; RL: samples")
     micro_batch_size: PositiveInt = Field(1, description="rows a forward pass of one data parallel rank")

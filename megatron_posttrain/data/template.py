@@ -44,6 +44,9 @@ def keep_started(moment: datetime) -> None:
     _started = moment
 
 
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
+
+
 def load_tokenizer(directory: str | Path, model: str | Path | None = None) -> Any:
     """The fast tokenizer of a local directory (or of a hub id in the local cache), with its chat template.
 
@@ -55,6 +58,9 @@ def load_tokenizer(directory: str | Path, model: str | Path | None = None) -> An
     """
     from transformers import AutoTokenizer
 
+    if Path(directory).is_dir() and not any(next(Path(directory).glob(name), None) for name in VOCABULARIES):
+        # transformers makes one without words from config.json's model_type
+        raise UserError(f"tokenizer {directory}: no {' or '.join(VOCABULARIES)} is there; copy it from its model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except (OSError, ValueError) as error:

@@ -1,7 +1,5 @@
 """Bandwidth between ranks: collectives over all of them, and every link of the ring by itself."""
 
-from __future__ import annotations
-
 import os
 import socket
 import statistics

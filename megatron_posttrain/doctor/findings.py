@@ -1,7 +1,5 @@
 """One line of the doctor's table."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar

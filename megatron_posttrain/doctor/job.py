@@ -1,13 +1,11 @@
 """The job: config, model, layout, batch, data, and whether it fits in the memory of a cluster."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from megatron_posttrain.config.algorithms import ALGORITHMS, DistillConfig, DpoConfig, GrpoConfig
 from megatron_posttrain.config.load import load_config
@@ -34,7 +32,7 @@ from megatron_posttrain.training.prepare import (
     prepare,
     read_architecture,
     read_tokenizer,
-)
+)  # fmt: skip
 
 FP8_PRECISIONS = {"mxfp8": "mxfp8", None: "bf16"}  # config's recipe -> the planner's precision; all others: fp8
 
@@ -47,7 +45,7 @@ class Cluster:
     gpu: Gpu
 
     @classmethod
-    def parse(cls, text: str) -> Cluster:
+    def parse(cls, text: str) -> Self:
         """`8xH100`. Raises UserError."""
         match = re.fullmatch(r"\s*(\d+)\s*[xX*]\s*([A-Za-z]+\d+)\s*", text)
         if match is None or int(match[1]) < 1:
@@ -86,22 +84,21 @@ class JobCheck:
         directory = self._model()
         layout = self.check_layout()
         if place := self.config.model.tokenizer or directory:
-            self._tokenizer(place)
+            self.tokenizer = self.findings.attempt(
+                "tokenizer",
+                lambda: read_tokenizer(place, self.arch),
+                lambda tokenizer: f"{len(tokenizer)} tokens, chat template found",
+                "use the tokenizer that the model was trained with",
+            )
         if isinstance(self.config, GrpoConfig):
             self._engine(self.config)
         self._data()
         if self.cluster is not None and layout is not None:
             self._memory(layout, self.cluster)
         elif directory is not None and not self.findings.failed:
-            self._everything_else()
-
-    def _everything_else(self) -> None:
-        """Whatever training would still refuse on this machine."""
-        self.findings.attempt(
-            "start of training", lambda: prepare(self.config, self.ranks), lambda _: "nothing refused"
-        )
-
-    # ---- the model ---------------------------------------------------------------------------------------
+            # Whatever training would still refuse on this machine.
+            start = "start of training"
+            self.findings.attempt(start, lambda: prepare(self.config, self.ranks), lambda _: "nothing refused")
 
     def _model(self) -> Path | None:
         path = self.config.model.path
@@ -132,16 +129,6 @@ class JobCheck:
         else:
             fix = "" if self.arch is not None else "name its shapes: --model NAME_OR_CONFIG"
             self.findings.add("not checked here", "model", shown, fix)
-
-    def _tokenizer(self, place: Path | str) -> None:
-        self.tokenizer = self.findings.attempt(
-            "tokenizer",
-            lambda: read_tokenizer(place, self.arch),
-            lambda tokenizer: f"{len(tokenizer)} tokens, chat template found",
-            "use the tokenizer that the model was trained with",
-        )
-
-    # ---- layout and batch ----------------------------------------------------------------------------------
 
     def check_layout(self) -> Layout | None:
         config, findings = self.config, self.findings
@@ -177,8 +164,6 @@ class JobCheck:
     @property
     def device(self) -> str:
         return platform().name if self.cluster is None else "cuda"
-
-    # ---- data ----------------------------------------------------------------------------------------------
 
     def _data(self) -> None:
         data = self.config.data
@@ -244,8 +229,6 @@ class JobCheck:
             check_positions(dataset.lengths, self.arch)
         return dataset
 
-    # ---- memory --------------------------------------------------------------------------------------------
-
     def _memory(self, layout: Layout, cluster: Cluster) -> None:
         arch, config = self.arch, self.config
         if arch is None:
@@ -266,32 +249,28 @@ class JobCheck:
             self.findings.add("warn", "memory", "planned for bf16; fp32 weights and activations take twice the space",
                               "set precision.dtype=bf16 on GPUs")  # fmt: skip
         parts = sorted(((v, k) for k, v in found.memory_gib.items() if k != "total"), reverse=True)[:3]
-        shown = (
-            f"{found.memory_gib['total']:.1f} of {cluster.gpu.memory_gib:.0f} GiB ({cluster.gpus}x{cluster.gpu.name}): "
-        )
+        gpu, total = cluster.gpu, found.memory_gib["total"]
+        shown = f"{total:.1f} of {gpu.memory_gib:.0f} GiB ({cluster.gpus}x{gpu.name}): "
         shown += ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for size, name in parts)
         if found.fits:
             self.findings.add("ok", "memory", f"{shown}; about {found.step_seconds:.2f} s a step")
         else:
-            found_wrong = shown if found.memory_gib["total"] > cluster.gpu.memory_gib else f"{shown}; {found.reason}"
-            self.findings.add("fail", "memory", found_wrong, self._what_fits(arch, work, cluster))
+            shown = shown if total > gpu.memory_gib else f"{shown}; {found.reason}"
+            self.findings.add("fail", "memory", shown, self._what_fits(arch, work, cluster))
         for warning in found.warnings:
             self.findings.add("warn", "plan", warning)
 
     def _what_fits(self, arch: Architecture, work: Workload, cluster: Cluster) -> str:
-        free = Workload(
-            work.task, work.sequence_length, work.global_batch, teacher=work.teacher, teacher_path=work.teacher_path
-        )
-        best = plan(arch, cluster.gpus, free, cluster.gpu)[0]
-        if not best.fits:
-            nodes = 2 * math.ceil(cluster.gpus / cluster.gpu.per_node)
-            wider = plan(arch, nodes * cluster.gpu.per_node, free, cluster.gpu)[0]
-            if wider.fits:
-                return (
-                    f"nothing fits on these GPUs; {nodes} nodes of {cluster.gpu.per_node}: {_told(wider, cluster.gpu)}"
-                )
-            return "nothing fits on these GPUs: more of them, shorter sequences, or a smaller model (see `plan`)"
-        return _told(best, cluster.gpu)
+        gpu, teacher = cluster.gpu, {"teacher": work.teacher, "teacher_path": work.teacher_path}
+        free = Workload(work.task, work.sequence_length, work.global_batch, **teacher)  # type: ignore[arg-type]
+        best = plan(arch, cluster.gpus, free, gpu)[0]
+        if best.fits:
+            return _told(best, gpu)
+        nodes = 2 * math.ceil(cluster.gpus / gpu.per_node)
+        wider = plan(arch, nodes * gpu.per_node, free, gpu)[0]
+        if wider.fits:
+            return f"nothing fits on these GPUs; {nodes} nodes of {gpu.per_node}: {_told(wider, gpu)}"
+        return "nothing fits on these GPUs: more of them, shorter sequences, or a smaller model (see `plan`)"
 
 
 def _told(e: Estimate, gpu: Gpu) -> str:

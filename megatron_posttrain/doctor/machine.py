@@ -1,11 +1,12 @@
-"""The machine: versions, device, disk, shared memory, ports."""
-
-from __future__ import annotations
+"""The machine: versions, device, disk, shared memory, compiler, ports."""
 
 import os
 import re
 import shutil
 import socket
+import subprocess
+import sysconfig
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
@@ -117,6 +118,40 @@ def check_disk(findings: Findings, output: Path, needed_gib: float | None) -> No
     if shared.is_dir() and (size := shutil.disk_usage(shared).total / 2**30) < SHARED_MEMORY_GIB:
         findings.add("warn", "shared memory", f"/dev/shm has {size:.2f} GiB",
                      "start the container with --shm-size=16g or --ipc=host")  # fmt: skip
+
+
+SOURCE = "#include <Python.h>\nPyObject *answer(void) { return PyLong_FromLong(42); }\n"
+
+
+def check_compiler(findings: Findings) -> None:
+    """On CUDA, where Triton compiles a launcher for every kernel, in training and in vLLM; on CPU nothing does."""
+    if platform().name != "cuda":
+        return
+    if problem := compiler_problem():
+        findings.add("fail", "compiler", problem, "on every node: install gcc and the headers of this Python (Debian: "
+                     "apt-get install gcc python3-dev), or set CC")  # fmt: skip
+    else:
+        findings.add("ok", "compiler", "compiles against Python.h")
+
+
+def compiler_problem() -> str:
+    """Why a C file that includes Python.h does not compile; empty when it does. Looks where Triton looks."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        missing = "no C compiler: CC is not set, and neither gcc nor clang is on PATH"
+        return f"{missing}; Triton's kernels need one at run time"
+    scheme = sysconfig.get_default_scheme()
+    headers = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.c"
+        source.write_text(SOURCE)
+        line = [compiler, str(source), "-shared", "-fPIC", f"-I{headers}", "-o", f"{folder}/probe.so"]
+        try:
+            done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+        except OSError as error:
+            return f"CC={compiler}: {error.strerror}"
+    said = next((text for text in done.stderr.splitlines() if "error" in text), done.stderr[:200])
+    return f"{compiler} does not compile a file that includes Python.h: {said.strip()}" if done.returncode else ""
 
 
 def check_network(findings: Findings) -> None:

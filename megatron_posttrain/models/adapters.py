@@ -1,13 +1,12 @@
 """Adapters of a model's linear layers: which there are, their weight tables, and how a model gets them."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -44,20 +43,22 @@ class Target:
 
 @dataclass(frozen=True)
 class Adapters:
-    """The adapters of a model. `weights`: plans of the adapted weights, by name; `plans`: those of all A and B."""
+    """The adapters of a model."""
 
     lora: LoraConfig
     arch: Architecture
     fused: bool  # gate and up of experts share an A, as the tensor that holds both on disk has it
     targets: list[Target]
-    weights: dict[str, TensorPlan] = field(init=False)
-    plans: dict[str, TensorPlan] = field(init=False)
 
-    def __post_init__(self) -> None:
-        found = {plan.name: plan for plan in expand([t.weight for t in self.targets])}
-        object.__setattr__(self, "weights", found)
-        rows = [row for target in self.targets for row in (target.a, target.b)]
-        object.__setattr__(self, "plans", {plan.name: plan for plan in expand(rows)})
+    @cached_property
+    def weights(self) -> dict[str, TensorPlan]:
+        """Plans of the adapted weights, by name."""
+        return {plan.name: plan for plan in expand([t.weight for t in self.targets])}
+
+    @cached_property
+    def plans(self) -> dict[str, TensorPlan]:
+        """Those of all A and B."""
+        return {plan.name: plan for plan in expand([row for t in self.targets for row in (t.a, t.b)])}
 
     def target(self, plan: TensorPlan) -> Target:
         return next(t for t in self.targets if t.weight.megatron == plan.mapping.megatron)
@@ -163,9 +164,6 @@ def check_quantization(arch: Architecture, layout: Layout) -> None:
             )
 
 
-# ---- in a model ------------------------------------------------------------------------------------------
-
-
 def building(lora: LoraConfig | None, *, random: bool) -> AbstractContextManager[None]:
     """For the time in which a model is built that is to have these adapters."""
     quantized = lora is not None and lora.quantization is not None
@@ -206,16 +204,16 @@ def attach(chunks: Sequence[nn.Module], adapters: Adapters, groups: Groups, *, s
             inputs = plan.local_shape(size)[1]
             module = LoraLinear(inputs, owners, lora.rank, factor, lora.dropout, split, weight.dtype)
             with torch.no_grad():
-                adapters.plans[adapter_name(plan.name, "a")].fill(module.a, _Initial(plan, lora.rank, seed), rank, size)
+                drawn = partial(_initial, (lora.rank, plan.shapes[0][1]), seed)
+                adapters.plans[adapter_name(plan.name, "a")].fill(module.a, drawn, rank, size)
             _register(model, local_name, module)
             weight.adapter = module
 
 
 def _owners(b: Mapping, owners: tuple[int, ...], rank: int, size: int) -> Tensor:
     """[out] of this rank: the number of the A that each row of B meets."""
-    return torch.cat(
-        [torch.full((stop - start,), owners[source or 0]) for source, start, stop in b.segments(rank, size)]
-    )
+    parts = b.segments(rank, size)
+    return torch.cat([torch.full((stop - start,), owners[source or 0]) for source, start, stop in parts])
 
 
 def seed_of(*parts: int | str) -> int:
@@ -223,15 +221,10 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
 
 
-class _Initial:
-    """Reads an A by its Hugging Face name: drawn, not stored."""
-
-    def __init__(self, plan: TensorPlan, rank: int, seed: int) -> None:
-        self.shape, self.seed = (rank, plan.shapes[0][1]), seed
-
-    def __call__(self, name: str) -> Tensor:
-        generator = torch.Generator().manual_seed(seed_of(self.seed, name))
-        return (2 * torch.rand(self.shape, generator=generator) - 1) / math.sqrt(self.shape[1])
+def _initial(shape: tuple[int, int], seed: int, name: str) -> Tensor:
+    """An A [rank, in] by its Hugging Face name: drawn, not stored."""
+    generator = torch.Generator().manual_seed(seed_of(seed, name))
+    return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[1])
 
 
 def _register(model: Any, weight: str, module: LoraLinear) -> None:

@@ -4,10 +4,8 @@ The engine, the weight tables, the converters and the planner read this; only a 
 Hugging Face names.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class Architecture:
         moe = self.moe
         return moe is not None and layer >= moe.first_dense_layers and layer not in moe.dense_layers
 
-    def with_scalar_head(self) -> Architecture:
+    def with_scalar_head(self) -> Self:
         """The same layers under a new output layer of one column."""
         return replace(self, scalar_head=True, tied_embeddings=False)
 

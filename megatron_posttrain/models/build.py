@@ -1,7 +1,5 @@
 """An Architecture to megatron-core's config and this rank's model chunks."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any
@@ -19,6 +17,12 @@ from megatron_posttrain.models.weights import padded_vocab_size
 from megatron_posttrain.parallel.layout import Layout, stage_layers
 from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.cuda import fp8_recipes
+from megatron_posttrain.upstream.megatron import (
+    count_down_projections_once,
+    keep_correction_biases,
+    mark_experts,
+    split_down_projections,
+)  # fmt: skip
 
 # Tokens that a rank's matrix products come in multiples of: Transformer Engine refuses others.
 FP8_TOKENS = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
@@ -95,13 +99,13 @@ def build_model(
             if arch.mla is None:
                 frequencies = inverse_frequencies(arch.rope, arch.head_dim)
                 chunk.rotary_pos_emb.inv_freq = frequencies.to(platform().device)
-            _mark_experts(chunk)
-            _keep_correction_biases(chunk)
+            mark_experts(chunk)
+            keep_correction_biases(chunk)
             if use_transformer_engine(model):
                 _accumulate_in_main_gradients(chunk)
-                _count_down_projections_once(chunk)
+                count_down_projections_once(chunk)
             elif layout.sequence_parallel:
-                _split_down_projections(chunk)
+                split_down_projections(chunk)
             _drop_biases(chunk, arch)
             if arch.scalar_head and chunk.post_process:
                 chunk.output_layer = ScalarHead(config)
@@ -117,56 +121,6 @@ def _accumulate_in_main_gradients(chunk: torch.nn.Module) -> None:
     for module in chunk.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
-
-
-# What megatron-core 0.16.1 gets wrong in gradients; tests/test_upstream_defects.py fails when one is not needed.
-
-
-def _mark_experts(chunk: torch.nn.Module) -> None:
-    for name, parameter in chunk.named_parameters():
-        if ".experts." in name:
-            # Summed over the ranks that hold the same expert. megatron-core says so only with expert > 1, and
-            # then loses tensor ranks' parts where expert_tensor < tensor.
-            parameter.allreduce = False  # type: ignore[attr-defined]
-            # That sum has the tensor ranks' tokens; biases would have them a second time.
-            parameter.sequence_parallel = False  # type: ignore[attr-defined]
-            # Every rank's counts in the gradient norm; biases would pass for copies of tensor rank 0's.
-            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-
-
-def _keep_correction_biases(chunk: torch.nn.Module) -> None:
-    """Stock routers count tokens to move them, which fails on a mask of padding (router 542: [tokens, experts] with
-    [tokens]); here they stay as they are."""
-    for module in chunk.modules():
-        if hasattr(module, "_apply_expert_bias"):
-            module._apply_expert_bias = lambda *_, **__: None  # type: ignore[assignment]
-
-
-def _count_down_projections_once(chunk: torch.nn.Module) -> None:
-    """MLA's, of Transformer Engine, which every tensor rank has whole: 2.11 marks every linear layer's weight as a part
-    of one, and the gradient norm would count these once a rank."""
-    for name, parameter in chunk.named_parameters():
-        if "_down_proj." in name:
-            parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
-
-
-def _split_down_projections(chunk: torch.nn.Module) -> None:
-    """MLA's, of torch layers, under sequence parallelism."""
-    for name, module in chunk.named_modules():
-        if name.endswith("linear_kv_down_proj"):
-            module.register_forward_hook(_split_by_sequence)
-
-
-def _split_by_sequence(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
-    """[s, b, features / tensor] -> [s / tensor, b, features], as Transformer Engine's layer gives it.
-
-    What megatron-core 0.16.1 (multi_latent_attention 607) makes of the former loses the gradients that the rotary
-    part of the key, which all heads share, has from the heads of other tensor ranks.
-    """
-    from megatron.core.tensor_parallel import mappings
-
-    whole = mappings.gather_from_tensor_model_parallel_region(output[0])
-    return mappings.scatter_to_sequence_parallel_region(whole), output[1]
 
 
 def _drop_biases(chunk: torch.nn.Module, arch: Architecture) -> None:
@@ -207,11 +161,7 @@ def _sizes(arch: Architecture) -> dict[str, Any]:
         options["window_size"] = (arch.sliding_window - 1, 0)
         options["window_attn_skip_freq"] = [int(n in arch.sliding_layers) for n in range(arch.num_layers)]
     if arch.activation == "gpt_oss_glu":
-        options |= {
-            "activation_func": quick_gelu,
-            "glu_linear_offset": 1.0,
-            "activation_func_clamp_value": 7.0,
-        }
+        options |= {"activation_func": quick_gelu, "glu_linear_offset": 1.0, "activation_func_clamp_value": 7.0}
     return options
 
 
@@ -302,11 +252,9 @@ def _fp8(arch: Architecture, layout: Layout, precision: PrecisionConfig, transfo
 
 
 def _experts(arch: Architecture, layout: Layout, model: ModelConfig, transformer_engine: bool) -> dict[str, Any]:
-    moe = arch.moe
+    moe, wanted, balancing = arch.moe, model.moe.aux_loss_coefficient, model.moe.load_balancing
     assert moe is not None
-    balancing = model.moe.load_balancing
-    coefficient = model.moe.aux_loss_coefficient
-    coefficient = moe.aux_loss_coefficient if coefficient is None else coefficient
+    coefficient = moe.aux_loss_coefficient if wanted is None else wanted
     return {
         "num_moe_experts": moe.num_experts,
         "moe_router_topk": moe.top_k,

@@ -1,7 +1,5 @@
 """What the families share: reading a config, and the tables of Llama-like blocks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -157,9 +155,7 @@ def attention(arch: Architecture, layer: str = LAYER) -> list[Mapping]:
         shapes = tuple((width, *rest) for width in widths)
         return QKV(f"{ours}linear_qkv.{kind}", names, shapes, groups=arch.num_query_groups)
 
-    table = [qkv("weight", (arch.hidden_size,))]
-    if arch.qkv_bias:
-        table.append(qkv("bias", ()))
+    table = [qkv("weight", (arch.hidden_size,)), *([qkv("bias", ())] if arch.qkv_bias else [])]
     shape = (arch.hidden_size, arch.query_size)
     table.append(RowParallel(f"{ours}linear_proj.weight", (f"{theirs}o_proj.weight",), (shape,)))
     if arch.attention_output_bias:

@@ -4,8 +4,6 @@ All others are refused unless their value asks for nothing (false, null, 0, empt
 silence is another model.
 """
 
-from __future__ import annotations
-
 from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models.architecture import HfConfig
 

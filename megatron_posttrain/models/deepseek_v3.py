@@ -1,17 +1,10 @@
 """DeepSeek-V3 and R1 (arXiv 2412.19437): latent attention, sigmoid router with correction bias, MTP."""
 
-from __future__ import annotations
-
 import torch
 
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import common
-from megatron_posttrain.models.architecture import (
-    Architecture,
-    HfConfig,
-    MixtureOfExperts,
-    MultiLatentAttention,
-)
+from megatron_posttrain.models.architecture import Architecture, HfConfig, MixtureOfExperts, MultiLatentAttention
 from megatron_posttrain.models.weights import ColumnParallel, Mapping, Replicated, RowParallel, on
 
 FUSIONS = common.EXPERT_FUSIONS
@@ -68,32 +61,30 @@ def ignored(arch: Architecture) -> list[str]:
     return [] if arch.num_mtp_layers else [rf"model\.layers\.{arch.num_layers}\..*"]
 
 
+def _rows(ours: str, theirs: str, *names: tuple[type[Mapping], str, str, tuple[int, ...]]) -> list[Mapping]:
+    """A row for each (kind, megatron's name, Hugging Face's name, shape) of a weight."""
+    return [kind(f"{ours}{our}.weight", (f"{theirs}{their}.weight",), (shape,)) for kind, our, their, shape in names]
+
+
 def attention(arch: Architecture, layer: str) -> list[Mapping]:
     """MLA. megatron-core splits the down-projections over ranks, Transformer Engine keeps them whole."""
     mla, hidden = arch.mla, arch.hidden_size
     assert mla is not None
-    ours, theirs = f"{layer}self_attention.", f"{common.HF_LAYER}self_attn."
-    query = arch.num_heads * (mla.qk_nope_dim + mla.qk_rope_dim)
-
-    def row(kind: type[Mapping], our: str, their: str, *shape: int) -> Mapping:
-        return kind(f"{ours}{our}.weight", (f"{theirs}{their}.weight",), (shape,))
-
-    if mla.q_rank is None:
-        rows = [row(ColumnParallel, "linear_q_proj", "q_proj", query, hidden)]
-    else:
-        rows = [
-            row(ColumnParallel, "linear_q_down_proj", "q_a_proj", mla.q_rank, hidden),
-            row(Replicated, "q_layernorm", "q_a_layernorm", mla.q_rank),
-            row(ColumnParallel, "linear_q_up_proj", "q_b_proj", query, mla.q_rank),
-        ]
-    up = arch.num_heads * (mla.qk_nope_dim + mla.v_dim)
-    return [
-        *rows,
-        row(ColumnParallel, "linear_kv_down_proj", "kv_a_proj_with_mqa", mla.kv_rank + mla.qk_rope_dim, hidden),
-        row(Replicated, "kv_layernorm", "kv_a_layernorm", mla.kv_rank),
-        row(ColumnParallel, "linear_kv_up_proj", "kv_b_proj", up, mla.kv_rank),
-        row(RowParallel, "linear_proj", "o_proj", hidden, arch.num_heads * mla.v_dim),
+    query, up = (arch.num_heads * (mla.qk_nope_dim + width) for width in (mla.qk_rope_dim, mla.v_dim))
+    whole_query = [(ColumnParallel, "linear_q_proj", "q_proj", (query, hidden))]
+    low_rank_query = [
+        (ColumnParallel, "linear_q_down_proj", "q_a_proj", (mla.q_rank or 0, hidden)),
+        (Replicated, "q_layernorm", "q_a_layernorm", (mla.q_rank or 0,)),
+        (ColumnParallel, "linear_q_up_proj", "q_b_proj", (query, mla.q_rank or 0)),
     ]
+    return _rows(
+        f"{layer}self_attention.", f"{common.HF_LAYER}self_attn.",
+        *(whole_query if mla.q_rank is None else low_rank_query),
+        (ColumnParallel, "linear_kv_down_proj", "kv_a_proj_with_mqa", (mla.kv_rank + mla.qk_rope_dim, hidden)),
+        (Replicated, "kv_layernorm", "kv_a_layernorm", (mla.kv_rank,)),
+        (ColumnParallel, "linear_kv_up_proj", "kv_b_proj", (up, mla.kv_rank)),
+        (RowParallel, "linear_proj", "o_proj", (hidden, arch.num_heads * mla.v_dim)),
+    )  # fmt: skip
 
 
 def moe_block(arch: Architecture, layer: str) -> list[Mapping]:
@@ -115,16 +106,13 @@ def moe_block(arch: Architecture, layer: str) -> list[Mapping]:
 def mtp_block(arch: Architecture) -> list[Mapping]:
     """What a multi-token-prediction layer has beside its transformer layer."""
     hidden = arch.hidden_size
-
-    def row(kind: type[Mapping], our: str, their: str, *shape: int) -> Mapping:
-        return kind(f"{MTP}{our}.weight", (f"{common.HF_LAYER}{their}.weight",), (shape,))
-
-    return [
-        row(Replicated, "enorm", "enorm", hidden),
-        row(Replicated, "hnorm", "hnorm", hidden),
-        row(ColumnParallel, "eh_proj", "eh_proj", hidden, 2 * hidden),
-        row(Replicated, "final_layernorm", "shared_head.norm", hidden),
-    ]
+    return _rows(
+        MTP, common.HF_LAYER,
+        (Replicated, "enorm", "enorm", (hidden,)),
+        (Replicated, "hnorm", "hnorm", (hidden,)),
+        (ColumnParallel, "eh_proj", "eh_proj", (hidden, 2 * hidden)),
+        (Replicated, "final_layernorm", "shared_head.norm", (hidden,)),
+    )  # fmt: skip
 
 
 def table(arch: Architecture) -> list[Mapping]:

@@ -5,8 +5,6 @@ for all experts of a layer; a family lists those as `Fusion`s. A `DiskLayout` tu
 into places inside the tensors on disk, the same way for reading and for writing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -112,10 +110,8 @@ class DiskLayout:
 
         `parts(name)` gives a tensor of the table as parts, one below the other. Holds one expert at most.
         """
-        by_expert = [
-            list(group) for _, group in groupby(self._parts[stored], key=lambda name: self.places[name].expert)
-        ]
-        for names in by_expert:
+        for _, group in groupby(self._parts[stored], key=lambda name: self.places[name].expert):
+            names = list(group)
             fusion = self.places[names[0]].fusion
             if fusion is None or not (fusion.interleaved or fusion.transposed):
                 for name in names:

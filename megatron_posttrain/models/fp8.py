@@ -4,8 +4,6 @@ A weight [out, in] is e4m3; beside it lies one fp32 scale for each block of 128 
 values are multiplied (`weight_scale_inv`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any
 
@@ -21,12 +19,7 @@ FIELD = "quantization_config"
 BLOCK = 128
 DTYPE = torch.float8_e4m3fn
 LARGEST = torch.finfo(DTYPE).max
-SECTION = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "weight_block_size": [BLOCK, BLOCK],
-}
+SECTION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
 
 
 def block_size(config: HfConfig) -> tuple[int, int] | None:

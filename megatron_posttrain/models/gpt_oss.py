@@ -4,8 +4,6 @@ Its checkpoints hold all experts of a layer in one tensor, [experts, in, out], t
 turns; the table names the parts as if each were a tensor of its own.
 """
 
-from __future__ import annotations
-
 from megatron_posttrain.models import common
 from megatron_posttrain.models.architecture import Architecture, HfConfig, MixtureOfExperts
 from megatron_posttrain.models.disk_layout import Fusion

@@ -1,7 +1,5 @@
 """The output layer on the tokens that are asked for."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Which parallel layouts are possible for a model, and the nearest ones that are."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -80,10 +78,7 @@ def nearest_layouts(layout: Layout, arch: Architecture | None, count: int = 3) -
     for t, p, vp, c, e, et in itertools.product(sizes, sizes, virtual, sizes, experts, experts):
         other = replace(layout, tensor=t, pipeline=p, virtual_pipeline=vp, context=c, expert=e, expert_tensor=et)
         if next(problems(other, arch), None) is None:
-            found.append((_distance(layout, other), len(found), other))
+            pairs = zip(layout.sizes.values(), other.sizes.values(), strict=True)
+            distance = sum((x != y) + max(x, y) / min(x, y) for x, y in pairs)
+            found.append((distance, len(found), other))
     return [other for _, _, other in sorted(found)[:count]]
-
-
-def _distance(a: Layout, b: Layout) -> float:
-    pairs = zip(a.sizes.values(), b.sizes.values(), strict=True)
-    return sum((x != y) + max(x, y) / min(x, y) for x, y in pairs)

@@ -1,7 +1,5 @@
 """Mixtral (arXiv 2401.04088): every layer has experts; the top-k probabilities are renormalised."""
 
-from __future__ import annotations
-
 from megatron_posttrain.models import common
 from megatron_posttrain.models.architecture import Architecture, HfConfig, MixtureOfExperts
 from megatron_posttrain.models.disk_layout import Fusion

@@ -1,14 +1,12 @@
 """Finds the family of a model, and what follows from it: architecture, weight plans, config."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import replace
 from functools import lru_cache
 
 from megatron_posttrain.errors import UserError, nearest
-from megatron_posttrain.models import deepseek_v3, gpt_oss, llama, mistral, mixtral, qwen2, qwen3
+from megatron_posttrain.models import deepseek_v3, gpt_oss, llama, mixtral, qwen
 from megatron_posttrain.models.architecture import Architecture, HfConfig
 from megatron_posttrain.models.config_keys import check_keys
 from megatron_posttrain.models.disk_layout import DiskLayout
@@ -16,16 +14,9 @@ from megatron_posttrain.models.weights import Mapping, Shape, TensorPlan, expand
 
 # `model_type` of a config.json -> module with `architecture`, `table` and `FUSIONS`
 FAMILIES = {
-    "deepseek_v3": deepseek_v3,
-    "gpt_oss": gpt_oss,
-    "llama": llama,
-    "mistral": mistral,
-    "mixtral": mixtral,
-    "qwen2": qwen2,
-    "qwen2_moe": qwen2,
-    "qwen3": qwen3,
-    "qwen3_moe": qwen3,
-}
+    "deepseek_v3": deepseek_v3, "gpt_oss": gpt_oss, "llama": llama, "mistral": llama, "mixtral": mixtral,
+    "qwen2": qwen, "qwen2_moe": qwen, "qwen3": qwen, "qwen3_moe": qwen,
+}  # fmt: skip
 
 
 CLASSIFIER = "ForSequenceClassification"  # how names of reward models' classes end
@@ -43,6 +34,8 @@ def architecture_from_hf(config: HfConfig, keep_mtp: bool = False) -> Architectu
         raise UserError(f"config.json: model_type {kind!r} is not supported (one of {supported}){hint}")
     check_keys(config)
     arch = FAMILIES[kind].architecture(config)
+    if (moe := arch.moe) is not None and not 0 < moe.top_k <= moe.num_experts:
+        raise UserError(f"config.json: num_experts_per_tok is {moe.top_k}; allowed: 1 to its {moe.num_experts} experts")
     if any(str(name).endswith(CLASSIFIER) for name in config.get("architectures") or []):
         if len(labels := config.get("id2label") or {0: "", 1: ""}) != 1:
             raise UserError(f"config.json: a classifier of {len(labels)} labels (id2label); supported: 1, a reward")

@@ -1,7 +1,5 @@
 """Rotary frequencies of the published scalings, in float32 as the Hugging Face models compute them: by their code."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig

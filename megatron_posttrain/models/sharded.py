@@ -1,7 +1,5 @@
 """Weights between Hugging Face tensors and the shards of a parallel Megatron model."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -105,9 +103,6 @@ def partition(plan: TensorPlan, local: Tensor, rank: int, size: int) -> tuple[in
     )
 
 
-# ---- export: whole tensors, a bucket at a time
-
-
 def merged(weight: Tensor) -> Tensor:
     """A rank's shard of a weight with its adapter's change, added in fp32."""
     adapter = getattr(weight, "adapter", None)
@@ -196,8 +191,6 @@ class Exporter:
             size = 1 if slot.whole else self.expert_tensor[1] if slot.kind == "expert" else self.tensor[1]
             slot.shape = slot.plans[0].local_shape(size)
 
-    # ---- buckets ---------------------------------------------------------------------------------------
-
     def _buckets(self) -> Iterator[list[Unit]]:
         """In an order that is the same on every rank; a bucket is of one stage and one kind."""
         ordered = sorted(self.slots, key=lambda slot: (slot.stage, slot.kind))
@@ -220,8 +213,6 @@ class Exporter:
             return []
         groups = [self.groups.expert_tensor, self.groups.expert] if kind == "expert" else [self.groups.tensor]
         return [group for group in groups if group.size() > 1]
-
-    # ---- tensors ---------------------------------------------------------------------------------------
 
     def hf_tensors(self, *, of_stage: bool = False) -> Iterator[tuple[str, Tensor]]:
         """All tensors, whole, under the names that `transformers` and vLLM know, in the same order on every rank.

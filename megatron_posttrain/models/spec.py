@@ -1,7 +1,5 @@
 """Layer specs: which module stands in which slot. torch modules of ours, or Transformer Engine's."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

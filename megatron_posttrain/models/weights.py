@@ -6,8 +6,6 @@ Megatron names are those of megatron-core's local layer spec with one module per
 the layer number and then for the expert number, both global and from 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple

@@ -1,9 +1,6 @@
 """Context parallelism's view of a packed micro-batch: which tokens are this rank's, and back again."""
 
-from __future__ import annotations
-
 import itertools
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,22 +31,8 @@ def gather_tokens(local: Tensor, cu_seqlens: Tensor, group: dist.ProcessGroup) -
     """
     if group.size() == 1:
         return local
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
     index = torch.cat([local_index(cu_seqlens, r, group.size()) for r in range(group.size())])
-    return _Gather.apply(local, torch.argsort(index).to(local.device), group)
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.size, ctx.rank = group.size(), group.rank()
-        ctx.save_for_backward(order)
-        out = local.new_empty(group.size() * local.shape[0], *local.shape[1:])
-        dist.all_gather_into_tensor(out, local.contiguous(), group=group)
-        return out[order]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (order,) = ctx.saved_tensors
-        gathered = torch.empty_like(grad)
-        gathered[order] = grad
-        return gathered.chunk(ctx.size)[ctx.rank], None, None
+    gathered = gather_from_sequence_parallel_region(local, tensor_parallel_output_grad=False, group=group)
+    return gathered[torch.argsort(index).to(local.device)]

@@ -1,7 +1,5 @@
 """Collectives on arrays of the host, over all ranks, whatever the device that the backend sends from."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch

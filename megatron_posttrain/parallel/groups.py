@@ -1,7 +1,5 @@
 """torch.distributed and megatron-core's process groups, made here and nowhere else."""
 
-from __future__ import annotations
-
 import datetime
 import os
 from dataclasses import dataclass
@@ -11,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron_posttrain.parallel.gloo import connect_lazily, shared_device
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.parallel.network import raise_file_limit
 from megatron_posttrain.platform import platform
+from megatron_posttrain.upstream.gloo import connect_lazily, shared_device
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # first steps compile kernels; a hang still ends
 

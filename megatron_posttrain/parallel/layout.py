@@ -1,8 +1,7 @@
 """A parallel layout: sizes of the parallel dimensions, and what follows from them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import Self
 
 from megatron_posttrain.config.schema import ParallelConfig
 
@@ -23,7 +22,7 @@ class Layout:
     sequence: bool = True
 
     @classmethod
-    def from_config(cls, parallel: ParallelConfig, world_size: int) -> Layout:
+    def from_config(cls, parallel: ParallelConfig, world_size: int) -> Self:
         return cls(world_size=world_size, **parallel.model_dump(exclude={"overlap"}))
 
     @property

@@ -1,7 +1,5 @@
 """What the operating system gives to connections: the interfaces that the environment names, and open files."""
 
-from __future__ import annotations
-
 import os
 import resource
 import socket

@@ -5,8 +5,6 @@ which keep more (fp32 copies in norms, expanded keys and values, unfused activat
 machine.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from functools import lru_cache

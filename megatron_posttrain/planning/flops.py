@@ -8,14 +8,12 @@ The output head counts; the embedding look-up, the router, norms and recomputati
 gradients of frozen layers.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.planning.layers import Linear, attention_dims, attention_linears, mlp_linears, window_of
+from megatron_posttrain.planning.layers import Linear, attention_dims, layer_linears, window_of
 
 JOINED = {"linear_qkv": 3, "linear_fc1": 2}  # Hugging Face projections in one module
 
@@ -31,36 +29,14 @@ def attention_pairs(lengths: Sequence[int], window: int | None = None, causal: b
 
 def layer_weights(arch: Architecture, layer: int) -> int:
     """Weights of `layer`'s linear modules that one token is multiplied with."""
-    used = sum(linear.weights for linear in attention_linears(arch))
-    if not arch.is_moe_layer(layer):
-        return used + sum(linear.weights for linear in mlp_linears(arch, arch.ffn_size))
-    moe = arch.moe
-    assert moe is not None
-    return used + sum(x.weights for x in mlp_linears(arch, moe.top_k * moe.expert_ffn_size + moe.shared_ffn_size))
-
-
-def adapter_linears(arch: Architecture, layer: int) -> list[tuple[Linear, bool]]:
-    """The linear modules of a layer that have adapters, and whether they are of each expert."""
-    found = [(linear, False) for linear in attention_linears(arch)]
-    if not arch.is_moe_layer(layer):
-        return found + [(linear, False) for linear in mlp_linears(arch, arch.ffn_size)]
-    moe = arch.moe
-    assert moe is not None
-    if moe.shared_ffn_size:
-        found += [(linear, False) for linear in mlp_linears(arch, moe.shared_ffn_size)]
-    return found + [(linear, True) for linear in mlp_linears(arch, moe.expert_ffn_size)]
+    used = arch.moe.top_k if arch.moe is not None else 1
+    return sum(linear.weights * (used if expert else 1) for linear, expert in layer_linears(arch, layer))
 
 
 def adapter_weights(linear: Linear, rank: int, tensor: int = 1) -> float:
     """LoRA's weights beside a linear module, on one of `tensor` ranks: an A for each projection in it."""
     inputs, outputs = linear.local(tensor)
     return rank * (JOINED.get(linear.name, 1) * inputs + outputs)
-
-
-def lora_weights(arch: Architecture, layer: int, rank: int) -> float:
-    """Adapter weights of one layer that a token is multiplied with."""
-    used = arch.moe.top_k if arch.moe is not None else 1
-    return sum(adapter_weights(x, rank) * (used if expert else 1) for x, expert in adapter_linears(arch, layer))
 
 
 def training_flops(
@@ -78,7 +54,9 @@ def training_flops(
     output = 2.0 * tokens * arch.hidden_size * arch.vocab_size
     if lora_rank is None:
         return 3 * (linear + attention + output)
-    adapters = 2.0 * tokens * sum(lora_weights(arch, layer, lora_rank) for layer in layers)
+    used = arch.moe.top_k if arch.moe is not None else 1
+    modules = (module for layer in layers for module in layer_linears(arch, layer))
+    adapters = 2.0 * tokens * sum(adapter_weights(x, lora_rank) * (used if expert else 1) for x, expert in modules)
     return 2 * (linear + output) + 3 * (adapters + attention)
 
 

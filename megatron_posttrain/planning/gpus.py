@@ -1,7 +1,5 @@
 """What GPUs and their links can do (data sheets), and how much of it training reaches (fitted, a handful a GPU)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_posttrain.errors import UserError, nearest

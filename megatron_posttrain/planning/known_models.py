@@ -1,7 +1,5 @@
 """Models that `plan --model` knows by name: shapes from their published configs, no weights or network needed."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from pathlib import Path
@@ -87,12 +85,8 @@ ALIASES = {
     "deepseek r1 qwen3 8b": "Qwen3-8B",
 }  # fmt: skip
 ORGANISATIONS = {
-    "Qwen": "Qwen",
-    "Llama": "meta-llama",
-    "DeepSeek": "deepseek-ai",
-    "Kimi": "moonshotai",
-    "gpt": "openai",
-}
+    "Qwen": "Qwen", "Llama": "meta-llama", "DeepSeek": "deepseek-ai", "Kimi": "moonshotai", "gpt": "openai",
+}  # fmt: skip
 RELEASES = {"Llama-3-8B": "Llama-3.1-8B", "Llama-3-70B": "Llama-3.1-70B"}  # whose positions the shapes have
 
 
@@ -123,8 +117,7 @@ def load_architecture(model: str) -> tuple[str, Architecture]:
             raise UserError(f"--model {model}: a directory without config.json")
         return str(path), architecture_from_hf(read_json(path / "config.json" if path.is_dir() else path))
     by_key = {canonical(name): name for name in KNOWN_MODELS} | ALIASES
-    key = canonical(model)
-    if key not in by_key:
+    if (key := canonical(model)) not in by_key:
         close = difflib.get_close_matches(key, by_key, n=1, cutoff=0.6)
         hint = f"; did you mean '{by_key[close[0]]}'?" if close else ""
         raise UserError(

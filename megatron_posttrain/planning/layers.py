@@ -1,7 +1,5 @@
 """The matrix multiplications of a transformer layer, which FLOPs, memory and step time are all counted from."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,13 +38,10 @@ def attention_linears(arch: Architecture) -> tuple[Linear, ...]:
         return (Linear("linear_proj", arch.query_size, hidden, "row", arch.attention_output_bias), qkv)
     mla = arch.mla
     query = arch.num_heads * (mla.qk_nope_dim + mla.qk_rope_dim)
-    if mla.q_rank is None:
-        q: tuple[Linear, ...] = (Linear("linear_q_proj", hidden, query, "column"),)
-    else:
-        q = (
-            Linear("linear_q_down_proj", hidden, mla.q_rank, "column"),
-            Linear("linear_q_up_proj", mla.q_rank, query, "column"),
-        )
+    q = [Linear("linear_q_proj", hidden, query, "column")]
+    if mla.q_rank is not None:
+        q = [Linear("linear_q_down_proj", hidden, mla.q_rank, "column")]
+        q.append(Linear("linear_q_up_proj", mla.q_rank, query, "column"))
     return (
         Linear("linear_proj", arch.num_heads * mla.v_dim, hidden, "row", arch.attention_output_bias),
         *q,
@@ -61,6 +56,14 @@ def mlp_linears(arch: Architecture, ffn_size: int) -> tuple[Linear, Linear]:
         Linear("linear_fc1", arch.hidden_size, 2 * ffn_size, "column", arch.mlp_bias),
         Linear("linear_fc2", ffn_size, arch.hidden_size, "row", arch.mlp_bias),
     )
+
+
+def layer_linears(arch: Architecture, layer: int) -> list[tuple[Linear, bool]]:
+    """All linear modules of a layer, and whether they are of each expert; the router is none of them."""
+    moe = arch.moe if arch.is_moe_layer(layer) else None
+    width = arch.ffn_size if moe is None else moe.shared_ffn_size
+    found = [(linear, False) for linear in (*attention_linears(arch), *(mlp_linears(arch, width) if width else ()))]
+    return found + [(linear, True) for linear in mlp_linears(arch, moe.expert_ffn_size)] if moe else found
 
 
 def attention_dims(arch: Architecture) -> tuple[int, int]:

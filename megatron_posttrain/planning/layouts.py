@@ -1,7 +1,5 @@
 """Layouts to consider: parsing one, enumerating all that training accepts, and how layers fall on stages."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -86,11 +84,8 @@ def enumerate_layouts(
     sequence_length: int,
     micro_batches: Sequence[int] = MICRO_BATCHES,
 ) -> Iterator[tuple[Layout, int]]:
-    """(layout, micro batch size) pairs that training accepts on `gpus` GPUs.
-
-    Args:
-        domain: GPUs that share NVLink; tensor parallelism stays inside, the rest may leave it.
-    """
+    """(layout, micro batch size) pairs that training accepts on `gpus` GPUs. `domain`: GPUs that share NVLink; tensor
+    parallelism stays inside, the rest may leave it."""
     powers = [1 << k for k in range(gpus.bit_length()) if gpus % (1 << k) == 0]
     moe = arch.moe
     experts = [1] if moe is None else [e for e in powers if moe.num_experts % e == 0]

@@ -6,8 +6,6 @@ elements, every bucket ends at a multiple of lcm(data parallel size, 128), and e
 optimizer state of its equal share of every bucket, padding excepted.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -112,36 +110,28 @@ def chunk_parameters(
     return found
 
 
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
 def buckets(
     parameters: Sequence[Parameter], ranks: int, bucket_size: int | None = None
 ) -> list[tuple[int, int, list[tuple[int, int]]]]:
     """(start, end, parameters' [start, stop)) of the buckets of a buffer, in elements. `ranks` share each equally."""
 
-    def up(n: int, multiple: int) -> int:
-        return -(-n // multiple) * multiple
-
-    multiple = math.lcm(ranks, BUCKET_MULTIPLE)
-    done: list[tuple[int, int, list[tuple[int, int]]]] = []
+    groups: list[list[tuple[int, int]]] = []
     start = end = 0
-    members: list[tuple[int, int]] = []
-
-    def close() -> None:
-        nonlocal start, end, members
-        if members:
-            end = up(end, multiple)
-            done.append((start, end, members))
-            start, members = end, []
-
+    full = True  # the next parameter begins a bucket
     for p in reversed(parameters):
-        if p.shared_embedding:
-            close()
-        at = up(end, ALIGNMENT)
+        if full or p.shared_embedding:
+            start = end = _up(end, math.lcm(ranks, BUCKET_MULTIPLE))
+            groups.append([])
+        at = _up(end, ALIGNMENT)
         end = at + p.elements
-        members.append((at, end))
-        if p.shared_embedding or (bucket_size is not None and end - start >= bucket_size):
-            close()
-    close()
-    return done
+        groups[-1].append((at, end))
+        full = p.shared_embedding or (bucket_size is not None and end - start >= bucket_size)
+    ends = [_up(members[-1][1], math.lcm(ranks, BUCKET_MULTIPLE)) for members in groups]
+    return [(start, end, members) for start, end, members in zip([0, *ends], ends, groups, strict=False)]
 
 
 def rank_state(
@@ -188,7 +178,7 @@ def _layer_elements(arch: Architecture, layer: int, tensor: int, expert: int, ex
     layout = Layout(tensor=tensor, expert=expert, expert_tensor=expert_tensor)
     sizes = {False: 0, True: 0}
     for p in layer_parameters(arch, layer, layout, transformer_engine=True):
-        sizes[p.expert] += -(-p.elements // ALIGNMENT) * ALIGNMENT
+        sizes[p.expert] += _up(p.elements, ALIGNMENT)
     return sizes[False], sizes[True]
 
 

@@ -1,18 +1,25 @@
 """Memory and time of a workload under a layout, and the ranking of all layouts that training accepts."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.layout_checks import problems
-from megatron_posttrain.parallel.layout import Layout, batch_problem, stage_layers
+from megatron_posttrain.parallel.layout import Layout, batch_problem
 from megatron_posttrain.planning.activations import Shapes, logits_bytes, stage_activations
-from megatron_posttrain.planning.flops import adapter_linears, adapter_weights, flops_per_token
+from megatron_posttrain.planning.flops import adapter_weights, flops_per_token
 from megatron_posttrain.planning.gpus import Gpu
-from megatron_posttrain.planning.layouts import MICRO_BATCHES, enumerate_layouts, expert_data, hard_problem
+from megatron_posttrain.planning.layers import layer_linears
+from megatron_posttrain.planning.layouts import (
+    MICRO_BATCHES,
+    depth_of,
+    enumerate_layouts,
+    expert_data,
+    hard_problem,
+    stage_kinds,
+)  # fmt: skip
 from megatron_posttrain.planning.parameters import rank_state, stage_elements, trained_elements
 from megatron_posttrain.planning.rollout import ENGINE_GIB, GIB, RolloutPlan, plan_rollouts, refit_seconds, rollout_part
 from megatron_posttrain.planning.step_time import step_time
@@ -55,7 +62,7 @@ def estimate(
     arch: Architecture, layout: Layout, micro_batch: int, recompute: str, work: Workload, gpu: Gpu, exact: bool = False
 ) -> Estimate:
     """Memory and time of one layout. `exact`: count the padding of gradient buckets too, as a rank holds them."""
-    count = work.sequences_per_row
+    count = 2 if work.task == "dpo" else 1  # sequences a row
     work = replace(work, micro_batch=count * micro_batch, global_batch=count * work.global_batch, recompute=recompute)
     if work.lora:
         trained = max((_adapters(arch, layout, stage, work.lora_rank) for stage in range(layout.pipeline)), key=sum)
@@ -167,18 +174,14 @@ def _stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int
 
 def _adapters(arch: Architecture, layout: Layout, stage: int, rank: int) -> tuple[float, float]:
     """LoRA parameters of a stage's rank: dense, and of its experts."""
-    counts = stage_layers(layout, arch.num_layers)
-    starts = [sum(counts[:chunk]) for chunk in range(len(counts))]
-    layers = [n for c in range(stage, len(counts), layout.pipeline) for n in range(starts[c], starts[c] + counts[c])]
+    held = arch.moe.num_experts / layout.expert if arch.moe is not None else 0
     dense, experts = 0.0, 0.0
-    for layer in layers:
-        for linear, of_expert in adapter_linears(arch, layer):
+    for layer, count in stage_kinds(arch, depth_of(layout))[stage]:
+        for linear, of_expert in layer_linears(arch, layer):
             if of_expert:
-                assert arch.moe is not None
-                held = arch.moe.num_experts / layout.expert
-                experts += held * adapter_weights(linear, rank, layout.expert_tensor)
+                experts += count * held * adapter_weights(linear, rank, layout.expert_tensor)
             else:
-                dense += adapter_weights(linear, rank, layout.tensor)
+                dense += count * adapter_weights(linear, rank, layout.tensor)
     return dense, experts
 
 
@@ -195,13 +198,10 @@ def plan_layout(arch: Architecture, layout: Layout, work: Workload, gpu: Gpu) ->
     check_precision(work, gpu)
     if (problem := hard_problem(layout, arch)) is not None:
         raise UserError(f"--layout {layout}: {problem}")
-    sizes = [work.micro_batch] if work.micro_batch else MICRO_BATCHES
-    found = [
-        estimate(arch, layout, size, recompute, work, gpu, exact=True)
-        for size in sizes
-        if work.global_batch % (size * layout.data) == 0
-        for recompute in _recomputes(work)
-    ]
+    sizes = _micro_batches(work)
+    possible = [size for size in sizes if work.global_batch % (size * layout.data) == 0]
+    cases = itertools.product(possible, _recomputes(work))
+    found = [estimate(arch, layout, size, recompute, work, gpu, exact=True) for size, recompute in cases]
     if not found:
         raise UserError(f"--layout {layout}: {batch_problem(layout, work.global_batch, sizes[0])}")
     best = min(found, key=_order)
@@ -233,17 +233,20 @@ def plan(arch: Architecture, gpus: int, work: Workload, gpu: Gpu) -> list[Estima
     return ranked
 
 
+def _micro_batches(work: Workload) -> Sequence[int]:
+    return (work.micro_batch,) if work.micro_batch else MICRO_BATCHES
+
+
 def _recomputes(work: Workload) -> tuple[str, ...]:
     return ("none", "full") if work.recompute == "auto" else (work.recompute,)
 
 
 def _search(arch: Architecture, gpus: int, work: Workload, gpu: Gpu) -> list[Estimate]:
     """One estimate of every split: layouts that differ in their virtual pipeline alone are one."""
-    sizes = (work.micro_batch,) if work.micro_batch else MICRO_BATCHES
     best: dict[Layout, Estimate] = {}
     for layout, micro_batch in enumerate_layouts(
         arch, gpus, domain=gpu.group, global_batch=work.global_batch, sequence_length=work.sequence_length,
-        micro_batches=sizes,
+        micro_batches=_micro_batches(work),
     ):  # fmt: skip
         split = replace(layout, virtual_pipeline=None)
         for recompute in _recomputes(work):
@@ -319,9 +322,8 @@ def layout_warnings(arch: Architecture, e: Estimate, work: Workload, gpu: Gpu) -
     return found
 
 
-def scaling(arch: Architecture, counts: Iterable[int], work: Workload, gpu: Gpu, grow_batch: bool) -> list[Estimate]:
+def scaling(arch: Architecture, counts: Sequence[int], work: Workload, gpu: Gpu, grow_batch: bool) -> list[Estimate]:
     """The best layout at each number of GPUs, with the same global batch, or one that grows with the GPUs."""
-    counts = list(counts)
     batches = [work.global_batch * gpus // counts[0] if grow_batch else work.global_batch for gpus in counts]
-    works = [replace(work, global_batch=batch) for batch in batches]
-    return [plan(arch, gpus, job, gpu)[0] for gpus, job in zip(counts, works, strict=True)]
+    pairs = zip(counts, batches, strict=True)
+    return [plan(arch, gpus, replace(work, global_batch=batch), gpu)[0] for gpus, batch in pairs]

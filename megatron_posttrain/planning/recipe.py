@@ -1,7 +1,5 @@
 """The configuration and the command that run a planned layout."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

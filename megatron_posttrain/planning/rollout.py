@@ -1,7 +1,5 @@
 """Generation with vLLM inside the trainer's ranks: memory and time of a rollout and of the refit after a step."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -117,7 +115,8 @@ def refit_seconds(arch: Architecture, layout: Layout, gpu: Gpu) -> float:
     seconds = sum(2.0 * elements * (1 - 1 / size) / _link(gpu, size) for elements, size in parts)
     if layout.pipeline > 1:
         seconds += 2.0 * sum(elements for elements, _ in parts) / _link(gpu, layout.world_size)
-    return REFIT_SECONDS + seconds * COLLECTIVE_LOSS + TENSOR_SECONDS * _tensors(arch)
+    tensors = 3 * _experts(arch) + 12 * arch.num_layers  # of the Hugging Face directory, about
+    return REFIT_SECONDS + seconds * COLLECTIVE_LOSS + TENSOR_SECONDS * tensors
 
 
 def _link(gpu: Gpu, span: int) -> float:
@@ -125,10 +124,9 @@ def _link(gpu: Gpu, span: int) -> float:
     return 1e9 * (gpu.nvlink_gb_per_s if span <= gpu.domain else gpu.network_gb_per_s)
 
 
-def _tensors(arch: Architecture) -> int:
-    """Of the Hugging Face directory, about: three an expert, and a dozen a layer."""
-    experts = 0 if arch.moe is None else arch.moe.num_experts * sum(map(arch.is_moe_layer, range(arch.num_layers)))
-    return 3 * experts + 12 * arch.num_layers
+def _experts(arch: Architecture) -> int:
+    """Of all layers."""
+    return 0 if arch.moe is None else arch.moe.num_experts * sum(map(arch.is_moe_layer, range(arch.num_layers)))
 
 
 @lru_cache(maxsize=64)
@@ -141,7 +139,6 @@ def _weights_read(arch: Architecture, weights: float, sequences: float) -> float
     moe = arch.moe
     if moe is None:
         return weights
-    layers = sum(arch.is_moe_layer(n) for n in range(arch.num_layers))
-    experts = 2.0 * layers * moe.num_experts * sum(x.weights for x in mlp_linears(arch, moe.expert_ffn_size))
+    experts = 2.0 * _experts(arch) * sum(x.weights for x in mlp_linears(arch, moe.expert_ffn_size))
     used = 1 - (1 - moe.top_k / moe.num_experts) ** sequences
     return weights - experts * (1 - used)

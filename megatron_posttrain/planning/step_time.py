@@ -7,8 +7,6 @@ constant each (gpus.Efficiency), so the split of the time is exact by constructi
 fitted linearly.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import numpy as np

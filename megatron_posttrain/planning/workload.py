@@ -1,7 +1,5 @@
 """What is to be trained, apart from where."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_posttrain.models.architecture import Architecture
@@ -32,10 +30,6 @@ class Workload:
     @property
     def lora(self) -> bool:
         return self.task == "lora"
-
-    @property
-    def sequences_per_row(self) -> int:
-        return 2 if self.task == "dpo" else 1
 
     @property
     def balanced(self) -> bool:

@@ -1,7 +1,5 @@
 """Everything that differs between CUDA and CPU. `platform()` is the one of this process."""
 
-from __future__ import annotations
-
 import functools
 
 import torch
@@ -19,6 +17,3 @@ def platform() -> Platform:
     from megatron_posttrain.platform.cpu import CpuPlatform
 
     return CpuPlatform()
-
-
-__all__ = ["Platform", "platform"]

@@ -1,7 +1,5 @@
 """What the rest of the package may ask of a device."""
 
-from __future__ import annotations
-
 import contextlib
 from typing import Protocol
 
@@ -21,18 +19,23 @@ class Platform(Protocol):
 
     def synchronize(self) -> None:
         """Waits for the device, for timing."""
+        return  # a CPU has done it
 
     def release_memory(self) -> None:
         """Gives cached memory that nothing is in back to the device."""
+        return  # a CPU's is not cached
 
     def peak_memory_bytes(self) -> int:
         """Most memory held since `reset_peak_memory`: device memory on CUDA, resident memory on CPU."""
 
-    def reset_peak_memory(self) -> None: ...
+    def reset_peak_memory(self) -> None:
+        return  # Linux keeps one high-water mark a process
 
     def used_memory_bytes(self) -> int:
         """Held now: of the device by everybody, vLLM and libraries included, on CUDA; resident memory on CPU."""
 
-    def has_transformer_engine(self) -> bool: ...
+    def has_transformer_engine(self) -> bool:
+        return False
 
-    def has_deepep(self) -> bool: ...
+    def has_deepep(self) -> bool:
+        return False

@@ -5,8 +5,6 @@ tensor types with CUDA's. Inside `CpuPlatform.megatron()` such requests are answ
 it torch is untouched, so that vLLM in the same process sees plain torch. No Megatron code is copied.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging
@@ -15,24 +13,25 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from megatron_posttrain.platform.base import Platform
 from megatron_posttrain.platform.scope import Replacement, replaced, without_transformer_engine
 
 CPU = torch.device("cpu")
 
 
-class CpuPlatform:
+class CpuPlatform(Platform):
     name = "cpu"
     backend = "gloo"
     device = CPU
 
     def __init__(self) -> None:
-        self._depth = 0
+        self._inside = False
         # Its random state tracker warns whenever the CPU generator moves, which here is the tracked one.
         logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
 
@@ -43,37 +42,22 @@ class CpuPlatform:
 
     @contextlib.contextmanager
     def megatron(self) -> Iterator[None]:
-        if self._depth:
+        if self._inside:
             yield
             return
         _import_megatron()
-        self._depth += 1
+        self._inside = True
         try:
             with replaced(_replacements()), _CudaMeansCpu():
                 yield
         finally:
-            self._depth -= 1
-
-    def synchronize(self) -> None:
-        pass
-
-    def release_memory(self) -> None:
-        pass  # nothing is cached
+            self._inside = False
 
     def peak_memory_bytes(self) -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    def reset_peak_memory(self) -> None:
-        pass  # Linux keeps one high-water mark a process
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # since the process began
 
     def used_memory_bytes(self) -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-    def has_transformer_engine(self) -> bool:
-        return False
-
-    def has_deepep(self) -> bool:
-        return False
 
 
 @functools.cache
@@ -118,23 +102,15 @@ class _Stream:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def wait_stream(self, *args: Any) -> None: ...
-
-    def wait_event(self, *args: Any) -> None: ...
-
-    def wait(self, *args: Any) -> None: ...
-
-    def record(self, *args: Any) -> None: ...
-
-    def record_event(self, *args: Any) -> _Stream:
+    def record_event(self, *args: Any) -> Self:
         return self
 
-    def synchronize(self) -> None: ...
+    wait_stream = wait_event = wait = record = synchronize = record_event
 
     def query(self) -> bool:
         return True
 
-    def elapsed_time(self, other: _Stream) -> float:
+    def elapsed_time(self, other: Any) -> float:
         return 0.0
 
 
@@ -154,24 +130,21 @@ def _splits_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = F
 
 def _all_gather(outputs: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> None:
     """gloo gathers equal sizes only; expert tensor parallelism gathers what each rank happens to have."""
-    if len({len(o) for o in outputs}) == 1:
-        dist.all_gather_into_tensor(joined := torch.cat(outputs), tensor.contiguous(), group=group)
+    joined, sizes = torch.cat(outputs), [len(o) for o in outputs]
+    if len(set(sizes)) == 1:
+        dist.all_gather_into_tensor(joined, tensor.contiguous(), group=group)
     else:
-        joined = torch.cat(outputs)
-        sizes = [len(o) for o in outputs]
         repeated = tensor.repeat(len(outputs), *[1] * (tensor.dim() - 1))
         dist.all_to_all_single(joined, repeated, sizes, [len(tensor)] * len(outputs), group=group)
-    for output, part in zip(outputs, joined.split([len(o) for o in outputs]), strict=True):
+    for output, part in zip(outputs, joined.split(sizes), strict=True):
         output.copy_(part)
 
 
 def _reduce_scatter(output: torch.Tensor, inputs: list[torch.Tensor], group: Any = None) -> None:
     """As above, the other way round; the sum is in rank order."""
     parts = output.new_empty(len(inputs), *output.shape)
-    sizes = [len(output)] * len(inputs)
-    dist.all_to_all_single(
-        parts.view(-1, *output.shape[1:]), torch.cat(inputs), sizes, [len(i) for i in inputs], group=group
-    )
+    arriving, leaving = [len(output)] * len(inputs), [len(part) for part in inputs]
+    dist.all_to_all_single(parts.flatten(0, 1), torch.cat(inputs), arriving, leaving, group=group)
     torch.sum(parts, dim=0, out=output)
 
 

@@ -1,16 +1,15 @@
 """CUDA: megatron-core's home; nothing is replaced."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 
 import torch
 
+from megatron_posttrain.platform.base import Platform
 from megatron_posttrain.platform.scope import replaced, without_transformer_engine
 
 
-class CudaPlatform:
+class CudaPlatform(Platform):
     name = "cuda"
     backend = "nccl"
 

@@ -1,7 +1,5 @@
 """What device this process has: facts for reports, and how fast it multiplies."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

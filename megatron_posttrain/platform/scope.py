@@ -1,7 +1,5 @@
 """Scoped, reversible replacements of module attributes."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator
 from types import ModuleType

@@ -5,18 +5,6 @@ from megatron_posttrain.rewards.grading import Grade, compute_rewards
 from megatron_posttrain.rewards.registry import GradingError, Reward, Sample, Score, load_rewards, reward
 
 __all__ = [
-    "Grade",
-    "GradingError",
-    "Reward",
-    "Sample",
-    "Score",
-    "code",
-    "compute_rewards",
-    "ifeval",
-    "judge",
-    "language",
-    "load_rewards",
-    "math",
-    "reward",
-    "rules",
-]
+    "Grade", "GradingError", "Reward", "Sample", "Score", "code", "compute_rewards", "ifeval", "judge", "language",
+    "load_rewards", "math", "reward", "rules",
+]  # fmt: skip

@@ -1,14 +1,11 @@
 """Code against tests: 1.0 when the response's program passes all of them, judged from outside of it."""
 
-from __future__ import annotations
-
 import ast
 import builtins
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from megatron_posttrain import sandbox
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.rewards.registry import GradingError, Sample, Score, reward
 
+_GRADER = Path(__file__).with_name("code_grader.py").read_text(encoding="utf-8")
 _BLOCK = re.compile(r"^```[ \t]*([\w+.-]*)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _PYTHON = ("", "python", "python3", "py")
 ALLOWED = (
@@ -33,9 +31,6 @@ class Tests:
     setup: str = ""  # executed before the asserts, on their side
     prompt: str = ""  # executed before the program, on its side
     entry_point: str = ""
-
-    def __len__(self) -> int:
-        return len(self.asserts) + len(self.pairs)
 
 
 def program_of(text: str) -> str:
@@ -90,7 +85,7 @@ class Code:
 
     Asserts are evaluated in a process that the program cannot reach; what a program prints for an input is compared
     here, blanks at the ends of lines and of the text left out. A sandbox that fails is no wrong answer: the
-    sample counts as not graded.
+    sample counts as not graded. Raises UserError where programs cannot be isolated here, and `unsafe` is not set.
 
     Args:
         seconds: for all asserts together, or for one input.
@@ -98,9 +93,6 @@ class Code:
         partial: the share of tests passed instead of all or nothing.
         max_tests: that many of a row's tests at most; null: all.
         unsafe: without isolation.
-
-    Raises:
-        UserError: programs cannot be isolated here, and `unsafe` is not set.
     """
 
     def __init__(
@@ -114,8 +106,7 @@ class Code:
     ) -> None:
         self._seconds, self._memory_mib, self._partial = seconds, memory_mib, partial
         self._max_tests, self._unsafe = max_tests, unsafe
-        reason = None if unsafe else sandbox.why_unavailable()
-        if reason:
+        if not unsafe and (reason := sandbox.why_unavailable()):
             raise UserError(
                 f"rewards: 'code' runs programs that nobody has read, and this machine cannot isolate them: {reason}; "
                 "allowed: user namespaces, the right to make namespaces (CAP_SYS_ADMIN), or sandbox.unsafe: true"
@@ -126,10 +117,7 @@ class Code:
         program = program_of(sample.final or "")
         if not program.strip():
             return Score(0.0)
-        if tests.pairs:
-            passed, total = self._passed_pairs(program, tests)
-        else:
-            passed, total = self._passed_asserts(program, tests)
+        passed, total = (self._passed_pairs if tests.pairs else self._passed_asserts)(program, tests)
         value = passed / total if self._partial else float(passed == total)
         return Score(value, {"tests_passed": passed / total})
 
@@ -141,7 +129,7 @@ class Code:
             "program": parts, "setup": tests.setup, "tests": asserts, "entry_point": tests.entry_point,
             "partial": self._partial,
         }  # fmt: skip
-        result = self._run(_grader(), json.dumps(task))
+        result = self._run(_GRADER, json.dumps(task))
         verdicts = result.stdout.splitlines()  # none: it failed before it passed a test
         return (int(json.loads(verdicts[-1])["passed"]) if verdicts else 0), len(asserts)
 
@@ -150,9 +138,9 @@ class Code:
         passed = 0
         for stdin, expected in pairs:
             result = self._run(program, stdin)
-            right = result.status == "ok" and _lines(result.stdout) == _lines(expected)
-            passed += right
-            if not right and not self._partial:
+            if result.status == "ok" and _lines(result.stdout) == _lines(expected):
+                passed += 1
+            elif not self._partial:
                 break
         return passed, len(pairs)
 
@@ -163,11 +151,6 @@ class Code:
         if result.status == "unavailable":
             raise GradingError(f"the sandbox failed: {result.stderr.strip()}")
         return result
-
-
-@cache
-def _grader() -> str:
-    return Path(__file__).with_name("code_grader.py").read_text(encoding="utf-8")
 
 
 def _lines(text: str) -> list[str]:

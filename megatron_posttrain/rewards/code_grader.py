@@ -6,8 +6,6 @@ patch what compares, bring an `__eq__`, print a verdict, or end into success: it
 not dumpable, so that a process of the same user sees neither its memory nor its descriptors.
 """
 
-from __future__ import annotations
-
 import builtins
 import ctypes
 import json
@@ -31,11 +29,8 @@ _NOT_RAISED = ("StopIteration", "StopAsyncIteration")
 
 
 def encode(value: Any, keep: Any) -> Any:
-    """As JSON: `[type, parts...]` for all but None, truth values, text and ordinary numbers.
-
-    Args:
-        keep: gives the handle of a value that is no plain data.
-    """
+    """As JSON: `[type, parts...]` for all but None, truth values, text and ordinary numbers. `keep` gives the handle of
+    a value that is no plain data."""
     if value is None or value is True or value is False:
         return value
     if isinstance(value, str):

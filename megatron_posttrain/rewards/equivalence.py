@@ -1,7 +1,5 @@
 """Whether two final answers are the same: as text, as numbers, element by element, else by math-verify."""
 
-from __future__ import annotations
-
 import re
 from fractions import Fraction
 
@@ -25,9 +23,7 @@ _PRODUCT = re.compile(r"[abcxyzmnpqrst]{2}")
 
 def graded(expected: str, response: str) -> bool:
     """Whether the answer that `response` ends with is the expected one."""
-    answer = boxed(expected)
-    if answer is None:
-        answer = expected.rpartition("####")[2]
+    answer = expected.rpartition("####")[2] if (box := boxed(expected)) is None else box
     given = final_answer(response)
     if len(given) > LONGEST or len(answer) > LONGEST:
         return given.strip() == answer.strip() != ""
@@ -66,8 +62,7 @@ def _same_value(expected: str, given: str) -> bool:
     if not same_unit(unit, found_unit) and "%" not in (unit, found_unit):
         return False
     if _MISREAD.search(core) or _MISREAD.search(found):
-        value, other = number(core), number(found)
-        return value is not None and value == other
+        return False
     if max(len(core), len(found)) > LONGEST_FORMULA or _WORD.search(core) or _WORD.search(found):
         return _as_words(core) == _as_words(found)
     from megatron_posttrain.rewards.symbolic import equivalent
@@ -164,10 +159,8 @@ def _split(text: str) -> list[str]:
     parts, depth, start = [], 0, 0
     for i, character in enumerate(text):
         depth += (character in _OPEN) - (character in _CLOSE)
-        separates = character == ";" or (
-            character == "," and not (spaced and re.match(r",\d{3}(?!\d)", text[i : i + 5]))
-        )
-        if separates and depth == 0:
+        grouped = character == "," and spaced and re.match(r",\d{3}(?!\d)", text[i : i + 5])
+        if character in ",;" and not grouped and depth == 0:
             parts.append(text[start:i].strip())
             start = i + 1
     return [*parts, text[start:].strip()]
@@ -185,7 +178,9 @@ def _closes_at_end(text: str) -> bool:
 
 def _same_elements(expected: tuple[str, list[str]], given: tuple[str, list[str]]) -> bool:
     (brackets, parts), (found_brackets, found) = expected, given
-    if len(parts) != len(found) or not _same_brackets(brackets, found_brackets):
+    # A bare list may stand for a tuple or a set, not for an interval with an end that belongs to it.
+    either = {brackets, found_brackets}
+    if len(parts) != len(found) or not (len(either) == 1 or either <= {"", "()"} or either <= {"", "{}"}):
         return False
     if brackets not in ("", "{}") or found_brackets not in ("", "{}"):
         return all(map(equal, parts, found))
@@ -196,8 +191,3 @@ def _same_elements(expected: tuple[str, list[str]], given: tuple[str, list[str]]
             return False
         left.remove(match)
     return True
-
-
-def _same_brackets(one: str, other: str) -> bool:
-    """A bare list may stand for a tuple or a set, not for an interval with an end that belongs to it."""
-    return one == other or {one, other} <= {"", "()"} or {one, other} <= {"", "{}"}

@@ -1,7 +1,5 @@
 """The final answer that a text gives, as it is written there. Every function takes time linear in the text."""
 
-from __future__ import annotations
-
 import re
 
 TAIL = 2000  # characters at the end of a text without a box in which its answer is looked for
@@ -28,7 +26,6 @@ _SPAN = re.compile(
     r"(?P<display>\$\$[^$]{1,500}\$\$)|(?P<inline>\$(?=[^\s$])[^$\n]{0,300}[^\s$\\]\$(?!\d))|(?P<one>\$[^\s$]\$(?!\d))"
     r"|(?P<round>\\\([^\n]{1,300}?\\\))|(?P<square>\\\[[^\n]{1,300}?\\\])|(?P<word>\S+)"
 )
-_CURRENCY = "$€£¥₹₩"
 
 
 def boxed(text: str) -> str | None:
@@ -38,10 +35,7 @@ def boxed(text: str) -> str | None:
     """
     boxes = _boxes(text)
     if not boxes:
-        bare = None
-        for bare in _BARE_BOX.finditer(text):  # noqa: B007
-            pass
-        return bare[1] if bare else None
+        return [None, *_BARE_BOX.findall(text)][-1]
     answer = [boxes[-1]]
     for box in boxes[-2:-MOST_BOXES:-1]:
         between = text[box[2] + 1 : answer[-1][0]]
@@ -86,54 +80,34 @@ def final_answer(text: str) -> str:
         return content
     if _BOX_OPENED.search(text):
         return ""
-    hashes = _HASHES.search(text)
-    if hashes:
-        return hashes.group(1)
+    if hashes := _HASHES.search(text):
+        return hashes[1]
     tail = _ANNOTATION.sub("", text[-TAIL:]).strip()
-    marker = None
-    for marker in _MARKER.finditer(tail):  # noqa: B007
-        pass
-    if marker:
-        found = _after_marker(tail[marker.end() :])
-        if found:
-            return found
-    alone = "\n" not in tail
-    if alone and not _has_prose(_TEXT.sub(" ", tail)):
+    marker = [None, *_MARKER.finditer(tail)][-1]
+    if marker and (found := _after_marker(tail[marker.end() :])):
+        return found
+    alone, bare = "\n" not in tail, _TEXT.sub(" ", tail)
+    if alone and not _CJK.search(bare) and not any(map(_is_word, bare.split())):
         return tail
-    return _last_expression(tail) or (tail if alone else "")
-
-
-def _has_prose(line: str) -> bool:
-    return bool(_CJK.search(line)) or any(_is_word(word) for word in line.split())
+    runs = next(filter(None, map(_runs, reversed(tail.split("\n")))), None)
+    return runs[-1] if runs else tail if alone else ""
 
 
 def _after_marker(rest: str) -> str:
     """The first expression that follows at once, else the last one of the sentence, else the sentence itself."""
-    end = _SENTENCE_END.search(rest)
-    sentence = rest[: end.start()] if end else rest
+    sentence = _SENTENCE_END.split(rest, 1)[0]
     if not sentence.strip():
         return ""
     runs = _runs(sentence)
-    starts = runs and not _is_word(sentence.split()[0]) and not _CJK.match(sentence.strip())
-    if starts:
+    if runs and not _is_word(sentence.split()[0]) and not _CJK.match(sentence.strip()):
         return runs[0]
     return runs[-1] if runs else sentence.strip()
 
 
-def _last_expression(text: str) -> str:
-    """The last expression in the last sentence that holds one."""
-    for line in reversed(text.split("\n")):
-        runs = _runs(line)
-        if runs:
-            return runs[-1]
-    return ""
-
-
 def _runs(sentence: str) -> list[str]:
     """Expressions of a sentence: words with a digit, a command or an operator, with what joins them."""
-    pieces = _pieces(sentence)
     runs: list[list[str]] = [[]]
-    for piece in pieces:
+    for piece in _pieces(sentence):
         if piece is None:
             runs.append([])
         else:
@@ -161,14 +135,9 @@ def _pieces(sentence: str) -> list[str | None]:
 def _is_word(word: str) -> bool:
     """Whether it is prose: no digit, command or operator in it; a single letter but `a` and `I` is a variable."""
     bare = word.strip("()[]{},.;:!?\"'*")
-    if re.search(r"[0-9\\=<>+^∞π√∅]", word) or unit_sign(bare):
+    if re.search(r"[0-9\\=<>+^∞π√∅]", word) or bare in {*"$€£¥₹₩%"}:
         return False
     return not (len(bare) == 1 and bare not in "aI") and bool(bare) and not re.fullmatch(r"[-−/*·×÷%|]+", bare)
-
-
-def unit_sign(word: str) -> bool:
-    """Whether the word is one sign of a currency or of per cent."""
-    return word in {*_CURRENCY, "%"}
 
 
 def _trim(run: list[str]) -> list[str]:

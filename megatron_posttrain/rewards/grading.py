@@ -1,13 +1,12 @@
 """Grades the samples of a step with every reward of a run, side by side."""
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import logging
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
@@ -21,31 +20,20 @@ LONGEST_SHOWN = 200  # characters of a response in a message
 
 @dataclass(frozen=True)
 class Grade:
-    """What a sample is worth.
+    """What a sample is worth."""
 
-    Attributes:
-        rewards: by name, without those that failed.
-        total: sum of weight x reward; with what `on_error` says for one that failed.
-        masked: whether it must not train, because a reward could not grade it.
-        failures: why, by the reward's name.
-        metrics: figures that rewards log, as `REWARD/NAME`.
-    """
-
-    rewards: dict[str, float]
-    total: float
-    masked: bool = False
-    failures: Mapping[str, str] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    rewards: dict[str, float]  # by name, without those that failed
+    total: float  # sum of weight x reward; with what `on_error` says for one that failed
+    masked: bool = False  # it must not train, because a reward could not grade it
+    failures: Mapping[str, str] = field(default_factory=dict)  # why, by the reward's name
+    metrics: Mapping[str, float] = field(default_factory=dict)  # figures that rewards log, as `REWARD/NAME`
 
 
 def compute_rewards(samples: Sequence[Sample], rewards: Sequence[Reward], *, threads: int = 8) -> list[Grade]:
-    """Grade every sample with every reward.
+    """Grade every sample with every reward; the samples of a prompt come one after the other.
 
     Plain functions run in at most `threads` threads, coroutines all at once. A reward that raises, returns something
     else than a finite number or takes too long is logged with its first sample and ends nothing.
-
-    Args:
-        samples: those of a prompt one after the other.
     """
     units = [(item, unit) for item in rewards for unit in _units(item, samples)]
     grading = _grade_all([(item, [samples[i] for i in unit]) for item, unit in units], threads)
@@ -119,27 +107,17 @@ def _is_async(function: Callable[[Any], Any]) -> bool:
 
 async def _in_thread(function: Callable[[Any], Any], argument: Any) -> Any:
     """In a thread that the process does not wait for at its end: one that hangs holds up nothing."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Any] = loop.create_future()
-
-    def settle(value: Any, error: BaseException | None) -> None:
-        if future.done():  # took too long
-            return
-        if error is None:
-            future.set_result(value)
-        else:
-            future.set_exception(error if isinstance(error, Exception) else RuntimeError(last_line(error)))
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()  # from here on it cannot be cancelled, as where it took too long
 
     def call() -> None:
         try:
-            value = function(argument)
+            future.set_result(function(argument))
         except BaseException as error:
-            loop.call_soon_threadsafe(settle, None, error)
-        else:
-            loop.call_soon_threadsafe(settle, value, None)
+            future.set_exception(error if isinstance(error, Exception) else RuntimeError(last_line(error)))
 
     threading.Thread(target=call, daemon=True, name="reward").start()
-    return await future
+    return await asyncio.wrap_future(future)
 
 
 def _results(item: Reward, value: Any, count: int) -> Sequence[Any]:
@@ -164,8 +142,7 @@ def _log_failures(
     samples: Sequence[Sample], rewards: Sequence[Reward], scores: Sequence[Mapping[str, Score | str]]
 ) -> None:
     for item in rewards:
-        failed = [i for i, scored in enumerate(scores) if isinstance(scored[item.name], str)]
-        if failed:
+        if failed := [i for i, scored in enumerate(scores) if isinstance(scored[item.name], str)]:
             then = "are masked" if item.on_error is None else f"count as {item.on_error:g}"
             log.warning(
                 "reward %r failed on %d of %d samples, which %s; the first: %s; its response: %r",

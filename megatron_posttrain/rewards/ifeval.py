@@ -1,7 +1,5 @@
 """Verifiable instructions (IFEval, arXiv 2311.07911): all 25 types, with the verdicts of its official checker."""
 
-from __future__ import annotations
-
 import json
 import operator
 import re
@@ -12,8 +10,6 @@ from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.rewards.language import detect
 from megatron_posttrain.rewards.registry import GradingError, Sample, Score, reward
 
-Check = Callable[..., bool]
-CHECKS: dict[str, Check] = {}
 _RELATIONS = {"less than": operator.lt, "at least": operator.ge}
 # Ends of words that end no sentence.
 _ABBREVIATIONS = re.compile(
@@ -23,27 +19,21 @@ _ABBREVIATIONS = re.compile(
 _SENTENCE_END = re.compile(r"([^\s]*?)([.!?]+)([\"'”’)\]*]*)(\s+)(?=(\S+))")
 
 
-def _check(name: str) -> Callable[[Check], Check]:
-    def register(function: Check) -> Check:
-        CHECKS[name] = function
-        return function
-
-    return register
+def _unknown(name: str) -> str:
+    return f"no instruction {name!r}{nearest(name, CHECKS)}; allowed: {', '.join(sorted(CHECKS))}"
 
 
 def follows(name: str, text: str, arguments: Mapping[str, Any]) -> bool:
-    """Whether a response follows an instruction, strictly; an empty response follows none.
-
-    Raises:
-        GradingError: no such instruction, or arguments that it does not have.
-    """
+    """Whether a response follows an instruction, strictly; an empty response follows none. Raises GradingError where
+    there is no such instruction, or it has no such arguments."""
     if name not in CHECKS:
-        raise GradingError(f"no instruction {name!r}{nearest(name, CHECKS)}; allowed: {', '.join(sorted(CHECKS))}")
+        raise GradingError(_unknown(name))
     given = {key: value for key, value in arguments.items() if value is not None}
     try:
         return bool(text.strip()) and CHECKS[name](text, **given)
     except (TypeError, KeyError) as error:
-        raise GradingError(f"instruction {name!r}: arguments {given}: {error}") from None
+        reason = str(error).removeprefix("<lambda>() ")
+        raise GradingError(f"instruction {name!r}: arguments {given}: {reason}") from None
 
 
 def follows_loosely(name: str, text: str, arguments: Mapping[str, Any]) -> bool:
@@ -73,12 +63,8 @@ class IfEval:
         of: Literal["answer", "response"] = "answer",
     ) -> None:
         for instruction in instructions or []:
-            name = instruction.get("id", "")
-            if name not in CHECKS:
-                raise UserError(
-                    f"rewards: 'ifeval': args.instructions: no instruction {name!r}{nearest(name, CHECKS)}; "
-                    f"allowed: {', '.join(sorted(CHECKS))}"
-                )
+            if (name := instruction.get("id", "")) not in CHECKS:
+                raise UserError(f"rewards: 'ifeval': args.instructions: {_unknown(name)}")
         self._instructions = instructions
         self._check = follows if mode == "strict" else follows_loosely
         self._partial, self._of = partial, of
@@ -100,50 +86,6 @@ class IfEval:
             raise GradingError("neither the row's metadata.instruction_id_list nor args.instructions is there")
 
 
-# ---- the instructions; parameters have the data set's names --------------------------------------------------
-
-
-@_check("keywords:existence")
-def _existence(text: str, keywords: list[str]) -> bool:
-    return all(re.search(keyword, text, re.IGNORECASE) for keyword in keywords)
-
-
-@_check("keywords:frequency")
-def _frequency(text: str, keyword: str, frequency: int, relation: str) -> bool:
-    return _RELATIONS[relation](len(re.findall(keyword, text, re.IGNORECASE)), frequency)
-
-
-@_check("keywords:forbidden_words")
-def _forbidden(text: str, forbidden_words: list[str]) -> bool:
-    return not any(re.search(rf"\b{word}\b", text, re.IGNORECASE) for word in forbidden_words)
-
-
-@_check("keywords:letter_frequency")
-def _letters(text: str, letter: str, let_frequency: int, let_relation: str) -> bool:
-    return _RELATIONS[let_relation](text.lower().count(letter.lower()), let_frequency)
-
-
-@_check("language:response_language")
-def _language(text: str, language: str) -> bool:
-    return detect(text) in (language, None)
-
-
-@_check("length_constraints:number_sentences")
-def _sentences(text: str, num_sentences: int, relation: str) -> bool:
-    return _RELATIONS[relation](count_sentences(text), num_sentences)
-
-
-@_check("length_constraints:number_words")
-def _words(text: str, num_words: int, relation: str) -> bool:
-    return _RELATIONS[relation](len(re.findall(r"\w+", text)), num_words)
-
-
-@_check("length_constraints:number_paragraphs")
-def _paragraphs(text: str, num_paragraphs: int) -> bool:
-    return _filled(re.split(r"\s?\*\*\*\s?", text)) == num_paragraphs
-
-
-@_check("length_constraints:nth_paragraph_first_word")
 def _first_word(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
     paragraphs = text.split("\n\n")
     count = sum(bool(paragraph.strip()) for paragraph in paragraphs)
@@ -153,41 +95,22 @@ def _first_word(text: str, num_paragraphs: int, nth_paragraph: int, first_word: 
     return re.split(r"[.,?!'\"]", word)[0].lower() == first_word.lower()
 
 
-@_check("detectable_content:number_placeholders")
-def _placeholders(text: str, num_placeholders: int) -> bool:
-    return len(re.findall(r"\[.*?\]", text)) >= num_placeholders
-
-
-@_check("detectable_content:postscript")
 def _postscript(text: str, postscript_marker: str) -> bool:
     known = {"P.P.S": r"\s*p\.\s?p\.\s?s.*$", "P.S.": r"\s*p\.\s?s\..*$"}
     pattern = known.get(postscript_marker, rf"\s*{postscript_marker.lower()}.*$")
     return re.search(pattern, text.lower(), re.MULTILINE) is not None
 
 
-@_check("detectable_format:number_bullet_lists")
 def _bullets(text: str, num_bullets: int) -> bool:
     stars, dashes = (re.findall(p, text, re.MULTILINE) for p in (r"^\s*\*[^\*].*$", r"^\s*-.*$"))
     return len(stars) + len(dashes) == num_bullets
 
 
-@_check("detectable_format:constrained_response")
-def _constrained(text: str) -> bool:
-    return any(f"My answer is {word}." in text for word in ("yes", "no", "maybe"))
-
-
-@_check("detectable_format:number_highlighted_sections")
 def _highlights(text: str, num_highlights: int) -> bool:
     found = [*re.findall(r"\*([^\n\*]*)\*", text), *re.findall(r"\*\*([^\n\*]*)\*\*", text)]
     return sum(bool(section.strip()) for section in found) >= num_highlights
 
 
-@_check("detectable_format:multiple_sections")
-def _sections(text: str, section_spliter: str, num_sections: int) -> bool:
-    return len(re.split(rf"\s?{section_spliter}\s?\d+\s?", text)) - 1 >= num_sections
-
-
-@_check("detectable_format:json_format")
 def _json(text: str) -> bool:
     text = re.sub(r"^```(?:json)?", "", text.strip(), flags=re.IGNORECASE).removesuffix("```").strip()
     try:
@@ -197,53 +120,15 @@ def _json(text: str) -> bool:
     return True
 
 
-@_check("detectable_format:title")
-def _title(text: str) -> bool:
-    return any(title.strip("<>").strip() for title in re.findall(r"<<[^\n]+>>", text))
-
-
-@_check("combination:two_responses")
 def _two_responses(text: str) -> bool:
     parts = text.split("******")
     given = [part.strip() for part in parts if part.strip()]
     return _filled(parts) == 2 and given[0] != given[1]
 
 
-@_check("combination:repeat_prompt")
-def _repeat(text: str, prompt_to_repeat: str) -> bool:
-    return text.strip().lower().startswith(prompt_to_repeat.strip().lower())
-
-
-@_check("startend:end_checker")
-def _ends(text: str, end_phrase: str) -> bool:
-    return text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
-
-
-@_check("startend:quotation")
-def _quotation(text: str) -> bool:
-    text = text.strip()
-    return len(text) > 1 and text[0] == text[-1] == '"'
-
-
-@_check("change_case:capital_word_frequency")
 def _capitals(text: str, capital_frequency: int, capital_relation: str) -> bool:
     words = re.findall(r"\w+(?:[-./&]\w+)*|'\w+", text)
     return _RELATIONS[capital_relation](sum(word.isupper() for word in words), capital_frequency)
-
-
-@_check("change_case:english_capital")
-def _upper(text: str) -> bool:
-    return text.isupper() and detect(text) == "en"
-
-
-@_check("change_case:english_lowercase")
-def _lower(text: str) -> bool:
-    return text.islower() and detect(text) == "en"
-
-
-@_check("punctuation:no_comma")
-def _no_comma(text: str) -> bool:
-    return "," not in text
 
 
 def _filled(parts: list[str]) -> int:
@@ -265,3 +150,55 @@ def count_sentences(text: str) -> int:
             continue
         count += 1
     return count
+
+
+# Parameters have the data set's names.
+CHECKS: dict[str, Callable[..., bool]] = {
+    "keywords:existence": lambda text, keywords: all(re.search(word, text, re.IGNORECASE) for word in keywords),
+    "keywords:frequency": lambda text, keyword, frequency, relation: _RELATIONS[relation](
+        len(re.findall(keyword, text, re.IGNORECASE)), frequency
+    ),
+    "keywords:forbidden_words": lambda text, forbidden_words: (
+        not any(re.search(rf"\b{word}\b", text, re.IGNORECASE) for word in forbidden_words)
+    ),
+    "keywords:letter_frequency": lambda text, letter, let_frequency, let_relation: _RELATIONS[let_relation](
+        text.lower().count(letter.lower()), let_frequency
+    ),
+    "language:response_language": lambda text, language: detect(text) in (language, None),
+    "length_constraints:number_sentences": lambda text, num_sentences, relation: _RELATIONS[relation](
+        count_sentences(text), num_sentences
+    ),
+    "length_constraints:number_words": lambda text, num_words, relation: _RELATIONS[relation](
+        len(re.findall(r"\w+", text)), num_words
+    ),
+    "length_constraints:number_paragraphs": lambda text, num_paragraphs: (
+        _filled(re.split(r"\s?\*\*\*\s?", text)) == num_paragraphs
+    ),
+    "length_constraints:nth_paragraph_first_word": _first_word,
+    "detectable_content:number_placeholders": lambda text, num_placeholders: (
+        len(re.findall(r"\[.*?\]", text)) >= num_placeholders
+    ),
+    "detectable_content:postscript": _postscript,
+    "detectable_format:number_bullet_lists": _bullets,
+    "detectable_format:constrained_response": lambda text: any(
+        f"My answer is {word}." in text for word in ("yes", "no", "maybe")
+    ),
+    "detectable_format:number_highlighted_sections": _highlights,
+    "detectable_format:multiple_sections": lambda text, section_spliter, num_sections: (
+        len(re.split(rf"\s?{section_spliter}\s?\d+\s?", text)) - 1 >= num_sections
+    ),
+    "detectable_format:json_format": _json,
+    "detectable_format:title": lambda text: any(title.strip("<>").strip() for title in re.findall(r"<<[^\n]+>>", text)),
+    "combination:two_responses": _two_responses,
+    "combination:repeat_prompt": lambda text, prompt_to_repeat: (
+        text.strip().lower().startswith(prompt_to_repeat.strip().lower())
+    ),
+    "startend:end_checker": lambda text, end_phrase: (
+        text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
+    ),
+    "startend:quotation": lambda text: re.fullmatch('".*"', text.strip(), re.DOTALL) is not None,
+    "change_case:capital_word_frequency": _capitals,
+    "change_case:english_capital": lambda text: text.isupper() and detect(text) == "en",
+    "change_case:english_lowercase": lambda text: text.islower() and detect(text) == "en",
+    "punctuation:no_comma": lambda text: "," not in text,
+}

@@ -1,7 +1,5 @@
 """A language model as judge, behind any OpenAI-compatible address; our own vLLM server is one."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import json
@@ -197,8 +195,7 @@ class Judge:
         asked = {**self._sampling, "messages": [{"role": "user", "content": prompt}]}
         name = hashlib.sha256(json.dumps([self._address, asked], sort_keys=True).encode()).hexdigest()
         async with self._gate:
-            known = self._cache.get(name)
-            if known is not None:
+            if (known := self._cache.get(name)) is not None:
                 return known
             if self._left is not None:
                 if self._left <= 0:

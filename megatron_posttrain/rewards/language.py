@@ -1,7 +1,5 @@
 """Which language a text is written in, by its script and by the words that languages need most; R1's reward."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import Counter
@@ -49,11 +47,7 @@ _WORDS = {
     "ur": "کے میں کی ہے اور سے کا کو پر نے ہیں یہ کہ ایک اس نہیں ٹ ڈ ڑ ں ے",
 }
 _FUNCTION_WORDS = {name: frozenset(text.split()) for name, text in _WORDS.items()}
-_FAMILIES = {
-    "CYRILLIC": ("ru", "uk", "bg"),
-    "DEVANAGARI": ("hi", "mr", "ne"),
-    "ARABIC": ("ar", "fa", "ur"),
-}
+_FAMILIES = {"CYRILLIC": ("ru", "uk", "bg"), "DEVANAGARI": ("hi", "mr", "ne"), "ARABIC": ("ar", "fa", "ur")}
 _LATIN = tuple(name for name in _WORDS if name not in {x for family in _FAMILIES.values() for x in family})
 LANGUAGES = sorted({*_SCRIPTS.values(), *_WORDS})
 _LETTERS = 0.1  # weight of a language's own letter beside a word of its own
@@ -99,8 +93,7 @@ def language_share(text: str, language: str) -> float:
     gives away, are left out. 1.0 where nothing is left. Chinese and Japanese are counted by characters."""
     found: Counter[str] = Counter()
     for segment in _SEGMENT.findall(_CODE.sub(" ", text)):
-        name = detect(segment)
-        if name is not None:
+        if (name := detect(segment)) is not None:
             found[name] += len(re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\d_]+", segment))
     return found[language] / found.total() if found else 1.0
 

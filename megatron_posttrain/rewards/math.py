@@ -1,7 +1,5 @@
 """Exact-answer mathematics: 1.0 when the final answer equals the expected one, else 0.0."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Answers without what does not change them: one spelling for what Unicode, LaTeX and Markdown write in many ways."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from fractions import Fraction
@@ -66,25 +64,16 @@ def normalize(answer: str) -> str:
     text = _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m.group()), answer)
     text = _SUPERSCRIPT_RUN.sub(lambda m: "^{" + m.group().translate(_SUPERSCRIPTS) + "}", text)
     text = unicodedata.normalize("NFKC", text.translate(_SIGNS)).translate(_SIGNS)
-    text = re.sub(r"[^\x00-\x7f]", _ascii_digit, text)
+    text = re.sub(r"[^\x00-\x7f]", lambda m: str(unicodedata.digit(m[0], m[0])), text)  # type: ignore[arg-type]
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    text = _without_dollars(text)
-    text = re.sub(r"\s+", " ", text).rstrip(_ENDS).lstrip(_ENDS.replace(".", ""))
-    return re.sub(r"(?<=[^A-Za-z0-9)},]) | (?=[^A-Za-z0-9\\({.])", "", text)
-
-
-def _ascii_digit(match: re.Match[str]) -> str:
-    digit = unicodedata.digit(match.group(), None)
-    return match.group() if digit is None else str(digit)
-
-
-def _without_dollars(text: str) -> str:
-    """Dollars of mathematics go, those of money stay as the unit that they are."""
+    # Dollars of mathematics go, those of money stay as the unit that they are.
     text = text.replace("\\$", "USD")
     if text.count("$") % 2:
         text = re.sub(r"\$(?=\s*\d)", "USD", text, count=1)
-    return re.sub(r"USD(?=USD)", "", text.replace("$", " "))
+    text = re.sub(r"USD(?=USD)", "", text.replace("$", " "))
+    text = re.sub(r"\s+", " ", text).rstrip(_ENDS).lstrip(_ENDS.replace(".", ""))
+    return re.sub(r"(?<=[^A-Za-z0-9)},]) | (?=[^A-Za-z0-9\\({.])", "", text)
 
 
 # ---- numbers ------------------------------------------------------------------------------------------------
@@ -118,13 +107,13 @@ def number(text: str) -> Fraction | None:
 
 def _value(part: dict[str, str]) -> Fraction | None:
     if part["base"]:
-        return _in_base(part["digits"], int(part["base"]))
-    if part["repeat"] or part["repeated"]:
-        block = part["repeat"] or part["repeated"]
-        shift = 10 ** len(part["fixed"])
-        return Fraction(int(part["plain"] + part["fixed"] or "0")) / shift + Fraction(
-            int(block), (10 ** len(block) - 1) * shift
-        )
+        try:
+            return Fraction(int(part["digits"], int(part["base"])))
+        except ValueError:
+            return None
+    if block := part["repeat"] or part["repeated"]:
+        whole = int(part["plain"] + part["fixed"] or "0") + Fraction(int(block), 10 ** len(block) - 1)
+        return whole / 10 ** len(part["fixed"])
     if part["decimal"]:
         power = int(part["exponent"] or _SCALES.get(part["scale"], 0))
         return _decimal(part["decimal"]) * Fraction(10) ** power
@@ -134,13 +123,6 @@ def _value(part: dict[str, str]) -> Fraction | None:
 
 def _decimal(text: str) -> Fraction:
     return Fraction(re.sub("[ ,]", "", text).rstrip("."))
-
-
-def _in_base(digits: str, base: int) -> Fraction | None:
-    try:
-        return Fraction(int(digits, base))
-    except ValueError:
-        return None
 
 
 def base_of(text: str) -> str | None:

@@ -1,24 +1,21 @@
 """Rewards by name: built in, or from a user's Python file."""
 
-from __future__ import annotations
-
 import inspect
 import sys
 import traceback
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict, ValidationError, create_model
 
+from megatron_posttrain.config.schema import RewardConfig
 from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.rewards.response import split_reasoning
-
-if TYPE_CHECKING:
-    from megatron_posttrain.config.schema import RewardConfig
 
 
 @dataclass(frozen=True)
@@ -59,22 +56,15 @@ Target = TypeVar("Target", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward of a run.
-
-    Attributes:
-        function: plain or async; its argument is a sample, or a list of them where `per` says so, in which case it
-            returns a list.
-        per: `batch`: all samples that a replica grades in a step; `group`: those of one prompt.
-        on_error: the value of a sample that could not be graded; None: the sample does not train.
-        seconds: after which a call counts as failed; None: never.
-    """
+    """A reward of a run. `function`, plain or async, takes a sample, or a list of them (to a list of values) where
+    `per` says so: all that a replica grades in a step (`batch`), or those of one prompt (`group`)."""
 
     name: str
     weight: float
     function: Callable[[Any], Any]
     per: Per = "sample"
-    on_error: float | None = None
-    seconds: float | None = None
+    on_error: float | None = None  # the value of a sample that could not be graded; None: the sample does not train
+    seconds: float | None = None  # after which a call counts as failed; None: never
 
 
 @dataclass(frozen=True)
@@ -95,10 +85,7 @@ def reward(name: str, *, per: Per = "sample", needs_answer: bool = False) -> Cal
     A function takes a `Sample` and returns a finite number, as a scalar of numpy or torch too, or a `Score`; plain
     ones are called from several threads at once. Its keyword-only parameters are keys of the config's `args`,
     checked by their types. A class is made once, from `args`, and its instance is called.
-
-    Args:
-        per: what a call grades; with `batch` and `group` a list of samples, to a list of numbers.
-        needs_answer: rows without `answer` are refused.
+    `per`: what a call grades, see `Reward`; `needs_answer`: rows without `answer` are refused.
     """
 
     def register(target: Target) -> Target:
@@ -113,12 +100,8 @@ def reward(name: str, *, per: Per = "sample", needs_answer: bool = False) -> Cal
 def load_rewards(specs: Iterable[RewardConfig], *, unsafe: bool = False) -> list[Reward]:
     """The rewards that the configuration names, from their files where it gives one, with their parameters.
 
-    Args:
-        unsafe: `sandbox.unsafe`, for those that run programs.
-
-    Raises:
-        UserError: an unknown name or parameter, a bad value, a file that is missing, fails, or does not define the
-            name, a name twice.
+    `unsafe`: `sandbox.unsafe`, for those that run programs. Raises UserError for an unknown name or parameter, a bad
+    value, a file that is missing, fails, or does not define the name, a name twice.
     """
     rewards: list[Reward] = []
     for spec in specs:
@@ -148,9 +131,8 @@ def _bind(name: str, target: Callable[..., Any], args: Mapping[str, Any], unsafe
     made = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
     hints = typing.get_type_hints(made)
     parameters = [p for p in inspect.signature(made).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    fields: dict[str, Any] = {
-        p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default) for p in parameters
-    }
+    defaults = {p.name: ... if p.default is p.empty else p.default for p in parameters}
+    fields: dict[str, Any] = {name: (hints.get(name, Any), default) for name, default in defaults.items()}
     given = {"unsafe": True, **args} if unsafe and "unsafe" in fields else dict(args)
     schema = create_model("Parameters", __config__=ConfigDict(extra="forbid", protected_namespaces=()), **fields)
     try:
@@ -158,18 +140,7 @@ def _bind(name: str, target: Callable[..., Any], args: Mapping[str, Any], unsafe
     except ValidationError as error:
         raise UserError("\n".join(_explain(name, list(fields), e) for e in error.errors())) from None
     values = {key: getattr(checked, key) for key in fields}
-    if isinstance(target, type):
-        function: Callable[[Any], Any] = target(**values)
-        return function
-    if not values:
-        return target
-    if inspect.iscoroutinefunction(target):
-
-        async def call(sample: Any) -> Any:
-            return await target(sample, **values)
-
-        return call
-    return lambda sample: target(sample, **values)
+    return target(**values) if isinstance(target, type) else partial(target, **values)
 
 
 def _explain(name: str, allowed: list[str], error: Any) -> str:

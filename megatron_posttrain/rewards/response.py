@@ -1,7 +1,5 @@
 """Where the reasoning of a response ends and its answer begins."""
 
-from __future__ import annotations
-
 REASONING = (
     ("<think>", "</think>"),
     ("[THINK]", "[/THINK]"),
@@ -13,10 +11,7 @@ REASONING = (
 
 def split_reasoning(response: str, opened: str = "") -> tuple[str, str]:
     """Reasoning and answer: what follows the last end of reasoning, nothing where reasoning was begun and not ended.
-
-    Args:
-        opened: the tag with which the prompt ended, when it opened the reasoning.
-    """
+    `opened`: the tag with which the prompt ended, when it opened the reasoning."""
     for begin, end in REASONING:
         text = (begin if opened == begin else "") + response
         reasoning, closed, answer = text.rpartition(end)

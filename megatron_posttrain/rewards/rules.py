@@ -1,7 +1,5 @@
 """Rewards by rule: what an answer is, how it is written, how long it is."""
 
-from __future__ import annotations
-
 import json
 import random
 import re
@@ -35,8 +33,7 @@ def choice(sample: Sample) -> float:
 
 
 def _chosen(text: str) -> str | None:
-    box = boxed(text)
-    if box is not None:
+    if (box := boxed(text)) is not None:
         inner = re.fullmatch(rf"(?:\\text\w*\s*\{{)?\s*{_LETTER}\s*\}}?(?:[.):].*)?", box.strip(), re.DOTALL)
         return inner[1] if inner else None
     said = None
@@ -47,8 +44,7 @@ def _chosen(text: str) -> str | None:
         return said
     lines = [line for line in text.strip().splitlines() if line.strip()]
     for line in [*lines[-1:], *lines[:1]]:
-        alone = re.fullmatch(rf"\s*{_LETTER}(?:[.):].*)?\s*[.。]?", line)
-        if alone:
+        if alone := re.fullmatch(rf"\s*{_LETTER}(?:[.):].*)?\s*[.。]?", line):
             return alone[1]
     return None
 
@@ -89,11 +85,8 @@ class Regex:
 
 @reward("json_schema")
 class JsonSchema:
-    """1.0 when the answer is JSON (alone, or in its last code block) that fits a schema.
-
-    Args:
-        schema: the JSON Schema, or its file; null: the row's `metadata.schema`.
-    """
+    """1.0 when the answer is JSON (alone, or in its last code block) that fits a schema: `schema`, the JSON Schema or
+    its file, else the row's `metadata.schema`."""
 
     def __init__(self, *, schema: dict[str, Any] | str | None = None) -> None:
         where = "rewards: 'json_schema': args.schema"
@@ -138,11 +131,8 @@ def _validator(schema: Any) -> Any:
 
 @reward("format")
 def think_format(sample: Sample, *, opening: Literal["required", "optional"] = "optional") -> float:
-    """1.0 for reasoning in one pair of its tags, then an answer that is not empty.
-
-    Args:
-        opening: `optional`: the opening tag may be missing, as where the prompt ends with it.
-    """
+    """1.0 for reasoning in one pair of its tags, then an answer that is not empty. Where `opening` is `optional` the
+    opening tag may be missing, as where the prompt ends with it."""
     text = sample.response.strip()
     for begin, end in REASONING:
         if text.count(end) == 1 and text.count(begin) <= 1:
@@ -161,11 +151,8 @@ def _length(sample: Sample) -> int:
 
 @reward("overlong")
 def overlong(sample: Sample, *, max_tokens: int, buffer: int = 4096) -> float:
-    """Soft overlong punishment (DAPO, arXiv 2503.14476, equation 13): 0 to -1 over the last `buffer` tokens.
-
-    Args:
-        max_tokens: of a response, the buffer included; longer and truncated ones get -1.
-    """
+    """Soft overlong punishment (DAPO, arXiv 2503.14476, equation 13): 0 to -1 over the last `buffer` of `max_tokens`
+    tokens; longer and truncated responses get -1."""
     if sample.truncated:
         return -1.0
     return max(-1.0, min(0.0, (max_tokens - buffer - _length(sample)) / buffer))

@@ -1,7 +1,5 @@
 """Mathematical equivalence by math-verify, with what it is too lenient about made strict."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_posttrain.parallel.gloo import shared_device
 from megatron_posttrain.parallel.groups import broadcast_object, start_distributed
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout import vllm_fixes
 from megatron_posttrain.rollout.isolation import Isolation
 from megatron_posttrain.rollout.limits import CPU_CACHE_BYTES, explained
+from megatron_posttrain.upstream.gloo import shared_device
 
 CPU_BLOCK_SIZE = 32  # the attention kernel wants multiples of 32; vLLM's 128 shares no prefix of a short prompt
 

@@ -7,8 +7,6 @@ end; the program, which holds no descriptor but its standard ones. What is repor
 `exit CODE` (negative: a signal), or `failed REASON` where the program could not be isolated or executed.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os

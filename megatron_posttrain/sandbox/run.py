@@ -1,7 +1,5 @@
 """Runs Python programs that nobody has read, in a process of their own behind the kernel's walls."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import math
@@ -33,21 +31,14 @@ _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_S
 
 @dataclass(frozen=True)
 class Result:
-    """How a program ended.
-
-    Attributes:
-        status: `ok` for exit code 0; `error` for another; `timeout`, `memory` and `output` where it hit a limit;
-            `unavailable` where it was not run, with the reason in `stderr`.
-        exit_code: negative for a signal, None where it was ended from outside or not run.
-        stdout, stderr: up to the limit of output, undecodable bytes replaced.
-        seconds: of wall time, from the start of the program's process.
-    """
+    """How a program ended: `ok` with exit code 0, `error` with another, `timeout`, `memory` or `output` at a limit,
+    `unavailable` where it was not run, with the reason in `stderr`."""
 
     status: Status
-    exit_code: int | None
-    stdout: str
+    exit_code: int | None  # negative for a signal, None where it was ended from outside or not run
+    stdout: str  # up to the limit of output, undecodable bytes replaced; stderr too
     stderr: str
-    seconds: float
+    seconds: float  # of wall time, from the start of the program's process
 
 
 def run(
@@ -76,8 +67,12 @@ def run(
         output_kib: of stdout and stderr together.
         unsafe: without isolation, only with limits and a clean environment; for programs that are trusted.
     """
+    python = Path(sys.executable)
+    prefixes = {os.path.realpath(prefix) for prefix in (sys.prefix, sys.base_prefix)}
+    interpreter = {prefix for prefix in prefixes if not prefix.startswith("/usr/") and prefix not in _SYSTEM}
     job = {
-        "command": [_python(), "-s", "-B", "main.py"],
+        # The interpreter's directory without links, for that is bound; its own link makes it a venv.
+        "command": [str(python.parent.resolve() / python.name), "-s", "-B", "main.py"],
         "environment": {
             "PATH": "/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
             "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
@@ -85,7 +80,7 @@ def run(
         "files": {**(files or {}), "main.py": code},
         "limits": _limits(seconds, memory_mib),
         "isolate": not unsafe,
-        "binds": sorted({*filter(os.path.exists, _SYSTEM), *_interpreter()}),
+        "binds": sorted({*filter(os.path.exists, _SYSTEM), *interpreter}),
         "root": tempfile.gettempdir() + "/megatron_posttrain_sandbox",  # a place to mount on; nothing is written there
         "scratch": f"size={FILE_MIB}m,nr_inodes=8192",
         "directory": "/tmp",
@@ -105,16 +100,6 @@ def why_unavailable() -> str | None:
     """Why programs cannot be isolated on this machine, None where they can."""
     result = run("print('ready')")
     return None if result.stdout == "ready\n" else result.stderr.strip() or f"a trial ended with {result.status}"
-
-
-def _python() -> str:
-    """This environment's interpreter: its directory without links, for that is bound; its own link makes it a venv."""
-    return str(Path(sys.executable).parent.resolve() / Path(sys.executable).name)
-
-
-def _interpreter() -> list[str]:
-    prefixes = {os.path.realpath(prefix) for prefix in (sys.prefix, sys.base_prefix)}
-    return [prefix for prefix in prefixes if not prefix.startswith("/usr/") and prefix not in _SYSTEM]
 
 
 def _limits(seconds: float, memory_mib: int) -> dict[str, tuple[int, int]]:

@@ -1,7 +1,5 @@
 """A seccomp filter (man 2 seccomp): system calls that a program in the sandbox is refused."""
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import os

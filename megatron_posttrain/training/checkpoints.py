@@ -26,10 +26,10 @@ from megatron_posttrain.training.deadline import Deadline
 from megatron_posttrain.training.disk import agree, cause, checkpoint_bytes, described, first_problem
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.optimizer import set_hyper_parameters
-from megatron_posttrain.training.optimizer_fixes import optimizer_can_resume
 from megatron_posttrain.training.record import Record
 from megatron_posttrain.training.resume import STATE_FILE, Origin
 from megatron_posttrain.training.stretches import Stretches, without_gathered_states
+from megatron_posttrain.upstream.megatron import optimizer_can_resume
 
 # Any layout can read what any other wrote. A constant: megatron-core writes into the dict that it is given.
 SHARDING = (("distrib_optim_sharding_type", "fully_reshardable"),)
@@ -45,9 +45,11 @@ class Checkpoints:
         self.config, self.origin = config, origin
         self._deadline: Deadline | None = None
         self._changes: list[str] = []
+        self.done = 0  # steps of the newest one that can be gone on from
         if config.resume == "auto" and origin is not None:
             newest = next((path for path in reversed(self.whole()) if damage(path) is None), None)
-            self._changes = [] if newest is None else origin.changes(newest, read_state(newest))
+            if newest is not None:
+                self._changes, self.done = origin.changes(newest, read_state(newest)), _step_of(newest)
 
     def due(self, step: int, last: bool) -> bool:
         """Whether to save after step number `step` (from 1)."""

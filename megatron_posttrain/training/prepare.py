@@ -51,6 +51,10 @@ def prepare(config: Config, world_size: int | None = None) -> Prepared:
     if training:
         check_launcher()
         refuse_unused_gpu()
+        if (config.output_dir / "hf").resolve() == path.resolve():
+            raise UserError(
+                f"output={config.output}: the export would replace its hf/, which is model.path; name another"
+            )
         check_disk(config, arch)
         keep_date(config)
     tokenizer = read_tokenizer(config.model.tokenizer or path, arch, path)

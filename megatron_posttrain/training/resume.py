@@ -85,10 +85,18 @@ class Origin:
         return told
 
     def _differences(self, config: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-        """Keys that both know: what another version's config had not, nobody can compare."""
-        for key, now in self.config.items():
-            if key in config and config[key] != now:
-                yield key, config[key], now
+        """Keys that both know: what another version's config had not, nobody can compare. A section that one of them
+        has not (`lora: null`) is compared as a whole."""
+        for key in dict.fromkeys([*self.config, *config]):
+            before, now = _value(config, key), _value(self.config, key)
+            if before != now and {} not in (before, now):
+                yield key, before, now
+
+
+def _value(config: dict[str, Any], key: str) -> Any:
+    """A key's value, or the keys below it."""
+    inside = {name: value for name, value in config.items() if name.startswith(f"{key}.")}
+    return config.get(key, {name.removeprefix(f"{key}."): value for name, value in inside.items()})
 
 
 def keep_date(config: Config) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
-from megatron_posttrain.errors import NotFiniteError
+from megatron_posttrain.errors import NotFiniteError, UserError
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
 from megatron_posttrain.training.checkpoints import Checkpoints
 from megatron_posttrain.training.engine import Engine
@@ -60,6 +60,11 @@ class Run:
         self.total_steps = total_steps(config.training, dataset, config.rows_per_step)
         origin = Origin.of(config, prepared.model_path, dataset.fingerprint)
         self.checkpoints = Checkpoints(config.output_dir, config.checkpoint, origin)
+        if self.checkpoints.done > self.total_steps:
+            raise UserError(
+                f"{config.output} has trained {self.checkpoints.done} steps, this config asks for {self.total_steps}; "
+                "give as many steps or more, or another `output`, or checkpoint.resume=never to train anew here"
+            )
         start_distributed()
         self.groups = make_groups(prepared.layout, config.training.seed)
         self.is_main = dist.get_rank() == 0
@@ -93,6 +98,8 @@ class Run:
         self._record = Record(self.config, self.total_steps, self._first_step)
         self.say(f"{self.dataset.message}; {self.total_steps} steps on {self.prepared.layout}")
         self._record.describe(data=self.dataset.message, layout=str(self.prepared.layout))
+        if (warm_up := self.config.optimizer.warmup_steps) >= self.total_steps:
+            self.say(f"warning: the learning rate never gets to its peak: optimizer.warmup_steps={warm_up}")
         for index in range(self._first_step, self.total_steps):
             step = Step(self, index)
             self._engine.begin_step(index)

@@ -10,12 +10,11 @@ from megatron_posttrain.errors import UserError
 
 
 def total_steps(config: TrainingConfig, dataset: Any, rows: int) -> int:
-    """From `training.steps`, else from `training.epochs` with `rows` of the data a step."""
-    if config.steps is not None:
-        return config.steps
-    if config.epochs is None:
+    """`training.steps`, or those of `training.epochs` with `rows` of the data a step; of both the fewer."""
+    if config.steps is None and config.epochs is None:
         raise UserError("training: give `steps` or `epochs`")
-    return dataset.steps_per_epoch(rows, config.epochs)
+    of_epochs = [] if config.epochs is None else [dataset.steps_per_epoch(rows, config.epochs)]
+    return min([*of_epochs, *([] if config.steps is None else [config.steps])])
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:

@@ -1,14 +1,11 @@
 """Causal attention over packed sequences in torch, with context parallelism, sinks and sliding windows."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,7 +33,7 @@ class PackingPlan:
     restore: Tensor | None  # puts the buckets' tokens back in packed order
 
     @classmethod
-    def make(cls, cu_seqlens: Tensor) -> PackingPlan:
+    def make(cls, cu_seqlens: Tensor) -> Self:
         bounds = cu_seqlens.tolist()
         lengths = tuple(b - a for a, b in itertools.pairwise(bounds))
         device = cu_seqlens.device
@@ -158,9 +155,13 @@ class PackedAttention(torch.nn.Module):
         return outputs[0] if plan.restore is None else torch.cat(outputs).index_select(0, plan.restore)
 
     def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor, plan: PackingPlan) -> Tensor:
+        from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
         group = self.context_group
         size, rank = group.size(), group.rank()
-        keys, values = _GatherTokens.apply(key, group), _GatherTokens.apply(value, group)  # [size, t, ...]
+        # [size, t, ...]; the gradient is summed back to each rank's own part.
+        gathered = (gather_from_sequence_parallel_region(x, group=group) for x in (key, value))
+        keys, values = (x.unflatten(0, (size, -1)) for x in gathered)
         outputs, start = [], 0
         for full in plan.lengths:
             local, chunk = full // size, full // (2 * size)
@@ -205,20 +206,3 @@ def _pad(x: Tensor, bucket: _Bucket) -> Tensor:
 def _natural_order(gathered: Tensor, chunk: int) -> Tensor:
     """[size, 2 * chunk, ...] of ranks that hold chunks r and 2 * size - 1 - r -> [2 * size * chunk, ...]."""
     return torch.cat([*gathered[:, :chunk].unbind(0), *gathered[:, chunk:].flip(0).unbind(0)])
-
-
-class _GatherTokens(torch.autograd.Function):
-    """All-gather along a new first dimension; its gradient is summed back to each rank's own part."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        out = x.new_empty(group.size(), *x.shape)
-        dist.all_gather_into_tensor(out.view(-1, *x.shape[1:]), x.contiguous(), group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        mine = grad.new_empty(grad.shape[1:])
-        dist.reduce_scatter_tensor(mine.view(-1), grad.contiguous().view(-1), group=ctx.group)
-        return mine, None

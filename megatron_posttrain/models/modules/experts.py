@@ -1,7 +1,5 @@
 """Experts of one rank by grouped matrix products: two kernels a layer, however many experts there are."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -133,9 +131,7 @@ def joined(weights: Tensors) -> Tensor:
 def strided(tensors: Tensors) -> Tensor | None:
     """Equal, contiguous tensors at equal distances in one storage as one view; None where they are not so."""
     first = tensors[0].detach()
-    if not all(t.is_contiguous() for t in tensors):
-        return None
-    if len({t.untyped_storage().data_ptr() for t in tensors}) > 1:
+    if not all(t.is_contiguous() for t in tensors) or len({t.untyped_storage().data_ptr() for t in tensors}) > 1:
         return None
     starts = [t.storage_offset() for t in tensors]
     step = starts[1] - starts[0] if len(starts) > 1 else first.numel()

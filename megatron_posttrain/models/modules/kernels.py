@@ -1,7 +1,5 @@
 """Which of torch's fast kernels this process can use. The only place where modules ask for device and dtype."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 

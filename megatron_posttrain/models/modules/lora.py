@@ -1,7 +1,5 @@
 """LoRA (arXiv 2106.09685, section 4.1) beside one linear layer of megatron-core, split over ranks as the layer is."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,11 +40,6 @@ class Split:
             return mappings.reduce_scatter_to_sequence_parallel_region(x, group=self.group)
         return mappings.reduce_from_tensor_model_parallel_region(x, group=self.group)
 
-    @property
-    def same_inputs(self) -> bool:
-        """Whether all ranks of the group are given the same rows."""
-        return not (self.expert or self.sequence or self.by == "row")
-
 
 def scaling(alpha: float, rank: int, rank_stabilised: bool) -> float:
     """alpha / rank, or alpha / sqrt(rank) (rank-stabilised LoRA, arXiv 2312.03732, section 3)."""
@@ -70,22 +63,19 @@ class LoraLinear(nn.Module):
         self.mask = None if bool(mask.all()) else mask.to(dtype)  # [out, adapters]; not a buffer, it is no state
         self.rank, self.scaling, self.dropout, self.split = rank, scaling, dropout, split
         self.enabled = True
-        self._mark()
+        self._mark(self.a, copied=split.by != "row")
+        self._mark(self.b, copied=split.by != "column")
 
-    def _mark(self) -> None:
-        """What megatron-core's gradient reduction and norm have to know of each parameter."""
-        split, size = self.split, self.split.group.size()
-        parts = {"column": [self.b], "row": [self.a], "whole": []}[split.by]
-        for parameter in (self.a, self.b):
-            marks: Any = parameter
-            copied = not any(parameter is part for part in parts)
-            marks.tensor_model_parallel = not copied or split.expert
-            marks.sequence_parallel = split.sequence and not split.expert and copied  # its gradients are summed
-            if split.expert:
-                marks.allreduce = False
-                marks.shared = copied and split.group.rank() > 0  # counts once in the norm
-                if copied and size > 1:
-                    marks.sum_gradients_over = split.group
+    def _mark(self, parameter: Any, copied: bool) -> None:
+        """What megatron-core's gradient reduction and norm have to know; `copied`: every rank has all of it."""
+        split = self.split
+        parameter.tensor_model_parallel = not copied or split.expert
+        parameter.sequence_parallel = split.sequence and not split.expert and copied  # its gradients are summed
+        if split.expert:
+            parameter.allreduce = False
+            parameter.shared = copied and split.group.rank() > 0  # counts once in the norm
+            if copied and split.group.size() > 1:
+                parameter.sum_gradients_over = split.group
 
     def up(self) -> Tensor:
         """B [out, adapters x rank], zero where a row does not meet an A."""
@@ -108,7 +98,8 @@ class LoraLinear(nn.Module):
         engine seeds every step and recomputation sets back; ranks with the same inputs draw the same mask."""
         if not self.dropout or not self.training:
             return x
-        salt = 0 if self.split.same_inputs else 1 + torch.distributed.get_rank()
+        same_rows = not (self.split.expert or self.split.sequence or self.split.by == "row")
+        salt = 0 if same_rows else 1 + torch.distributed.get_rank()
         seed = int(torch.randint(1 << 48, (), device="cpu")) + salt
         generator = torch.Generator(x.device).manual_seed(seed)
         keep = torch.rand(x.shape, generator=generator, device=x.device) >= self.dropout
@@ -139,7 +130,10 @@ def add_to_output(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
     """Forward hook of a linear layer of megatron-core or Transformer Engine that has an adapter as `lora`."""
     if not module.lora.enabled:
         return None
-    return (output[0] + module.lora(_normed(module, inputs[0])), *output[1:])
+    x, norm = inputs[0], getattr(module, "layer_norm_weight", None)
+    if norm is not None:  # Transformer Engine merges a norm into the layer that follows it
+        x = F.rms_norm(x, (x.shape[-1],), norm, module.eps)
+    return (output[0] + module.lora(x), *output[1:])
 
 
 def add_to_grouped_output(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
@@ -149,9 +143,3 @@ def add_to_grouped_output(module: Any, inputs: tuple[Any, ...], output: Any) -> 
         return None
     counts = inputs[1] if isinstance(inputs[1], list) else inputs[1].tolist()
     return (output[0] + grouped_change(adapters, inputs[0], counts), *output[1:])
-
-
-def _normed(module: Any, x: Tensor) -> Tensor:
-    """The rows that the weight is multiplied with: Transformer Engine merges a norm into the layer that follows it."""
-    weight = getattr(module, "layer_norm_weight", None)
-    return x if weight is None else F.rms_norm(x, (x.shape[-1],), weight, module.eps)

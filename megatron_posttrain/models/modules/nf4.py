@@ -7,8 +7,6 @@ a weight.
 Blocks are those of the whole Hugging Face tensor under every layout.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence

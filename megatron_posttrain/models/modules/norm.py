@@ -1,7 +1,5 @@
 """RMSNorm (Zhang and Sennrich 2019) in torch, for CPU and CUDA."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,17 +1,14 @@
-"""megatron-core 0.16.1's optimizer cannot always be saved and loaded; defects mended in a scope.
+"""megatron-core 0.16.1: gradients that are wrong, and an optimizer that cannot always be saved and loaded.
 
-Whatever Adam it runs: a pipeline stage without experts saves no `step` for them, and what the first stage saves is
-what every stage loads. DistributedOptimizer is written for the fused Adam of Transformer Engine or apex. With
+The optimizer, whatever Adam it runs: a stage without experts saves no `step` for them, and what the first stage
+saves is what every stage loads. DistributedOptimizer is written for the fused Adam of Transformer Engine or apex. With
 torch's own (neither is installed):
 1. asking an optimizer that has not stepped for its state dict fails an assertion;
 2. setting states copies into a key `step` that the saved tensors do not have (KeyError);
 3. in fp32 the main parameters are leaf views, which may not be written in place outside no_grad;
 4. all states share one `step` tensor, so that AdamW would count one step a parameter;
 5. asking an optimizer that has no parameters for its state dict fails the same assertion.
-`tests/test_upstream_defects.py` fails when a fix is no longer needed.
 """
-
-from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
@@ -22,20 +19,14 @@ import torch
 from megatron_posttrain.platform.scope import replaced
 
 
-def uses_torch_adamw() -> bool:
-    from megatron.core.optimizer import distrib_optimizer
-
-    return not distrib_optimizer.HAVE_APEX_OR_TE
-
-
 @contextlib.contextmanager
 def optimizer_can_resume() -> Iterator[None]:
     """Scope in which the optimizer saves and loads under every layout, on torch's AdamW too."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
     from megatron.core.optimizer.optimizer import ChainedOptimizer
 
     fixes = [(ChainedOptimizer, name, fix) for name, fix in _CHAINED_FIXES.items()]
-    if uses_torch_adamw():
+    if not HAVE_APEX_OR_TE:  # torch's own AdamW
         fixes += [(DistributedOptimizer, name, fix) for name, fix in _FIXES.items()]
     with replaced((owner, name, fix(getattr(owner, name))) for owner, name, fix in fixes):
         yield
@@ -104,3 +95,53 @@ _FIXES = {
     "_set_main_param_and_optimizer_states": _set_main_param_and_optimizer_states,
     "load_state_dict": _load_state_dict,
 }
+
+
+# What it gets wrong in gradients.
+
+
+def mark_experts(chunk: torch.nn.Module) -> None:
+    for name, parameter in chunk.named_parameters():
+        if ".experts." in name:
+            # Summed over the ranks that hold the same expert. megatron-core says so only with expert > 1, and
+            # then loses tensor ranks' parts where expert_tensor < tensor.
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            # That sum has the tensor ranks' tokens; biases would have them a second time.
+            parameter.sequence_parallel = False  # type: ignore[attr-defined]
+            # Every rank's counts in the gradient norm; biases would pass for copies of tensor rank 0's.
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+
+
+def keep_correction_biases(chunk: torch.nn.Module) -> None:
+    """Stock routers count tokens to move them, which fails on a mask of padding (router 542: [tokens, experts] with
+    [tokens]); here they stay as they are."""
+    for module in chunk.modules():
+        if hasattr(module, "_apply_expert_bias"):
+            module._apply_expert_bias = lambda *_, **__: None  # type: ignore[assignment]
+
+
+def count_down_projections_once(chunk: torch.nn.Module) -> None:
+    """MLA's, of Transformer Engine, which every tensor rank has whole: 2.11 marks every linear layer's weight as a part
+    of one, and the gradient norm would count these once a rank."""
+    for name, parameter in chunk.named_parameters():
+        if "_down_proj." in name:
+            parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+
+
+def split_down_projections(chunk: torch.nn.Module) -> None:
+    """MLA's, of torch layers, under sequence parallelism."""
+    for name, module in chunk.named_modules():
+        if name.endswith("linear_kv_down_proj"):
+            module.register_forward_hook(_split_by_sequence)
+
+
+def _split_by_sequence(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+    """[s, b, features / tensor] -> [s / tensor, b, features], as Transformer Engine's layer gives it.
+
+    What megatron-core 0.16.1 (multi_latent_attention 607) makes of the former loses the gradients that the rotary
+    part of the key, which all heads share, has from the heads of other tensor ranks.
+    """
+    from megatron.core.tensor_parallel import mappings
+
+    whole = mappings.gather_from_tensor_model_parallel_region(output[0])
+    return mappings.scatter_to_sequence_parallel_region(whole), output[1]

@@ -8,8 +8,6 @@ Groups that connect every rank with every other when they are made ask one store
 device then hang (torch 2.13), so groups have a device each there: on CUDA, whose few gloo groups are vLLM's.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os
