@@ -75,8 +75,9 @@ class _Table:
         } | {name: record[name] for name in ("advantage", "logprob_difference") if name in record}
         figures |= {f"reward/{name}": value for name, value in rewards.items() if len(rewards) > 1}
         for name, value in figures.items():
-            column = self.columns.setdefault(name, [float("nan")] * self.count)
-            column.append(float("nan") if value is None else float(value))
+            if name not in self.columns:
+                self.columns[name] = [float("nan")] * self.count
+            self.columns[name].append(float("nan") if value is None else float(value))
         self.count += 1
         for column in self.columns.values():
             column += [float("nan")] * (self.count - len(column))
