@@ -1,7 +1,5 @@
 """`pipeline FILE`: stages with gates as one run that can be stopped anywhere and goes on."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 

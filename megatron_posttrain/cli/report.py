@@ -1,7 +1,5 @@
 """`report RUN_DIR...`: one offline HTML page about runs, evaluations and pipelines."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

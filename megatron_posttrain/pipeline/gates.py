@@ -1,7 +1,5 @@
 """Figures that a stage left, and whether they are good enough to go on."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from statistics import fmean
 from typing import Any

@@ -1,7 +1,5 @@
 """A pipeline's file: stages, what they take from each other, and an order of them."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import shlex
@@ -160,7 +158,8 @@ def _ordered(file: str, stages: dict[str, Stage]) -> dict[str, Stage]:
     while len(done) < len(stages):
         ready = next((s for s in stages.values() if s.name not in done and done.keys() >= {*s.after}), None)
         if ready is None:
-            raise UserError(f"{file}: these stages wait for each other: {', '.join(stages.keys() - done.keys())}")
+            left = ", ".join(name for name in stages if name not in done)
+            raise UserError(f"{file}: these stages wait for each other: {left}")
         done[ready.name] = ready
     return done
 

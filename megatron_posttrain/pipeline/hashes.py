@@ -1,7 +1,5 @@
 """What files hold, as hashes: whether something changed is a matter of content, not of time."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """torchrun on this machine whose exit status is its first failed worker's, so that 75 and 2 come through."""
 
-from __future__ import annotations
-
 import sys
 
 

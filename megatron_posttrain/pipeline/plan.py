@@ -1,7 +1,5 @@
 """What a pipeline would do, and what can be said of its stages before they run."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """Runs a pipeline's stages one after the other; what has not changed since it was done is left as it is."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

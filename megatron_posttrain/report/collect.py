@@ -1,7 +1,5 @@
 """What the directories of runs, evaluations and pipelines hold, as plain data for the page."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """The page: a template with the data inside it, compressed. It asks nothing of the network."""
 
-from __future__ import annotations
-
 import base64
 import gzip
 import html

@@ -1,7 +1,5 @@
 """The samples of a run's rollouts, or of an evaluation, as columns; texts of as many as fit."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Iterator
 from pathlib import Path
