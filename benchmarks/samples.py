@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from megatron_posttrain.algorithms.grpo import receive_samples
+from megatron_posttrain.algorithms.policy import receive_samples
 from megatron_posttrain.config.algorithms import GrpoConfig
 from megatron_posttrain.config.schema import RewardConfig
 from megatron_posttrain.data.dataset import Prompt

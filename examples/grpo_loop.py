@@ -14,7 +14,7 @@ import megatron_posttrain.rollout  # noqa: F401 - before torch: it sets what vLL
 # isort: split
 import torch
 
-from megatron_posttrain.algorithms.grpo import make_rollout_engine, receive_samples
+from megatron_posttrain.algorithms.policy import make_rollout_engine, receive_samples
 from megatron_posttrain.config.algorithms import GrpoConfig
 from megatron_posttrain.config.load import load_config
 from megatron_posttrain.data.batch import PackedBatch
@@ -33,7 +33,7 @@ from megatron_posttrain.training.totals import Mean, per_token
 
 def loss(output: Output, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, Mean]]:
     """A term a token; the engine divides their sum by what counts in the whole batch."""
-    entropy = (output["entropy"] * batch.loss_mask).sum()
+    entropy = (output["entropy"].detach() * batch.loss_mask).sum()
     terms = -batch.extras["advantages"] * output["logprobs"] * batch.loss_mask
     return terms, {"entropy": Mean(entropy, batch.loss_mask.sum())}
 
@@ -41,7 +41,7 @@ def loss(output: Output, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, Me
 def main(file: str, *overrides: str) -> int:
     config = load_config(GrpoConfig, file, overrides)
     prepared = prepare(config)
-    prompts = prompts_of(config, read_rows(config.data.train), prepared.tokenizer)
+    prompts = prompts_of(config, read_rows(config.data.sources), prepared.tokenizer)
     rewards = load_rewards(config.rewards)
     head = LabelLogprobs(config.rollout.temperature)
     with Run(prepared, prompts) as run:

@@ -18,7 +18,7 @@ from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.rewards import load_rewards
 from megatron_posttrain.rollout.engine import Completion, Sampling
-from megatron_posttrain.rollout.samples import Samples, generate_samples, save_samples
+from megatron_posttrain.rollout.samples import Samples, generate_samples, join, save_samples
 
 
 @dataclass
@@ -50,11 +50,11 @@ def prompts(count: int) -> list[Prompt]:
     return [Prompt(i, list(range(1, 3 + i)), str(i), {}, [{"role": "user", "content": f"{i}?"}]) for i in range(count)]
 
 
-def check(samples: Samples, wanted: list[list[int]], data_rank: int) -> None:
+def check(samples: Samples, wanted: list[list[int]], data_rank: int, seeds: list[int]) -> None:
     """Every wanted sample token by token, and none else."""
     sequence = samples.receive(wanted, data_rank)
     for i in wanted[data_rank]:
-        said, asked, got = completion(i), samples.prompts[i].token_ids, sequence(i)
+        said, asked, got = completion(seeds[i]), samples.prompts[i].token_ids, sequence(i)
         assert got.index == i
         assert got.token_ids.tolist() == asked + said.token_ids
         assert got.loss_mask.tolist() == [False] * len(asked) + [True] * len(said.token_ids)
@@ -83,7 +83,14 @@ def main() -> None:
         samples.advantages = torch.randn(n, generator=torch.Generator().manual_seed(0))
         samples.differences = np.arange(n, dtype=np.float64)
         order = np.random.default_rng(number).permutation(n).tolist()
-        check(samples, [order[rank::data] for rank in range(data)], dist.get_rank() % data)
+        check(samples, [order[rank::data] for rank in range(data)], dist.get_rank() % data, list(range(n)))
+        more = generate_samples(engine, tokenizer, prompts(count), rewards, sampling, range(1000, 1000 + n))
+        kept = [order[: n // 2], order[n // 2 :]]  # of either batch, from any replica
+        joined = join([(part, i) for part, numbers in zip([samples, more], kept, strict=True) for i in numbers], {})
+        joined.advantages = samples.advantages
+        seeds = [*kept[0], *(1000 + i for i in kept[1])]
+        assert joined.lengths.tolist() == [len(completion(seed).token_ids) for seed in seeds]
+        check(joined, [order[rank::data] for rank in range(data)], dist.get_rank() % data, seeds)
         save_samples(Path(job["out"]) / f"{number}.jsonl", samples)
         facts: list[Any] = [None] * dist.get_world_size()
         known = [samples.lengths.tolist(), samples.truncated.tolist(), samples.rewards.tolist(), samples.metrics()]

@@ -51,9 +51,57 @@ def test_a_turn_that_is_not_to_be_learned(tmp_path, template, mark):
     messages[1] |= mark
     (row,) = read_rows(write(tmp_path / "a.jsonl", {"messages": messages}))
     assert learned(encode_row(tokenizer, row), tokenizer) == "good<|im_end|>"
-    messages[1] = {"role": "assistant", "content": "half", "weight": 0.5}
-    with pytest.raises(UserError, match=r"messages\[1\]\.weight must be 0 or 1"):
-        read_rows(write(tmp_path / "a.jsonl", {"messages": messages}))
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_MARKED])
+def test_weights_of_turns(tmp_path, template):
+    tokenizer = byte_tokenizer(template)
+    messages = turns("a", "some", "c", "more")
+    messages[1] |= {"weight": 0.5, "loss_weight": 0.5}
+    messages[3] |= {"loss_scale": 3, "train": True}
+    file = write(tmp_path / "a.jsonl", {"messages": messages})
+    (row,) = read_rows(file, require_assistant=True)
+    found = encode_row(tokenizer, row)
+    assert {weight: tokenizer.decode([t for t, w in zip(found.token_ids, found.loss_mask, strict=True) if w == weight])
+            for weight in (0.25, 3)} == {0.25: "some<|im_end|>", 3: "more<|im_end|>"}  # fmt: skip
+    everything = encode_row(tokenizer, row, train_on="everything").loss_mask
+    assert everything == [w or 1 for w in found.loss_mask]
+    with pytest.raises(
+        UserError, match=r"a turn of weight 0\.25: only sft and distill weigh turns; allowed here: 0 or 1"
+    ):
+        read_rows(file)
+    for bad, why in (
+        ({"weight": -0.5}, r"messages\[1\]\.weight must be a number of at least 0, found -0\.5"),
+        ({"weight": "much"}, r"messages\[1\]\.weight must be a number of at least 0, found \"much\""),
+        ({"train": 0.5}, r"messages\[1\]\.train must be 0 or 1"),
+    ):
+        with pytest.raises(UserError, match=why):
+            read_rows(write(tmp_path / "b.jsonl", {"messages": [messages[0], REPLY | bad]}))
+    with pytest.raises(UserError, match=r"messages\[0\]\.weight is 0\.5 in a turn of the user; allowed there: 0 or 1"):
+        read_rows(write(tmp_path / "b.jsonl", {"messages": [ASK | {"weight": 0.5}, REPLY]}))
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_MARKED])
+def test_train_on(template):
+    """Against transformers' own mask of the same template with markers."""
+    tokenizer, twin = byte_tokenizer(template), CHATML_MARKED
+    if template == CHATML:  # jinja cuts the line break after a block
+        twin = twin.replace("{% endgeneration %}\n", "{% endgeneration %}{{ '\\n' }}")
+    marked = byte_tokenizer(twin)
+    messages = turns("a", "first", "c", "last", "e")
+    every = marked.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    ends = [i for i, token in enumerate(every["input_ids"]) if token == marked.eos_token_id]
+    last = [int(counts and i > ends[1]) for i, counts in enumerate(every["assistant_masks"])]
+    assert 0 < sum(last) < sum(every["assistant_masks"])
+    for train_on, expected in (
+        ("all-assistant", every["assistant_masks"]),
+        ("last-assistant", last),
+        ("everything", [1] * len(last)),
+    ):
+        found = encode_conversation(tokenizer, messages, train_on=train_on)
+        assert (found.token_ids, found.loss_mask) == (every["input_ids"], expected)
+    with pytest.raises(UserError, match=r"messages\[0\]\.weight would be ignored: data\.train_on=everything"):
+        encode_conversation(tokenizer, [messages[0] | {"weight": 0}, *messages[1:]], "a:1", train_on="everything")
 
 
 def test_system_history_verl_and_parts(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_posttrain.data.messages import read_tools
-from megatron_posttrain.data.rows import read_records, read_rows
+from megatron_posttrain.data.rows import Reader, read_records, read_rows
 from megatron_posttrain.data.tokenize import encode_conversation, load_tokenizer
 from megatron_posttrain.errors import UserError
 
@@ -87,7 +87,7 @@ FILES = [
 
 @pytest.mark.parametrize(("name", "count", "use", "columns"), FILES, ids=lambda x: x if isinstance(x, str) else "")
 def test_every_file_of_rows_is_read(name, count, use, columns):
-    rows = [row for row, _ in read_records(str(SHARED / "datasets" / name), columns)]
+    rows = list(read_records(str(SHARED / "datasets" / name), Reader(columns or {}, "any")))
     assert len(rows) == count
     assert {row.form.use for row in rows} == {use}
     assert all(message["content"].strip() or message.get("tool_calls") or message["role"] != "user"
@@ -98,7 +98,7 @@ def test_every_file_of_rows_is_read(name, count, use, columns):
                                   "llamafactory_demo/wiki_demo.txt.gz", "bfcl/possible_answer/BFCL_v4_multiple.jsonl.gz"])  # fmt: skip # noqa: E501
 def test_what_is_no_rows_is_refused(name):
     with pytest.raises(UserError, match=Path(name).name):
-        list(read_records(str(SHARED / "datasets" / name)))
+        list(read_records(str(SHARED / "datasets" / name), Reader({}, "any")))
 
 
 def test_values_read_from_public_files():

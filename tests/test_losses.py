@@ -29,6 +29,7 @@ def inputs(seed: int = 0, spread: float = 0.5) -> dict[str, Tensor]:
         "mask": mask.double(),
         "rollout_logprobs": old + 0.1 * draw(4, 6),
         "reference_logprobs": old + 0.3 * draw(4, 6),
+        "entropy": draw(4, 6).abs(),
     }
 
 
@@ -43,17 +44,28 @@ def formula(x: dict[str, Tensor], o: dict[str, Any]) -> float:
             mean = sum(log_ratio.values()) / len(at)
             log_ratio = dict.fromkeys(at, mean)
         values = []
+        importance = {t: (x["old_logprobs"][i, t] - x["rollout_logprobs"][i, t]).item() for t in at}
+        low_high = o.get("sequence_band", (0, math.inf))
+        inside = low_high[0] <= math.exp(sum(importance.values()) / len(at)) <= low_high[1]
         for t in at:
             a, r = x["advantages"][i, t].item(), math.exp(log_ratio[t])
             objective = min(r * a, min(max(r, 1 - low), 1 + high) * a)
             if o.get("dual_clip") and a < 0:
                 objective = max(objective, o["dual_clip"] * a)
+            if o.get("objective") == "cispo":
+                # The value's ratio has no gradient: `fixed` is where the ratio was before logprobs moved
+                fixed = math.exp((o.get("fixed", x)["logprobs"][i, t] - x["old_logprobs"][i, t]).item())
+                objective = min(fixed, 1 + high) * a * x["logprobs"][i, t].item()
             if o.get("importance_cap"):
-                weight = math.exp((x["old_logprobs"][i, t] - x["rollout_logprobs"][i, t]).item())
+                whole = o.get("importance_level") == "sequence"
+                weight = math.exp(sum(importance.values()) if whole else importance[t])
                 objective *= min(weight, o["importance_cap"])
+            low_high = o.get("token_band", (0, math.inf))
+            objective *= inside * (low_high[0] <= math.exp(importance[t]) <= low_high[1])
             d = (x["reference_logprobs"][i, t] - x["logprobs"][i, t]).item()
             kl = {"k1": -d, "k2": d * d / 2, "k3": math.exp(d) - d - 1}[o.get("kl_estimator", "k3")]
-            values.append(-objective + o.get("kl_coefficient", 0.0) * kl)
+            bonus = o.get("entropy_coefficient", 0.0) * x["entropy"][i, t].item()
+            values.append(-objective + o.get("kl_coefficient", 0.0) * kl - bonus)
         total, tokens = total + sum(values), tokens + len(values)
         per_sequence.append(sum(values) / len(values))
     return {"token": total / tokens, "sequence": sum(per_sequence) / 4, "constant": total / 24}[
@@ -70,6 +82,12 @@ OPTIONS: list[dict[str, Any]] = [
     {"aggregation": "sequence"},
     {"aggregation": "constant"},
     {"importance_cap": 1.05},
+    {"importance_cap": 1.05, "importance_level": "sequence"},
+    {"token_band": (0.9, 1.1)},
+    {"sequence_band": (0.99, 1.05)},
+    {"importance_cap": 1.05, "token_band": (0.9, 1.1), "sequence_band": (0.9, 1.05)},
+    {"entropy_coefficient": 0.01},
+    {"objective": "cispo", "clip_high": 0.3},
     {"kl_coefficient": 0.1},
     {"kl_coefficient": 0.1, "kl_estimator": "k1"},
     {"kl_coefficient": 0.1, "kl_estimator": "k2"},
@@ -82,6 +100,8 @@ def test_policy_gradient_loss_is_the_formula(options: dict[str, Any]) -> None:
     x = inputs()
     loss, metrics = policy_gradient_loss(**x, **options)
     assert loss.item() == pytest.approx(formula(x, options), rel=1e-12)
+    importance = (x["old_logprobs"] - x["rollout_logprobs"]).exp()[x["mask"] != 0]
+    assert importance.min() < 0.9 < 1.1 < importance.max()  # or the bands would not be tested
     assert 0 <= metrics["clip_fraction"].item() <= x["mask"].sum().item()
 
 
@@ -97,7 +117,7 @@ def test_its_gradient_is_the_numerical_one(options: dict[str, Any]) -> None:
             y = dict(x)
             y["logprobs"] = x["logprobs"].detach().clone()
             y["logprobs"][i, t] += sign * step
-            moved.append(formula(y, options))
+            moved.append(formula(y, options | {"fixed": x}))
         assert gradient[i, t].item() == pytest.approx((moved[0] - moved[1]) / (2 * step), abs=1e-7)
     assert gradient[x["mask"] == 0].abs().max() == 0
 

@@ -73,6 +73,10 @@ MISTAKES = (
     Mistake("training key for `score`", "score {usual} optimizer.lr=1", ("optimizer.lr", "would be ignored")),
     # ---- data
     _sft("data file that is not there", "data.train={place}/nowhere.jsonl", "nowhere.jsonl"),
+    _sft("source of weight 0", "data.train=[{{path:\\ {place}/train.jsonl,weight:\\ 0}}]", "'data.train'", "above 0"),
+    Mistake("mixture for pairs", "dpo {usual} data.train=[{{path:\\ a,weight:\\ 1}}]",
+        ("'data.train'", "ignored by dpo")),
+    Mistake("tokens of pairs", "dpo {usual} data.train_on=everything", ("'data.train_on'", "would be ignored")),
     _sft("broken line", "data.train={place}/broken.jsonl", "broken.jsonl:2", "JSON"),
     _sft("row of no known form", "data.train={place}/text.jsonl", "text.jsonl:2", "text"),
     _sft("row without an answer to learn", "data.train={place}/asked.jsonl", "asked.jsonl:1", "assistant"),

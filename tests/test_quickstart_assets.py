@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_posttrain.config.schema import RewardConfig
+from megatron_posttrain.data.cache import Encoder, tokenized
 from megatron_posttrain.data.dataset import PromptDataset, SftDataset
 from megatron_posttrain.data.rows import read_rows
 from megatron_posttrain.rewards import Sample, compute_rewards, load_rewards
@@ -103,7 +104,8 @@ def test_chat_template(tokenizer):
 def test_through_datasets_and_reward(tokenizer, data, tmp_path):
     for name, rows in data.items():
         make_assets.write_jsonl(tmp_path / f"{name}.jsonl", rows)
-    sft = SftDataset(read_rows(tmp_path / "train.jsonl", require_assistant=True), tokenizer, 256)
+    encoder = Encoder(tokenizer, {}, "refuse", "all-assistant")
+    sft = SftDataset([tokenized(str(tmp_path / "train.jsonl"), encoder, tmp_path / "cache")], 256)
     assert (len(sft), sft.dropped) == (3000, 0)
     conversation = sft[0]
     learned = [t for t, m in zip(conversation.token_ids, conversation.loss_mask, strict=True) if m]

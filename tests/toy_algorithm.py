@@ -31,7 +31,7 @@ class ToyConfig(SftConfig):
 def toy(config: ToyConfig) -> int:
     """A focal loss (arXiv 1708.02002), a mean over sequences."""
     prepared = prepare(config)
-    dataset = read_dataset(config, prepared, config.data.train)
+    dataset = read_dataset(config, prepared)
 
     def focal(output: Output, batch: PackedBatch) -> tuple[Tensor, dict[str, Mean]]:
         p = output["logprobs"].exp()

@@ -15,12 +15,12 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.throughput.phases import Profile, summary
+from benchmarks.throughput.probe import matmul_tflops
 from benchmarks.throughput.sft import Options, rates, stragglers
 from megatron_posttrain.config.algorithms import ALGORITHMS, GrpoConfig
 from megatron_posttrain.models.build import DTYPES
 from megatron_posttrain.planning.flops import flops_per_token
 from megatron_posttrain.platform import platform
-from megatron_posttrain.platform.describe import matmul_tflops
 from megatron_posttrain.training.prepare import Prepared, prepare
 from megatron_posttrain.training.run import listening
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.throughput.phases import Profile, summary
+from benchmarks.throughput.probe import matmul_tflops
 from megatron_posttrain.algorithms.losses import cross_entropy
 from megatron_posttrain.config.schema import Config
 from megatron_posttrain.data.batch import Sequence as TokenSequence
@@ -26,7 +27,7 @@ from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.flops import training_flops
 from megatron_posttrain.planning.gpus import GPUS
 from megatron_posttrain.platform import platform
-from megatron_posttrain.platform.describe import describe_device, matmul_tflops
+from megatron_posttrain.platform.describe import describe_device
 from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.timing import PhaseTimer

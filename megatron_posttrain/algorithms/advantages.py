@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ def group_advantages(
     *,
     normalize_std: bool = True,
     leave_one_out: bool = False,
+    scale: Literal["group", "batch"] = "group",
     epsilon: float = 1e-6,
 ) -> Tensor:
     """Reward minus its group's mean, over the group's standard deviation (GRPO, arXiv 2402.03300, section 4.1.2).
@@ -24,6 +27,8 @@ def group_advantages(
         normalize_std: divide by the unbiased standard deviation + epsilon; off is Dr. GRPO's (arXiv 2503.20783).
         leave_one_out: the baseline is the mean of the group's other samples (RLOO, arXiv 2402.14740).
 
+        scale: whose standard deviation; "batch": of all advantages (arXiv 2506.10910, section 2.1).
+
     Returns:
         [n]; zero for a group whose rewards are all equal.
     """
@@ -33,11 +38,13 @@ def group_advantages(
     advantages = groups - groups.mean(-1, keepdim=True)
     if leave_one_out and group_size > 1:
         advantages = advantages * (group_size / (group_size - 1))
-    if normalize_std and group_size > 1:
-        advantages = advantages / (groups.std(-1, keepdim=True, unbiased=True) + epsilon)
     # Rounding leaves a mean of equal rewards an ulp away from them; that is no signal.
     same = (groups == groups[:, :1]).all(-1, keepdim=True)
-    return torch.where(same, torch.zeros_like(advantages), advantages).view(-1)
+    advantages = torch.where(same, torch.zeros_like(advantages), advantages)
+    if normalize_std and group_size > 1:
+        spread = advantages.std() if scale == "batch" else groups.std(-1, keepdim=True, unbiased=True)
+        advantages = advantages / (spread + epsilon)
+    return advantages.view(-1)
 
 
 def generalized_advantages(

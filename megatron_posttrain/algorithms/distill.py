@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_posttrain.algorithms.sft import read_dataset
-from megatron_posttrain.checkpoint.hf import check_directory, model_directory
 from megatron_posttrain.config.algorithms import DistillAlgorithm, DistillConfig
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.data.batch import Sequence as TokenSequence
@@ -25,14 +24,13 @@ from megatron_posttrain.data.dataset import SftDataset
 from megatron_posttrain.data.tokenize import Conversation, load_tokenizer
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.models.layout_checks import check_layout
 from megatron_posttrain.models.sharded import unwrap
 from megatron_posttrain.platform import platform
 from megatron_posttrain.training.batches import rank_micro_batches, rank_token_batches
 from megatron_posttrain.training.divergence import divergence, top_k_divergence
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.heads import OfLabels, Output, Rows, TopK
-from megatron_posttrain.training.prepare import Prepared, prepare
+from megatron_posttrain.training.prepare import Prepared, check_beside, prepare
 from megatron_posttrain.training.run import Run
 from megatron_posttrain.training.totals import Mean, per_token
 
@@ -41,8 +39,8 @@ def distill(config: DistillConfig) -> int:
     """Trains, resumes where a run stopped, exports. Exit status: 0, or REQUEUE_STATUS when asked to stop."""
     prepared = prepare(config)
     teacher_arch = check_teacher(config, prepared)
-    dataset = read_dataset(config, prepared, config.data.train)
-    validation = read_dataset(config, prepared, config.data.validation) if config.data.validation else None
+    dataset = read_dataset(config, prepared)
+    validation = read_dataset(config, prepared, held_out=True) if config.data.validation else None
     with Run(prepared, dataset) as run:
         engine = run.model()
         own = config.model.model_copy(update={"path": config.teacher.path, "random_init": False})
@@ -70,14 +68,9 @@ def distill(config: DistillConfig) -> int:
 
 def check_teacher(config: DistillConfig, prepared: Prepared) -> Architecture:
     """Of a teacher that can be run in the student's layout and has its tokenizer. Raises UserError."""
-    path = model_directory(config.teacher.path, "teacher.path")
-    arch = check_directory(path)[1]
+    path, arch = check_beside("teacher.path", config.teacher.path, prepared.layout)
     if arch.scalar_head:
         raise UserError(f"teacher.path={path} is a reward model; a teacher needs an output layer of tokens")
-    try:
-        check_layout(prepared.layout, arch)
-    except UserError as error:
-        raise UserError(f"teacher.path={path}, which runs in the student's layout: {error}") from None
     check_tokenizers(path, load_tokenizer(path), prepared.tokenizer)
     return arch
 

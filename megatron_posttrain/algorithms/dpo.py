@@ -34,7 +34,7 @@ def dpo(config: DpoConfig) -> int:
     """Trains, resumes where a run stopped, exports. Exit status: 0, or REQUEUE_STATUS when asked to stop."""
     prepared = prepare(config)
     labelled = config.algorithm.loss == "kto"
-    dataset = read_preferences(prepared, config.data.train, labelled=labelled)
+    dataset = read_preferences(prepared, config.data.sources, labelled=labelled)
     held_out = read_preferences(prepared, config.data.validation, labelled=labelled) if config.data.validation else None
     directory = reference_directory(config)
     reference = ReferenceLogprobs(directory / "train.npz", prepared, dataset)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ Metrics = dict[str, Tensor]
 Aggregation = Literal["token", "sequence", "constant"]
 KlEstimator = Literal["k1", "k2", "k3"]
 Objective = Literal["clip", "cispo"]
+Level = Literal["token", "sequence"]
+Band = tuple[float, float]
 RATIO_EXPONENT_LIMIT = 20.0  # exp() of more is no ratio that clipping would let pass, only an overflow
 
 
@@ -41,20 +43,47 @@ def policy_gradient_loss(
     advantages: Tensor,
     mask: Tensor,
     *,
+    aggregation: Aggregation = "token",
+    denominator: Tensor | float | None = None,
+    **options: Any,
+) -> tuple[Tensor, Metrics]:
+    """Clipped policy gradient: the sum of `policy_gradient_terms`, which tells all options, over `denominator`.
+
+    Args:
+        denominator: what the sum is divided by, where `logprobs` are a part of a larger batch;
+            default: this batch's own count (tokens, sequences, or batch x sequence).
+
+    Returns:
+        scalar loss and metrics.
+    """
+    terms, metrics = policy_gradient_terms(logprobs, old_logprobs, advantages, mask, aggregation=aggregation, **options)
+    return terms.sum() / (own_count(mask, aggregation) if denominator is None else denominator), metrics
+
+
+def policy_gradient_terms(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
     objective: Objective = "clip",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
-    ratio_level: Literal["token", "sequence"] = "token",
+    ratio_level: Level = "token",
     aggregation: Aggregation = "token",
     rollout_logprobs: Tensor | None = None,
     importance_cap: float | None = None,
+    importance_level: Level = "token",
+    token_band: Band | None = None,
+    sequence_band: Band | None = None,
     reference_logprobs: Tensor | None = None,
     kl_coefficient: float = 0.0,
     kl_estimator: KlEstimator = "k3",
-    denominator: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coefficient: float = 0.0,
 ) -> tuple[Tensor, Metrics]:
-    """Clipped policy gradient: GRPO (arXiv 2402.03300, eq. 3) and its published relatives.
+    """[batch, sequence] terms of GRPO's loss (arXiv 2402.03300, eq. 3) and of its published relatives.
 
     With ratio r = exp(logprobs - old_logprobs) a token's loss is -min(r A, clip(r, 1 - clip_low,
     1 + clip_high) A): PPO's (arXiv 1707.06347, eq. 7), `clip_high` > `clip_low` is DAPO's clip-higher.
@@ -69,64 +98,23 @@ def policy_gradient_loss(
         ratio_level: "sequence" uses the geometric mean of a sequence's ratios (GSPO, arXiv 2507.18071).
         aggregation: "token" one mean over all tokens; "sequence" mean of the sequences' means;
             "constant" sum over tokens, divided by batch x sequence (Dr. GRPO, arXiv 2503.20783).
-        rollout_logprobs, importance_cap: truncated importance sampling, weight
-            min(exp(old - rollout), cap) without gradient.
+        rollout_logprobs, importance_cap, importance_level, token_band, sequence_band: as `importance_weights`.
         reference_logprobs, kl_coefficient, kl_estimator: adds kl_coefficient x KL(policy || reference),
             estimated by k1, k2 or k3 (Schulman 2020).
-        denominator: what the sum is divided by, where `logprobs` are a part of a larger batch;
-            default: this batch's own count (tokens, sequences, or batch x sequence).
+        entropy, entropy_coefficient: subtracts entropy_coefficient x the entropy of a token's distribution.
 
     Returns:
-        scalar loss and metrics (sums over tokens that count: `clip_fraction`, `ratio`, `kl`, `old_kl`).
+        terms, and metrics (sums over tokens that count: `clip_fraction`, `ratio`, `kl`).
 
     Raises:
-        UserError: dual_clip not above 1 or with cispo, or a KL or importance cap without its log-probs.
+        UserError: dual_clip not above 1 or with cispo, or a KL or importance option without its log-probs.
     """
-    terms, metrics = policy_gradient_terms(
-        logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        objective=objective,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        ratio_level=ratio_level,
-        aggregation=aggregation,
-        rollout_logprobs=rollout_logprobs,
-        importance_cap=importance_cap,
-        reference_logprobs=reference_logprobs,
-        kl_coefficient=kl_coefficient,
-        kl_estimator=kl_estimator,
-    )
-    return terms.sum() / (own_count(mask, aggregation) if denominator is None else denominator), metrics
-
-
-def policy_gradient_terms(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    objective: Objective = "clip",
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    ratio_level: Literal["token", "sequence"] = "token",
-    aggregation: Aggregation = "token",
-    rollout_logprobs: Tensor | None = None,
-    importance_cap: float | None = None,
-    reference_logprobs: Tensor | None = None,
-    kl_coefficient: float = 0.0,
-    kl_estimator: KlEstimator = "k3",
-) -> tuple[Tensor, Metrics]:
-    """The [batch, sequence] terms whose sum `policy_gradient_loss` divides, and its metrics."""
-    _check(objective, dual_clip, rollout_logprobs, importance_cap, reference_logprobs, kl_coefficient)
+    importance = importance_cap is not None or token_band is not None or sequence_band is not None
+    _check(objective, dual_clip, rollout_logprobs, importance, reference_logprobs, kl_coefficient)
     mask = mask.to(logprobs.dtype)
     log_ratio = logprobs - old_logprobs
     if ratio_level == "sequence":
-        mean = (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-        log_ratio = mean.expand_as(logprobs)
+        log_ratio = _mean(log_ratio, mask).expand_as(logprobs)
     ratio = log_ratio.clamp(-RATIO_EXPONENT_LIMIT, RATIO_EXPONENT_LIMIT).exp()
     if objective == "cispo":
         losses = -ratio.clamp(max=1 + clip_high).detach() * advantages * logprobs
@@ -138,19 +126,67 @@ def policy_gradient_terms(
         was_clipped = (clipped > unclipped).to(mask.dtype)
     if dual_clip is not None:
         losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
-    if importance_cap is not None:
+    if importance:
         assert rollout_logprobs is not None
-        losses = losses * (old_logprobs - rollout_logprobs).exp().clamp(max=importance_cap).detach()
+        losses = losses * importance_weights(
+            old_logprobs, rollout_logprobs, mask, importance_cap, importance_level, token_band, sequence_band
+        )
     metrics = {"clip_fraction": (was_clipped * mask).sum(), "ratio": (ratio * mask).sum()}
     if reference_logprobs is not None:
         divergence = kl_estimate(logprobs, reference_logprobs, kl_estimator)
         metrics["kl"] = (divergence * mask).sum()
         if kl_coefficient:
             losses = losses + kl_coefficient * divergence
+    if entropy_coefficient:
+        assert entropy is not None
+        losses = losses - entropy_coefficient * entropy
     losses = losses * mask
     if aggregation == "sequence":
         losses = losses / mask.sum(-1, keepdim=True).clamp(min=1)
     return losses, {name: value.detach() for name, value in metrics.items()}
+
+
+def importance_weights(
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    mask: Tensor,
+    importance_cap: float | None = None,
+    importance_level: Level = "token",
+    token_band: Band | None = None,
+    sequence_band: Band | None = None,
+) -> Tensor:
+    """[batch, sequence] without gradient: what losses are multiplied by, since an engine whose log-probs differ from
+    the trainer's drew the tokens; with ratio r = exp(old - rollout).
+
+    Args:
+        importance_cap: weight min(r, cap); at `importance_level` "sequence" r is the product of a sequence's ratios.
+        token_band: 0 for tokens whose r is outside (arXiv 2512.16144).
+        sequence_band: 0 for sequences whose geometric mean of r is outside.
+    """
+    log_ratio = (old_logprobs - rollout_logprobs).detach() * mask
+    weights = torch.ones_like(log_ratio)
+    if importance_cap is not None:
+        exponent = log_ratio if importance_level == "token" else log_ratio.sum(-1, keepdim=True)
+        weights = weights * exponent.clamp(max=RATIO_EXPONENT_LIMIT).exp().clamp(max=importance_cap)
+    for band, values in ((token_band, log_ratio), (sequence_band, _mean(log_ratio, mask))):
+        if band is not None:
+            weights = weights * ((values >= math.log(band[0])) & (values <= math.log(band[1])))
+    return weights
+
+
+def value_terms(values: Tensor, old_values: Tensor, returns: Tensor, value_clip: float | None = None) -> Tensor:
+    """0.5 (value - return)^2, or where it is larger that of the value clipped to `value_clip` around the old one (PPO's
+    reference code; arXiv 2005.12729, section 3); any shape."""
+    losses = (values - returns).square()
+    if value_clip is not None:
+        near = old_values + (values - old_values).clamp(-value_clip, value_clip)
+        losses = torch.maximum(losses, (near - returns).square())
+    return 0.5 * losses
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    """[batch, 1] over the tokens that count."""
+    return (values * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
 def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: KlEstimator = "k3") -> Tensor:
@@ -204,7 +240,7 @@ def _check(
     objective: str,
     dual_clip: float | None,
     rollout_logprobs: Tensor | None,
-    importance_cap: float | None,
+    importance: bool,
     reference_logprobs: Tensor | None,
     kl_coefficient: float,
 ) -> None:
@@ -214,7 +250,7 @@ def _check(
         raise UserError("dual_clip has no effect on objective cispo")
     if dual_clip is not None and (dual_clip <= 1 or not math.isfinite(dual_clip)):
         raise UserError(f"dual_clip must be above 1, found {dual_clip}")
-    if importance_cap is not None and rollout_logprobs is None:
-        raise UserError("importance_cap needs rollout_logprobs")
+    if importance and rollout_logprobs is None:
+        raise UserError("importance_cap, token_band and sequence_band need rollout_logprobs")
     if kl_coefficient and reference_logprobs is None:
         raise UserError("kl_coefficient needs reference_logprobs")

@@ -37,7 +37,7 @@ def reward_model(config: RewardModelConfig) -> int:
     """Trains, resumes where a run stopped, exports. Exit status: 0, or REQUEUE_STATUS when asked to stop."""
     prepared = prepare(config)
     prepared = replace(prepared, arch=prepared.arch.with_scalar_head())
-    dataset = read_preferences(prepared, config.data.train)
+    dataset = read_preferences(prepared, config.data.sources)
     held_out = read_preferences(prepared, config.data.validation) if config.data.validation else None
     with Run(prepared, dataset) as run:
         engine = run.model()

@@ -21,7 +21,7 @@ from megatron_posttrain.training.sequences import sequence_logprobs
 def score(config: ScoreConfig) -> int:
     """Writes OUTPUT/scores.jsonl: `{"index", "token_ids", "logprobs"}`, one log-prob fewer than tokens."""
     prepared = prepare(config)
-    rows = read_rows(config.data.train, columns=config.data.columns)
+    rows = read_rows(config.data.sources, columns=config.data.columns)
     token_ids = [encode_row(prepared.tokenizer, row, config.data.omissions).token_ids for row in rows]
     limit = config.data.sequence_length
     for row, ids in zip(rows, token_ids, strict=True):

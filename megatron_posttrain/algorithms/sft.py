@@ -8,8 +8,7 @@ from megatron_posttrain.algorithms.losses import cross_entropy, cross_entropy_te
 from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.config.schema import Config
 from megatron_posttrain.data.batch import Sequence as TokenSequence
-from megatron_posttrain.data.dataset import SftDataset
-from megatron_posttrain.data.rows import read_rows
+from megatron_posttrain.data.dataset import SftDataset, read_conversations
 from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.limits import check_positions
@@ -22,8 +21,8 @@ from megatron_posttrain.training.totals import per_token
 def sft(config: SftConfig) -> int:
     """Trains, resumes where a run stopped, exports. Exit status: 0, or REQUEUE_STATUS when asked to stop."""
     prepared = prepare(config)
-    dataset = read_dataset(config, prepared, config.data.train)
-    validation = read_dataset(config, prepared, config.data.validation) if config.data.validation else None
+    dataset = read_dataset(config, prepared)
+    validation = read_dataset(config, prepared, held_out=True) if config.data.validation else None
     with Run(prepared, dataset) as run:
         engine = run.model()
         for step in run.steps():
@@ -44,25 +43,17 @@ def sft(config: SftConfig) -> int:
     return run.status
 
 
-def read_dataset(config: Config, prepared: Prepared, source: str | list[str]) -> SftDataset:
-    data = config.data
-    dataset = SftDataset(
-        read_rows(source, require_assistant=True, columns=data.columns),
-        prepared.tokenizer,
-        data.sequence_length,
-        packing=data.packing,
-        overlong=data.overlong,
-        seed=config.training.seed,
-        omissions=data.omissions,
-    )
+def read_dataset(config: Config, prepared: Prepared, held_out: bool = False) -> SftDataset:
+    """The conversations that are trained on, or those of `data.validation`."""
+    dataset = read_conversations(config, prepared.tokenizer, config.cache_dir, held_out)
     check_positions(dataset.lengths, prepared.arch)
     return dataset
 
 
 def validation_loss(engine: Engine, dataset: SftDataset) -> float:
-    """Mean of -log p over the tokens of the whole set that count."""
+    """Mean of -log p over the tokens of the whole set that count, by weight."""
     sequences = [TokenSequence(c.token_ids, c.loss_mask) for c in map(dataset.__getitem__, range(len(dataset)))]
     logprobs = sequence_logprobs(engine, sequences, dataset.sequence_length)
     masks = [torch.tensor(s.loss_mask[1:]) for s in sequences]
     total = sum(float(cross_entropy_terms(x, mask).sum()) for x, mask in zip(logprobs, masks, strict=True))
-    return total / sum(int(mask.sum()) for mask in masks)
+    return total / sum(float(mask.double().sum()) for mask in masks)

@@ -6,13 +6,13 @@ import argparse
 import json
 import sys
 from collections import Counter
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from megatron_posttrain.cli.row_options import add_row_arguments
-from megatron_posttrain.data.rows import Row, columns_ignored, read_records
-from megatron_posttrain.data.tokenize import Omissions, encode_conversation, encode_prompt, load_tokenizer
+from megatron_posttrain.data.rows import Reader, Row, read_records
+from megatron_posttrain.data.tokenize import TrainOn, encode_conversation, encode_prompt, load_tokenizer
 from megatron_posttrain.errors import UserError
 
 COUNTED, PLAIN = "\x1b[32m", "\x1b[0m"
@@ -23,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("files", nargs="+", metavar="FILE", help="JSON lines or array, CSV (.gz, .zst too), Parquet, a dataset")
     add("--json", action="store_true", help="a list of {file, form, use, rows, columns_ignored}")
     add("--tokenizer", metavar="DIR", help="Hugging Face directory: token lengths, and the first rows' tokens")
+    add(
+        "--train-on",
+        choices=get_args(TrainOn),
+        default="all-assistant",
+        help="as data.train_on (default: all-assistant)",
+    )
     add("--rows", type=int, default=2, metavar="N", help="rows to show (default: 2)")
     add_row_arguments(parser)
 
@@ -49,12 +55,11 @@ def run(args: argparse.Namespace) -> int:
 def _read(file: str, columns: dict[str, str | list[str]]) -> tuple[list[Row], dict[str, Any]]:
     rows: list[Row] = []
     forms: Counter[tuple[str, str]] = Counter()
-    ignored: set[str] = set()
-    for row, record in read_records(file, columns):
+    reader = Reader(columns, "any")
+    for row, _ in read_records(file, reader):
         rows.append(row)
         if row.form is not None:
             forms[row.form.name, row.form.use] += 1
-        ignored.update(columns_ignored(record, row.form))
     if not rows:
         raise UserError(f"{file}: no rows in it")
     names, uses = zip(*forms, strict=True)
@@ -63,7 +68,7 @@ def _read(file: str, columns: dict[str, str | list[str]]) -> tuple[list[Row], di
         "form": ", ".join(dict.fromkeys(names)),
         "use": ", ".join(dict.fromkeys(uses)),
         "rows": len(rows),
-        "columns_ignored": sorted(ignored),
+        "columns_ignored": sorted(reader.ignored),
     }
     return rows, about
 
@@ -76,9 +81,9 @@ def _show(rows: list[Row], about: dict[str, Any], tokenizer: Any, args: argparse
     if keyed:
         print(f"  with an answer: {keyed:,}")
     if tokenizer is not None:
-        encoded = [_encode(tokenizer, row, args.omissions) for row in rows]
+        encoded = [_encode(tokenizer, row, args) for row in rows]
         asked = [len(ids) for ids, mask in encoded if mask is None]
-        taught = [(len(ids), sum(mask)) for ids, mask in encoded if mask is not None]
+        taught = [(len(ids), sum(map(bool, mask))) for ids, mask in encoded if mask is not None]
         for name, lengths in (
             ("tokens a prompt", asked),
             ("tokens a row", [length for length, _ in taught]),
@@ -95,18 +100,18 @@ def _show(rows: list[Row], about: dict[str, Any], tokenizer: Any, args: argparse
             print(json.dumps([*row.messages, *row.chosen], ensure_ascii=False)[:1000])
 
 
-def _encode(tokenizer: Any, row: Row, omissions: Omissions) -> tuple[list[int], list[int] | None]:
-    """Tokens of a row and which of them count, None for a prompt; of two answers the chosen one."""
+def _encode(tokenizer: Any, row: Row, args: argparse.Namespace) -> tuple[list[int], list[float] | None]:
+    """Tokens of a row and how much each counts, None for a prompt; of two answers the chosen one."""
     messages = [*row.messages, *row.chosen]
     roles = [message["role"] for message in messages]
     if roles[-1] != "assistant" and (row.answer is not None or "assistant" not in roles):
-        return encode_prompt(tokenizer, messages, row.source, row.options, omissions), None
-    conversation = encode_conversation(tokenizer, messages, row.source, row.options, omissions)
+        return encode_prompt(tokenizer, messages, row.source, row.options, args.omissions), None
+    conversation = encode_conversation(tokenizer, messages, row.source, row.options, args.omissions, args.train_on)
     return conversation.token_ids, conversation.loss_mask
 
 
-def _marked(tokenizer: Any, ids: list[int], mask: list[int] | None) -> str:
-    """The tokens' text; those that count in colour on a terminal, within « » elsewhere."""
+def _marked(tokenizer: Any, ids: list[int], mask: list[float] | None) -> str:
+    """The tokens' text; those that count in colour on a terminal, within « » elsewhere, a weight in front."""
     mask = mask or [0] * len(ids)
     begin, end = (COUNTED, PLAIN) if sys.stdout.isatty() else ("«", "»")
     pieces: list[str] = []
@@ -114,6 +119,7 @@ def _marked(tokenizer: Any, ids: list[int], mask: list[int] | None) -> str:
     for i in range(1, len(ids) + 1):
         if i == len(ids) or mask[i] != mask[start]:
             text = tokenizer.decode(ids[start:i], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            pieces.append(f"{begin}{text}{end}" if mask[start] else text)
+            weight = "" if mask[start] in (0, 1) else f"{mask[start]:g}x "
+            pieces.append(f"{begin}{weight}{text}{end}" if mask[start] else text)
             start = i
     return "".join(pieces)

@@ -10,26 +10,123 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from megatron_posttrain.config.schema import Config, Fraction, RewardConfig, RolloutConfig, SandboxConfig, Section
+from megatron_posttrain.config.presets import PRESETS
+from megatron_posttrain.config.schema import (
+    Config,
+    Fraction,
+    RewardConfig,
+    RolloutConfig,
+    SandboxConfig,
+    Scheduled,
+    Section,
+)
 
 
 class SftAlgorithm(Section):
     pass
 
 
-class GrpoAlgorithm(Section):
-    clip_low: PositiveFloat = Field(0.2, description="ratio is clipped at 1 - clip_low")
-    clip_high: PositiveFloat = Field(0.2, description="ratio is clipped at 1 + clip_high")
+Band = tuple[PositiveFloat, PositiveFloat]
+
+
+class PolicyAlgorithm(Section):
+    objective: Literal["clip", "cispo"] = Field("clip", description="cispo: capped ratio without gradient")
+    clip_low: Scheduled[PositiveFloat] = Field(0.2, description="ratio is clipped at 1 - clip_low")
+    clip_high: Scheduled[PositiveFloat] = Field(0.2, description="ratio is clipped at 1 + clip_high")
     dual_clip: PositiveFloat | None = Field(None, description="lower bound c * A for negative advantages")
     ratio_level: Literal["token", "sequence"] = Field("token", description="sequence: GSPO")
     aggregation: Literal["token", "sequence", "constant"] = "token"
-    normalize_std: bool = Field(True, description="divide advantages by the group's standard deviation")
-    leave_one_out: bool = Field(False, description="baseline from the group's other samples")
-    importance_cap: PositiveFloat | None = Field(None, description="truncated importance sampling cap; null: off")
-    kl_coefficient: NonNegativeFloat = Field(0.0, description="weight of the KL to the starting model")
+    mask_truncated: bool = Field(False, description="responses that rollout.max_tokens cut off do not train")
+    importance_cap: PositiveFloat | None = Field(
+        None, description="truncated importance sampling: largest ratio of trainer's to engine's probability; null: off"
+    )
+    importance_level: Literal["token", "sequence"] = Field("token", description="whose ratio importance_cap caps")
+    token_band: Band | None = Field(None, description="tokens whose such ratio is outside do not train: [0.5, 5.0]")
+    sequence_band: Band | None = Field(None, description="as token_band, of a response's geometric mean ratio")
+    stop_outside: Fraction | None = Field(
+        None, description="share of tokens outside token_band (null: [0.5, 5.0]) above which the run ends; null: never"
+    )
+    kl_coefficient: Scheduled[NonNegativeFloat] = Field(0.0, description="weight of the KL to the reference")
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_in: Literal["loss", "reward"] = "loss"
+    reference_every: PositiveInt | None = Field(
+        None, description="steps after which the policy becomes the reference; null: it stays the starting model"
+    )
+    entropy_coefficient: Scheduled[NonNegativeFloat] = Field(
+        0.0, description="weight of the entropy bonus; with entropy_target: by how much a step moves the weight"
+    )
+    entropy_target: PositiveFloat | None = Field(
+        None, description="nats; the bonus grows from 0 while entropy is below, and shrinks above"
+    )
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.at(None).kl_coefficient > 0
+
+    def problems(self) -> Iterator[str]:
+        """Keys that these values make idle, or impossible; one reason each."""
+        cispo, kl = self.objective == "cispo", self.needs_reference
+        if self.dual_clip is not None and (cispo or self.dual_clip <= 1):
+            yield f"dual_clip={self.dual_clip}: allowed: null, or more than 1 with objective clip"
+        if cispo and self.clip_low != type(self).model_fields["clip_low"].default:
+            yield f"clip_low={self.clip_low} has no effect on objective cispo; allowed: leave it out"
+        if self.importance_level == "sequence" and self.importance_cap is None:
+            yield "importance_level=sequence has no effect without importance_cap"
+        for name, band in (("token_band", self.token_band), ("sequence_band", self.sequence_band)):
+            if band is not None and not band[0] < 1 < band[1]:
+                yield f"{name}={list(band)}: allowed: [below 1, above 1]"
+        if not kl and (self.kl_in == "reward" or self.reference_every is not None):
+            yield "kl_in and reference_every have no effect without kl_coefficient"
+        if self.entropy_target is not None and not self.at(None).entropy_coefficient:
+            yield "entropy_target has no effect without entropy_coefficient, by which a step moves the bonus (0.005)"
+
+
+class GrpoAlgorithm(PolicyAlgorithm):
+    preset: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo", "reinforce_plus_plus"] | None = Field(
+        None, description="published values for what the config leaves out; --print-config shows them"
+    )
+    baseline: Literal["group", "batch"] = Field(
+        "group", description="mean reward that is subtracted: a prompt's, or that of all tokens of the step"
+    )
+    leave_one_out: bool = Field(False, description="baseline from the group's other samples")
+    normalize_std: bool = Field(True, description="divide advantages by their standard deviation")
+    advantage_scale: Literal["group", "batch"] = Field("group", description="whose standard deviation")
+    dynamic_sampling: PositiveInt | None = Field(
+        None, description="prompts of equal rewards are replaced by others, of at most so many batches; null: they stay"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        return PRESETS.get(str(values.get("preset")), {}) | values if isinstance(values, dict) else values
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.baseline == "batch" and (
+            self.leave_one_out or not self.normalize_std or self.advantage_scale == "group" or self.dynamic_sampling
+        ):
+            yield (
+                "baseline=batch goes with advantage_scale=batch, normalize_std=true, leave_one_out=false and "
+                "dynamic_sampling=null"
+            )
+        if self.advantage_scale == "batch" and not self.normalize_std:
+            yield "advantage_scale=batch has no effect with normalize_std=false"
+
+
+class PpoAlgorithm(PolicyAlgorithm):
+    gamma: Fraction = Field(1.0, description="discount of a later token's reward")
+    lam: Fraction = Field(0.95, alias="lambda", description="of generalized advantage estimation")
+    value_clip: PositiveFloat | None = Field(
+        0.2, description="largest move of a value in the critic's loss; null: not clipped"
+    )
+
+
+class CriticConfig(Section):
+    path: str | None = Field(None, description="Hugging Face directory, also of a reward model; null: the policy's")
+    lr: PositiveFloat = Field(1e-5, description="peak learning rate, on the policy's schedule")
+    warmup_steps: NonNegativeInt = Field(0, description="first steps, in which the policy stays as it is")
 
 
 PreferenceLoss = Literal["sigmoid", "robust", "ipo", "apo_zero", "apo_down", "simpo", "orpo", "kto"]
@@ -89,21 +186,30 @@ class TeacherConfig(Section):
     path: str = Field(description="Hugging Face directory or hub id in the local cache")
 
 
+CONVERSATIONS_ONLY = dict.fromkeys(("data.train_on", "data.cache"), "only sft and distill choose and keep tokens")
+
+
 class SftConfig(Config):
     command = "sft"
+    mixes = True
     algorithm: SftAlgorithm = Field(default_factory=SftAlgorithm)
 
 
 class ScoreConfig(SftConfig):
     command = "score"
-    ignored = dict.fromkeys(
-        ("optimizer", "lora", "training.steps", "training.epochs", "checkpoint", "data.validation", "data.overlong"),
+    mixes = False
+    ignored = CONVERSATIONS_ONLY | dict.fromkeys(
+        (
+            *("optimizer", "lora", "training.steps", "training.epochs", "training.skip_not_finite", "training.ema"),
+            *("checkpoint", "data.validation", "data.overlong", "logging.profile", "logging.wandb", "logging.mlflow"),
+        ),
         "`score` does not train",
     )
 
 
 class DpoConfig(Config):
     command = "dpo"
+    ignored = CONVERSATIONS_ONLY
     algorithm: DpoAlgorithm = Field(default_factory=DpoAlgorithm)
 
     def problems(self, world_size: int) -> Iterator[str]:
@@ -116,11 +222,13 @@ class DpoConfig(Config):
 
 class RewardModelConfig(Config):
     command = "reward-model"
+    ignored = CONVERSATIONS_ONLY
     algorithm: RewardModelAlgorithm = Field(default_factory=RewardModelAlgorithm)
 
 
 class DistillConfig(Config):
     command = "distill"
+    mixes = True
     teacher: TeacherConfig = Field(description="a frozen model with the student's tokenizer, in its layout")
     algorithm: DistillAlgorithm = Field(default_factory=DistillAlgorithm)
 
@@ -134,7 +242,7 @@ class DistillConfig(Config):
 
 class GrpoConfig(Config):
     command = "grpo"
-    ignored: ClassVar[dict[str, str]] = {
+    ignored: ClassVar[dict[str, str]] = CONVERSATIONS_ONLY | {
         "data.validation": "held-out problems are graded by `evaluate`",
         "data.packing": "samples always share micro-batches",
         "data.overlong": "prompts that leave no room for rollout.max_tokens are dropped, responses end there",
@@ -151,15 +259,21 @@ class GrpoConfig(Config):
     def rows_per_step(self) -> int:
         return self.rollout.prompts_per_step
 
+    @property
+    def compares_samples(self) -> bool:
+        """Whether an advantage is a sample's, beside the others of its prompt."""
+        return isinstance(self.algorithm, GrpoAlgorithm) and self.algorithm.baseline == "group"
+
     def problems(self, world_size: int) -> Iterator[str]:
-        rollout, length, update = self.rollout, self.data.sequence_length, self.training.global_batch_size
+        rollout, length, update = self.rollout.at(None), self.data.sequence_length, self.training.global_batch_size
         samples = rollout.prompts_per_step * rollout.samples_per_prompt
         if samples % update:
             yield (
                 f"training.global_batch_size={update} does not divide the samples of a step, "
                 f"rollout.prompts_per_step x samples_per_prompt = {samples}; for one update a step set it to {samples}"
             )
-        if rollout.samples_per_prompt < 2:
+        yield from (f"algorithm.{problem}" for problem in self.algorithm.problems())
+        if rollout.samples_per_prompt < 2 and self.compares_samples:
             yield (
                 "rollout.samples_per_prompt=1: a sample is compared with the others of its prompt, so nothing would be "
                 "learned; allowed: 2 or more"
@@ -173,6 +287,17 @@ class GrpoConfig(Config):
             )
 
 
+class PpoConfig(GrpoConfig):
+    command = "ppo"
+    critic: CriticConfig = Field(default_factory=CriticConfig)
+    algorithm: PpoAlgorithm = Field(default_factory=PpoAlgorithm)  # type: ignore[assignment]
+
+    def problems(self, world_size: int) -> Iterator[str]:
+        yield from super().problems(world_size)
+        if self.lora is not None:
+            yield "lora: the critic has no adapters; allowed: null"
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """A training command.
@@ -182,6 +307,7 @@ class Algorithm:
         help: one line.
         rows: what `data.train` holds.
         rollouts: whether every trainer rank holds a rank of a vLLM engine.
+        held_out: figures of held-out rows by which a best step can be chosen, logged as validation_*.
     """
 
     config: type[Config]
@@ -189,6 +315,7 @@ class Algorithm:
     help: str
     rows: Literal["conversations", "prompts", "preferences", "any"] = "conversations"
     rollouts: bool = False
+    held_out: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -203,7 +330,7 @@ class Algorithm:
 ALGORITHMS = {
     row.name: row
     for row in (
-        Algorithm(SftConfig, "megatron_posttrain.algorithms.sft:sft", "supervised fine-tuning"),
+        Algorithm(SftConfig, "megatron_posttrain.algorithms.sft:sft", "supervised fine-tuning", held_out=("loss",)),
         Algorithm(
             GrpoConfig,
             "megatron_posttrain.algorithms.grpo:grpo",
@@ -212,19 +339,31 @@ ALGORITHMS = {
             rollouts=True,
         ),
         Algorithm(
+            PpoConfig,
+            "megatron_posttrain.algorithms.ppo:ppo",
+            "PPO with a critic, and vLLM in every trainer rank",
+            rows="prompts",
+            rollouts=True,
+        ),
+        Algorithm(
             DpoConfig,
             "megatron_posttrain.algorithms.dpo:dpo",
             "preferences: DPO and its relatives, KTO",
             rows="preferences",
+            held_out=("loss", "accuracy"),
         ),
         Algorithm(
             RewardModelConfig,
             "megatron_posttrain.algorithms.reward_model:reward_model",
             "a scalar reward from pairs",
             rows="preferences",
+            held_out=("loss", "accuracy"),
         ),
         Algorithm(
-            DistillConfig, "megatron_posttrain.algorithms.distill:distill", "a student learns a teacher's distributions"
+            DistillConfig,
+            "megatron_posttrain.algorithms.distill:distill",
+            "a student learns a teacher's distributions",
+            held_out=("loss",),
         ),
         Algorithm(
             ScoreConfig,

@@ -50,8 +50,10 @@ def load_config(
     return config
 
 
-def _ignored(config: BaseModel) -> Iterator[str]:
+def _ignored(config: Any) -> Iterator[str]:
     """What was set and would have no effect. A value equal to the default may stay: a run's own config has all keys."""
+    if not getattr(config, "mixes", True) and config.data.weights:
+        yield f"key 'data.train': weights of sources would be ignored by {config.command}; allowed: paths"
     for key, why in getattr(config, "ignored", {}).items():
         *parents, name = key.split(".")
         section: Any = config
@@ -67,7 +69,7 @@ def _ignored(config: BaseModel) -> Iterator[str]:
 
 def to_yaml(config: BaseModel) -> str:
     """The resolved config as YAML, enough to run it again."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -89,6 +91,7 @@ def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, 
     for name, info in schema.model_fields.items():
         nested = _section(info.annotation)
         default = None if info.is_required() else info.get_default(call_default_factory=True)
+        name = info.alias or name
         if nested is None or not (info.is_required() or isinstance(default, BaseModel)):
             shown = "(required)" if info.is_required() else _short(default)
             yield (
@@ -142,7 +145,7 @@ def _short(value: Any) -> str:
 
 
 def _explain(schema: type[BaseModel], error: Any) -> str:
-    location = [str(part) for part in error["loc"]]
+    location = [str(part) for part in error["loc"] if part not in ("number", "by step")]  # pydantic's, of a schedule
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         names = _names_at(schema, location[:-1])
@@ -163,4 +166,4 @@ def _names_at(schema: type[BaseModel], location: Sequence[str]) -> list[str]:
     for part in location:
         if part in current.model_fields:
             current = _section(current.model_fields[part].annotation) or current
-    return list(current.model_fields)
+    return [info.alias or name for name, info in current.model_fields.items()]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     field_validator,
     model_validator,
 )
@@ -21,10 +25,37 @@ from pydantic import (
 from megatron_posttrain.errors import nearest
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Number = TypeVar("Number")
+
+
+def _check_steps(values: dict[int, Number]) -> dict[int, Number]:
+    if list(values) != sorted(values) or next(iter(values), None) != 0:
+        raise ValueError(f"steps must rise from 0, found {', '.join(map(str, values)) or 'none'}")
+    return values
+
+
+if TYPE_CHECKING:
+    Scheduled = Annotated[Number, "a number, once `Section.at` was asked for one"]
+else:  # a number, or numbers by step: {0: 8192, 500: 16384} is 16384 after 500 steps
+    ByStep = Annotated[dict[NonNegativeInt, Number], AfterValidator(_check_steps), Tag("by step")]
+    Scheduled = Annotated[
+        Annotated[Number, Tag("number")] | ByStep,
+        Discriminator(lambda value: "by step" if isinstance(value, dict) else "number"),
+    ]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    def at(self, step: int | None) -> Self:
+        """With a number for every schedule: that of step `step` (from 0), or None: the largest of all steps."""
+        found: dict[str, Any] = {}
+        for name, value in self:
+            if isinstance(value, Section):
+                found[name] = value.at(step)
+            elif isinstance(value, dict) and 0 in value:
+                found[name] = max(value.values()) if step is None else value[max(s for s in value if s <= step)]
+        return self.model_copy(update=found)
 
 
 class MoeConfig(Section):
@@ -34,6 +65,7 @@ class MoeConfig(Section):
     aux_loss_coefficient: NonNegativeFloat | None = Field(
         None, description="weight of the balancing loss; null: what the checkpoint's config says"
     )
+    z_loss_coefficient: NonNegativeFloat = Field(0.0, description="of routers' mean squared log-sum-exp of logits")
     dispatcher: Literal["alltoall", "deepep"] = Field(
         "alltoall", description="how tokens reach their experts; deepep needs the package deep_ep and CUDA"
     )
@@ -89,14 +121,25 @@ def check_columns(names: Iterable[str]) -> None:
 
 
 class DataConfig(Section):
-    train: str | list[str] = Field(description="JSONL file(s), or any `datasets` source")
+    train: str | list[str | dict[str, Any]] = Field(
+        description="JSONL file(s), or any `datasets` source; as {path: FILE, weight: 2.0} a mixture: an epoch takes "
+        "as many conversations as all sources have, of each in proportion to its weight (1 where there is none)"
+    )
     validation: str | list[str] | None = Field(
-        None, description="as `train`; its loss is logged at every checkpoint and at the end; null: none"
+        None, description="as `train`; its loss is logged every training.validate_every steps and at the end"
     )
     columns: dict[str, str | list[str]] = Field(
         default_factory=dict,
         description="our column names to the files': {prompt: question, answer: final_answer}; question.stem reaches "
         "into a column, a list joins several",
+    )
+    train_on: Literal["all-assistant", "last-assistant", "everything"] = Field(
+        "all-assistant",
+        description="tokens that count: all assistant turns', the last one's, or all; a turn's `weight` multiplies its "
+        "tokens' loss, and the loss is sum(weight x loss) / sum(weight)",
+    )
+    cache: str | None = Field(
+        None, description="directory of tokenised rows, shared by runs; null: .cache beside `output`"
     )
     omissions: Literal["refuse", "allow"] = Field(
         "refuse", description="rows of which the chat template leaves a text, a tool or a tool call out"
@@ -106,6 +149,33 @@ class DataConfig(Section):
     overlong: Literal["drop", "truncate"] = Field(
         "drop", description="what to do with a conversation longer than sequence_length; counted and reported"
     )
+
+    @property
+    def held_out(self) -> list[str]:
+        """Sources of `validation`."""
+        return [self.validation] if isinstance(self.validation, str) else self.validation or []
+
+    @property
+    def sources(self) -> list[str]:
+        """Of `train`, in order."""
+        train = [self.train] if isinstance(self.train, str) else self.train
+        return [source if isinstance(source, str) else source["path"] for source in train]
+
+    @property
+    def weights(self) -> list[float] | None:
+        """Of each of `sources`; None where none is given."""
+        found = [source["weight"] if isinstance(source, dict) else None for source in self.train]
+        return [float(weight or 1) for weight in found] if any(found) else None
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _known_sources(cls, train: Any) -> Any:
+        for entry in train if isinstance(train, list) and train else [train]:
+            weight = entry.get("weight") if isinstance(entry, dict) and set(entry) == {"path", "weight"} else None
+            right = isinstance(weight, int | float) and 0 < weight < math.inf and isinstance(entry["path"], str)
+            if not isinstance(entry, str) and not right:
+                raise ValueError(f"{entry!r} is no source; allowed: paths and {{path: FILE, weight: NUMBER above 0}}")
+        return train
 
     @field_validator("columns")
     @classmethod
@@ -118,8 +188,13 @@ class OptimizerConfig(Section):
     lr: PositiveFloat = Field(1e-5, description="peak learning rate")
     min_lr: NonNegativeFloat = Field(0.0, description="learning rate at the end of the schedule")
     warmup_steps: NonNegativeInt = Field(0, description="steps of linear warm-up")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="decay after the warm-up")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="decay after the warm-up; wsd: none until the last decay_steps, then linear"
+    )
+    decay_steps: PositiveInt | None = Field(None, description="of wsd; null: a tenth of all steps")
+    router_lr: PositiveFloat | None = Field(None, description="peak of routers, on the same schedule; null: lr")
     weight_decay: NonNegativeFloat = 0.1
+    decay: Literal["matrices", "all"] = Field("matrices", description="what decays; all: norms and biases too")
     clip_grad: NonNegativeFloat = Field(1.0, description="global gradient norm; 0: no clipping")
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
@@ -140,6 +215,16 @@ class TrainingConfig(Section):
     global_batch_size: PositiveInt = Field(32, description="rows an optimizer step; RL: samples")
     micro_batch_size: PositiveInt = Field(1, description="rows a forward pass of one data parallel rank")
     seed: NonNegativeInt = 0
+    validate_every: PositiveInt | None = Field(
+        None, description="steps between looks at data.validation; null: with every checkpoint"
+    )
+    patience: PositiveInt | None = Field(None, description="looks with no better checkpoint.best, to stop early after")
+    skip_not_finite: NonNegativeInt = Field(
+        0, description="steps in a row, never the first, that are left out when loss or gradient is not finite"
+    )
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of an average of the weights, exported in their place; null: none"
+    )
 
 
 class LoraConfig(Section):
@@ -162,12 +247,25 @@ class CheckpointConfig(Section):
         None, description="steps between checkpoints; null: on a stop signal, and before the export, until it is whole"
     )
     keep: PositiveInt = Field(2, description="newest checkpoints kept")
+    best: str | None = Field(
+        None, description="held-out figure, such as validation_loss, whose best step is kept beside the newest ones"
+    )
+    best_is: Literal["lower", "higher"] | None = Field(None, description="null: lower for validation_loss, else higher")
+    export: Literal["last", "best"] = Field("last", description="step that is written to hf/ and adapter/")
+    asynchronous: bool = Field(
+        False, description="training goes on while a copy in host memory (12 bytes a parameter + weights) is written"
+    )
     resume: Literal["auto", "never"] = Field("auto", description="auto: from the newest whole checkpoint of `output`")
 
 
 class LoggingConfig(Section):
     every: PositiveInt = Field(1, description="steps between progress lines")
     tensorboard: bool = True
+    wandb: str | None = Field(None, description="Weights & Biases project; needs the package wandb")
+    mlflow: str | None = Field(None, description="MLflow experiment; needs the package mlflow")
+    profile: PositiveInt | None = Field(
+        None, description="steps, from this start's second on, whose torch trace is written to OUTPUT/profile"
+    )
     hang_seconds: PositiveFloat | None = Field(
         None,
         allow_inf_nan=False,
@@ -179,8 +277,10 @@ class LoggingConfig(Section):
 class RolloutConfig(Section):
     prompts_per_step: PositiveInt = 32
     samples_per_prompt: PositiveInt = 8
-    max_tokens: PositiveInt = Field(1024, description="of a response")
-    temperature: PositiveFloat = 1.0
+    max_tokens: Scheduled[PositiveInt] = Field(
+        1024, description="of a response; this and other numbers may be given by step: {0: 8192, 500: 16384}"
+    )
+    temperature: Scheduled[PositiveFloat] = Field(1.0, description="may be given by step")
     tensor: PositiveInt = Field(1, description="tensor parallel ranks of a vLLM engine")
     kv_cache_gib: PositiveFloat | None = Field(
         None, description="cache of one engine rank, GiB; null: 0.25 on CPU, sized by vLLM on CUDA"
@@ -227,10 +327,15 @@ class Config(Section):
     command: ClassVar[str] = ""
     # Keys that the command would ignore, and why; refused where they are not at their default.
     ignored: ClassVar[dict[str, str]] = {}
+    mixes: ClassVar[bool] = False  # whether the weights of `data.train` have an effect
 
     @property
     def output_dir(self) -> Path:
         return Path(self.output)
+
+    @property
+    def cache_dir(self) -> Path:
+        return Path(self.data.cache) if self.data.cache else self.output_dir.absolute().parent / ".cache"
 
     @property
     def rows_per_step(self) -> int:

@@ -19,18 +19,18 @@ FILLER = -1  # the index of a sequence that only fills a micro-batch
 class Sequence:
     """One conversation or sample. Every array is per token: entry t belongs to token t, not to its label.
 
-    Lists become arrays: int32 tokens, boolean masks, float32 extras.
+    Lists become arrays: int32 tokens, float32 masks and extras.
     """
 
     token_ids: Any  # [t]
-    loss_mask: Any  # [t] true where the token counts in the loss (an assistant's token)
+    loss_mask: Any  # [t] what the token's loss is multiplied by: 1 or a weight where it counts (an assistant's), else 0
     extras: dict[str, Any] = field(default_factory=dict)  # each [t], such as old log-probs and advantages
     index: int = 0  # the caller's number of this sequence; comes back in `PackedBatch.sequence_ids`
     unit: int | None = None  # sequences of one unit stay in one micro-batch, in their order; None: it is its own
 
     def __post_init__(self) -> None:
         self.token_ids = np.asarray(self.token_ids, dtype=np.int32)
-        self.loss_mask = np.asarray(self.loss_mask, dtype=bool)
+        self.loss_mask = np.asarray(self.loss_mask, dtype=np.float32)
         self.extras = {name: np.asarray(values, dtype=np.float32) for name, values in self.extras.items()}
 
 
@@ -54,9 +54,9 @@ class PackedBatch:
     extras: dict[str, Tensor] = field(default_factory=dict)  # each [T] float32
 
     @property
-    def counts(self) -> tuple[int, int, int]:
-        """Labels that count in the loss, sequences, units; without fillers."""
-        return int(self.loss_mask.sum()), sum(map(len, self.units)), len(self.units)
+    def counts(self) -> tuple[float, int, int]:
+        """Labels that count in the loss, by weight, sequences, units; without fillers."""
+        return float(self.loss_mask.double().sum()), sum(map(len, self.units)), len(self.units)
 
     @property
     def real_tokens(self) -> int:
@@ -157,7 +157,7 @@ def pack_batch(sequences: Seq[Sequence], *, multiple: int = 1, pad_token: int = 
 
 def filler() -> Sequence:
     """One token without loss, for a micro-batch that has nothing else."""
-    return Sequence(np.zeros(1, np.int32), np.zeros(1, bool), index=FILLER)
+    return Sequence(np.zeros(1, np.int32), np.zeros(1), index=FILLER)
 
 
 def unit_numbers(sequences: Seq[Sequence]) -> list[int]:

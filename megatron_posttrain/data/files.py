@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -36,6 +37,32 @@ def records(source: str) -> Iterator[Located]:
     if not path.exists() and (suffix in (*TEXT, *TABLES) or source.startswith((".", "/"))):
         raise UserError(f"{source}: no such file")
     return _dataset(source)
+
+
+def content(source: str) -> str:
+    """A digest of the bytes of a source's files, and of the suffixes that say how they are read."""
+    path = Path(source)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    if not path.exists():
+        records(source)  # refuses a file that is not there
+        files = [Path(file["filename"]) for file in _load(source).cache_files]
+    total = hashlib.sha256(repr((path.suffixes[-2:], [file.name for file in files[1:]])).encode())
+    try:
+        for file in files:
+            with file.open("rb") as stream:
+                total.update(hashlib.file_digest(stream, "sha256").digest())
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read: {error}") from error
+    return total.hexdigest()
+
+
+def lines_of(source: str) -> int | None:
+    """How many records to expect, where that is quickly known."""
+    path = Path(source)
+    if path.suffix not in (".jsonl", ".ndjson"):
+        return None
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
 
 
 def _suffix(path: Path) -> str:
@@ -173,17 +200,19 @@ def _csv(path: Path) -> Iterator[Located]:
 
 
 def _dataset(source: str) -> Iterator[Located]:
+    for number, record in enumerate(_load(source), start=1):
+        yield f"{source}:{number}", record
+
+
+def _load(source: str) -> Any:
     import datasets
 
     path = Path(source)
     try:
         if path.is_file():
-            loaded = datasets.load_dataset(path.suffix[1:], data_files=source, split="train")
-        elif (path / "state.json").exists():
-            loaded = datasets.load_from_disk(source)
-        else:
-            loaded = datasets.load_dataset(source, split="train")
+            return datasets.load_dataset(path.suffix[1:], data_files=source, split="train")
+        if (path / "state.json").exists():
+            return datasets.load_from_disk(source)
+        return datasets.load_dataset(source, split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{source}: no such file, and `datasets` cannot load it: {error}") from error
-    for number, record in enumerate(loaded, start=1):
-        yield f"{source}:{number}", record

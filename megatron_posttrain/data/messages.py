@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from megatron_posttrain.errors import nearest
@@ -31,8 +32,9 @@ ROLES = {
     "tool_call": CALL,
 }
 
-# Per turn: whether an assistant's text is learned, in the names that public data uses.
-WEIGHTS = ("weight", "train", "loss_weight", "loss", "loss_scale", "training")
+# Per turn: how much an assistant's text counts in the loss, in the names that public data uses; of `SWITCHES` whether.
+WEIGHTS = ("weight", "loss_weight", "loss_scale")
+SWITCHES = ("train", "loss", "training")
 TEXT_PARTS = ("text", "output_text", "input_text")
 REASONING_PARTS = ("reasoning", "thinking")
 PART_TYPES = (*TEXT_PARTS, *REASONING_PARTS, "tool_call")
@@ -49,8 +51,7 @@ class LeftOut(Exception):
 def read_messages(value: Any, at: str) -> list[Message]:
     """`[{role, content}...]` or `[{from, value}...]`, checked and in one form.
 
-    Content becomes text, tool arguments objects, null keys vanish, a turn that is not to be learned has
-    `weight: 0` and any other has no weight.
+    Content becomes text, tool arguments objects, null keys vanish, and a turn has a `weight` where that is not 1.
     """
     if isinstance(value, str) and value.lstrip().startswith("["):  # CSV stores them as JSON text
         value = decoded(value, at)
@@ -85,7 +86,9 @@ def read_message(message: Any, at: str) -> Message:
     message["role"] = role = _role(message["role"], at)
     if role == CALL:
         message |= _called(message["content"], f"{at}.content")
-    return message | ({} if weight else {"weight": 0})
+    if weight not in (0, 1) and message["role"] != "assistant":
+        raise BadRow(f"{at}.weight is {weight} in a turn of the {role}; allowed there: 0 or 1")
+    return message | ({} if weight == 1 else {"weight": weight})
 
 
 def _role(name: str, at: str) -> str:
@@ -93,8 +96,7 @@ def _role(name: str, at: str) -> str:
     if name == "observation":  # GLM's templates read it
         return name
     role = ROLES.get(name.lower())
-    close = nearest(name.lower(), ROLES)
-    if role is None and close:
+    if role is None and (close := nearest(name.lower(), ROLES)):
         raise BadRow(f"{at}.role is {name!r}{close}")
     return role or name
 
@@ -143,16 +145,18 @@ def _from_parts(parts: list[Any], at: str) -> Message:
     )  # fmt: skip
 
 
-def _weight(message: Message, at: str) -> bool:
-    """Whether a turn is learned; takes the keys that say so out of the message."""
-    learned = True
-    for name in WEIGHTS:
+def _weight(message: Message, at: str) -> float:
+    """What the loss of a turn's tokens is multiplied by; takes the keys that say so out of the message."""
+    weight: float = 1
+    for name in (*WEIGHTS, *SWITCHES):
         if name in message:
             value = message.pop(name)
-            if value not in (0, 1):  # False and True too
+            if name in SWITCHES and value not in (0, 1):  # False and True too
                 raise BadRow(f"{at}.{name} must be 0 or 1 (false or true), found {kind(value)}")
-            learned = learned and bool(value)
-    return learned
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise BadRow(f"{at}.{name} must be a number of at least 0, found {kind(value)}")
+            weight *= value
+    return weight
 
 
 # ---- tools -------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class PreferenceDataset(Epochs):
                 f"data.sequence_length is {sequence_length}, and none of the {len(rows)} rows fits (the longest has "
                 f"{self.longest} tokens); raise it to {self.longest}, or set data.overlong=truncate"
             )
-        super().__init__(len(self.preferences), self._make_rows)
+        super().__init__(self._make_rows)
 
     def __len__(self) -> int:
         return len(self.preferences)

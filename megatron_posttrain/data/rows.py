@@ -16,7 +16,7 @@ from megatron_posttrain.data.forms import DESCRIPTION, KNOWN, Form, find_form, r
 from megatron_posttrain.data.messages import BadRow, LeftOut, Message, decoded, kind, read_messages, read_tools
 from megatron_posttrain.errors import UserError
 
-__all__ = ["Message", "Row", "columns_ignored", "read_records", "read_rows"]
+__all__ = ["Message", "Reader", "Row", "read_records", "read_rows"]
 log = logging.getLogger(__name__)
 FIXED_OPTIONS = ("messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize")
 
@@ -64,42 +64,74 @@ def read_rows(
             with the file and the line's number.
     """
     rows: list[Row] = []
-    ignored: Counter[str] = Counter()
+    reader = Reader(columns or {}, use or ("sft" if require_assistant else "other"))
     for source in [sources] if isinstance(sources, str | Path) else sources:
         before = len(rows)
-        for row, record in read_records(str(source), columns):
-            try:
-                _check_use(row, record, require_assistant, use)
-            except BadRow as error:
-                raise UserError(f"{row.source}: {error}") from None
-            ignored.update(columns_ignored(record, row.form))
-            rows.append(row)
+        rows += (row for row, _ in read_records(str(source), reader))
         if len(rows) == before:
             raise UserError(f"{source}: no rows in it")
-    if ignored:
-        counts = ", ".join(f"{key} ({n:,})" for key, n in ignored.most_common())
-        _tell(f"columns that no form reads, with the rows that have them: {counts}")
+    tell_ignored(reader.ignored)
     return rows
 
 
-def read_records(source: str, columns: Columns | None = None) -> Iterator[tuple[Row, dict[str, Any]]]:
-    """Each row of a source, whatever it is for, and the record it was read from, columns renamed."""
-    left_out: Counter[str] = Counter()
-    for where, record in records(source):
+@dataclass
+class Reader:
+    """Records to rows, with counts of the columns and the rows that it leaves out.
+
+    Args:
+        use: rows of another are refused; `sft` (which needs an assistant's turn), `text` (as sft, without),
+            `preference`, `other`, or `any`, which refuses none.
+    """
+
+    columns: Columns
+    use: str
+    ignored: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def read(self, where: str, record: Any) -> Row | None:
+        """None for a row that has nothing to train on. Raises UserError with `where`."""
+        found = self.read_both(where, record)
+        return None if found is None else found[0]
+
+    def read_both(self, where: str, record: Any) -> tuple[Row, dict[str, Any]] | None:
+        """As `read`, with the record, columns renamed."""
         try:
-            yield _row(record, where, columns or {})
+            row, record = _row(record, where, self.columns)
+            if self.use != "any":
+                _check_use(row, record, self.use)
         except BadRow as error:
             raise UserError(f"{where}: {error}") from None
         except LeftOut as reason:
-            left_out[str(reason)] += 1
-    for why, count in left_out.items():
-        _tell(f"{source}: {count:,} rows left out: {why}")
+            self.left_out[str(reason)] += 1
+            return None
+        self.ignored.update(columns_ignored(record, row.form))
+        return row, record
 
 
-def _tell(text: str) -> None:
+def read_records(source: str, reader: Reader) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """Each row of a source, and the record it was read from, columns renamed."""
+    reader.left_out.clear()
+    for where, record in records(source):
+        if (found := reader.read_both(where, record)) is not None:
+            yield found
+    tell_left_out(source, reader.left_out)
+
+
+def tell(text: str) -> None:
     """A line of the log, of one rank."""
     if os.environ.get("RANK", "0") == "0":
         log.warning("data: %s", text)
+
+
+def tell_left_out(source: str, reasons: Mapping[str, int]) -> None:
+    for why, count in reasons.items():
+        tell(f"{source}: {count:,} rows left out: {why}")
+
+
+def tell_ignored(columns: Mapping[str, int]) -> None:
+    if columns:
+        counts = ", ".join(f"{key} ({n:,})" for key, n in sorted(columns.items(), key=lambda item: -item[1]))
+        tell(f"columns that no form reads, with the rows that have them: {counts}")
 
 
 def columns_ignored(record: Mapping[str, Any], form: Form | None) -> list[str]:
@@ -159,8 +191,11 @@ def _with_beginning(record: dict[str, Any], messages: list[Message]) -> list[Mes
 _SIDES = {(True, False): "rejected", (False, True): "chosen"}
 
 
-def _check_use(row: Row, record: dict[str, Any], require_assistant: bool, use: str | None) -> None:
+def _check_use(row: Row, record: dict[str, Any], use: str) -> None:
     form = row.form
+    weights = {turn.get("weight", 1) for turn in (*row.messages, *row.chosen, *row.rejected)} - {0, 1}
+    if use not in ("sft", "text") and weights:
+        raise BadRow(f"a turn of weight {min(weights)}: only sft and distill weigh turns; allowed here: 0 or 1")
     if use == "preference" and row.label is None and "label" in record:
         raise BadRow(f"label must be true or false, found {kind(record['label'])}")
     if use == "preference" and (missing := _SIDES.get(("chosen" in record, "rejected" in record))):
@@ -172,7 +207,7 @@ def _check_use(row: Row, record: dict[str, Any], require_assistant: bool, use: s
             "read; data.columns can rename columns, as {prompt: question, response: chosen}"
         )
     roles = [message["role"] for message in row.messages]
-    if require_assistant and "assistant" not in roles:
+    if use == "sft" and "assistant" not in roles:
         raise BadRow(f"no assistant turn; roles found: {roles}, keys: {sorted(record)}{proposal(record)}")
 
 

@@ -13,27 +13,34 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from megatron_posttrain.data.messages import Message
 from megatron_posttrain.data.rows import Row
 from megatron_posttrain.data.template import PROBE, Omissions, Span, Template, load_tokenizer, refuse_omissions
 from megatron_posttrain.errors import UserError
 
-__all__ = ["Conversation", "Omissions", "encode_conversation", "encode_prompt", "encode_row", "load_tokenizer"]
+__all__ = [
+    "Conversation", "Omissions", "TrainOn", "encode_conversation", "encode_prompt", "encode_row", "load_tokenizer",
+]  # fmt: skip
 
+TrainOn = Literal["all-assistant", "last-assistant", "everything"]
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
 class Conversation:
     token_ids: list[int]
-    loss_mask: list[int]  # 1 where an assistant wrote the token, its end-of-turn token included
+    # What a token's loss is multiplied by: 1, or its turn's weight, where an assistant wrote it, its end-of-turn token
+    # included; else 0
+    loss_mask: list[float]
 
 
-def encode_row(tokenizer: Any, row: Row, omissions: Omissions = "refuse") -> Conversation:
+def encode_row(
+    tokenizer: Any, row: Row, omissions: Omissions = "refuse", train_on: TrainOn = "all-assistant"
+) -> Conversation:
     """Tokens and loss mask of a row, its tools and template options included."""
-    return encode_conversation(tokenizer, row.messages, row.source, row.options, omissions)
+    return encode_conversation(tokenizer, row.messages, row.source, row.options, omissions, train_on)
 
 
 def encode_prompt(
@@ -58,15 +65,18 @@ def encode_conversation(
     source: str = "",
     options: Mapping[str, Any] | None = None,
     omissions: Omissions = "refuse",
+    train_on: TrainOn = "all-assistant",
 ) -> Conversation:
     """Tokens and loss mask of a conversation, exact for every assistant turn.
 
     Templates with `{% generation %}` blocks say which text is the assistant's. For others a turn begins where
     `messages[:i]` with the generation prompt ends, and its end is found by rendering the conversation once
     more with a probe in the turn's place: templates rewrite turns that are not the last (Qwen3 strips their
-    reasoning), so `messages[:i + 1]` need not be a prefix of the whole. A turn of weight 0 is not learned.
+    reasoning), so `messages[:i + 1]` need not be a prefix of the whole.
 
     Args:
+        train_on: tokens that count: of all assistant turns, of the last of them, or everything, what the template
+            writes and other turns included. A turn's `weight` is that of its tokens.
         options: what the template gets beside the messages: `tools` and keys of its own.
         omissions: what to do with a conversation of which the template leaves something out.
 
@@ -77,31 +87,49 @@ def encode_conversation(
     template = Template(tokenizer, options or {}, source)
     messages = template.normal(messages)
     text = template.render_or_refuse(messages)
-    unlearned = [i for i, message in enumerate(messages) if message.get("weight", 1) == 0]
-    if GENERATION_BLOCK.search(template.text):
-        spans = template.apply(messages, spans=True)[1]
-        turns = _find_spans(template, messages, text) if unlearned else {}
-        left_out = [turns[i] for i in unlearned if i in turns]
-        spans = [(a, b) for a, b in spans if not any(a < end and start < b for start, end in left_out)]
-    else:
-        spans = [span for i, span in _find_spans(template, messages, text).items() if i not in unlearned]
+    spans = _weighted_spans(template, messages, text, train_on)
     if omissions == "refuse":
         refuse_omissions(template, messages, text)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return Conversation(encoding["input_ids"], _mask(encoding["offset_mapping"], spans))
+    return Conversation(encoding["input_ids"], _mask(encoding["offset_mapping"], spans, train_on == "everything"))
+
+
+def _weighted_spans(
+    template: Template, messages: list[Message], text: str, train_on: TrainOn
+) -> list[tuple[Span, float]]:
+    """What counts of the text, and how much; with `everything` only where that is not 1."""
+    turns = _assistants(messages)
+    weights = {i: message["weight"] for i, message in enumerate(messages) if "weight" in message}
+    if train_on == "everything":
+        if others := sorted(weights.keys() - set(turns)):
+            raise UserError(
+                f"{template.source}: messages[{others[0]}].weight would be ignored: data.train_on=everything counts "
+                "every token but those of assistant turns with a weight of their own; remove it"
+            )
+        found = _find_spans(template, messages, text) if weights else {}
+        return [(span, weights.get(i, 1)) for i, span in found.items()]
+    if train_on == "last-assistant":
+        weights |= dict.fromkeys(turns[:-1], 0)
+    if not GENERATION_BLOCK.search(template.text):
+        return [(span, weights.get(i, 1)) for i, span in _find_spans(template, messages, text).items()]
+    marked = template.apply(messages, spans=True)[1]
+    own = {i: span for i, span in _find_spans(template, messages, text).items() if i in weights} if weights else {}
+    return [
+        ((a, b), next((weights[i] for i, (start, end) in own.items() if a < end and start < b), 1)) for a, b in marked
+    ]
 
 
 def _assistants(messages: list[Message]) -> list[int]:
     return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
 
-def _mask(offsets: list[Span], spans: list[Span]) -> list[int]:
-    """1 for every token that overlaps a span; offsets grow along the text."""
+def _mask(offsets: list[Span], spans: list[tuple[Span, float]], everything: bool) -> list[float]:
+    """Of every token the weight of the span that it overlaps; offsets grow along the text."""
     starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
-    mask = [0] * len(offsets)
-    for start, end in spans:
+    mask: list[float] = [int(everything)] * len(offsets)
+    for (start, end), weight in spans:
         tokens = range(bisect_right(ends, start), bisect_left(starts, end))
-        mask[tokens.start : tokens.stop] = [1] * len(tokens)
+        mask[tokens.start : tokens.stop] = [weight] * len(tokens)
     return mask
 
 

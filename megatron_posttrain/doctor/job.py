@@ -2,16 +2,17 @@
 
 import math
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_posttrain.config.algorithms import ALGORITHMS, DistillConfig, DpoConfig, GrpoConfig
+from megatron_posttrain.config.algorithms import ALGORITHMS, DistillConfig, DpoConfig, GrpoConfig, PpoConfig
 from megatron_posttrain.config.load import load_config
 from megatron_posttrain.config.schema import Config
-from megatron_posttrain.data.dataset import SftDataset
-from megatron_posttrain.data.rows import Row, read_rows
+from megatron_posttrain.data.dataset import SftDataset, read_conversations
+from megatron_posttrain.data.rows import read_rows
 from megatron_posttrain.doctor.findings import Findings, Status
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
@@ -167,9 +168,9 @@ class JobCheck:
 
     def _data(self) -> None:
         data = self.config.data
-        self._source("data", data.train)
+        self._source("data", data.sources)
         if data.validation is not None and self.rows in ("conversations", "preferences"):
-            self._source("validation", data.validation)
+            self._source("validation", data.held_out)
         if isinstance(self.config, GrpoConfig):
             from megatron_posttrain.rewards.registry import load_rewards
 
@@ -180,8 +181,7 @@ class JobCheck:
                 lambda found: ", ".join(reward.name for reward in found),
             )
 
-    def _source(self, check: str, source: str | list[str]) -> None:
-        sources = [source] if isinstance(source, str) else source
+    def _source(self, check: str, sources: list[str]) -> None:
         missing = [place for place in sources if not Path(place).exists()]
         if missing:
             # A name may be a data set's on a hub; it is not fetched for a check.
@@ -189,6 +189,13 @@ class JobCheck:
             key = "data.train" if check == "data" else "data.validation"
             fix = "" if self.cluster is not None else f"correct {key}, or fetch the file first"
             self.findings.add(status, check, f"{', '.join(missing)}: not on this machine", fix)
+            return
+        if self.tokenizer is not None and self.rows == "conversations":
+            dataset = self.findings.attempt(check, lambda: self._conversations(check == "validation"))
+            if dataset is not None:
+                lost = dataset.dropped > (len(dataset) + dataset.dropped) // 10
+                fix = "raise data.sequence_length, or set data.overlong=truncate" if lost else ""
+                self.findings.add("warn" if lost else "ok", check, dataset.message, fix)
             return
         rows = self.findings.attempt(
             check,
@@ -206,25 +213,12 @@ class JobCheck:
         elif isinstance(self.config, GrpoConfig):
             config = self.config
             self.findings.attempt(check, lambda: prompts_of(config, rows, self.tokenizer), lambda found: found.message)
-        elif self.rows == "conversations":
-            dataset = self.findings.attempt(check, lambda: self._conversations(rows))
-            if dataset is not None:
-                lost = dataset.dropped > len(rows) // 10
-                fix = "raise data.sequence_length, or set data.overlong=truncate" if lost else ""
-                self.findings.add("warn" if lost else "ok", check, dataset.message, fix)
         else:
             self.findings.add("ok", check, f"{len(rows):,} rows")
 
-    def _conversations(self, rows: list[Row]) -> SftDataset:
-        data = self.config.data
-        dataset = SftDataset(
-            rows,
-            self.tokenizer,
-            data.sequence_length,
-            packing=data.packing,
-            overlong=data.overlong,
-            omissions=data.omissions,
-        )
+    def _conversations(self, held_out: bool) -> SftDataset:
+        with tempfile.TemporaryDirectory() as cache:
+            dataset = read_conversations(self.config, self.tokenizer, Path(cache), held_out)
         if self.arch is not None:
             check_positions(dataset.lengths, self.arch)
         return dataset
@@ -245,6 +239,8 @@ class JobCheck:
         found = self.findings.attempt("memory", lambda: plan_layout(arch, layout, work, cluster.gpu))
         if found is None:
             return
+        if isinstance(config, PpoConfig):
+            self.findings.add("warn", "memory", "planned without the critic, which comes on top")
         if config.precision.dtype == "fp32":
             self.findings.add("warn", "memory", "planned for bf16; fp32 weights and activations take twice the space",
                               "set precision.dtype=bf16 on GPUs")  # fmt: skip
@@ -322,8 +318,10 @@ def disk_gib(config: Config, arch: Architecture | None) -> float | None:
     if arch is None:
         return None
     width = 4 if config.precision.dtype == "fp32" else 2
-    kept = config.checkpoint.keep + 1 if config.checkpoint.every else 1  # the newest is written before the oldest goes
-    return weight_elements(arch) * (kept * (width + 12) + width) / 2**30
+    # The newest is written before the oldest goes.
+    kept = (config.checkpoint.keep if config.checkpoint.every else 0) + (config.checkpoint.best is not None) + 1
+    each = width + 12 + 4 * (config.training.ema is not None)
+    return weight_elements(arch) * (kept * each + width) / 2**30
 
 
 def _size(arch: Architecture) -> str:

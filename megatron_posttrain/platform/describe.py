@@ -1,10 +1,9 @@
-"""What device this process has: facts for reports, and how fast it multiplies."""
+"""What device this process has: facts for reports."""
 
 import contextlib
 import os
 import shutil
 import subprocess
-import time
 from importlib import metadata
 from platform import python_version
 from typing import Any
@@ -19,7 +18,6 @@ PACKAGES = (
     "flash-attn", "triton", "numpy", "tokenizers", "datasets",
 )  # fmt: skip
 HIDDEN = ("", "-1")  # values of CUDA_VISIBLE_DEVICES
-MATMUL_SIZE = {"cpu": 768, "cuda": 8192}
 
 
 def describe_device() -> dict[str, Any]:
@@ -80,18 +78,3 @@ def _nvidia_smi(field: str) -> str:
     line = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=30, check=False)
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else ""
-
-
-def matmul_tflops(dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Fastest of repeated square matrix multiplications, TFLOP/s. Local: no other rank is waited for."""
-    size, device = MATMUL_SIZE[platform().name], platform().device
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    a @ b
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        platform().synchronize()
-        start = time.perf_counter()
-        a @ b
-        platform().synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e12 if best < float("inf") else 0.0

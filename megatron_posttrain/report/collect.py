@@ -11,9 +11,9 @@ import yaml
 from megatron_posttrain.config.load import flat
 from megatron_posttrain.errors import UserError, nearest_file
 
-METRICS, EVALUATION, PIPELINE = "metrics.jsonl", "evaluation.json", "pipeline.json"
-MARKS = (METRICS, EVALUATION, PIPELINE)  # a directory with one of them is told about
-CLOSED = ("checkpoints", "hf", "adapter", "critic", "heartbeats", "tensorboard", "rollouts", "replaced")
+METRICS, EVALUATION, CURATION, PIPELINE = "metrics.jsonl", "evaluation.json", "curation.json", "pipeline.json"
+MARKS = (METRICS, EVALUATION, CURATION, PIPELINE)  # a directory with one of them is told about
+CLOSED = ("checkpoints", "hf", "adapter", "critic", "heartbeats", "tensorboard", "rollouts", "profile", "replaced")
 DIGITS = 7  # of a figure: more than fp32 has
 
 

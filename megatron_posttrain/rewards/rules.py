@@ -29,10 +29,10 @@ def choice(sample: Sample) -> float:
     expected = re.fullmatch(rf"{_LETTER}[.):]?(?:\s.*)?", (sample.answer or "").strip(), re.DOTALL)
     if expected is None:
         raise GradingError(f"the row's answer must be a letter, found {sample.answer!r:.80}")
-    return float(_chosen(sample.final or "") == expected[1])
+    return float(chosen_letter(sample.final or "") == expected[1])
 
 
-def _chosen(text: str) -> str | None:
+def chosen_letter(text: str) -> str | None:
     if (box := boxed(text)) is not None:
         inner = re.fullmatch(rf"(?:\\text\w*\s*\{{)?\s*{_LETTER}\s*\}}?(?:[.):].*)?", box.strip(), re.DOTALL)
         return inner[1] if inner else None

@@ -37,6 +37,8 @@ class Sampling:
     max_tokens: int = 1024  # of a completion
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    presence_penalty: float = 0.0  # its counts do not survive `sleep`: for engines that never do
     stop_token_ids: tuple[int, ...] = ()  # end a completion and are its last token
 
 
@@ -173,6 +175,8 @@ class RolloutEngine:
                     max_tokens=sampling.max_tokens,
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
+                    top_k=sampling.top_k,
+                    presence_penalty=sampling.presence_penalty,
                     stop_token_ids=list(sampling.stop_token_ids),
                     ignore_eos=True,  # ends are the caller's `stop_token_ids`, not the directory's
                     seed=seed,

@@ -42,15 +42,16 @@ class Samples:
     rewards_by_name: dict[str, Floats]  # each [n]; NaN where a sample could not be graded
     masked: NDArray[np.bool_]  # [n] does not train, since a reward could not grade it
     seconds: float  # of generation, the slowest replica's
-    drawn: range
+    drawn: Sequence[int]
     token_ids: list[NDArray[np.int32]]  # of each drawn sample: its response
     logprobs: list[NDArray[np.float32]]  # of each drawn sample, the engine's
     texts: list[str]  # of each drawn sample, on the first rank of a replica
     grades: list[Grade]  # as the texts
     reward_metrics: dict[str, float]  # that rewards log, means over the samples
     ranks_per_replica: int
-    share: int  # samples a replica, but for the last
+    replica_of: NDArray[np.int64]  # [n] that drew it
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # [n]
+    sampling_metrics: dict[str, float] = field(default_factory=dict)
     differences: Floats = field(default_factory=lambda: np.empty(0))  # [n] sums of |trainer - engine| log-probs, nats
 
     @property
@@ -83,6 +84,7 @@ class Samples:
                 "tokens": self.tokens,
             }
             | by_name
+            | self.sampling_metrics
             | {f"reward/{name}": value for name, value in self.reward_metrics.items()}
         )
 
@@ -103,8 +105,9 @@ class Samples:
         for i in wanted[data_rank]:
             received[self._source(i, rank)].append(i)
         parts = [np.empty(0, np.int32)]
-        for i in (i for to_rank in sent for i in to_rank):
-            parts += [self.token_ids[i - self.drawn.start], self.logprobs[i - self.drawn.start].view(np.int32)]
+        place = {sample: k for k, sample in enumerate(self.drawn)}
+        for k in (place[i] for to_rank in sent for i in to_rank):
+            parts += [self.token_ids[k], self.logprobs[k].view(np.int32)]
         sizes = [[2 * int(self.lengths[items].sum()) for items in way] for way in (sent, received)]
         flat = exchange(torch.from_numpy(np.concatenate(parts)), *sizes).numpy()
         order = [i for from_rank in received for i in from_rank]
@@ -114,7 +117,7 @@ class Samples:
 
     def _source(self, sample: int, rank: int) -> int:
         """The rank that sends a sample to `rank`: the ranks of its replica share the work."""
-        return sample // self.share * self.ranks_per_replica + rank % self.ranks_per_replica
+        return int(self.replica_of[sample]) * self.ranks_per_replica + rank % self.ranks_per_replica
 
     def _sequence(self, sample: int, token_ids: NDArray[np.int32], logprobs: NDArray[np.int32]) -> TokenSequence:
         """Prompt and response; the response's tokens count, but those of a masked sample."""
@@ -143,10 +146,11 @@ def collect_samples(
     rewards: Sequence[Reward],
     config: GrpoConfig,
     step: int,
+    batch: int = 0,
 ) -> Samples:
-    """Of a rollout step: a sample's seed depends on the run's seed, the step and its number."""
+    """Of a rollout step: a sample's seed depends on the run's seed, the step, the batch in it, and its number."""
     sampling = Sampling(config.rollout.samples_per_prompt, config.rollout.max_tokens, config.rollout.temperature)
-    sequence = np.random.SeedSequence([config.training.seed, step])
+    sequence = np.random.SeedSequence([config.training.seed, step, batch])
     seeds = sequence.generate_state(len(prompts) * sampling.n, np.uint32) >> 1
     return generate_samples(rollout, tokenizer, prompts, rewards, sampling, seeds.tolist())
 
@@ -203,7 +207,44 @@ def generate_samples(
         grades=grades,
         reward_metrics=_means(metric_sums(grades)),
         ranks_per_replica=rollout.tensor,
-        share=share,
+        replica_of=np.arange(len(of_sample)) // max(1, share),
+    )
+
+
+def join(taken: Sequence[tuple[Samples, int]], metrics: dict[str, float]) -> Samples:
+    """One batch from several, each sample by its batch and number in it.
+
+    Args:
+        metrics: what is logged beside the samples' own; rewards' own metrics are those of the first sample's batch.
+    """
+    first, parts = taken[0][0], {id(part): part for part, _ in taken}
+    places = {(key, sample): k for key, part in parts.items() for k, sample in enumerate(part.drawn)}
+    found = [(new, part, places.get((id(part), number))) for new, (part, number) in enumerate(taken)]
+    mine = [(new, part, k) for new, part, k in found if k is not None]
+
+    def of_all(values: Callable[[Samples], NDArray[Any]]) -> NDArray[Any]:
+        return np.array([values(part)[number] for part, number in taken])
+
+    return Samples(
+        prompts=[part.prompts[number] for part, number in taken],
+        lengths=of_all(lambda part: part.lengths),
+        truncated=of_all(lambda part: part.truncated),
+        rewards=of_all(lambda part: part.rewards),
+        rewards_by_name={
+            name: of_all(lambda part, name=name: part.rewards_by_name[name])  # type: ignore[misc]
+            for name in first.rewards_by_name
+        },
+        masked=of_all(lambda part: part.masked),
+        seconds=sum(part.seconds for part in parts.values()),
+        drawn=[new for new, _, _ in mine],
+        token_ids=[part.token_ids[k] for _, part, k in mine],
+        logprobs=[part.logprobs[k] for _, part, k in mine],
+        texts=[part.texts[k] for _, part, k in mine if part.texts],
+        grades=[part.grades[k] for _, part, k in mine if part.grades],
+        reward_metrics=first.reward_metrics,
+        ranks_per_replica=first.ranks_per_replica,
+        replica_of=of_all(lambda part: part.replica_of),
+        sampling_metrics=metrics,
     )
 
 

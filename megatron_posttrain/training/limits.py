@@ -28,7 +28,7 @@ def check_answers(rows: Sequence[Row], rewards: Iterable[RewardConfig]) -> None:
 def prompts_of(config: GrpoConfig, rows: Sequence[Row], tokenizer: Any) -> PromptDataset:
     """The prompts that leave room for a response. Raises UserError, also for a row that no reward could grade."""
     check_answers(rows, config.rewards)
-    longest = config.data.sequence_length - config.rollout.max_tokens
+    longest = config.data.sequence_length - config.rollout.at(None).max_tokens
     return PromptDataset(rows, tokenizer, longest, config.training.seed, config.data.omissions)
 
 

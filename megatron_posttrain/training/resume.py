@@ -27,10 +27,12 @@ WITHOUT_EFFECT = (
     "model.recompute", "data.validation", "rollout.tensor", "rollout.kv_cache_gib", "rollout.gpu_memory_fraction",
     "rollout.offload", "rollout.proof_tolerance",
     # Fingerprints tell whether other names are other weights and rows.
-    "model.path", "model.tokenizer", "data.train", "data.columns",
+    "model.path", "model.tokenizer", "data.train", "data.columns", "data.cache",
 )  # fmt: skip
+PARAMETER_GROUPS = ("optimizer.decay", "optimizer.router_lr")  # what checkpoints hold optimizer states by
 FROM_NOW_ON = (
-    "optimizer", "algorithm", "rewards", "model.moe", "training.steps", "training.epochs",
+    "optimizer", "algorithm", "critic.lr", "critic.warmup_steps", "rewards", "model.moe",
+    "training.steps", "training.epochs", "training.validate_every", "training.patience", "training.skip_not_finite",
     "rollout.samples_per_prompt", "rollout.max_tokens", "rollout.temperature", "rollout.quantization",
 )  # fmt: skip
 IN_RL = ("training.global_batch_size",)  # there it cuts a step's samples into updates, and moves no row
@@ -65,7 +67,8 @@ class Origin:
             return []
         told, refused = [], []
         for key, before, now in self._differences(state["config"]):
-            if _covered(key, FROM_NOW_ON) or (key in IN_RL and ALGORITHMS[self.config["command"]].rows == "prompts"):
+            in_rl = key in IN_RL and ALGORITHMS[self.config["command"]].rows == "prompts"
+            if (_covered(key, FROM_NOW_ON) and key not in PARAMETER_GROUPS) or in_rl:
                 told.append(f"{key} {before} -> {now}")
             elif not _covered(key, WITHOUT_EFFECT):
                 refused.append(f"{key}={_short(now)} differs from its {_short(before)}")

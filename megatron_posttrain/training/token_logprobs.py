@@ -27,7 +27,7 @@ def token_logprobs(
         group: tensor parallel group.
 
     Returns:
-        log-probs [t] fp32, differentiable in `logits`; entropy [t] fp32 in nats, without gradient.
+        log-probs and entropy, in nats: each [t] fp32, differentiable in `logits`.
     """
     return _TokenLogprobs.apply(logits, labels, vocab_size, group, temperature)
 
@@ -71,15 +71,16 @@ class _TokenLogprobs(torch.autograd.Function):
             logprobs.append(sums[1] - log_normaliser)
             entropy.append(log_normaliser - sums[2] / sums[0])
             normalisers.append(log_normaliser + top)
-        ctx.save_for_backward(logits, index, mine, torch.cat(normalisers))
+        entropies = torch.cat(entropy)
+        ctx.save_for_backward(logits, index, mine, torch.cat(normalisers), entropies)
         ctx.real, ctx.temperature = real, temperature
-        result = torch.cat(entropy)
-        ctx.mark_non_differentiable(result)
-        return torch.cat(logprobs), result
+        ctx.set_materialize_grads(False)  # most losses have no term of the entropy
+        return torch.cat(logprobs), entropies
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        logits, index, mine, normaliser = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, index, mine, normaliser, entropy = ctx.saved_tensors
+        grad = torch.zeros_like(normaliser) if grad is None else grad
         out = torch.zeros_like(logits) if ctx.real < logits.shape[-1] else torch.empty_like(logits)
         softmax_gradient = _fused(_softmax_gradient)
         for rows in row_chunks(logits):
@@ -89,6 +90,10 @@ class _TokenLogprobs(torch.autograd.Function):
                 softmax = softmax_gradient(part, normaliser[rows], scale, ctx.temperature)
                 chosen = (scale * mine[rows])[:, None]
                 softmax.scatter_add_(1, index[rows, None].clamp(max=ctx.real - 1), chosen)
+                if of_entropy is not None:  # dH / dz = -p (log p + H)
+                    logs = _shifted(part, normaliser[rows], ctx.temperature)
+                    weight = of_entropy[rows, None] / ctx.temperature
+                    softmax -= weight * logs.exp() * (logs + entropy[rows, None])
                 out[rows, : ctx.real] = softmax
         return out, None, None, None, None
 

@@ -17,18 +17,19 @@ from megatron_posttrain.platform import platform
 class Totals:
     """Of a global batch, whatever rank and micro-batch they are in."""
 
-    tokens: int  # that count in the loss
+    tokens: float  # that count in the loss, by weight: a weighted mean is sum(w l) / sum(w)
     sequences: int
     units: int  # sequences that belong together, such as a pair
 
     @classmethod
     def of(cls, micro_batches: Sequence[PackedBatch], group: dist.ProcessGroup) -> Totals:
         """Collective over the data parallel group, whose ranks have different micro-batches."""
-        counts = torch.tensor([batch.counts for batch in micro_batches], dtype=torch.int64).sum(0)
+        counts = torch.tensor([batch.counts for batch in micro_batches], dtype=torch.float64).sum(0)
         if group.size() > 1:
             counts = counts.to(platform().device)
             dist.all_reduce(counts, group=group)
-        return cls(*counts.tolist())
+        tokens, *others = counts.tolist()
+        return cls(int(tokens) if tokens.is_integer() else tokens, *map(int, others))
 
 
 def per_token(totals: Totals) -> float:

@@ -1,0 +1,351 @@
+"""What policy-gradient algorithms share: refit, rollouts, scores, updates.
+
+SPMD: every rank holds its shard of the trainer and a rank of a vLLM engine; there is no controller.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial, reduce
+from operator import add
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_posttrain.algorithms.advantages import generalized_advantages
+from megatron_posttrain.algorithms.dynamic_sampling import replace_equal
+from megatron_posttrain.algorithms.losses import kl_estimate, policy_gradient_terms
+from megatron_posttrain.config.algorithms import GrpoConfig, PolicyAlgorithm
+from megatron_posttrain.data.batch import PackedBatch
+from megatron_posttrain.data.batch import Sequence as TokenSequence
+from megatron_posttrain.data.dataset import Prompt, PromptDataset
+from megatron_posttrain.data.rows import read_rows
+from megatron_posttrain.errors import UserError
+from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.models.build import DTYPES
+from megatron_posttrain.platform import platform
+from megatron_posttrain.rewards.registry import Reward
+from megatron_posttrain.rollout.engine import RolloutEngine
+from megatron_posttrain.rollout.refit import Refit, prove
+from megatron_posttrain.rollout.samples import Samples, collect_samples, save_samples
+from megatron_posttrain.rollout.text import stop_message
+from megatron_posttrain.training.batches import pack_share, to_rows, token_shares
+from megatron_posttrain.training.engine import Engine, StepResult
+from megatron_posttrain.training.export import full_tensors
+from megatron_posttrain.training.heads import LabelLogprobs, Output
+from megatron_posttrain.training.limits import prompts_of, rollout_problems
+from megatron_posttrain.training.prepare import Prepared
+from megatron_posttrain.training.run import Run, Step
+from megatron_posttrain.training.sequences import batch_logprobs, sequence_logprobs, sums_by_sequence
+from megatron_posttrain.training.totals import Mean, Totals
+
+CANARY_PROMPTS = 4
+REFERENCE = "reference"
+BAND = (0.5, 5.0)  # of ratios that are no sign of a fault (arXiv 2512.16144)
+RATIO_BINS = 1e-5 * torch.linspace(-15.0, 15.0, 3001, dtype=torch.float64).sinh()  # of log-ratios; 1% wide
+LOSS_OPTIONS = (
+    "objective", "clip_low", "clip_high", "dual_clip", "ratio_level", "aggregation", "importance_cap",
+    "importance_level", "token_band", "sequence_band", "kl_estimator", "entropy_coefficient",
+)  # fmt: skip
+
+
+class RunawayError(UserError):
+    """What the engine samples from is no longer what is trained; earlier checkpoints stay."""
+
+    status = 1
+
+
+@dataclass
+class Rollouts:
+    """The rollout engine of a run, and what its steps need beside a config."""
+
+    run: Run
+    whole_config: GrpoConfig  # of all steps
+    engine: Engine
+    prompts: PromptDataset
+    tokenizer: Any
+    rewards: list[Reward]
+    rollout: RolloutEngine
+
+    @classmethod
+    def start(
+        cls, run: Run, config: GrpoConfig, engine: Engine, prompts: PromptDataset, rewards: list[Reward]
+    ) -> Rollouts:
+        """Collective: once the trainer has what memory it needs."""
+        rollout = run.closing(make_rollout_engine(config, run.prepared))
+        run.say(f"{rollout.replicas} rollout replicas; {stop_message(run.prepared.tokenizer)}")
+        return cls(run, config, engine, prompts, run.prepared.tokenizer, rewards, rollout)
+
+    def config(self, step: int) -> GrpoConfig:
+        """The run's, with the numbers of this step."""
+        config = self.whole_config.at(step)
+        if config.algorithm.entropy_target is None:
+            return config
+        weight = {"entropy_coefficient": self.run.checkpoints.state.get("entropy_coefficient", 0.0)}
+        return config.model_copy(update={"algorithm": config.algorithm.model_copy(update=weight)})
+
+    def refit(self, config: GrpoConfig, step: int) -> None:
+        """New weights into the rollout engine, and the proof that it holds them: a hard stop when it does not. Where it
+        is time for it the reference gets them too."""
+        every = config.algorithm.reference_every
+        if every is not None and step and step % every == 0:
+            self.engine.keep_weights(REFERENCE)
+        if config.rollout.offload:
+            self.engine.offload()
+        Refit(self.rollout).update(full_tensors(self.engine), step)
+        canary = [p.token_ids for p in self.prompts.prompts[:CANARY_PROMPTS]]
+        own = partial(_canary_logprobs, self.engine, token_budget(config))
+        prove(self.rollout, canary, own, config.rollout.proof_tolerance)
+
+    def draw(self, config: GrpoConfig, step: int, batches: int = 1) -> Samples:
+        """The step's samples; where all of a prompt have one reward they are replaced, out of at most `batches`."""
+        batch = self.prompts.batch(step, config.rollout.prompts_per_step)
+
+        def collect(prompts: list[Prompt], number: int) -> Samples:
+            return collect_samples(self.rollout, self.tokenizer, prompts, self.rewards, config, step, number)
+
+        samples = collect(batch, 0)
+        if batches > 1:
+            samples = replace_equal(samples, batch, self.prompts, [config.training.seed, step], batches, collect)
+        self.rollout.sleep()
+        samples.advantages = torch.zeros(len(samples.prompts))  # known when they were scored
+        if config.algorithm.mask_truncated:
+            samples.masked = samples.masked | samples.truncated
+        return samples
+
+    def finish(self, step: Step, samples: Samples, figures: dict[str, float | Mean]) -> None:
+        """Logs and saves what a step did. Raises RunawayError where trainer and engine have parted."""
+        algorithm = self.whole_config.algorithm
+        limit, outside = algorithm.stop_outside, figures["mismatch_outside"]
+        if limit is not None and outside > limit:  # type: ignore[operator]
+            raise RunawayError(
+                f"step {step.number}: {outside:.1%} of the tokens have a ratio of the trainer's to the engine's "
+                f"probability outside {list(algorithm.token_band or BAND)}, more than algorithm.stop_outside={limit}; "
+                f"{self.run.checkpoints.left()}"
+            )
+        if algorithm.entropy_target is not None and isinstance(entropy := figures.get("entropy"), Mean):
+            move = algorithm.at(step.index).entropy_coefficient
+            move *= 1 if entropy.value < algorithm.entropy_target else -1
+            weight = max(0.0, self.run.checkpoints.state.get("entropy_coefficient", 0.0) + move)
+            self.run.checkpoints.state["entropy_coefficient"] = figures["entropy_coefficient"] = weight
+        step.log(figures, samples.metrics())
+        save_samples(self.run.directory / "rollouts" / f"step_{step.number:06d}.jsonl", samples)
+
+
+def reference_of(config: GrpoConfig) -> dict[str, Any]:
+    """What `Run.model` is told about the reference."""
+    algorithm = config.algorithm
+    keep = REFERENCE if algorithm.needs_reference else None
+    return {"keep": keep, "save_kept": algorithm.reference_every is not None}
+
+
+def receive_samples(samples: Samples, engine: Engine, config: GrpoConfig) -> list[list[PackedBatch]]:
+    """This rank's micro-batches of every update; `training.global_batch_size` samples each."""
+    size, groups = config.training.global_batch_size, engine.groups
+    lengths = samples.total_lengths
+    updates = []
+    for start in range(0, len(lengths), size):
+        shares = token_shares(lengths[start : start + size], groups.layout, engine.arch, token_budget(config))
+        updates.append([[[start + i for i in batch] for batch in batches] for batches in shares])
+    wanted = [[i for shares in updates for batch in shares[rank] for i in batch] for rank in range(groups.data.size())]
+    mine = groups.data.rank()
+    sequence = samples.receive(wanted, mine)
+    return [pack_share(shares[mine], sequence, groups.layout) for shares in updates]
+
+
+def score_samples(mini_batches: list[list[PackedBatch]], engine: Engine, config: GrpoConfig) -> None:
+    """The trainer's own log-probs of what was sampled, where several updates or rewards need them; the reference's for
+    KL."""
+    algorithm = config.algorithm
+
+    def score(name: str) -> None:
+        for batches in mini_batches:
+            logprobs = batch_logprobs(engine, batches, config.rollout.temperature)
+            for batch, values in zip(batches, logprobs, strict=True):
+                batch.extras[name] = values
+
+    if len(mini_batches) > 1 or algorithm.kl_in == "reward":
+        score("old_logprobs")
+    if algorithm.kl_coefficient:
+        with engine.weights(REFERENCE):
+            score("reference_logprobs")
+
+
+def update(
+    engine: Engine, samples: Samples, mini_batches: list[list[PackedBatch]], config: GrpoConfig, lr: float
+) -> dict[str, float | Mean]:
+    """An optimizer step for each mini-batch.
+
+    Log-probs of the first one are those of the policy that sampled: a single one needs no pass for them before it.
+    """
+    head = LabelLogprobs(config.rollout.temperature)
+    loss, over = partial(policy_loss, config.algorithm), partial(denominator, config)
+    results: list[StepResult] = []
+    for number, batches in enumerate(mini_batches):
+        if number and config.rollout.offload:
+            engine.offload()  # as before the first: no update has states beside its activations
+        results.append(engine.train_step(batches, loss, over, lr, head, keep=len(mini_batches) == 1))
+    everything = [batch for batches in mini_batches for batch in batches]
+    own = [output["logprobs"] for output in results[0].outputs] if len(mini_batches) == 1 else None
+    return (
+        {
+            "loss": sum(r.loss for r in results) / len(results),
+            "grad_norm": sum(r.grad_norm for r in results) / len(results),
+        }
+        | {name: reduce(add, (r.metrics[name] for r in results)) for name in results[0].metrics}
+        | compare(engine, samples, everything, own, config)
+    )
+
+
+def compare(
+    engine: Engine, samples: Samples, batches: list[PackedBatch], own: list[Tensor] | None, config: GrpoConfig
+) -> dict[str, float]:
+    """Collective: how far the trainer's log-probs of the samples are from the engine's; sets `samples.differences`.
+
+    Args:
+        own: of the policy that sampled, on the last stage; None: as the batches have them.
+
+    Returns:
+        of the ratios trainer / engine of all tokens that count: percentiles 1 and 99, to 1%, and the share outside of
+        `token_band`.
+    """
+    groups, low_high = engine.groups, config.algorithm.token_band or BAND
+    own = [batch.extras["old_logprobs"] for batch in batches] if own is None else own
+    log_ratios = [
+        (values[: len(batch.tokens)].cpu().double() - batch.extras["rollout_logprobs"]) * batch.loss_mask
+        for batch, values in zip(batches, own, strict=False)  # none before the last stage
+    ]
+    differences = [values.abs() for values in log_ratios]
+    samples.differences = sums_by_sequence(groups, batches, differences, len(samples.prompts)).numpy()
+    counts = torch.zeros(len(RATIO_BINS) + 2, dtype=torch.float64)
+    if groups.last_stage and groups.tensor.rank() == 0 and groups.context.rank() == 0:
+        counted = torch.cat([found[b.loss_mask != 0] for b, found in zip(batches, log_ratios, strict=True)])
+        counts[:-1] = torch.bincount(torch.bucketize(counted, RATIO_BINS), minlength=len(RATIO_BINS) + 1)
+        counts[-1] = ((counted < math.log(low_high[0])) | (counted > math.log(low_high[1]))).sum()
+    everywhere = counts.to(platform().device)
+    dist.all_reduce(everywhere)
+    *bins, outside = everywhere.tolist()
+    below, total = torch.tensor(bins).cumsum(0), max(1.0, sum(bins))
+
+    def percentile(share: float) -> float:
+        return float(RATIO_BINS[(below < share * total).sum().clamp(max=len(RATIO_BINS) - 1)].exp())
+
+    return {"mismatch_p01": percentile(0.01), "mismatch_p99": percentile(0.99), "mismatch_outside": outside / total}
+
+
+def denominator(config: GrpoConfig, totals: Totals) -> float:
+    """What the terms of the global batch are divided by."""
+    return {
+        "token": max(1, totals.tokens),  # none where all samples are masked
+        "sequence": totals.sequences,
+        "constant": totals.sequences * config.rollout.max_tokens,
+    }[config.algorithm.aggregation]
+
+
+def token_budget(config: GrpoConfig) -> int:
+    """Tokens of a micro-batch; samples share it."""
+    return config.data.sequence_length * config.training.micro_batch_size
+
+
+def policy_loss(algorithm: PolicyAlgorithm, output: Output, batch: PackedBatch) -> tuple[Tensor, dict[str, Mean]]:
+    """The update's terms; where the batch has no old log-probs, they are those of this pass."""
+    rows = partial(to_rows, cu_seqlens=batch.cu_seqlens)
+    rollout = rows(batch.extras["rollout_logprobs"])
+    reference = batch.extras.get("reference_logprobs")
+    terms, sums = policy_gradient_terms(
+        rows(output["logprobs"]),
+        rows(batch.extras.get("old_logprobs", output["logprobs"].detach())),
+        rows(batch.extras["advantages"]),
+        rows(batch.loss_mask),
+        rollout_logprobs=rollout,
+        # Without a reference model `kl` tells how far the update has moved from the policy that sampled.
+        reference_logprobs=rows(reference) if reference is not None else rollout,
+        kl_coefficient=algorithm.kl_coefficient if algorithm.kl_in == "loss" else 0.0,
+        entropy=rows(output["entropy"]),
+        **{name: getattr(algorithm, name) for name in LOSS_OPTIONS},
+    )
+    count = batch.loss_mask.sum()
+    sums["entropy"] = (output["entropy"].detach() * batch.loss_mask).sum()
+    return terms, {name: Mean(total, count) for name, total in sums.items()}
+
+
+def check(config: GrpoConfig, tokenizer: Any, arch: Architecture | None, device: str) -> PromptDataset:
+    """What only RL asks of a config for `device`, cpu or cuda; the prompts. Raises UserError."""
+    if wrong := list(rollout_problems(config, arch, device)):
+        raise UserError("; ".join(wrong))
+    return prompts_of(config, read_rows(config.data.sources, columns=config.data.columns), tokenizer)
+
+
+def make_rollout_engine(config: GrpoConfig, prepared: Prepared) -> RolloutEngine:
+    cache = config.rollout.kv_cache_gib
+    return RolloutEngine(
+        str(prepared.model_path),
+        dtype=DTYPES[config.precision.dtype],
+        tensor=config.rollout.tensor,
+        max_model_len=config.data.sequence_length,
+        kv_cache_bytes=None if cache is None else int(cache * 2**30),
+        seed=config.training.seed,
+        gpu_memory_utilization=config.rollout.gpu_memory_fraction,
+        quantization=config.rollout.quantization,
+        load_weights=False,
+    )
+
+
+def spread(batch: PackedBatch, values: Tensor) -> Tensor:
+    """[T] float32: of every label that counts, its sequence's entry of `values` [samples]."""
+    of_sequence = torch.cat([values, values.new_zeros(1)])[batch.sequence_ids]  # a filler's number is -1
+    return of_sequence.float().repeat_interleave(batch.cu_seqlens.diff().long()) * batch.loss_mask
+
+
+def kl_in_reward(batch: PackedBatch, algorithm: PolicyAlgorithm) -> Tensor:
+    """[T] what the KL to the reference takes from the reward of each token; 0 where it is in the loss."""
+    if algorithm.kl_in == "loss" or not algorithm.kl_coefficient:
+        return torch.zeros(len(batch.tokens))
+    old, reference = batch.extras["old_logprobs"], batch.extras["reference_logprobs"]
+    return algorithm.kl_coefficient * kl_estimate(old, reference, algorithm.kl_estimator) * batch.loss_mask
+
+
+def set_token_advantages(
+    samples: Samples,
+    batches: list[PackedBatch],
+    engine: Engine,
+    algorithm: PolicyAlgorithm,
+    *,
+    gamma: float = 1.0,
+    lam: float = 1.0,
+) -> None:
+    """Collective: `advantages` and `returns` of every token, by generalized advantage estimation.
+
+    The reward is the last token's; each pays for its KL. `values` are a critic's, else 0: with gamma = lam = 1 an
+    advantage is then the reward to go (REINFORCE++, arXiv 2501.03262, eq. 8). Advantages are normalised to mean 0 and
+    standard deviation 1 over all tokens of the step.
+    """
+    moments = torch.zeros(3, dtype=torch.float64)
+    totals = torch.tensor(samples.rewards)
+    for batch in batches:
+        rows = partial(to_rows, cu_seqlens=batch.cu_seqlens)
+        mask, values = rows(batch.loss_mask), rows(batch.extras.get("values", torch.zeros(len(batch.tokens))))
+        last = (mask.flip(-1).cumsum(-1).flip(-1) == 1) * mask
+        rewards = rows(spread(batch, totals)) * last - rows(kl_in_reward(batch, algorithm))
+        both = generalized_advantages(rewards, values, mask, gamma=gamma, lam=lam)
+        real = torch.arange(mask.shape[1]) < batch.cu_seqlens.diff()[:, None]
+        batch.extras |= {name: found[real] for name, found in zip(("advantages", "returns"), both, strict=True)}
+        own = batch.extras["advantages"].double()
+        moments += torch.stack([own.sum(), own.square().sum(), batch.loss_mask.double().sum()])
+    moments = moments.to(platform().device)
+    dist.all_reduce(moments, group=engine.groups.data)
+    total, squares, count = moments.tolist()
+    mean = total / max(1.0, count)
+    deviation = math.sqrt(max(0.0, squares / max(1.0, count) - mean**2))
+    for batch in batches:
+        batch.extras["advantages"] = (batch.extras["advantages"] - mean) / (deviation + 1e-6) * batch.loss_mask
+    sums = sums_by_sequence(engine.groups, batches, [b.extras["advantages"] for b in batches], len(samples.prompts))
+    samples.advantages = sums / torch.tensor(samples.lengths).clamp(min=1)  # means over tokens, for the record
+
+
+def _canary_logprobs(engine: Engine, budget: int, sequences: list[list[int]]) -> list[torch.Tensor]:
+    whole = [TokenSequence(ids, [1] * len(ids)) for ids in sequences]
+    return sequence_logprobs(engine, whole, budget, temperature=1.0)
