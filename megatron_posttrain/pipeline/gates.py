@@ -7,17 +7,20 @@ from typing import Any
 from megatron_posttrain.config.load import flat
 from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.pipeline.graph import Gate, Pipeline, Stage
-from megatron_posttrain.report.collect import METRICS, json_lines, read_json
+from megatron_posttrain.report.collect import EVALUATION, METRICS, json_lines, read_json
 
 NO_FIGURES = ("result.json", "environment.json")
 
 
 def figures(directory: Path, steps: int = 1) -> dict[str, float]:
-    """Numbers of the JSON files of a stage, `a.b` for nested ones, and means of the last `steps` of its metrics."""
+    """Numbers of a stage: of its JSON files, `a.b` for nested ones and for those of a suite's set `a`, and means of the
+    last `steps` of its metrics."""
     found: dict[str, float] = {}
-    for file in sorted(directory.glob("*.json")):
+    for file in [*sorted(directory.glob("*.json")), *sorted(directory.glob(f"*/{EVALUATION}"))]:
         content = read_json(file) if file.name not in NO_FIGURES else {}
-        numbers = flat(content) if isinstance(content, dict) else {}
+        numbers = (
+            flat(content, f"{file.parent.name}." * (file.parent != directory)) if isinstance(content, dict) else {}
+        )
         found |= {k: v for k, v in numbers.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     lines = list(json_lines(directory / METRICS))[-steps:]
     for name in dict.fromkeys(name for line in lines for name in line):

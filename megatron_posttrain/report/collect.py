@@ -63,6 +63,11 @@ def evaluation(directory: Path) -> dict[str, Any]:
     return flat(read_json(directory / EVALUATION))
 
 
+def curation(directory: Path) -> dict[str, Any]:
+    """What `curate` kept and dropped, and why."""
+    return flat(read_json(directory / CURATION))
+
+
 def pipeline(directory: Path) -> dict[str, Any]:
     """The stages of a pipeline in order, each with what it left in `result.json`."""
     plan = read_json(directory / PIPELINE)

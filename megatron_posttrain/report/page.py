@@ -27,6 +27,7 @@ def build(roots: Sequence[Path]) -> str:
         for kind, mark, read in (
             ("runs", collect.METRICS, collect.run),
             ("evaluations", collect.EVALUATION, collect.evaluation),
+            ("evaluations", collect.CURATION, collect.curation),
             ("pipelines", collect.PIPELINE, collect.pipeline),
         ):
             if (directory / mark).is_file():
