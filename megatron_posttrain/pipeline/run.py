@@ -117,7 +117,8 @@ def depends_on(pipeline: Pipeline, stage: Stage, hashes: Hashes) -> dict[str, st
         found["arguments"] = " ".join(stage.words)
         named += [part for word in stage.words for part in (word, word.split("=", 1)[-1])]
     else:
-        keys = flat(stage.job.model_dump(mode="json", exclude={"output", "logging"}))
+        # Without defaults, so that a version with further keys repeats nothing.
+        keys = flat(stage.job.model_dump(mode="json", exclude={"output", "logging"}, exclude_defaults=True))
         found |= {key: json.dumps(value).replace(str(pipeline.output), "${output}") for key, value in keys.items()}
         named += list(_texts(keys))
     for name in dict.fromkeys(named):
