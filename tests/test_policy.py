@@ -17,7 +17,14 @@ from megatron_posttrain.algorithms.advantages import group_advantages
 from megatron_posttrain.algorithms.dynamic_sampling import replace_equal
 from megatron_posttrain.algorithms.grpo import set_advantages
 from megatron_posttrain.algorithms.losses import value_terms
-from megatron_posttrain.algorithms.policy import RATIO_BINS, compare, policy_loss, set_token_advantages
+from megatron_posttrain.algorithms.policy import (
+    RATIO_BINS,
+    Rollouts,
+    RunawayError,
+    compare,
+    policy_loss,
+    set_token_advantages,
+)
 from megatron_posttrain.config.algorithms import GrpoAlgorithm, GrpoConfig, PpoConfig
 from megatron_posttrain.config.load import load_config, to_yaml
 from megatron_posttrain.config.presets import PRESETS
@@ -213,6 +220,15 @@ def test_ratios_to_the_engine_are_counted() -> None:
     assert figures["mismatch_p01"] == pytest.approx(ratios.min(), rel=0.02 * abs(np.log(ratios.min())) + 1e-4)
     assert kept.differences.sum() == pytest.approx(np.abs(np.log(ratios)).sum(), rel=1e-6)
     assert torch.all(RATIO_BINS.diff() > 0)
+
+
+def test_a_run_that_runs_away_ends() -> None:
+    run = SimpleNamespace(checkpoints=SimpleNamespace(left=lambda: "step_000004 is whole"))
+    rollouts: Any = SimpleNamespace(whole_config=config("algorithm.stop_outside=0.1"), run=run)
+    step: Any = SimpleNamespace(number=5)
+    with pytest.raises(RunawayError, match=r"step 5: 20.0% of the tokens .*\[0.5, 5.0\].* step_000004") as found:
+        Rollouts.finish(rollouts, step, samples([]), {"mismatch_outside": 0.2})
+    assert found.value.status == 1
 
 
 # ---- dynamic sampling --------------------------------------------------------------------------------------
