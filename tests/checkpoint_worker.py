@@ -32,11 +32,11 @@ from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.platform import platform
 from megatron_posttrain.training import optimizer
 from megatron_posttrain.training.batches import rank_micro_batches
-from megatron_posttrain.training.checkpoints import Checkpoints, _written_by_threads
+from megatron_posttrain.training.checkpoints import Checkpoints
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.export import export
 from megatron_posttrain.training.totals import per_token
-from megatron_posttrain.upstream.megatron import optimizer_can_resume
+from megatron_posttrain.upstream.megatron import optimizer_can_resume, written_by_threads
 from tests.layouts.worker import batch
 
 BUCKET = 5_000  # elements, so that even this model has many
@@ -89,7 +89,7 @@ def gather(engine: Engine, directory: Path) -> None:
     if dist.get_rank() == 0:
         path.mkdir(parents=True)
     dist.barrier()
-    with platform().megatron(), optimizer_can_resume(), _written_by_threads():
+    with platform().megatron(), optimizer_can_resume(), written_by_threads():
         dist_checkpointing.save(stock_state(engine, False), str(path), content_metadata=dict(METADATA))
     if dist.get_rank() == 0:
         (path / "trainer_state.json").write_text(json.dumps({"step": 2}))

@@ -42,6 +42,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         job("stock", EXPERTS, stock=new),
         job("gathers_split", SPLIT, load=new, gather=other, bucket=ONE_BUCKET, export=str(directory / "hf_split")),
         job("of_split", EXPERTS, load=other),
+        job("all", SPLIT | EXPERTS, train=2, save=str(directory / "all"), then=3, dtype="fp32"),
+        job("of_all_data", {}, load=str(directory / "all"), then=3, dtype="fp32"),
+        job("of_all_experts", {"expert": 4}, load=str(directory / "all"), then=3, dtype="fp32"),
     ]
     (directory / "jobs.json").write_text(json.dumps(jobs))
     ranks(RANKS, "-m", "tests.checkpoint_worker", str(directory / "jobs.json"))
@@ -78,6 +81,12 @@ def test_stock_megatron_core_reads_it(runs: Path) -> None:
 
 def test_another_layout_reads_it_and_is_read(runs: Path) -> None:
     assert digests(runs, "of_split") == digests(runs, "whole")
+
+
+@pytest.mark.parametrize("name", ["of_all_data", "of_all_experts"])
+def test_goes_on_under_another_layout(runs: Path, name: str) -> None:
+    """Losses and gradient norms of three more steps; saved with tensor, pipeline and expert parallelism of two."""
+    assert facts(runs, name)[0]["then"] == pytest.approx(facts(runs, "all")[0]["then"], rel=1e-4)
 
 
 def test_every_rank_writes_its_share_from_a_share_of_host_memory(runs: Path) -> None:

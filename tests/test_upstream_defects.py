@@ -92,7 +92,7 @@ def test_saving_starts_processes_without_threads(
     train(engine)
     before = set(psutil.Process().children(recursive=True))
     if not threads:
-        monkeypatch.setattr("megatron_posttrain.training.checkpoints._written_by_threads", nullcontext)
+        monkeypatch.setattr("megatron_posttrain.training.checkpoints.written_by_threads", nullcontext)
     checkpoints(tmp_path).save(engine, 1)
     started = set(psutil.Process().children(recursive=True)) - before
     for process in started:

@@ -56,7 +56,7 @@ def _read(file: str, columns: dict[str, str | list[str]]) -> tuple[list[Row], di
     rows: list[Row] = []
     forms: Counter[tuple[str, str]] = Counter()
     reader = Reader(columns, "any")
-    for row in read_records(file, reader):
+    for row, _ in read_records(file, reader):
         rows.append(row)
         if row.form is not None:
             forms[row.form.name, row.form.use] += 1

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_posttrain.cli.row_options import add_row_arguments
+import yaml
+
+from megatron_posttrain.cli.generation import REWARD_OPTIONS, SET_OPTIONS, given, prepare, set_of, start_engine
+from megatron_posttrain.cli.generation import add_arguments as add_common
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.output import check_output
 
@@ -18,135 +18,76 @@ FILES = ("evaluation.json", "responses.jsonl")  # that it writes
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="Hugging Face directory, tokenizer included")
-    add("--data", required=True, metavar="FILE", help="rows of {messages or prompt or question, answer, metadata}")
-    add_row_arguments(parser)
-    add("--reward", default="math", metavar="NAME", help="what grades a response (default: math)")
-    add("--reward-file", metavar="FILE", help="Python file that defines NAME with @reward (default: built in)")
-    add("--max-tokens", type=_positive, default=256, metavar="N", help="of a response (default: 256)")
-    add("--temperature", type=_temperature, default=0.0, metavar="T", help="of sampling; 0: greedy (default: 0)")
-    add("--samples", type=_positive, default=1, metavar="N", help="responses a prompt (default: 1)")
-    add("--limit", type=_positive, metavar="N", help="only the first N rows (default: all)")
-    add("--seed", type=int, default=0, help="of sampling (default: 0)")
-    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: as stored (default)")
-    add("--tensor", type=_positive, default=1, metavar="N", help="tensor parallel ranks of an engine (default: 1)")
+    add_common(parser, max_tokens=256, samples=1, required=False)
+    add("--environment", type=_environment, metavar="NAME", help="what answers the model's turns, or all of the "
+        "config's section: '{name: search, args: {files: [a.txt]}}' (default: none)")  # fmt: skip
+    add("--suite", metavar="FILE", help="YAML of several sets (see examples/suites); --data is then the directory that "
+        "its file names start from (default: the suite's own)")  # fmt: skip
+    add("--compare", nargs="+", metavar="DIR", help="no model: the first directory's results against each other's, "
+        "prompt by prompt")  # fmt: skip
     add("--output", default="runs/evaluation", metavar="DIR", help="default: runs/evaluation")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def _temperature(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
-    return value
-
-
-@dataclass(frozen=True)
-class Job:
-    """A checked command line, and what was learned while checking it."""
-
-    tokenizer: Any
-    prompts: list[Any]
-    rewards: list[Any]
-    max_model_len: int
-    dtype: Any  # torch's
-
-
 def run(args: argparse.Namespace) -> int:
+    if args.compare:
+        return _compare(args)
     # First, before torch: it sets what vLLM and OpenMP read from the environment at their import.
-    from megatron_posttrain.rollout import RolloutEngine, Sampling
+    from megatron_posttrain.rollout import RolloutEngine  # noqa: F401
 
     # isort: split
     import torch.distributed as dist
 
-    from megatron_posttrain.evaluation.evaluate import evaluate, save, table
-    from megatron_posttrain.parallel.groups import start_distributed
-    from megatron_posttrain.platform.describe import refuse_unused_gpu
-    from megatron_posttrain.training.process import quiet_libraries
+    from megatron_posttrain.evaluation.evaluate import evaluate, save, suite_table, table
 
-    quiet_libraries()
-    job = _checked(args)
-    refuse_unused_gpu()
-    start_distributed()
-    engine = RolloutEngine(
-        args.model,
-        dtype=job.dtype,
-        max_model_len=job.max_model_len,
-        tensor=args.tensor,
-        gpu_memory_utilization=0.9,
-    )
-    sampling = Sampling(args.samples, args.max_tokens, args.temperature)
-    evaluation, records = evaluate(engine, job.tokenizer, job.prompts, job.rewards, sampling, args.seed)
+    sets, directory = _sets(args)
+    output = Path(args.output)
+    places = {name: output / name if args.suite else output for name in sets}
+    for place in places.values():
+        check_output(place, "--output", FILES)
+    job = prepare(args, sets, directory)
+    engine = start_engine(args, job)
+    results = {}
+    for task in job.tasks:
+        evaluation, records = evaluate(
+            engine, job.tokenizer, task.prompts, task.rewards, task.sampling, args.seed, task.turns
+        )
+        results[task.name] = evaluation
+        if dist.get_rank() == 0:
+            facts: dict[str, Any] = {"model": str(args.model), "data": task.data, "graded_by": task.graded_by}
+            save(evaluation, records, places[task.name], facts)
     if dist.get_rank() == 0:
-        facts: dict[str, Any] = {"model": str(args.model), "data": str(args.data), "graded_by": args.reward}
-        save(evaluation, records, Path(args.output), facts)
-        print(table(evaluation, facts))
-        print(f"\nwritten to {args.output}/evaluation.json and responses.jsonl")
+        print(suite_table(results) if args.suite else table(evaluation, facts))
+        print(f"\nwritten to {output}/{'SET/' if args.suite else ''}evaluation.json and responses.jsonl")
     engine.close()
     dist.destroy_process_group()
     return 0
 
 
-def _checked(args: argparse.Namespace) -> Job:
-    """Raises UserError for whatever can be known before the engine is built."""
-    from megatron_posttrain.checkpoint.hf import check_directory
-    from megatron_posttrain.config.schema import RewardConfig
-    from megatron_posttrain.data.dataset import PromptDataset
-    from megatron_posttrain.data.rows import read_rows
-    from megatron_posttrain.data.tokenize import load_tokenizer
-    from megatron_posttrain.parallel.network import check_interfaces
-    from megatron_posttrain.rewards import load_rewards
-    from megatron_posttrain.training.limits import check_answers
+def _sets(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
+    from megatron_posttrain.config.load import load_config
+    from megatron_posttrain.evaluation.suite import Suite
 
-    check_output(Path(args.output), "--output", FILES)
-    check_interfaces()
-    _, architecture = check_directory(args.model)
-    tokenizer = load_tokenizer(args.model)
-    graded_by = [RewardConfig(name=args.reward, file=args.reward_file)]
-    rewards = load_rewards(graded_by)
-    rows = read_rows(args.data, columns=args.columns)[: args.limit]
-    check_answers(rows, graded_by)
-    prompts = PromptDataset(rows, tokenizer, sys.maxsize, omissions=args.omissions).prompts
-    longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
-    max_model_len = len(longest.token_ids) + args.max_tokens
-    if max_model_len > architecture.context_length:
-        raise UserError(
-            f"--max-tokens {args.max_tokens}: with the {len(longest.token_ids)} tokens of the prompt at "
-            f"{rows[longest.index].source} that is {max_model_len}; the model allows {architecture.context_length}"
-        )
-    dtype = _dtype(args)
-    _check_engine(args, architecture, max_model_len, dtype.itemsize)
-    return Job(tokenizer, prompts, rewards, max_model_len, dtype)
+    if missing := [name for name in ("model", *(() if args.suite else ("data",))) if not getattr(args, name)]:
+        raise UserError(f"--{missing[0]} is missing; evaluate needs --model with --data or --suite, or --compare")
+    if not args.suite:
+        return {"evaluation": set_of(args)}, Path()
+    if told := given(args, (*SET_OPTIONS, *REWARD_OPTIONS)):
+        raise UserError(f"--{next(iter(told)).replace('_', '-')} would be ignored: each set of --suite says its own")
+    suite = load_config(Suite, args.suite)
+    return suite.sets, Path(args.data) if args.data else Path(args.suite).parent
 
 
-def _dtype(args: argparse.Namespace) -> Any:
-    import torch
+def _compare(args: argparse.Namespace) -> int:
+    from megatron_posttrain.evaluation.compare import compare, read_results
 
-    from megatron_posttrain.checkpoint.hf import HfReader
+    if told := given(args, ("model", "data", "suite", *SET_OPTIONS, *REWARD_OPTIONS)):
+        raise UserError(f"--{next(iter(told)).replace('_', '-')} would be ignored beside --compare")
+    if len(args.compare) < 2:
+        raise UserError(f"--compare {args.compare[0]}: two or more directories that `evaluate` wrote are compared")
+    print(compare([read_results(Path(name)) for name in args.compare], args.compare))
+    return 0
 
-    stored = HfReader(args.model)
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    return named.get(args.dtype) or stored.dtype(next(iter(stored.names())))
 
-
-def _check_engine(args: argparse.Namespace, architecture: Any, length: int, dtype_bytes: int) -> None:
-    """Raises UserError for what vLLM would refuse, and for processes that are no whole engines."""
-    from megatron_posttrain.platform import platform
-    from megatron_posttrain.rollout.limits import EngineKeys, engine_problems
-
-    keys = EngineKeys(tensor="--tensor", length="--max-tokens and the longest prompt", cache="vLLM's cache, GiB")
-    wrong = engine_problems(
-        architecture, platform().name, tensor=args.tensor, length=length, cache_bytes=None, dtype_bytes=dtype_bytes,
-        keys=keys,
-    )  # fmt: skip
-    if told := "; ".join(wrong):
-        raise UserError(told)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks % args.tensor:
-        raise UserError(f"--tensor {args.tensor} does not divide the {ranks} processes")
+def _environment(text: str) -> dict[str, Any]:
+    found = yaml.safe_load(text)
+    return found if isinstance(found, dict) else {"name": found}

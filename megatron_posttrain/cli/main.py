@@ -20,8 +20,14 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # `run(args) -> int`; it is imported only when its command is asked for, so `--help` and `plan` start without torch.
 OTHER_COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("megatron_posttrain.cli.evaluate", "generate with vLLM, grade with a reward"),
+    "sample": ("megatron_posttrain.cli.sample", "N graded responses a prompt: rows for sft, dpo and grpo"),
+    "judge": ("megatron_posttrain.cli.judge", "models' answers compared by a judge, in both orders"),
+    "serve": ("megatron_posttrain.cli.serve", "vLLM's server on a run's model, template and adapter"),
+    "curate": ("megatron_posttrain.cli.curate", "filter rows: duplicates, contamination, length, language, repetition"),
     "data": ("megatron_posttrain.cli.data", "what data files hold and how they would be read"),
     "plan": ("megatron_posttrain.cli.plan", "memory, step time and best layouts of a model on a cluster"),
+    "pipeline": ("megatron_posttrain.cli.pipeline", "stages with gates as one run that can be resumed"),
+    "report": ("megatron_posttrain.cli.report", "one offline HTML page about runs, side by side"),
     "doctor": ("megatron_posttrain.cli.doctor", "check a config, the machine and the versions"),
 }
 
@@ -68,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in (known := commands()):
         print(f"error: no command '{name}'{nearest(name, known)} (one of {', '.join(known)})", file=sys.stderr)
         return 2
-    args = command_parser(name).parse_args(arguments[1:])
+    args = command_parser(name).parse_intermixed_args(arguments[1:])
     try:
         return args.run(args)
     except UserError as error:

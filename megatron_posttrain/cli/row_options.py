@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 import yaml
@@ -13,12 +14,14 @@ Columns = dict[str, str | list[str]]
 
 
 def add_row_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--columns", type=_columns, default={}, metavar="MAP", help="as data.columns: '{prompt: question.stem}'"
-    )
+    add_columns(parser)
     parser.add_argument(
         "--omissions", choices=("refuse", "allow"), default="refuse", help="as data.omissions (default: refuse)"
     )
+
+
+def add_columns(parser: argparse.ArgumentParser, name: str = "--columns", text: str = "as data.columns") -> None:
+    parser.add_argument(name, type=_columns, default={}, metavar="MAP", help=f"{text}: '{{prompt: question.stem}}'")
 
 
 def _columns(text: str) -> Columns:
@@ -37,3 +40,13 @@ def _columns(text: str) -> Columns:
 
 def _is_name(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def json_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"""{text!r} must be a JSON object such as '{{"ignore_case": true}}'""")
+    return found

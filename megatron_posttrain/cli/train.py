@@ -12,6 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command = parser.get_default("command")
     parser.add_argument("--config", metavar="FILE", help="YAML file; its `defaults: [base.yaml]` are read first")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    parser.add_argument("--profile", metavar="STEPS", help="the same as logging.profile=STEPS")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="take precedence over the file")
     parser.epilog = "\n".join(
         [
@@ -26,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     algorithm = ALGORITHMS[args.command]
-    config = load_config(algorithm.config, args.config, args.overrides)
+    profile = [] if args.profile is None else [f"logging.profile={args.profile}"]
+    config = load_config(algorithm.config, args.config, [*args.overrides, *profile])
     if args.print_config:
         print(to_yaml(config), end="")
         return 0

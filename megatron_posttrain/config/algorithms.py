@@ -15,6 +15,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from megatron_posttrain.config.presets import PRESETS
 from megatron_posttrain.config.schema import (
     Config,
+    EnvironmentConfig,
     Fraction,
     RewardConfig,
     RolloutConfig,
@@ -199,7 +200,10 @@ class ScoreConfig(SftConfig):
     command = "score"
     mixes = False
     ignored = CONVERSATIONS_ONLY | dict.fromkeys(
-        ("optimizer", "lora", "training.steps", "training.epochs", "checkpoint", "data.validation", "data.overlong"),
+        (
+            *("optimizer", "lora", "training.steps", "training.epochs", "training.skip_not_finite", "training.ema"),
+            *("checkpoint", "data.validation", "data.overlong", "logging.profile", "logging.wandb", "logging.mlflow"),
+        ),
         "`score` does not train",
     )
 
@@ -249,6 +253,7 @@ class GrpoConfig(Config):
         default_factory=lambda: [RewardConfig(name="math")],
         description="the sum of weight x reward; `file`: Python file that defines it with @reward(name)",
     )
+    environment: EnvironmentConfig | None = Field(None, description="what answers the model's turns; null: one turn")
     sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
     algorithm: GrpoAlgorithm = Field(default_factory=GrpoAlgorithm)
 
@@ -277,10 +282,26 @@ class GrpoConfig(Config):
             )
         if world_size % rollout.tensor:
             yield f"rollout.tensor={rollout.tensor} does not divide the {world_size} ranks"
+        if rollout.thinking_tokens is not None and rollout.thinking_tokens >= rollout.max_tokens:
+            yield (
+                f"rollout.thinking_tokens={rollout.thinking_tokens} has no effect beside "
+                f"rollout.max_tokens={rollout.max_tokens}; allowed: fewer, or null"
+            )
+        yield from self._reward_problems()
         if rollout.max_tokens >= length:
             yield (
                 f"data.sequence_length={length} leaves no room for a prompt beside "
                 f"rollout.max_tokens={rollout.max_tokens}"
+            )
+
+    def _reward_problems(self) -> Iterator[str]:
+        if self.environment is None and any(r.name == "environment" and r.file is None for r in self.rewards):
+            yield "rewards: 'environment' is what an environment gives, and there is none; set `environment`"
+        sampled = getattr(self.algorithm, "dynamic_sampling", None)
+        if sampled is not None and any(r.name == "reward_model" for r in self.rewards):
+            yield (
+                f"algorithm.dynamic_sampling={sampled} looks at rewards before a reward_model gives its own; "
+                "allowed: null"
             )
 
 
@@ -304,6 +325,7 @@ class Algorithm:
         help: one line.
         rows: what `data.train` holds.
         rollouts: whether every trainer rank holds a rank of a vLLM engine.
+        held_out: figures of held-out rows by which a best step can be chosen, logged as validation_*.
     """
 
     config: type[Config]
@@ -311,6 +333,7 @@ class Algorithm:
     help: str
     rows: Literal["conversations", "prompts", "preferences", "any"] = "conversations"
     rollouts: bool = False
+    held_out: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -325,7 +348,7 @@ class Algorithm:
 ALGORITHMS = {
     row.name: row
     for row in (
-        Algorithm(SftConfig, "megatron_posttrain.algorithms.sft:sft", "supervised fine-tuning"),
+        Algorithm(SftConfig, "megatron_posttrain.algorithms.sft:sft", "supervised fine-tuning", held_out=("loss",)),
         Algorithm(
             GrpoConfig,
             "megatron_posttrain.algorithms.grpo:grpo",
@@ -345,15 +368,20 @@ ALGORITHMS = {
             "megatron_posttrain.algorithms.dpo:dpo",
             "preferences: DPO and its relatives, KTO",
             rows="preferences",
+            held_out=("loss", "accuracy"),
         ),
         Algorithm(
             RewardModelConfig,
             "megatron_posttrain.algorithms.reward_model:reward_model",
             "a scalar reward from pairs",
             rows="preferences",
+            held_out=("loss", "accuracy"),
         ),
         Algorithm(
-            DistillConfig, "megatron_posttrain.algorithms.distill:distill", "a student learns a teacher's distributions"
+            DistillConfig,
+            "megatron_posttrain.algorithms.distill:distill",
+            "a student learns a teacher's distributions",
+            held_out=("loss",),
         ),
         Algorithm(
             ScoreConfig,

@@ -65,6 +65,7 @@ class MoeConfig(Section):
     aux_loss_coefficient: NonNegativeFloat | None = Field(
         None, description="weight of the balancing loss; null: what the checkpoint's config says"
     )
+    z_loss_coefficient: NonNegativeFloat = Field(0.0, description="of routers' mean squared log-sum-exp of logits")
     dispatcher: Literal["alltoall", "deepep"] = Field(
         "alltoall", description="how tokens reach their experts; deepep needs the package deep_ep and CUDA"
     )
@@ -125,7 +126,7 @@ class DataConfig(Section):
         "as many conversations as all sources have, of each in proportion to its weight (1 where there is none)"
     )
     validation: str | list[str] | None = Field(
-        None, description="as `train`; its loss is logged at every checkpoint and at the end; null: none"
+        None, description="as `train`; its loss is logged every training.validate_every steps and at the end"
     )
     columns: dict[str, str | list[str]] = Field(
         default_factory=dict,
@@ -187,8 +188,13 @@ class OptimizerConfig(Section):
     lr: PositiveFloat = Field(1e-5, description="peak learning rate")
     min_lr: NonNegativeFloat = Field(0.0, description="learning rate at the end of the schedule")
     warmup_steps: NonNegativeInt = Field(0, description="steps of linear warm-up")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="decay after the warm-up")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="decay after the warm-up; wsd: none until the last decay_steps, then linear"
+    )
+    decay_steps: PositiveInt | None = Field(None, description="of wsd; null: a tenth of all steps")
+    router_lr: PositiveFloat | None = Field(None, description="peak of routers, on the same schedule; null: lr")
     weight_decay: NonNegativeFloat = 0.1
+    decay: Literal["matrices", "all"] = Field("matrices", description="what decays; all: norms and biases too")
     clip_grad: NonNegativeFloat = Field(1.0, description="global gradient norm; 0: no clipping")
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
@@ -209,6 +215,16 @@ class TrainingConfig(Section):
     global_batch_size: PositiveInt = Field(32, description="rows an optimizer step; RL: samples")
     micro_batch_size: PositiveInt = Field(1, description="rows a forward pass of one data parallel rank")
     seed: NonNegativeInt = 0
+    validate_every: PositiveInt | None = Field(
+        None, description="steps between looks at data.validation; null: with every checkpoint"
+    )
+    patience: PositiveInt | None = Field(None, description="looks with no better checkpoint.best, to stop early after")
+    skip_not_finite: NonNegativeInt = Field(
+        0, description="steps in a row, never the first, that are left out when loss or gradient is not finite"
+    )
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of an average of the weights, exported in their place; null: none"
+    )
 
 
 class LoraConfig(Section):
@@ -231,12 +247,25 @@ class CheckpointConfig(Section):
         None, description="steps between checkpoints; null: on a stop signal, and before the export, until it is whole"
     )
     keep: PositiveInt = Field(2, description="newest checkpoints kept")
+    best: str | None = Field(
+        None, description="held-out figure, such as validation_loss, whose best step is kept beside the newest ones"
+    )
+    best_is: Literal["lower", "higher"] | None = Field(None, description="null: lower for validation_loss, else higher")
+    export: Literal["last", "best"] = Field("last", description="step that is written to hf/ and adapter/")
+    asynchronous: bool = Field(
+        False, description="training goes on while a copy in host memory (12 bytes a parameter + weights) is written"
+    )
     resume: Literal["auto", "never"] = Field("auto", description="auto: from the newest whole checkpoint of `output`")
 
 
 class LoggingConfig(Section):
     every: PositiveInt = Field(1, description="steps between progress lines")
     tensorboard: bool = True
+    wandb: str | None = Field(None, description="Weights & Biases project; needs the package wandb")
+    mlflow: str | None = Field(None, description="MLflow experiment; needs the package mlflow")
+    profile: PositiveInt | None = Field(
+        None, description="steps, from this start's second on, whose torch trace is written to OUTPUT/profile"
+    )
     hang_seconds: PositiveFloat | None = Field(
         None,
         allow_inf_nan=False,
@@ -249,7 +278,15 @@ class RolloutConfig(Section):
     prompts_per_step: PositiveInt = 32
     samples_per_prompt: PositiveInt = 8
     max_tokens: Scheduled[PositiveInt] = Field(
-        1024, description="of a response; this and other numbers may be given by step: {0: 8192, 500: 16384}"
+        1024,
+        description="of a response, all turns of an environment and its answers; this and other numbers may be given "
+        "by step: {0: 8192, 500: 16384}",
+    )
+    thinking_tokens: PositiveInt | None = Field(
+        None, description="after which a turn's reasoning is ended with `thinking_stop`; null: never"
+    )
+    thinking_stop: str = Field(
+        "\nThe time for thinking is over, so I answer now.\n", description="text before the end of reasoning"
     )
     temperature: Scheduled[PositiveFloat] = Field(1.0, description="may be given by step")
     tensor: PositiveInt = Field(1, description="tensor parallel ranks of a vLLM engine")
@@ -272,11 +309,20 @@ class RewardConfig(Section):
     name: str
     weight: float = 1.0
     file: str | None = Field(None, description="Python file that defines it with @reward(name)")
+    path: str | None = Field(None, description="of reward_model: OUTPUT/hf of the command reward-model")
     args: dict[str, Any] = Field(default_factory=dict, description="the reward's own parameters")
     on_error: Literal["mask"] | float = Field(
         "mask", description="of a sample that it cannot grade: it does not train, or its value"
     )
     seconds: PositiveFloat | None = Field(None, description="after which it failed on a sample; null: never")
+
+
+class EnvironmentConfig(Section):
+    name: str = Field(description="calculator | python | search, or one that `file` defines")
+    file: str | None = Field(None, description="Python file that defines it with @environment(name)")
+    args: dict[str, Any] = Field(default_factory=dict, description="the environment's own parameters")
+    max_turns: PositiveInt = Field(8, description="of the model in a conversation")
+    seconds: PositiveFloat = Field(30.0, description="after which an answer is an error that the model is told")
 
 
 class SandboxConfig(Section):

@@ -67,7 +67,7 @@ def read_rows(
     reader = Reader(columns or {}, use or ("sft" if require_assistant else "other"))
     for source in [sources] if isinstance(sources, str | Path) else sources:
         before = len(rows)
-        rows += read_records(str(source), reader)
+        rows += (row for row, _ in read_records(str(source), reader))
         if len(rows) == before:
             raise UserError(f"{source}: no rows in it")
     tell_ignored(reader.ignored)
@@ -90,6 +90,11 @@ class Reader:
 
     def read(self, where: str, record: Any) -> Row | None:
         """None for a row that has nothing to train on. Raises UserError with `where`."""
+        found = self.read_both(where, record)
+        return None if found is None else found[0]
+
+    def read_both(self, where: str, record: Any) -> tuple[Row, dict[str, Any]] | None:
+        """As `read`, with the record, columns renamed."""
         try:
             row, record = _row(record, where, self.columns)
             if self.use != "any":
@@ -100,15 +105,15 @@ class Reader:
             self.left_out[str(reason)] += 1
             return None
         self.ignored.update(columns_ignored(record, row.form))
-        return row
+        return row, record
 
 
-def read_records(source: str, reader: Reader) -> Iterator[Row]:
-    """Each row of a source."""
+def read_records(source: str, reader: Reader) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """Each row of a source, and the record it was read from, columns renamed."""
     reader.left_out.clear()
     for where, record in records(source):
-        if (row := reader.read(where, record)) is not None:
-            yield row
+        if (found := reader.read_both(where, record)) is not None:
+            yield found
     tell_left_out(source, reader.left_out)
 
 

@@ -83,7 +83,7 @@ class JobCheck:
 
     def run(self) -> None:
         directory = self._model()
-        layout = self._layout()
+        layout = self.check_layout()
         if place := self.config.model.tokenizer or directory:
             self.tokenizer = self.findings.attempt(
                 "tokenizer",
@@ -131,7 +131,7 @@ class JobCheck:
             fix = "" if self.arch is not None else "name its shapes: --model NAME_OR_CONFIG"
             self.findings.add("not checked here", "model", shown, fix)
 
-    def _layout(self) -> Layout | None:
+    def check_layout(self) -> Layout | None:
         config, findings = self.config, self.findings
         wanted = Layout.from_config(config.parallel, self.ranks)
         limits = "" if self.arch is not None else " (for the ranks; the model's shapes are not known)"
@@ -212,7 +212,14 @@ class JobCheck:
             self.findings.add("ok", check, f"{len(rows):,} rows read; their lengths are not known without a tokenizer")
         elif isinstance(self.config, GrpoConfig):
             config = self.config
-            self.findings.attempt(check, lambda: prompts_of(config, rows, self.tokenizer), lambda found: found.message)
+            from megatron_posttrain.rollout.turns import load_turns
+
+            given, unsafe = (config.environment, config.rollout, self.tokenizer), config.sandbox.unsafe
+            turns = self.findings.attempt("environment", lambda: load_turns(*given, unsafe=unsafe))
+            if turns is not None:
+                self.findings.attempt(
+                    check, lambda: prompts_of(config, rows, self.tokenizer, turns.tools), lambda found: found.message
+                )
         else:
             self.findings.add("ok", check, f"{len(rows):,} rows")
 
@@ -318,8 +325,10 @@ def disk_gib(config: Config, arch: Architecture | None) -> float | None:
     if arch is None:
         return None
     width = 4 if config.precision.dtype == "fp32" else 2
-    kept = config.checkpoint.keep + 1 if config.checkpoint.every else 1  # the newest is written before the oldest goes
-    return weight_elements(arch) * (kept * (width + 12) + width) / 2**30
+    # The newest is written before the oldest goes.
+    kept = (config.checkpoint.keep if config.checkpoint.every else 0) + (config.checkpoint.best is not None) + 1
+    each = width + 12 + 4 * (config.training.ema is not None)
+    return weight_elements(arch) * (kept * each + width) / 2**30
 
 
 def _size(arch: Architecture) -> str:

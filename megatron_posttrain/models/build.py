@@ -272,6 +272,7 @@ def _experts(arch: Architecture, layout: Layout, model: ModelConfig, transformer
         "moe_router_bias_update_rate": 0.0,  # post-training keeps the checkpoint's biases
         "moe_router_load_balancing_type": balancing if coefficient else "none",
         "moe_aux_loss_coeff": coefficient if balancing != "none" else 0.0,
+        "moe_z_loss_coeff": model.moe.z_loss_coefficient or None,
         "moe_router_dtype": "fp32",  # in bf16 experts flip between trainer and engine
         "moe_grouped_gemm": transformer_engine,
         "moe_permute_fusion": transformer_engine,

@@ -3,7 +3,7 @@
 import datetime
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from megatron_posttrain.parallel.network import raise_file_limit
 from megatron_posttrain.platform import platform
 from megatron_posttrain.upstream.gloo import connect_lazily, shared_device
 
+Value = TypeVar("Value")
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # first steps compile kernels; a hang still ends
 
 
@@ -84,7 +85,7 @@ def make_groups(layout: Layout, seed: int) -> Groups:
     )
 
 
-def broadcast_object(value: object, source: int = 0) -> object:
+def broadcast_object(value: Value, source: int = 0) -> Value:
     """Rank `source`'s value in every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=source)

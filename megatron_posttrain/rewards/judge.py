@@ -172,7 +172,9 @@ class Judge:
         if None in values:
             raise GradingError(f"the judge's verdicts are {one} and {two}; allowed: A, B, C")
         first, second = (float(value or 0.0) for value in values)
-        return Score((first + second) / 2, {"contradiction": float(abs(first - second) == 1), "canary": self._won})
+        shown_first = (first + 1 - second) / 2  # of the two verdicts, those for the answer shown first
+        metrics = {"contradiction": float(abs(first - second) == 1), "first": shown_first, "canary": self._won}
+        return Score((first + second) / 2, metrics)
 
     def _fill(self, **fields: str) -> str:
         try:
@@ -208,5 +210,6 @@ class Judge:
                 raise GradingError(f"the judge at {self._address}: {type(error).__name__}: {error}") from error
             except (AttributeError, IndexError, TypeError, ValueError) as error:
                 raise GradingError(f"the judge at {self._address} answers no chat completion: {error}") from error
-        self._cache.put(name, reply)
+        if _VERDICT.search(reply):  # else it is asked again the next time
+            self._cache.put(name, reply)
         return reply

@@ -29,10 +29,10 @@ def choice(sample: Sample) -> float:
     expected = re.fullmatch(rf"{_LETTER}[.):]?(?:\s.*)?", (sample.answer or "").strip(), re.DOTALL)
     if expected is None:
         raise GradingError(f"the row's answer must be a letter, found {sample.answer!r:.80}")
-    return float(_chosen(sample.final or "") == expected[1])
+    return float(chosen_letter(sample.final or "") == expected[1])
 
 
-def _chosen(text: str) -> str | None:
+def chosen_letter(text: str) -> str | None:
     if (box := boxed(text)) is not None:
         inner = re.fullmatch(rf"(?:\\text\w*\s*\{{)?\s*{_LETTER}\s*\}}?(?:[.):].*)?", box.strip(), re.DOTALL)
         return inner[1] if inner else None
@@ -185,6 +185,12 @@ def repetition(sample: Sample, *, ngram: int = 3, penalty: float = -1.0) -> Scor
     grams = list(zip(*(words[i:] for i in range(ngram)), strict=False))
     share = 1.0 - len(set(grams)) / len(grams) if grams else 0.0
     return Score(penalty * share, {"share": share})
+
+
+@reward("environment")
+def environment(sample: Sample) -> float:
+    """What the `environment` of the conversation gave at its end; 0.0 where it did not come to one."""
+    return sample.environment_reward
 
 
 @reward("random", per="batch")

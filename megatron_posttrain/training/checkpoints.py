@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing.dummy
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,16 +18,19 @@ from megatron_posttrain.config.schema import CheckpointConfig
 from megatron_posttrain.errors import SaveError, UserError
 from megatron_posttrain.parallel.groups import broadcast_object
 from megatron_posttrain.platform import platform
-from megatron_posttrain.platform.scope import replaced
 from megatron_posttrain.training.adapter_state import sharded_adapters
+from megatron_posttrain.training.average import AVERAGE, make_room
 from megatron_posttrain.training.deadline import Deadline
 from megatron_posttrain.training.disk import agree, cause, checkpoint_bytes, described, first_problem
 from megatron_posttrain.training.engine import Engine
+from megatron_posttrain.training.finite import anywhere
+from megatron_posttrain.training.held_out import Best
 from megatron_posttrain.training.optimizer import set_hyper_parameters
 from megatron_posttrain.training.record import Record
 from megatron_posttrain.training.resume import STATE_FILE, Origin
-from megatron_posttrain.training.stretches import Stretches, without_gathered_states
-from megatron_posttrain.upstream.megatron import optimizer_can_resume
+from megatron_posttrain.training.stretches import STATES, Stretches, without_gathered_states
+from megatron_posttrain.training.writing import Writing
+from megatron_posttrain.upstream.megatron import optimizer_can_resume, written_by_threads
 
 # Any layout can read what any other wrote. A constant: megatron-core writes into the dict that it is given.
 SHARDING = (("distrib_optim_sharding_type", "fully_reshardable"),)
@@ -37,15 +38,16 @@ UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError)
 
 
 class Checkpoints:
-    """`output`/checkpoints/step_000100, newest `keep` of them; a directory without a state file is not whole."""
+    """`output`/checkpoints/step_000100, newest `keep` of them and the best; one without a state file is not whole."""
 
     def __init__(self, output: Path, config: CheckpointConfig, origin: Origin | None = None) -> None:
         """Raises UserError where the newest one is of another run than `origin` is; needs no model."""
         self.directory = output / "checkpoints"
-        self.config, self.origin = config, origin
+        self.config, self.origin, self.best = config, origin, Best(config)
         self.beside: dict[str, Engine] = {}  # what is saved and loaded with the model, in a directory of this name
         self.weight_set: str | None = None  # so is a weight set of the model
         self.state: dict[str, float] = {}  # and what a loop carries from step to step
+        self._writing: Writing | None = None
         self._deadline: Deadline | None = None
         self._changes: list[str] = []
         self.done = 0  # steps of the newest one that can be gone on from
@@ -58,17 +60,22 @@ class Checkpoints:
         """Whether to save after step number `step` (from 1)."""
         return self.config.every is not None and (step % self.config.every == 0 or last)
 
-    def after_step(self, engine: Engine, run: Record, step: int) -> bool:
-        """Collective: saves when it is due or a stop was asked for; whether the run is to end before its last step."""
+    def after_step(self, engine: Engine, run: Record, step: int, figures: Mapping[str, float]) -> bool:
+        """Collective: saves when it is due, a stop was asked for or the figures are the best so far; whether the run
+        is to end before its last step."""
+        if self._writing is not None and not anywhere(not self._writing.done):
+            self.finish()
+        better = self.best.name in figures and self.best.look(step, broadcast_object(dict(figures)))
         engines = self._engines(engine).values()
         self._deadline = self._deadline or Deadline(
-            sum(checkpoint_bytes(each.precision, each.arch, each.adapters) for each in engines)
+            sum(checkpoint_bytes(each.precision, each.arch, each.adapters, each.ema) for each in engines)
         )
         late = run.is_main and self._deadline.near()
         stop, last = run.stop_requested(also=late), step == run.total_steps
-        if stop or self.due(step, last):
+        if stop or better or self.due(step, last):
             self.save(engine, step)
         if stop and not last:
+            self.finish()
             if late:
                 self._deadline.tell_job()
             run.say(f"stopped on request after step {step}; the same command resumes")
@@ -77,46 +84,70 @@ class Checkpoints:
     def save(self, engine: Engine, step: int) -> None:
         """Collective. What a loop needs beside weights, optimizer and `state` follows from the step's number.
 
-        Raises SaveError on every rank when one cannot write; what was there before stays.
+        Where it is `asynchronous`, files are still being written afterwards, until `finish`. Raises SaveError on every
+        rank when one cannot write; what was there before stays.
         """
-        final = self.directory / f"step_{step:06d}"
-        partial = self.directory / f".step_{step:06d}.partial"
-        for name, each in self._engines(engine).items():
-            with self._failing_together(final, partial):
-                if dist.get_rank() == 0:
-                    shutil.rmtree(partial / name, ignore_errors=True)
-                    (partial / name).mkdir(parents=True)
-            each.gather_weights()
-            with self._failing_together(final, partial):
-                _save(each, partial / name)
-        if (kept := self.weight_set) is not None:
-            with self._failing_together(final, partial):
-                if dist.get_rank() == 0:
-                    (partial / kept).mkdir()
-            with self._failing_together(final, partial), engine.weights(kept):
-                _save(engine, partial / kept, weights_only=True)
-        with self._failing_together(final, partial):
+        self.finish()
+        partial, kept, requests = self._paths(step)[1], self.weight_set, []
+        with self._failing_together(step):
             if dist.get_rank() == 0:
-                state = {"step": step} if self.origin is None else self.origin.state(step)
-                (partial / STATE_FILE).write_text(json.dumps(state | {"loop": self.state}))
+                shutil.rmtree(partial, ignore_errors=True)
+                for name in (*self._engines(engine), *([] if kept is None else [kept])):
+                    (partial / name).mkdir(parents=True)
+        for name, each in self._engines(engine).items():
+            each.gather_weights()
+            with self._failing_together(step):
+                requests.append(_request(each, partial / name))
+        if kept is not None:
+            with self._failing_together(step), engine.weights(kept):
+                requests.append(_request(engine, partial / kept, weights_only=True))
+        state = {"step": step} if self.origin is None else self.origin.state(step)
+        state |= {"loop": dict(self.state), "best": self.best.state(), "skipped": engine.skipped}
+        self._writing = Writing(requests, state)
+        if not self.config.asynchronous:
+            self.finish()
+
+    def finish(self) -> None:
+        """Collective: waits for the checkpoint that is being written, if there is one, which then counts as whole."""
+        if (writing := self._writing) is None:
+            return
+        self._writing = None
+        step = writing.state["step"]
+        final, partial = self._paths(step)
+        with self._failing_together(step):
+            writing.wait()
+        with self._failing_together(step), platform().megatron():
+            writing.finish()
+        with self._failing_together(step):
+            if dist.get_rank() == 0:
+                (partial / STATE_FILE).write_text(json.dumps(writing.state))
                 shutil.rmtree(final, ignore_errors=True)
                 partial.rename(final)
-                self._remove_old(step)
+                self._remove_old(step, writing.state["best"]["step"])
 
     def _engines(self, engine: Engine) -> dict[str, Engine]:
         return {"": engine, **self.beside}
 
-    def _remove_old(self, step: int) -> None:
-        """All but the newest `keep`; first those of later steps, of an attempt that this one does not go on from."""
+    def _paths(self, step: int) -> tuple[Path, Path]:
+        """Of a whole checkpoint, and of one that is being written."""
+        return self.directory / f"step_{step:06d}", self.directory / f".step_{step:06d}.partial"
+
+    def _remove_old(self, step: int, best: int) -> None:
+        """All but the newest `keep` and the best; first those of later steps, of an attempt that this one does not go
+        on from, and what a killed one left."""
+        for torn in self.directory.glob(".step_*.partial"):
+            shutil.rmtree(torn)
         whole = self.whole()
         later = [path for path in whole if _step_of(path) > step]
         for old in [*later, *[path for path in whole if path not in later][: -self.config.keep]]:
-            shutil.rmtree(old)
+            if _step_of(old) != best:
+                shutil.rmtree(old)
 
     @contextlib.contextmanager
-    def _failing_together(self, final: Path, partial: Path) -> Iterator[None]:
+    def _failing_together(self, step: int) -> Iterator[None]:
         """Collective: the first rank's failure to write becomes every rank's SaveError, and makes room again."""
         problem = None
+        final, partial = self._paths(step)
         try:
             yield
         except (OSError, RuntimeError, CheckpointException) as error:
@@ -133,21 +164,29 @@ class Checkpoints:
         whole = self.whole()
         return f"{whole[-1]} is whole, the same command goes on from it" if whole else "no checkpoint is there"
 
-    def secure(self, engine: Engine, run: Record) -> None:
+    def secure(self, engine: Engine, run: Record, step: int) -> None:
         """Collective: a checkpoint of the last step, if there is none, so that a failing export loses nothing."""
-        if broadcast_object(any(_step_of(path) == run.total_steps for path in self.whole())):
+        self.finish()
+        if broadcast_object(any(_step_of(path) == step for path in self.whole())):
             return
         try:
-            self.save(engine, run.total_steps)
+            self.save(engine, step)
+            self.finish()
         except SaveError as error:  # the export, which is smaller, may still fit
             run.say(f"warning: no checkpoint before the export: {error}")
 
     def release(self, step: int) -> None:
         """Removes what `secure` has left where no checkpoints were asked for."""
-        if self.config.every is None and dist.get_rank() == 0:
+        if self.config.every is None and self.config.best is None and dist.get_rank() == 0:
             shutil.rmtree(self.directory / f"step_{step:06d}", ignore_errors=True)
             with contextlib.suppress(OSError):  # others may be in it
                 self.directory.rmdir()
+
+    def load_best(self, engine: Engine) -> None:
+        """Collective: the best step's weights, for the export. Raises SaveError where they cannot be read."""
+        path = self._paths(self.best.step)[0]
+        if problem := _load(engine, path):
+            raise SaveError(f"{path}, the best step, cannot be read: {problem}")
 
     def whole(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -172,6 +211,9 @@ class Checkpoints:
             raise UserError(
                 f"{'; '.join(unreadable)}; no other checkpoint is there. checkpoint.resume=never trains anew"
             )
+        state = {} if path is None else broadcast_object(read_state(path))
+        self.best.load(state.get("best"))
+        engine.skipped = state.get("skipped", 0)
         if path is not None and self._changes:
             _say(f"changed from step {_step_of(path) + 1} on: {', '.join(self._changes)}")
         return 0 if path is None else _step_of(path)
@@ -242,6 +284,8 @@ def _load(engine: Engine, path: Path, *, weights_only: bool = False) -> str | No
                 chunk.load_state_dict(loaded.get(_model_key(engine, index), {}), strict=False)
             if stretches is not None:
                 engine.optimizer.load_state_dict(loaded["optimizer"])
+                if engine.ema is not None:
+                    make_room(engine.optimizer)
                 stretches.restore()
                 for chunk in engine.chunks:
                     chunk.start_param_sync(force_sync=True)
@@ -254,27 +298,19 @@ def _load(engine: Engine, path: Path, *, weights_only: bool = False) -> str | No
     return first_problem(problem)
 
 
-def _save(engine: Engine, path: Path, *, weights_only: bool = False) -> None:
-    """Collective."""
+def _request(engine: Engine, path: Path, *, weights_only: bool = False) -> Any:
+    """Collective: what this rank writes, copied; megatron-core's AsyncRequest."""
     from megatron.core import dist_checkpointing
 
-    with platform().megatron(), optimizer_can_resume(), without_gathered_states(), _written_by_threads():
-        dist_checkpointing.save(
-            _model_state(engine) if weights_only else _sharded_state(engine, loading=False)[0],
+    with platform().megatron(), optimizer_can_resume(), without_gathered_states(), written_by_threads():
+        return dist_checkpointing.save(
+            _own(_model_state(engine)) if weights_only else _sharded_state(engine, loading=False)[0],
             str(path),
             # It gathers every rank's entries on every rank; torch checks that all of a tensor is there, once.
             validate_access_integrity=False,
             content_metadata=dict(SHARDING),
+            async_sharded_save=True,
         )
-
-
-def _written_by_threads() -> contextlib.AbstractContextManager[None]:
-    """megatron-core 0.16.1 forks a process for each of a rank's files, though CUDA's, gloo's and vLLM's threads do not
-    survive a fork, and starts one more, that stays, to hear from them: 2 to 4 s before a rank's first byte."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    threads = SimpleNamespace(get_context=lambda method: multiprocessing.dummy)
-    return replaced([(filesystem_async, "mp", threads), (filesystem_async, "_results_queue", None)])
 
 
 def _model_key(engine: Engine, index: int) -> str:
@@ -293,10 +329,18 @@ def _model_state(engine: Engine) -> dict[str, Any]:
     }
 
 
+def _own(state: dict[str, Any]) -> dict[str, Any]:
+    """With copies of the tensors, which may change while they are written."""
+    for entry in (entry for chunk in state.values() for entry in chunk.values()):
+        if isinstance(getattr(entry, "data", None), torch.Tensor):
+            entry.data = entry.data.detach().to("cpu", copy=True)
+    return state
+
+
 def _sharded_state(engine: Engine, *, loading: bool) -> tuple[dict[str, Any], Stretches]:
     """What megatron-core saves, or loads into. Trained weights are not loaded: they are the optimizer's, rounded."""
     state = _model_state(engine)
-    stretches = Stretches(engine.optimizer, list(state.values()))
+    stretches = Stretches(engine.optimizer, list(state.values()), STATES + (AVERAGE,) * (engine.ema is not None))
     optimizer = engine.optimizer.sharded_state_dict(state, is_loading=loading, metadata=dict(SHARDING))
     rest = {key: stretches.without_trained(chunk) for key, chunk in state.items()}
     if loading and engine.precision.fp8 is None:  # what modules keep beside tensors is FP8's
@@ -305,4 +349,4 @@ def _sharded_state(engine: Engine, *, loading: bool) -> tuple[dict[str, Any], St
             for key, chunk in rest.items()
         }
     pieces = stretches.to_load() if loading else stretches.to_save()
-    return rest | {"optimizer": optimizer, "stretches": pieces}, stretches
+    return (rest if loading else _own(rest)) | {"optimizer": optimizer, "stretches": pieces}, stretches

@@ -22,8 +22,8 @@ from megatron_posttrain.platform import platform
 
 PROBE_BYTES = 1 << 20
 OPTIMIZER_BYTES = 12  # a parameter: fp32 main weight and two moments
-FILES = ("config.yaml", "metrics.jsonl", ".stop")
-DIRECTORIES = ("checkpoints", "hf", "critic", "adapter", "heartbeats", "tensorboard", "rollouts")
+FILES = ("config.yaml", "metrics.jsonl", "environment.json", ".stop", "trackers.json")
+DIRECTORIES = ("checkpoints", "hf", "critic", "adapter", "heartbeats", "tensorboard", "rollouts", "profile")
 
 
 def check_disk(config: Config, arch: Architecture) -> None:
@@ -36,7 +36,7 @@ def check_disk(config: Config, arch: Architecture) -> None:
     parts = {"the export": 2 * parameter_count(arch)}  # at least: bf16
     if config.checkpoint.every is not None:
         adapters = None if config.lora is None else find_adapters(arch, config.lora)
-        parts["a checkpoint"] = checkpoint_bytes(config.precision, arch, adapters)
+        parts["a checkpoint"] = checkpoint_bytes(config.precision, arch, adapters, config.training.ema)
     free, needed = shutil.disk_usage(there).free, sum(parts.values())
     if free < needed:
         listed = " and ".join(f"{name} takes {_size(size)}" for name, size in parts.items())
@@ -49,8 +49,11 @@ def parameter_count(arch: Architecture, adapters: Adapters | None = None) -> int
     return sum(math.prod(plan.local_shape(1)) for plan in plans)
 
 
-def checkpoint_bytes(precision: PrecisionConfig, arch: Architecture, adapters: Adapters | None = None) -> int:
-    return ((4 if precision.dtype == "fp32" else 2) + OPTIMIZER_BYTES) * parameter_count(arch, adapters)
+def checkpoint_bytes(
+    precision: PrecisionConfig, arch: Architecture, adapters: Adapters | None = None, ema: float | None = None
+) -> int:
+    each = (4 if precision.dtype == "fp32" else 2) + OPTIMIZER_BYTES + 4 * (ema is not None)
+    return each * parameter_count(arch, adapters)
 
 
 def _size(count: float) -> str:

@@ -26,10 +26,11 @@ from megatron_posttrain.models.build import FP8_TOKENS, build_model
 from megatron_posttrain.models.sharded import Exporter
 from megatron_posttrain.parallel.groups import Groups
 from megatron_posttrain.platform import platform
+from megatron_posttrain.training import average
 from megatron_posttrain.training.finite import Recorder, anywhere, refuse
 from megatron_posttrain.training.forward import ForwardStep, LossFunction, Metrics
 from megatron_posttrain.training.heads import Head, LabelLogprobs, Output
-from megatron_posttrain.training.optimizer import make_optimizer, overlaps, wrap_for_data_parallel
+from megatron_posttrain.training.optimizer import make_optimizer, overlaps, set_learning_rate, wrap_for_data_parallel
 from megatron_posttrain.training.timing import PhaseTimer
 from megatron_posttrain.training.totals import Mean, Totals
 from megatron_posttrain.training.weight_sets import WeightSets
@@ -85,6 +86,8 @@ class Engine:
             self.modules, self.model_config = build_model(arch, groups.layout, model, precision)
         self.adapters: adapters.Adapters | None = None
         self._seed, self._step, self._calls = seed, 0, 0
+        self.ema: float | None = None  # decay of the average that is the weight set `ema`
+        self.may_skip, self.skipped = 0, 0  # steps in a row that are not finite
         if lora is not None:
             self.adapters = adapters.find_adapters(arch, lora, fused=experts_are_fused(model, arch))
             with platform().megatron():
@@ -112,7 +115,10 @@ class Engine:
         """As a whole config says."""
         optimizer = config.optimizer if train else None
         options: dict[str, Any] = {"lora": config.lora, "seed": config.training.seed}
-        return cls(arch, groups, config.model, config.precision, optimizer, overlap=config.parallel.overlap, **options)
+        options["overlap"] = config.parallel.overlap
+        engine = cls(arch, groups, config.model, config.precision, optimizer, **options)
+        engine.ema, engine.may_skip = config.training.ema, config.training.skip_not_finite
+        return engine
 
     @property
     def row_multiple(self) -> int:
@@ -147,9 +153,12 @@ class Engine:
         """Collective; before weights are read other than by a forward pass, to which overlap leaves the gathering
         of what the optimizer has written."""
         if self.overlap:
-            with platform().megatron():
-                for chunk in self.chunks:
-                    chunk.start_param_sync(force_sync=True)
+            self._gather()
+
+    def _gather(self) -> None:
+        with platform().megatron():
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
 
     def keep_weights(self, name: str) -> None:
         """Collective: a copy of the present weights in host memory, such as `reference`."""
@@ -158,11 +167,16 @@ class Engine:
 
     @contextmanager
     def weights(self, name: str) -> Iterator[None]:
-        """Collective: meanwhile forward passes are of the weights that were kept under `name`, or, where adapters are
-        trained and it is `base`, of the model without them."""
+        """Collective: meanwhile forward passes are of the weights that were kept under `name`, of their moving average
+        (`ema`), or, where adapters are trained and it is `base`, of the model without them."""
         self.gather_weights()
-        base = name == "base" and self.adapters is not None
-        with adapters.disabled(self.modules) if base else self.weight_sets.use(name):
+        if name == "ema" and self.ema is not None:
+            scope = average.used(self.optimizer, self._gather)
+        elif name == "base" and self.adapters is not None:
+            scope = adapters.disabled(self.modules)
+        else:
+            scope = self.weight_sets.use(name)
+        with scope:
             yield
 
     def offload(self) -> None:
@@ -215,15 +229,16 @@ class Engine:
         global batch's totals, so that it does not depend on the layout. `keep`: also returns what the head computed.
 
         Raises NotFiniteError, on all ranks and with the weights as they were, for a loss or gradient that is not
-        finite; TypeError for a loss that is reduced already.
+        finite, unless it may be skipped (then `skipped` is 1 and weights and optimizer are as they were); TypeError for
+        a loss that is reduced already.
         """
         micro_batches = self._padded(micro_batches)
         totals = Totals.of(micro_batches, self.groups.data)
         outputs: list[Output] = []
         loss_function = partial(_kept, loss_function, outputs) if keep else loss_function
         work = self._work(head, loss_function, float(over(totals)))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_mult", 1.0)
+        assert self.optimizer_config is not None
+        set_learning_rate(self.optimizer, self.optimizer_config, lr)
         with platform().megatron():
             self._ready_to_train()
             self._seed_dropout()
@@ -237,9 +252,28 @@ class Engine:
                 with timer("optimizer"):
                     self._restore_optimizer()
                     _, grad_norm, _ = self.optimizer.step()
+                    self.skipped = 0
+                    if self.ema is not None:
+                        average.update(self.optimizer, self.ema)
             except NotFiniteError as error:
-                refuse(self, str(error), partial(self._again, micro_batches, work), gradients=True)
+                grad_norm = math.nan
+                self._skip(str(error), partial(self._again, micro_batches, work))
+        if self.may_skip:
+            metrics["skipped"] = Mean(min(self.skipped, 1), 1)
         return StepResult(loss, float(grad_norm), totals, metrics, timer.seconds, outputs)
+
+    def _skip(self, what: str, forward: Callable[[Recorder], Any]) -> None:
+        """Collective: says where it was first seen; raises it where one more step in a row may not be skipped. A run's
+        first step is never: a model that begins so does not get better."""
+        try:
+            refuse(self, what, forward, gradients=True)
+        except NotFiniteError as error:
+            if self._step == 0 or self.skipped >= self.may_skip:
+                raise
+            self.skipped += 1
+            if dist.get_rank() == 0:
+                count = f"{self.skipped} in a row, training.skip_not_finite={self.may_skip}"
+                print(f"warning: step {self._step + 1} is skipped ({count}): {error}", flush=True)
 
     def _ready_to_train(self) -> None:
         for chunk in self.chunks:

@@ -112,14 +112,21 @@ def export_adapter(engine: Engine, source: Path, directory: Path) -> None:
 
 
 def export_run(engine: Engine, checkpoints: Checkpoints, run: Record, source: Path) -> None:
-    """Collective: the run's last step as a checkpoint, then as output/hf, with an adapter merged, and the adapter as
-    output/adapter; one that fails leaves the others."""
-    checkpoints.secure(engine, run)
+    """Collective: the run's last step as a checkpoint, then it or the best one, or their moving average, as output/hf,
+    with an adapter merged, and the adapter as output/adapter; one that fails leaves the others."""
+    step, best, ema = run.current_step - 1, checkpoints.best, engine.ema is not None
+    checkpoints.secure(engine, run, step)
+    if best.step:
+        run.say(f"best {best.name} {best.value:.6g}, of step {best.step}")
     try:
-        if engine.adapters is not None:
-            export_adapter(engine, source, run.directory / "adapter")
-        export(engine, source, run.directory / "hf", run.config.model.tokenizer)
+        if run.config.checkpoint.export == "best" and best.step not in (0, step):
+            checkpoints.load_best(engine)
+            step = best.step
+        with engine.weights("ema") if ema else contextlib.nullcontext():
+            if engine.adapters is not None:
+                export_adapter(engine, source, run.directory / "adapter")
+            export(engine, source, run.directory / "hf", run.config.model.tokenizer)
     except SaveError as error:
         raise SaveError(f"{error}; {checkpoints.left()}") from None
-    checkpoints.release(run.total_steps)
-    run.say(f"wrote {run.directory / 'hf'}")
+    checkpoints.release(step)
+    run.say(f"wrote {run.directory / 'hf'}, step {step}{', averaged' if ema else ''}")

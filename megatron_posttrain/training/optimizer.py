@@ -70,26 +70,27 @@ def make_optimizer(
     """AdamW with fp32 main weights, sharded over data parallel ranks; sets the schedule's hooks."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig as Options
-    from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.core.optimizer import ParamKey, get_megatron_optimizer, get_standard_config_overrides
 
-    optimizer = get_megatron_optimizer(
-        Options(
-            optimizer="adam",
-            lr=config.lr,
-            min_lr=config.min_lr,
-            weight_decay=config.weight_decay,
-            adam_beta1=config.beta1,
-            adam_beta2=config.beta2,
-            adam_eps=config.epsilon,
-            clip_grad=config.clip_grad or float("inf"),  # 0 would also leave the norm out of the metrics
-            bf16=bf16,
-            params_dtype=model_config.params_dtype,
-            use_distributed_optimizer=True,
-            overlap_param_gather=overlap,
-        ),
-        list(chunks),
-        use_gloo_process_groups=False,
+    options = Options(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.epsilon,
+        clip_grad=config.clip_grad or float("inf"),  # 0 would also leave the norm out of the metrics
+        bf16=bf16,
+        params_dtype=model_config.params_dtype,
+        use_distributed_optimizer=True,
+        overlap_param_gather=overlap,
     )
+    groups: Any = get_standard_config_overrides(options) if config.decay == "matrices" else {}
+    if config.router_lr is not None:
+        # A part of what a checkpoint knows a group by, unlike a learning rate, which another attempt may change.
+        groups[ParamKey(name="*.router.*")] = {"is_decoupled_lr": True}
+    optimizer = get_megatron_optimizer(options, list(chunks), groups, use_gloo_process_groups=False)
     set_hyper_parameters(optimizer, config)
     model_config.finalize_model_grads_func = finalize_model_grads
     model_config.grad_scale_func = optimizer.scale_loss
@@ -111,6 +112,12 @@ def _finite_norm(get_grad_norm: Callable[[], float]) -> Callable[[], float]:
         return found
 
     return norm
+
+
+def set_learning_rate(optimizer: Any, config: OptimizerConfig, lr: float) -> None:
+    """`lr`: of the schedule's present step. Routers have theirs in proportion."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * config.router_lr / config.lr if group["is_decoupled_lr"] and config.router_lr else lr
 
 
 def set_hyper_parameters(optimizer: Any, config: OptimizerConfig) -> None:

@@ -21,7 +21,9 @@ from megatron_posttrain.parallel.network import check_interfaces
 from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.describe import refuse_unused_gpu
 from megatron_posttrain.training.disk import check_disk
+from megatron_posttrain.training.held_out import held_out_problems
 from megatron_posttrain.training.resume import keep_date
+from megatron_posttrain.training.trackers import tracker_problems
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ def prepare(config: Config, world_size: int | None = None) -> Prepared:
     if wrong := list(batch_problems(config, layout)):
         raise UserError("; ".join(wrong))
     _check_implementation(config)
+    _check_routers(config, arch)
     _check_adapters(config, arch, layout)
     check_interfaces()
     if training:
@@ -110,6 +113,10 @@ def batch_problems(config: Config, layout: Layout) -> Iterator[str]:
     if problem is not None:
         yield f"training: {problem}"
     yield from config.problems(layout.world_size)
+    yield from held_out_problems(config)
+    yield from tracker_problems(config)
+    if config.optimizer.decay_steps is not None and config.optimizer.schedule != "wsd":
+        yield f"optimizer.decay_steps has no effect on schedule={config.optimizer.schedule}; allowed: null, or wsd"
 
 
 def _check_implementation(config: Config) -> None:
@@ -121,6 +128,14 @@ def _check_implementation(config: Config) -> None:
         )
     if config.precision.fp8 is not None and not device.has_transformer_engine():
         raise UserError(f"precision.fp8={config.precision.fp8} needs Transformer Engine on a GPU; here: fp8=null")
+
+
+def _check_routers(config: Config, arch: Architecture) -> None:
+    moe = config.model.moe
+    keys = {"optimizer.router_lr": config.optimizer.router_lr, "model.moe.z_loss_coefficient": moe.z_loss_coefficient}
+    for key, value in keys.items():
+        if value and arch.moe is None:
+            raise UserError(f"{key}={value} has no effect: {config.model.path} has no experts, so no routers")
 
 
 def _check_adapters(config: Config, arch: Architecture, layout: Layout) -> None:

@@ -16,7 +16,9 @@ import torch.distributed as dist
 from megatron_posttrain.config.load import to_yaml
 from megatron_posttrain.config.schema import Config
 from megatron_posttrain.platform import platform
+from megatron_posttrain.platform.describe import describe_environment
 from megatron_posttrain.training.heartbeat import Heartbeat, last_words
+from megatron_posttrain.training.trackers import open_trackers
 
 STOP_FILE = ".stop"
 
@@ -38,7 +40,7 @@ class Record:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
         self._metrics: Any = None
-        self._tensorboard: Any = None
+        self._trackers: list[Any] = []
         if self.is_main:
             self._open(first_step)
         beats, hang_seconds = self.directory / "heartbeats", config.logging.hang_seconds
@@ -63,13 +65,16 @@ class Record:
                     kept.append(line + "\n")
         path.write_text("".join(kept))
         self._metrics = path.open("a", buffering=1)
-        if self.config.logging.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"), purge_step=first_step + 1)
+        self._trackers = open_trackers(self.config, first_step)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop = True
+
+    def describe(self, **facts: str) -> None:
+        """Into `environment.json`: these, and what this attempt runs on; `report` shows it."""
+        if self.is_main:
+            found = {"command": self.config.command} | facts | {"ranks": dist.get_world_size()} | describe_environment()
+            (self.directory / "environment.json").write_text(json.dumps(found, indent=1) + "\n")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One object a step; a progress line every `logging.every` steps."""
@@ -80,9 +85,8 @@ class Record:
         # JSON has no NaN: a figure that is not finite is null.
         kept = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._metrics.write(json.dumps({"step": step} | kept) + "\n")
-        if self._tensorboard is not None:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.log(step, {name: value for name, value in kept.items() if value is not None})
         if step % self.config.logging.every == 0 or step == self.total_steps:
             self.say(self._line(step, metrics))
 
@@ -92,6 +96,7 @@ class Record:
         names = {
             "reward": ".3f",
             "loss": ".4f",
+            "validation_loss": ".4f",
             "grad_norm": ".3f",
             "response_length": ".1f",
             "truncated_fraction": ".0%",
@@ -127,6 +132,7 @@ class Record:
         if isinstance(error, RuntimeError) and dist.get_world_size() > 1:
             print(last_words(self.directory / "heartbeats", dist.get_rank(), dist.get_world_size()), flush=True)
         self._heartbeat.stop()
-        for file in (self._metrics, self._tensorboard):
-            if file is not None:
-                file.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        for tracker in self._trackers:
+            tracker.close(error is not None)

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_posttrain.checkpoint.hf_files import read_json
 from megatron_posttrain.config.algorithms import ALGORITHMS
+from megatron_posttrain.config.load import flat
 from megatron_posttrain.config.schema import Config
 from megatron_posttrain.data.template import keep_started, started
 from megatron_posttrain.errors import UserError
@@ -28,9 +29,10 @@ WITHOUT_EFFECT = (
     # Fingerprints tell whether other names are other weights and rows.
     "model.path", "model.tokenizer", "data.train", "data.columns", "data.cache",
 )  # fmt: skip
+PARAMETER_GROUPS = ("optimizer.decay", "optimizer.router_lr")  # what checkpoints hold optimizer states by
 FROM_NOW_ON = (
     "optimizer", "algorithm", "critic.lr", "critic.warmup_steps", "rewards", "model.moe",
-    "training.steps", "training.epochs",
+    "training.steps", "training.epochs", "training.validate_every", "training.patience", "training.skip_not_finite",
     "rollout.samples_per_prompt", "rollout.max_tokens", "rollout.temperature", "rollout.quantization",
 )  # fmt: skip
 IN_RL = ("training.global_batch_size",)  # there it cuts a step's samples into updates, and moves no row
@@ -65,7 +67,8 @@ class Origin:
             return []
         told, refused = [], []
         for key, before, now in self._differences(state["config"]):
-            if _covered(key, FROM_NOW_ON) or (key in IN_RL and ALGORITHMS[self.config["command"]].rows == "prompts"):
+            in_rl = key in IN_RL and ALGORITHMS[self.config["command"]].rows == "prompts"
+            if (_covered(key, FROM_NOW_ON) and key not in PARAMETER_GROUPS) or in_rl:
                 told.append(f"{key} {before} -> {now}")
             elif not _covered(key, WITHOUT_EFFECT):
                 refused.append(f"{key}={_short(now)} differs from its {_short(before)}")
@@ -110,14 +113,6 @@ def keep_date(config: Config) -> None:
         if moment is not None:
             keep_started(datetime.fromisoformat(moment))
         return
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
 
 
 def _covered(key: str, names: tuple[str, ...]) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from megatron_posttrain.errors import NotFiniteError, UserError
@@ -103,18 +104,41 @@ class Run:
         assert self._engine is not None, "call model() first"
         self._record = Record(self.config, self.total_steps, self._first_step)
         self.say(f"{self.dataset.message}; {self.total_steps} steps on {self.prepared.layout}")
+        self._record.describe(data=self.dataset.message, layout=str(self.prepared.layout))
         if (warm_up := self.config.optimizer.warmup_steps) >= self.total_steps:
             self.say(f"warning: the learning rate never gets to its peak: optimizer.warmup_steps={warm_up}")
+        profiler = self._profiler()
         for index in range(self._first_step, self.total_steps):
+            patience, looks = self.config.training.patience, self.checkpoints.best.looks
+            if patience is not None and looks >= patience:
+                self.say(f"stopped early after step {index}: no better {self.checkpoints.best.name} in {looks} looks")
+                break
             step = Step(self, index)
             self._engine.begin_step(index)
             yield step
-            if not step.logged:
+            if profiler is not None:
+                profiler.step()
+            if step.logged is None:
                 raise RuntimeError(f"step {step.number} was not logged")
-            if self.checkpoints.after_step(self._engine, self._record, step.number):
+            if self.checkpoints.after_step(self._engine, self._record, step.number, step.logged):
                 self.status = REQUEUE_STATUS
                 return
         export_run(self._engine, self.checkpoints, self._record, self.prepared.model_path)
+
+    def _profiler(self) -> torch.profiler.profile | None:
+        """Of `logging.profile` steps after this start's first, on every rank: OUTPUT/profile/rank_0.json, a Chrome
+        trace."""
+        steps, left = self.config.logging.profile, self.total_steps - self._first_step
+        if steps is None or not left:
+            return None
+        directory, warm_up = self.directory / "profile", int(left > 1)
+        directory.mkdir(exist_ok=True)
+        return self._stack.enter_context(
+            torch.profiler.profile(
+                schedule=torch.profiler.schedule(wait=0, warmup=warm_up, active=min(steps, left - warm_up), repeat=1),
+                on_trace_ready=lambda trace: trace.export_chrome_trace(str(directory / f"rank_{dist.get_rank()}.json")),
+            )
+        )
 
     def say(self, text: str) -> None:
         """A line for a person, once per job."""
@@ -142,6 +166,7 @@ class Run:
                 raise
             print(f"rank {dist.get_rank()}, closing after an error: {second}", flush=True)
         if isinstance(error, NotFiniteError) and self._record is not None:
+            self.checkpoints.finish()  # all ranks are here
             raise NotFiniteError(f"step {self._record.current_step}: {error}") from None
 
 
@@ -150,7 +175,7 @@ class Step:
 
     def __init__(self, run: Run, index: int) -> None:
         self.run, self.index = run, index  # from 0
-        self.logged = False
+        self.logged: dict[str, float] | None = None  # its figures
         self._timer = PhaseTimer(memory=True)
         self._apart: set[str] = set()
 
@@ -170,8 +195,9 @@ class Step:
 
     @property
     def validates(self) -> bool:
-        """Whether held-out rows are looked at after it: with every checkpoint, and at the end."""
-        return self.saves or self.last
+        """Whether held-out rows are looked at after it."""
+        every = self.run.config.training.validate_every
+        return self.last or (self.saves if every is None else self.number % every == 0)
 
     @property
     def learning_rate(self) -> float:
@@ -198,7 +224,7 @@ class Step:
         metrics |= {f"{phase}_seconds": value for phase, value in timer.seconds.items()}
         metrics |= {f"{phase}_memory_gib": value for phase, value in timer.memory_gib.items()}
         self.run.log(self.number, metrics)
-        self.logged = True
+        self.logged = metrics
 
 
 @contextlib.contextmanager

@@ -18,11 +18,19 @@ def total_steps(config: TrainingConfig, dataset: Any, rows: int) -> int:
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Learning rate of optimizer step `step` (from 0): linear warm-up, then decay to `min_lr` at the end."""
+    """Learning rate of optimizer step `step` (from 0): linear warm-up, then decay to `min_lr` at the end.
+
+    Of T steps, D of them decay: cosine and linear from the warm-up's end on, wsd (warm-up, stable, decay; arXiv
+    2404.06395, eq. 1; linear as in arXiv 2405.18392) in the last `decay_steps`, by
+    min_lr + (lr - min_lr) (T - step) / D for step >= T - D, `lr` before. A warm-up that reaches into them shortens D.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
-    share = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    decays = total_steps - config.warmup_steps
+    if config.schedule == "wsd":
+        decays = min(decays, config.decay_steps or math.ceil(total_steps / 10))
+    progress = min(1.0, max(0, step - (total_steps - decays)) / max(1, decays))
+    share = 0.5 * (1.0 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0 - progress
     return config.min_lr + (config.lr - config.min_lr) * share

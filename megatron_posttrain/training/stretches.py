@@ -97,9 +97,11 @@ class Stretches:
     Args:
         optimizer: megatron-core's ChainedOptimizer of DistributedOptimizers.
         model: the model chunks' sharded state dicts, with parameters as they are (`keep_vars`).
+        states: of a parameter, by the optimizer's names; `param`: the main weight.
     """
 
-    def __init__(self, optimizer: Any, model: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, optimizer: Any, model: Sequence[dict[str, Any]], states: Sequence[str] = STATES) -> None:
+        self.states = states
         bases = {id(entry.data): entry for chunk in model for entry in chunk.values() if hasattr(entry, "data")}
         chained = optimizer.chained_optimizers
         self.optimizers, self.buckets, self.loaded = chained, [], []  # type: ignore[var-annotated]
@@ -124,7 +126,7 @@ class Stretches:
         found = []
         for bucket in self.buckets:
             written = [piece for piece in bucket.pieces if not any(piece.sharded.replica_id)]
-            for state in STATES:
+            for state in self.states:
                 flat = bucket.exchange(bucket.part(state))
                 for piece in written:
                     found.append(bucket.named(piece, state, piece.of(flat, piece.start).to("cpu", copy=True)))
@@ -139,7 +141,7 @@ class Stretches:
         self.loaded = [
             [
                 [bucket.named(piece, state, torch.empty(piece.sharded.local_shape)) for piece in bucket.pieces]
-                for state in STATES
+                for state in self.states
             ]
             for bucket in self.buckets
         ]
@@ -151,7 +153,7 @@ class Stretches:
         ranks' weights are to be gathered."""
         for bucket, states in zip(self.buckets, self.loaded, strict=True):
             parts = {}
-            for name, pieces in zip(STATES, states, strict=True):
+            for name, pieces in zip(self.states, states, strict=True):
                 flat = torch.zeros(bucket.end - bucket.first, device=bucket.device)
                 for piece, sharded in zip(bucket.pieces, pieces, strict=True):
                     piece.of(flat, piece.start).copy_(sharded.data)

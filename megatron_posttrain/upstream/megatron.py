@@ -11,7 +11,9 @@ torch's own (neither is installed):
 """
 
 import contextlib
+import multiprocessing.dummy
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -145,3 +147,12 @@ def _split_by_sequence(module: torch.nn.Module, inputs: Any, output: Any) -> Any
 
     whole = mappings.gather_from_tensor_model_parallel_region(output[0])
     return mappings.scatter_to_sequence_parallel_region(whole), output[1]
+
+
+def written_by_threads() -> contextlib.AbstractContextManager[None]:
+    """megatron-core 0.16.1 forks a process for each of a rank's files, though CUDA's, gloo's and vLLM's threads do not
+    survive a fork, and starts one more, that stays, to hear from them: 2 to 4 s before a rank's first byte."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    threads = SimpleNamespace(get_context=lambda method: multiprocessing.dummy)
+    return replaced([(filesystem_async, "mp", threads), (filesystem_async, "_results_queue", None)])

@@ -1,0 +1,66 @@
+"""`sample`: N graded responses a prompt, alone or under `torchrun`; a run that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_posttrain.cli.generation import add_arguments as add_common
+from megatron_posttrain.cli.generation import positive, prepare, set_of, start_engine
+from megatron_posttrain.output import check_output
+
+FILES = ("responses.jsonl", "sample.json", "sft.jsonl", "dpo.jsonl", "grpo.jsonl")
+KEEP = ("correct", "shortest-correct", "best", "all")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common(parser, max_tokens=1024, samples=8, temperature=1.0)
+    add = parser.add_argument
+    add("--keep", choices=KEEP, default="correct", help="responses that become rows of sft.jsonl: all correct ones, "
+        "the shortest correct one, the one of the highest reward, or all (default: correct)")  # fmt: skip
+    add("--mixed-only", action="store_true", help="no rows in sft.jsonl for prompts of which all or no responses "
+        "are correct; dpo.jsonl and grpo.jsonl never have any")  # fmt: skip
+    add("--save-every", type=positive, default=256, metavar="N", help="prompts after which responses are in the file "
+        "for good (default: 256)")  # fmt: skip
+    add("--output", default="runs/samples", metavar="DIR", help="responses.jsonl, and from it sft.jsonl, dpo.jsonl "
+        "(best and worst response), grpo.jsonl (prompts with their difficulty) (default: runs/samples)")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    # First, before torch: it sets what vLLM and OpenMP read from the environment at their import.
+    from megatron_posttrain.rollout import RolloutEngine  # noqa: F401
+
+    # isort: split
+    import torch.distributed as dist
+
+    from megatron_posttrain.evaluation.sample import SETTINGS, check_settings, sample, write_rows
+
+    output = Path(args.output)
+    check_output(output, "--output", FILES)
+    one = set_of(args)
+    job = prepare(args, {"sample": one})
+    [task] = job.tasks
+    settings = json.loads(json.dumps({
+        "model": args.model, "sampling": asdict(task.sampling), "rewards": one.model_dump(mode="json")["rewards"],
+        "prompts": hashlib.sha256(repr([p.token_ids for p in task.prompts]).encode()).hexdigest()[:16],
+        "seed": args.seed, "dtype": args.dtype, "save_every": args.save_every,
+    }))  # fmt: skip
+    check_settings(output, settings)
+    engine = start_engine(args, job)
+    if dist.get_rank() == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sample(engine, job.tokenizer, task.prompts, task.rewards, task.sampling, args.seed, output, args.save_every)
+    if dist.get_rank() == 0:
+        counts = write_rows(output, task.rows, args.keep, args.mixed_only)
+        print(
+            f"{counts['prompts']:,} prompts, {counts['correct']:.1%} of responses correct; all correct for "
+            f"{counts['all_correct']:,} prompts, none for {counts['none_correct']:,}\n"
+            f"written to {output}: rows for sft: {counts['sft']:,}, dpo: {counts['dpo']:,}, grpo: {counts['grpo']:,}"
+        )
+    engine.close()
+    dist.destroy_process_group()
+    return 0

@@ -1,0 +1,52 @@
+"""Results of several models on the same prompts, and whether they differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from megatron_posttrain.errors import UserError
+from megatron_posttrain.evaluation.evaluate import CORRECT, by_prompt
+from megatron_posttrain.evaluation.statistics import paired_difference
+
+Shares = Mapping[str, Mapping[str, float]]  # set -> prompt -> share of correct responses
+
+
+def read_results(directory: Path) -> Shares:
+    """Of a directory that `evaluate` wrote, with or without --suite. Raises UserError where there is none."""
+    files = {"": directory / "responses.jsonl"}
+    if not files[""].is_file():
+        files = {file.parent.name: file for file in sorted(directory.glob("*/responses.jsonl"))}
+    if not files:
+        raise UserError(f"{directory}: no responses.jsonl in it or in a directory of it; `evaluate` writes one")
+    found = {}
+    for name, file in files.items():
+        with file.open(encoding="utf-8") as lines:
+            groups = by_prompt(json.loads(line) for line in lines)
+        found[name] = {
+            json.dumps([group[0]["messages"], group[0]["answer"]]): fmean(r["reward"] > CORRECT for r in group)
+            for group in groups
+        }
+    return found
+
+
+def compare(results: Sequence[Shares], names: Sequence[str]) -> str:
+    """A table: each of the others against the first, on the prompts that both answered."""
+    width = max(map(len, (*(set_ for shares in results for set_ in shares), *names, "set")))
+    head = f"{'set':{width}} {'against ' + names[0]:{width + 8}} prompts  first second  difference  95% interval      p       smallest to be seen"  # noqa: E501
+    lines = [head]
+    for name, others in zip(names[1:], results[1:], strict=True):
+        for set_ in results[0]:
+            first, second = results[0][set_], others.get(set_, {})
+            if not (common := [key for key in first if key in second]):
+                raise UserError(f"{names[0]} and {name} have no prompt of set {set_ or 'evaluation'!r} in common")
+            d = paired_difference([first[key] for key in common], [second[key] for key in common])
+            lines.append(
+                f"{set_:{width}} {name:{width + 8}} {d.prompts:7} {d.first:6.3f} {d.second:6.3f}  "
+                f"{d.difference:+10.3f}  {d.low:+.3f} to {d.high:+.3f}  {d.p_value:.4f}  {d.detectable:.3f}"
+            )
+            if left := len(first) + len(second) - 2 * len(common):
+                lines.append(f"  {left} prompts are in one of them only, and were left out")
+    return "\n".join(lines)

@@ -1,0 +1,151 @@
+"""Evaluation sets as YAML: which rows, how they are asked, what grades them, how responses are sampled."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
+
+from megatron_posttrain.config.schema import EnvironmentConfig, Fraction, RewardConfig, Section, check_columns
+from megatron_posttrain.data.columns import rename
+from megatron_posttrain.data.files import records
+from megatron_posttrain.data.messages import BadRow
+from megatron_posttrain.data.rows import Row, read_rows
+from megatron_posttrain.errors import UserError
+from megatron_posttrain.rollout import Sampling
+
+# What Qwen3 was evaluated with (arXiv 2505.09388, section 4.6), and whether its template lets it think.
+PRESETS: dict[str, tuple[dict[str, float], bool | None]] = {
+    "greedy": ({"temperature": 0.0}, None),
+    "qwen3-thinking": ({"temperature": 0.6, "top_p": 0.95, "top_k": 20}, True),
+    "qwen3-non-thinking": ({"temperature": 0.7, "top_p": 0.8, "top_k": 20, "presence_penalty": 1.5}, False),
+}
+
+
+class FewShot(Section):
+    data: str = Field(description="file whose first rows are answered before the question, as earlier turns")
+    count: PositiveInt = 5
+    response: str = Field(description="template of an answer, from the row's columns")
+
+
+class EvaluationSet(Section):
+    data: str = Field(description="file of rows")
+    columns: dict[str, str | list[str]] = Field(default_factory=dict, description="as data.columns")
+    prompt: str | None = Field(
+        None,
+        description="Jinja template of the question, from a row's columns; filters: shuffled (a list, always the same "
+        "way), letter (0 is A); null: the rows are in a form that training reads",
+    )
+    answer: str | None = Field(None, description="template of the expected answer")
+    metadata: dict[str, str] = Field(default_factory=dict, description="what rewards read: name to column")
+    few_shot: FewShot | None = Field(None, description="answered questions before each")
+    system: str | None = Field(None, description="a system turn before each question")
+    rewards: list[RewardConfig] = Field(default_factory=lambda: [RewardConfig(name="math")], min_length=1)
+    environment: EnvironmentConfig | None = Field(None, description="what answers the model's turns; null: one turn")
+    limit: PositiveInt | None = Field(None, description="only the first rows")
+    samples: PositiveInt = Field(1, description="responses a prompt")
+    max_tokens: PositiveInt = Field(1024, description="of a response")
+    preset: Literal["greedy", "qwen3-thinking", "qwen3-non-thinking"] = Field(
+        "greedy", description="temperature, top_p, top_k, presence_penalty and thinking, where they are not given"
+    )
+    temperature: NonNegativeFloat | None = None
+    top_p: Fraction | None = None
+    top_k: NonNegativeInt | None = Field(None, description="0: all tokens")
+    presence_penalty: float | None = None
+    thinking: bool | None = Field(None, description="the template's enable_thinking; null: its default")
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, columns: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
+        check_columns(columns)
+        return columns
+
+    @property
+    def sampling(self) -> Sampling:
+        named: dict[str, Any] = PRESETS[self.preset][0]
+        given = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "presence_penalty")}
+        return Sampling(
+            self.samples, self.max_tokens, **named | {name: value for name, value in given.items() if value is not None}
+        )
+
+    @property
+    def graded_by(self) -> str:
+        return ", ".join(spec.name for spec in self.rewards)
+
+    def rows(self, directory: Path = Path()) -> list[Row]:
+        """The set's rows; file names start from `directory`. Raises UserError with file and line."""
+        file = str(directory / self.data)
+        before = self._asked_before(directory)
+        found = list(self._rendered(file)) if self.prompt is not None else read_rows(file, columns=self.columns)
+        thinking = self.thinking if self.thinking is not None else PRESETS[self.preset][1]
+        options = {} if thinking is None else {"enable_thinking": thinking}
+        return [
+            replace(row, messages=[*before, *row.messages], template_options=row.template_options | options)
+            for row in found[: self.limit]
+        ]
+
+    def _asked_before(self, directory: Path) -> list[dict[str, Any]]:
+        turns: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
+        if self.few_shot is None:
+            return turns
+        shots = list(records(str(directory / self.few_shot.data)))
+        if self.few_shot.data == self.data or len(shots) < self.few_shot.count:
+            raise UserError(
+                f"few_shot.data {self.few_shot.data}: {len(shots)} rows; allowed: another file than the set's, with "
+                f"the {self.few_shot.count} rows of few_shot.count"
+            )
+        for where, record in shots[: self.few_shot.count]:
+            question = self._fill("prompt", record, where)
+            turns.append({"role": "user", "content": question})
+            turns.append({"role": "assistant", "content": self._fill("few_shot.response", record, where)})
+        return turns
+
+    def _rendered(self, file: str) -> Iterator[Row]:
+        for where, record in records(file):
+            try:
+                named = rename(record, self.columns)
+                metadata = rename(record, self.metadata)
+            except BadRow as error:
+                raise UserError(f"{where}: {error}") from None
+            answer = self._fill("answer", named, where) if self.answer is not None else None
+            question = [{"role": "user", "content": self._fill("prompt", named, where)}]
+            yield Row(question, answer, {key: metadata[key] for key in self.metadata}, where)
+
+    @cached_property
+    def _templates(self) -> Mapping[str, Any]:
+        environment = SandboxedEnvironment(undefined=StrictUndefined)
+        environment.filters |= {"shuffled": _shuffled, "letter": _letter}
+        shot = self.few_shot.response if self.few_shot else None
+        texts = {"prompt": self.prompt, "answer": self.answer, "few_shot.response": shot}
+        try:
+            return {name: environment.from_string(text) for name, text in texts.items() if text is not None}
+        except TemplateError as error:
+            raise UserError(f"a template of the set on {self.data}: {error}") from None
+
+    def _fill(self, name: str, record: Mapping[str, Any], where: str) -> str:
+        try:
+            return str(self._templates[name].render(record)).strip()
+        except KeyError:
+            raise UserError("few_shot needs `prompt`, the template of its questions") from None
+        except (TemplateError, ValueError, TypeError, IndexError) as error:
+            raise UserError(f"{where}: {name}: {error}; columns found: {', '.join(record)}") from None
+
+
+def _shuffled(values: list[Any]) -> list[Any]:
+    """In an order that depends on the values alone."""
+    return random.Random(repr(values)).sample(values, len(values))
+
+
+def _letter(index: int) -> str:
+    return chr(ord("A") + index)
+
+
+class Suite(Section):
+    sets: dict[str, EvaluationSet] = Field(min_length=1, description="name to set")

@@ -1,0 +1,154 @@
+"""`sample`: the same rows after a kill at any moment, and which rows are made of which responses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_posttrain.cli.main import main
+from megatron_posttrain.data.dataset import PromptDataset
+from megatron_posttrain.data.rows import Row, read_rows
+from megatron_posttrain.data.tokenize import load_tokenizer
+from megatron_posttrain.evaluation import sample as sampling_room
+from megatron_posttrain.evaluation.sample import RESPONSES, sample, write_rows
+from megatron_posttrain.parallel.groups import start_distributed
+from megatron_posttrain.rewards import Reward
+from megatron_posttrain.rollout import Completion, Sampling
+from tests.launch import command
+from tests.rollout_models import make_model, make_tokenizer
+
+REWARD = """
+from megatron_posttrain.rewards import reward
+
+@reward("even")
+def even(sample):
+    return float(len(sample.response) % 2 == 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("sample")
+    make_model(place / "model", "dense_tied", seed=0)
+    make_tokenizer(place / "model")
+    (place / "reward.py").write_text(REWARD)
+    rows = [{"prompt": f"{i}?", "answer": str(i), "metadata": {"level": i}} for i in range(7)]
+    (place / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return place
+
+
+def arguments(place: Path, output: Path) -> list[str]:
+    return [
+        "sample", *("--model", str(place / "model"), "--data", str(place / "rows.jsonl"), "--samples", "4"),
+        *("--max-tokens", "8", "--reward", "even", "--reward-file", str(place / "reward.py"), "--save-every", "2"),
+        *("--output", str(output)),
+    ]  # fmt: skip
+
+
+class Engine:
+    """Stands in for vLLM: a response depends on its seed alone."""
+
+    replica, replicas, tensor = 0, 1, 1
+
+    def __init__(self) -> None:
+        self.prompts = 0
+
+    def generate(self, prompts: Any, sampling: Sampling, seeds: Any) -> list[Completion]:
+        self.prompts += len(prompts)
+        drawn = [np.random.default_rng(seed).integers(30, 90, sampling.max_tokens).tolist() for seed in seeds]
+        return [Completion(ids, [0.0] * len(ids), "length") for ids in drawn]
+
+
+def test_a_killed_run_goes_on_to_the_same_responses(place: Path, tmp_path: Path) -> None:
+    """Files cut at random bytes, as a kill leaves them: of 7 prompts x 4 responses, saved by two prompts."""
+    start_distributed()
+    tokenizer = load_tokenizer(str(place / "model"))
+    prompts = PromptDataset(read_rows(place / "rows.jsonl"), tokenizer, 100).prompts
+    rewards = [Reward("even", 1.0, lambda one: float(len(one.response) % 2 == 0))]
+
+    def run(output: Path) -> int:
+        engine: Any = Engine()
+        sample(engine, tokenizer, prompts, rewards, Sampling(4, 8), 5, output, 2)
+        return engine.prompts // 4
+
+    assert run(tmp_path) == 7
+    whole = (tmp_path / RESPONSES).read_bytes()
+    ends = [0, *np.cumsum([len(line) for line in whole.splitlines(keepends=True)]).tolist()]
+    random = np.random.default_rng(0)
+    for cut in [0, ends[8], ends[8] - 1, ends[24], len(whole) - 1, len(whole), *random.integers(0, len(whole), 20)]:
+        (tmp_path / RESPONSES).write_bytes(whole[:cut])
+        drawn = run(tmp_path)
+        assert (tmp_path / RESPONSES).read_bytes() == whole
+        there = sum(end <= cut for end in ends) - 1
+        assert drawn == (0 if there == 28 else 7 - there // 8 * 2)
+
+
+def test_the_command(place: Path, tmp_path: Path) -> None:
+    said = command(*arguments(place, tmp_path)).stdout
+    assert "7 of 7 prompts" in said
+    lines = (tmp_path / RESPONSES).read_bytes().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [(r["index"], r["sample"]) for r in records] == [(i, k) for i in range(7) for k in range(4)]
+    assert len({r["response"] for r in records[:4]}) > 1  # drawn, not greedy
+    assert json.loads((tmp_path / "sample.json").read_text())["sampling"]["temperature"] == 1
+
+
+def test_other_settings_are_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / RESPONSES).touch()
+    (tmp_path / "sample.json").write_text('{"seed": 1}')
+    assert main(arguments(place, tmp_path)) == 2
+    assert "the responses in it were sampled with another model" in capsys.readouterr().err
+
+
+def record(index: int, reward: float, tokens: int, cut: bool = False) -> dict[str, Any]:
+    reason = "length" if cut else "stop"
+    said = f"{index}: {reward} in {tokens}"
+    return {"index": index, "response": said, "reward": reward, "tokens": tokens, "finish_reason": reason}
+
+
+LAST = ["3: 0.0 in 3", "3: 0.0 in 4", "3: 0.0 in 5"]
+RECORDS = [
+    *(record(0, 1.0, 9), record(0, 1.0, 5), record(0, 0.2, 7), record(0, 0.0, 3)),
+    *(record(1, 1.0, 4), record(1, 0.9, 4), record(1, 1.0, 6), record(1, 1.0, 8)),
+    *(record(2, 0.0, 4), record(2, 0.0, 4), record(2, 0.0, 6), record(2, 0.0, 8)),
+    *(record(3, 1.0, 9, cut=True), record(3, 0.0, 3), record(3, 0.0, 4), record(3, 0.0, 5)),
+]
+
+
+@pytest.mark.parametrize(
+    ("keep", "mixed_only", "sft"),
+    [
+        ("correct", False, ["0: 1.0 in 9", "0: 1.0 in 5", "1: 1.0 in 4", "1: 0.9 in 4", "1: 1.0 in 6", "1: 1.0 in 8"]),
+        ("correct", True, ["0: 1.0 in 9", "0: 1.0 in 5"]),
+        ("shortest-correct", False, ["0: 1.0 in 5", "1: 1.0 in 4"]),
+        ("best", False, ["0: 1.0 in 5", "1: 1.0 in 4", "2: 0.0 in 4", "3: 0.0 in 3"]),
+        ("all", True, ["0: 1.0 in 9", "0: 1.0 in 5", "0: 0.2 in 7", "0: 0.0 in 3", *LAST]),
+    ],
+)  # fmt: skip
+def test_rows(keep: str, mixed_only: bool, sft: list[str], tmp_path: Path) -> None:
+    (tmp_path / RESPONSES).write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
+    asked = [{"role": "user", "content": "?"}]
+    rows = [Row(asked, "7", {"level": i}, tools=[{"type": "function", "function": {"name": "f"}}]) for i in range(4)]
+    counts = write_rows(tmp_path, rows, keep, mixed_only)
+    assert (counts["all_correct"], counts["none_correct"], counts["correct"]) == (1, 1, 7 / 16)
+    made = read_rows(tmp_path / "sft.jsonl", require_assistant=True)
+    assert [row.messages[-1]["content"] for row in made] == sft
+    assert made[0].tools == rows[0].tools
+    pairs = read_rows(tmp_path / "dpo.jsonl", use="preference")
+    said = [(row.messages, row.chosen[0]["content"], row.rejected[0]["content"]) for row in pairs]
+    assert said == [(asked, "0: 1.0 in 5", "0: 0.0 in 3"), (asked, "1: 1.0 in 4", "1: 0.9 in 4")]
+    prompts = read_rows(tmp_path / "grpo.jsonl")
+    assert [(row.answer, row.metadata) for row in prompts] == [
+        ("7", {"level": 0, "difficulty": 0.5}),
+        ("7", {"level": 3, "difficulty": 0.75}),
+    ]
+
+
+def test_every_rule_is_offered() -> None:
+    from megatron_posttrain.cli.sample import KEEP
+
+    assert set(KEEP) == set(sampling_room.KEEP)
