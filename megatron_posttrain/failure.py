@@ -24,7 +24,13 @@ def end_with_launcher() -> None:
     reaches a process that hangs as well, which a thread that watches its parent need not; SIGKILL, since a stop that
     saves would need the launcher's store. Started by hand or by srun a process may outlive the shell: not there.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+
+
+def die_with_parent() -> None:
+    """The kernel ends this process as soon as the one that started it is gone."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

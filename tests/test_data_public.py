@@ -90,7 +90,7 @@ FILES = [
 
 @pytest.mark.parametrize(("name", "count", "use", "columns"), FILES, ids=lambda x: x if isinstance(x, str) else "")
 def test_every_file_of_rows_is_read(name, count, use, columns):
-    rows = list(read_records(str(SHARED / "datasets" / name), Reader(columns or {}, "any")))
+    rows = [row for row, _ in read_records(str(SHARED / "datasets" / name), Reader(columns or {}, "any"))]
     assert len(rows) == count
     assert {row.form.use for row in rows} == {use}
     assert all(message["content"].strip() or message.get("tool_calls") or message["role"] != "user"

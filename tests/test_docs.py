@@ -16,7 +16,7 @@ from megatron_posttrain.config.load import load_config
 from tests.launch import ROOT
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "launch/README.md", *(ROOT / "docs").glob("*.md")])
-CONFIGS = sorted(file for file in (ROOT / "examples").rglob("*.yaml") if "suites" not in file.parts)
+CONFIGS = sorted(file for file in (ROOT / "examples").rglob("*.yaml") if not {"suites", "recipes"} & {*file.parts})
 REQUIRED = ("model.path=x", "data.train=x", "output=x")
 
 

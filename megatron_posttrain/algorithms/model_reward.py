@@ -63,10 +63,12 @@ class ModelReward:
 
     def _values(self, samples: Samples) -> np.ndarray:
         """[n] NaN where the model cannot read a conversation."""
-        mine = [self._tokens(samples, k, turns) for k, turns in zip(samples.drawn, samples.messages, strict=False)]
+        drawn = zip(samples.drawn, samples.messages, strict=False)  # none but on the first ranks of replicas
+        mine = [(k, self._tokens(samples, k, turns)) for k, turns in drawn]
         parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, mine)  # none but from the first ranks of replicas
-        tokens = [ids for part in parts for ids in part]
+        dist.all_gather_object(parts, mine)
+        found = dict(pair for part in parts for pair in part)
+        tokens = [found[k] for k in range(len(samples.prompts))]
         known = [i for i, ids in enumerate(tokens) if 0 < len(ids) <= self.arch.context_length]
         values = np.full(len(tokens), np.nan)
         if known:

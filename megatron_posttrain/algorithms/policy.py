@@ -25,10 +25,9 @@ from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import Prompt, PromptDataset
 from megatron_posttrain.data.rows import read_rows
 from megatron_posttrain.errors import UserError
-from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.build import DTYPES
 from megatron_posttrain.platform import platform
-from megatron_posttrain.rewards.registry import Reward
+from megatron_posttrain.rewards.registry import Reward, load_rewards
 from megatron_posttrain.rollout.engine import RolloutEngine
 from megatron_posttrain.rollout.refit import Refit, prove
 from megatron_posttrain.rollout.samples import Samples, collect_samples, save_samples
@@ -61,36 +60,47 @@ class RunawayError(UserError):
 
 
 @dataclass
+class Asked:
+    """What the model is asked, what answers its turns, and what grades them."""
+
+    prompts: PromptDataset
+    turns: Turns
+    rewards: list[Reward]
+    model_reward: ModelReward | None
+
+    @classmethod
+    def of(cls, config: GrpoConfig, prepared: Prepared) -> Asked:
+        """Raises UserError for what only RL asks of a config."""
+        if wrong := list(rollout_problems(config, prepared.arch, platform().name)):
+            raise UserError("; ".join(wrong))
+        turns = load_turns(config.environment, config.rollout, prepared.tokenizer, unsafe=config.sandbox.unsafe)
+        rows = read_rows(config.data.sources, columns=config.data.columns)
+        return cls(
+            prompts_of(config, rows, prepared.tokenizer, turns.tools),
+            turns,
+            load_rewards(config.rewards, unsafe=config.sandbox.unsafe),
+            ModelReward.of(config, prepared),
+        )
+
+
+@dataclass
 class Rollouts:
     """The rollout engine of a run, and what its steps need beside a config."""
 
     run: Run
     whole_config: GrpoConfig  # of all steps
     engine: Engine
-    prompts: PromptDataset
-    tokenizer: Any
-    rewards: list[Reward]
-    turns: Turns
-    model_reward: ModelReward | None
+    asked: Asked
     rollout: RolloutEngine
 
     @classmethod
-    def start(
-        cls,
-        run: Run,
-        config: GrpoConfig,
-        engine: Engine,
-        prompts: PromptDataset,
-        rewards: list[Reward],
-        turns: Turns,
-        model_reward: ModelReward | None,
-    ) -> Rollouts:
+    def start(cls, run: Run, config: GrpoConfig, engine: Engine, asked: Asked) -> Rollouts:
         """Collective: once the trainer has what memory it needs."""
-        if model_reward is not None:
-            model_reward.load(run.groups)
+        if asked.model_reward is not None:
+            asked.model_reward.load(run.groups)
         rollout = run.closing(make_rollout_engine(config, run.prepared))
         run.say(f"{rollout.replicas} rollout replicas; {stop_message(run.prepared.tokenizer)}")
-        return cls(run, config, engine, prompts, run.prepared.tokenizer, rewards, turns, model_reward, rollout)
+        return cls(run, config, engine, asked, rollout)
 
     def config(self, step: int) -> GrpoConfig:
         """The run's, with the numbers of this step."""
@@ -109,29 +119,32 @@ class Rollouts:
         if config.rollout.offload:
             self.engine.offload()
         Refit(self.rollout).update(full_tensors(self.engine), step)
-        canary = [p.token_ids for p in self.prompts.prompts[:CANARY_PROMPTS]]
+        canary = [p.token_ids for p in self.asked.prompts.prompts[:CANARY_PROMPTS]]
         own = partial(_canary_logprobs, self.engine, token_budget(config))
         prove(self.rollout, canary, own, config.rollout.proof_tolerance)
 
     def draw(self, config: GrpoConfig, step: int, batches: int = 1) -> Samples:
         """The step's samples; where all of a prompt have one reward they are replaced, out of at most `batches`."""
-        batch = self.prompts.batch(step, config.rollout.prompts_per_step)
+        asked, tokenizer = self.asked, self.run.prepared.tokenizer
+        batch = asked.prompts.batch(step, config.rollout.prompts_per_step)
 
         def collect(prompts: list[Prompt], number: int) -> Samples:
-            asked = self.rollout, self.tokenizer, prompts, self.rewards, config, step, number, self.turns
-            samples = collect_samples(*asked)
-            if self.model_reward is not None:
-                self.model_reward.add(samples, config.rollout.samples_per_prompt)
-            return samples
+            return collect_samples(self.rollout, tokenizer, prompts, asked.rewards, config, step, number, asked.turns)
 
         samples = collect(batch, 0)
         if batches > 1:
-            samples = replace_equal(samples, batch, self.prompts, [config.training.seed, step], batches, collect)
+            samples = replace_equal(samples, batch, asked.prompts, [config.training.seed, step], batches, collect)
         self.rollout.sleep()
         samples.advantages = torch.zeros(len(samples.prompts))  # known when they were scored
-        if config.algorithm.mask_truncated:
-            samples.masked = samples.masked | samples.truncated
         return samples
+
+    def grade(self, step: Step, samples: Samples) -> None:
+        """Collective, while the engine sleeps: what a reward model adds to the rewards; what is masked."""
+        if self.asked.model_reward is not None:
+            with step.phase("reward_model"):
+                self.asked.model_reward.add(samples, self.whole_config.rollout.samples_per_prompt)
+        if self.whole_config.algorithm.mask_truncated:
+            samples.masked = samples.masked | samples.truncated
 
     def finish(self, step: Step, samples: Samples, figures: dict[str, float | Mean]) -> None:
         """Logs and saves what a step did. Raises RunawayError where trainer and engine have parted."""
@@ -287,15 +300,6 @@ def policy_loss(algorithm: PolicyAlgorithm, output: Output, batch: PackedBatch) 
     count = batch.loss_mask.sum()
     sums["entropy"] = (output["entropy"].detach() * batch.loss_mask).sum()
     return terms, {name: Mean(total, count) for name, total in sums.items()}
-
-
-def check(config: GrpoConfig, tokenizer: Any, arch: Architecture | None, device: str) -> tuple[PromptDataset, Turns]:
-    """What only RL asks of a config for `device`, cpu or cuda; prompts, and how they go on. Raises UserError."""
-    if wrong := list(rollout_problems(config, arch, device)):
-        raise UserError("; ".join(wrong))
-    turns = load_turns(config.environment, config.rollout, tokenizer, unsafe=config.sandbox.unsafe)
-    rows = read_rows(config.data.sources, columns=config.data.columns)
-    return prompts_of(config, rows, tokenizer, turns.tools), turns
 
 
 def make_rollout_engine(config: GrpoConfig, prepared: Prepared) -> RolloutEngine:

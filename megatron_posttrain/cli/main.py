@@ -26,6 +26,8 @@ OTHER_COMMANDS: dict[str, tuple[str, str]] = {
     "curate": ("megatron_posttrain.cli.curate", "filter rows: duplicates, contamination, length, language, repetition"),
     "data": ("megatron_posttrain.cli.data", "what data files hold and how they would be read"),
     "plan": ("megatron_posttrain.cli.plan", "memory, step time and best layouts of a model on a cluster"),
+    "pipeline": ("megatron_posttrain.cli.pipeline", "stages with gates as one run that can be resumed"),
+    "report": ("megatron_posttrain.cli.report", "one offline HTML page about runs, side by side"),
     "doctor": ("megatron_posttrain.cli.doctor", "check a config, the machine and the versions"),
 }
 

@@ -287,12 +287,21 @@ class GrpoConfig(Config):
                 f"rollout.thinking_tokens={rollout.thinking_tokens} has no effect beside "
                 f"rollout.max_tokens={rollout.max_tokens}; allowed: fewer, or null"
             )
-        if self.environment is None and any(r.name == "environment" and r.file is None for r in self.rewards):
-            yield "rewards: 'environment' is what an environment gives, and there is none; set `environment`"
+        yield from self._reward_problems()
         if rollout.max_tokens >= length:
             yield (
                 f"data.sequence_length={length} leaves no room for a prompt beside "
                 f"rollout.max_tokens={rollout.max_tokens}"
+            )
+
+    def _reward_problems(self) -> Iterator[str]:
+        if self.environment is None and any(r.name == "environment" and r.file is None for r in self.rewards):
+            yield "rewards: 'environment' is what an environment gives, and there is none; set `environment`"
+        sampled = getattr(self.algorithm, "dynamic_sampling", None)
+        if sampled is not None and any(r.name == "reward_model" for r in self.rewards):
+            yield (
+                f"algorithm.dynamic_sampling={sampled} looks at rewards before a reward_model gives its own; "
+                "allowed: null"
             )
 
 

@@ -17,8 +17,13 @@ from megatron_posttrain.errors import UserError, nearest, nearest_file
 ConfigType = TypeVar("ConfigType", bound=BaseModel)
 
 
-def load_config(schema: type[ConfigType], file: str | Path | None, overrides: Sequence[str] = ()) -> ConfigType:
+def load_config(
+    schema: type[ConfigType], file: str | Path | None, overrides: Sequence[str] = (), *, resolve: bool = True
+) -> ConfigType:
     """Reads `file` (its `defaults:` parents first), applies overrides, validates against `schema`.
+
+    Args:
+        resolve: whether `${key}` is replaced by that key's value; else it stays as it is written.
 
     Raises UserError for a missing file, bad YAML, an unknown key (with the nearest valid one) or a bad value.
     """
@@ -32,7 +37,7 @@ def load_config(schema: type[ConfigType], file: str | Path | None, overrides: Se
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise UserError(f"override '{override}': {str(error).splitlines()[0]}") from None
     try:
-        plain = OmegaConf.to_container(tree, resolve=True)
+        plain = OmegaConf.to_container(tree, resolve=resolve)
     except OmegaConfBaseException as error:
         raise UserError(f"{file}: {str(error).splitlines()[0]}") from None
     where = f"{file}: " if file is not None else ""
@@ -65,6 +70,14 @@ def _ignored(config: Any) -> Iterator[str]:
 def to_yaml(config: BaseModel) -> str:
     """The resolved config as YAML, enough to run it again."""
     return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def describe(schema: type[BaseModel]) -> Iterator[str]:

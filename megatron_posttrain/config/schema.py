@@ -279,16 +279,16 @@ class RolloutConfig(Section):
     samples_per_prompt: PositiveInt = 8
     max_tokens: Scheduled[PositiveInt] = Field(
         1024,
-        description="of a response, all turns of an environment included; this and other numbers may be given by "
-        "step: {0: 8192, 500: 16384}",
+        description="of a response, all turns of an environment and its answers; this and other numbers may be given "
+        "by step: {0: 8192, 500: 16384}",
     )
-    temperature: Scheduled[PositiveFloat] = Field(1.0, description="may be given by step")
     thinking_tokens: PositiveInt | None = Field(
         None, description="after which a turn's reasoning is ended with `thinking_stop`; null: never"
     )
     thinking_stop: str = Field(
         "\nThe time for thinking is over, so I answer now.\n", description="text before the end of reasoning"
     )
+    temperature: Scheduled[PositiveFloat] = Field(1.0, description="may be given by step")
     tensor: PositiveInt = Field(1, description="tensor parallel ranks of a vLLM engine")
     kv_cache_gib: PositiveFloat | None = Field(
         None, description="cache of one engine rank, GiB; null: 0.25 on CPU, sized by vLLM on CUDA"

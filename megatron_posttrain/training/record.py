@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_posttrain.config.load import to_yaml
 from megatron_posttrain.config.schema import Config
 from megatron_posttrain.platform import platform
+from megatron_posttrain.platform.describe import describe_environment
 from megatron_posttrain.training.heartbeat import Heartbeat, last_words
 from megatron_posttrain.training.trackers import open_trackers
 
@@ -68,6 +69,12 @@ class Record:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop = True
+
+    def describe(self, **facts: str) -> None:
+        """Into `environment.json`: these, and what this attempt runs on; `report` shows it."""
+        if self.is_main:
+            found = {"command": self.config.command} | facts | {"ranks": dist.get_world_size()} | describe_environment()
+            (self.directory / "environment.json").write_text(json.dumps(found, indent=1) + "\n")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One object a step; a progress line every `logging.every` steps."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_posttrain.checkpoint.hf_files import read_json
 from megatron_posttrain.config.algorithms import ALGORITHMS
+from megatron_posttrain.config.load import flat
 from megatron_posttrain.config.schema import Config
 from megatron_posttrain.data.template import keep_started, started
 from megatron_posttrain.errors import UserError
@@ -112,14 +113,6 @@ def keep_date(config: Config) -> None:
         if moment is not None:
             keep_started(datetime.fromisoformat(moment))
         return
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
 
 
 def _covered(key: str, names: tuple[str, ...]) -> bool:

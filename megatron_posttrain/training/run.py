@@ -104,6 +104,7 @@ class Run:
         assert self._engine is not None, "call model() first"
         self._record = Record(self.config, self.total_steps, self._first_step)
         self.say(f"{self.dataset.message}; {self.total_steps} steps on {self.prepared.layout}")
+        self._record.describe(data=self.dataset.message, layout=str(self.prepared.layout))
         if (warm_up := self.config.optimizer.warmup_steps) >= self.total_steps:
             self.say(f"warning: the learning rate never gets to its peak: optimizer.warmup_steps={warm_up}")
         profiler = self._profiler()

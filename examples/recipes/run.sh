@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# A recipe from end to end, and its report: bash examples/recipes/run.sh classic | deepseek_r1 toy [key.sub=value ...]
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+name=${1:?which recipe: classic, deepseek_r1}
+shift
+file=examples/recipes/$name.yaml
+if [ ! -f "$file" ]; then
+    file=examples/recipes/$name/${1:?which size of $name: toy}.yaml
+    shift
+fi
+[ -x .venv/bin/python ] || bash tools/setup.sh
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+output=$(sed -n 's/^output: *//p' "$file")
+for word in "$@"; do [[ $word != output=* ]] || output=${word#output=}; done
+started=$SECONDS
+status=0
+.venv/bin/python -m megatron_posttrain pipeline "$file" "$@" || status=$?
+.venv/bin/python -m megatron_posttrain report "$output"
+printf '%s: status %d after %d min %d s\n' "$name" "$status" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60))
+exit "$status"

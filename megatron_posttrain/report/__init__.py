@@ -1,0 +1,1 @@
+"""One offline HTML page about runs, evaluations and pipelines."""
