@@ -10,7 +10,10 @@ import pytest
 
 from megatron_posttrain.data.messages import read_tools
 from megatron_posttrain.data.rows import Reader, read_records, read_rows
+from megatron_posttrain.data.template import Template
 from megatron_posttrain.data.tokenize import encode_conversation, load_tokenizer
+from megatron_posttrain.environments import Call
+from megatron_posttrain.environments.dialogue import call_form, following_tokens, read_calls
 from megatron_posttrain.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -87,7 +90,7 @@ FILES = [
 
 @pytest.mark.parametrize(("name", "count", "use", "columns"), FILES, ids=lambda x: x if isinstance(x, str) else "")
 def test_every_file_of_rows_is_read(name, count, use, columns):
-    rows = list(read_records(str(SHARED / "datasets" / name), Reader(columns or {}, "any")))
+    rows = [row for row, _ in read_records(str(SHARED / "datasets" / name), Reader(columns or {}, "any"))]
     assert len(rows) == count
     assert {row.form.use for row in rows} == {use}
     assert all(message["content"].strip() or message.get("tool_calls") or message["role"] != "user"
@@ -216,3 +219,34 @@ def test_templates_with_their_tokenizers(tokenizers, template, name, kind):
     for said in ("What is two", "Sure?", "And three?", "of numbers"):
         assert said not in runs
     assert ("I count to it." in learned[-1]) == (kind == "reasoning")
+
+
+@pytest.mark.parametrize(
+    ("template", "name", "form"),
+    [
+        ("Qwen-Qwen2.5-7B-Instruct", "qwen3", "hermes"), ("Qwen-Qwen3-0.6B", "qwen3", "hermes"),
+        ("Qwen-QwQ-32B", "qwen3", "hermes"), ("meta-llama-Llama-3.1-8B-Instruct", "llama3_1", "llama"),
+        ("meta-llama-Llama-3.2-3B-Instruct", "llama3_1", "llama"), ("Qwen3-Coder", "qwen3", None),
+        ("meta-llama-Llama-3.3-70B-Instruct", "llama3_1", "llama"), ("deepseek-ai-DeepSeek-V3.1", "deepseek_v3", None),
+        ("openai-gpt-oss-120b", "gpt_oss", None), ("GLM-4.6", "qwen3", None),
+    ],
+)  # fmt: skip
+def test_what_follows_a_tool_call_is_what_the_template_writes(tokenizers, template, name, form):
+    tokenizer = tokenizers(name)
+    tokenizer.chat_template = (SHARED / "chat_templates" / "llama.cpp" / f"{template}.jinja").read_text()
+    tools = read_tools(TOOLS)
+    assert call_form(tokenizer, tools) == form
+    if form is None:
+        return
+    asked = [{"role": "system", "content": "Be brief."}, ASK]
+    called, answers = says("") | {"tool_calls": [CALL]}, [{"role": "tool", "content": "4", "name": "add"}] * 2
+    conversation = Template(tokenizer, {"tools": tools})
+    before, after = conversation.render([*asked, called]), conversation.render([*asked, called, *answers], prompt=True)
+    said = before[before.rindex("<tool_call>" if form == "hermes" else '{"name": "add"') :].rstrip()  # by the model
+    following = after[after.rindex(said) + len(said) :]
+    said, end = said[: said.rindex("<|")], said[said.rindex("<|") :]
+    assert read_calls(form, said) == (Call("add", {"a": 2}),)
+    ends = {tokenizer.convert_tokens_to_ids(end)}
+    tokens = following_tokens(tokenizer, {"tools": tools}, asked, answers, ends)
+    assert tokenizer.decode(tokens) == following
+    assert tokenizer(after, add_special_tokens=False)["input_ids"][-len(tokens) :] == tokens

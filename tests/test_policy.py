@@ -235,7 +235,9 @@ def drawn(prompts: Sequence[Prompt], size: int = 2) -> Samples:
         logprobs=[np.zeros(1, np.float32)] * n,
         texts=[str(number) for number in numbers],
         grades=[],
-        reward_metrics={},
+        logged={},
+        messages=[],
+        sampled=np.array([]),
         ranks_per_replica=1,
         replica_of=np.zeros(n, np.int64),
     )

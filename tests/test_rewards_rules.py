@@ -18,7 +18,7 @@ from megatron_posttrain.errors import UserError
 from megatron_posttrain.rewards import Grade, Reward, Sample, Score, compute_rewards, ifeval, load_rewards
 from megatron_posttrain.rewards.grading import metric_sums
 from megatron_posttrain.rewards.language import detect, language_share
-from megatron_posttrain.rollout.samples import _mask
+from megatron_posttrain.rollout.samples import mask
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "datasets"
 shared = pytest.mark.skipif(not DATA.is_dir(), reason="no ../shared/data")
@@ -257,4 +257,4 @@ def test_parameters_come_from_the_config(tmp_path: Path) -> None:
 def test_masked_samples_get_the_mean_of_their_group() -> None:
     totals = np.array([1.0, 3.0, 9.0, 5.0, 5.0, 7.0])
     masked = np.array([False, False, True, True, True, True])
-    assert _mask(totals, masked, 3).tolist() == [1.0, 3.0, 2.0, 0.0, 0.0, 0.0]
+    assert mask(totals, masked, 3).tolist() == [1.0, 3.0, 2.0, 0.0, 0.0, 0.0]

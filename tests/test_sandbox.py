@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -104,7 +105,7 @@ def test_result() -> None:
 
 
 def test_a_machine_that_cannot_isolate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "why_unavailable", lambda: "no namespaces")
+    monkeypatch.setattr(sys.modules["megatron_posttrain.sandbox.run"], "why_unavailable", lambda: "no namespaces")
     with pytest.raises(Exception, match=r"cannot isolate them: no namespaces; allowed: .*sandbox.unsafe: true"):
         load_rewards([RewardConfig(name="code")])
     assert load_rewards([RewardConfig(name="code")], unsafe=True)

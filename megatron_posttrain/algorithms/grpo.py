@@ -9,8 +9,8 @@ import torch
 
 from megatron_posttrain.algorithms.advantages import group_advantages
 from megatron_posttrain.algorithms.policy import (
+    Asked,
     Rollouts,
-    check,
     kl_in_reward,
     receive_samples,
     reference_of,
@@ -21,8 +21,6 @@ from megatron_posttrain.algorithms.policy import (
 )
 from megatron_posttrain.config.algorithms import GrpoConfig
 from megatron_posttrain.data.batch import PackedBatch
-from megatron_posttrain.platform import platform
-from megatron_posttrain.rewards.registry import load_rewards
 from megatron_posttrain.rollout.samples import Samples
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.prepare import prepare
@@ -33,19 +31,19 @@ from megatron_posttrain.training.sequences import sums_by_sequence
 def grpo(config: GrpoConfig) -> int:
     """Trains, resumes where a run stopped, exports. Exit status: 0, or REQUEUE_STATUS when asked to stop."""
     prepared = prepare(config)
-    prompts = check(config, prepared.tokenizer, prepared.arch, platform().name)
-    rewards = load_rewards(config.rewards, unsafe=config.sandbox.unsafe)
-    with Run(prepared, prompts) as run:
+    asked = Asked.of(config, prepared)
+    with Run(prepared, asked.prompts) as run:
         engine = run.model(**reference_of(config))
         if config.rollout.offload:
             engine.offload()  # vLLM asks for its share of the memory when it is made
-        rollouts = Rollouts.start(run, config, engine, prompts, rewards)
+        rollouts = Rollouts.start(run, config, engine, asked)
         for step in run.steps():
             now = rollouts.config(step.index)
             with step.phase("refit"):
                 rollouts.refit(now, step.index)
             with step.phase("rollout"):
                 samples = rollouts.draw(now, step.index, config.algorithm.dynamic_sampling or 1)
+            rollouts.grade(step, samples)
             with step.phase("train"):
                 mini_batches = receive_samples(samples, engine, now)
                 score_samples(mini_batches, engine, now)

@@ -18,20 +18,21 @@ from torch import Tensor
 from megatron_posttrain.algorithms.advantages import generalized_advantages
 from megatron_posttrain.algorithms.dynamic_sampling import replace_equal
 from megatron_posttrain.algorithms.losses import kl_estimate, policy_gradient_terms
+from megatron_posttrain.algorithms.model_reward import ModelReward
 from megatron_posttrain.config.algorithms import GrpoConfig, PolicyAlgorithm
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import Prompt, PromptDataset
 from megatron_posttrain.data.rows import read_rows
 from megatron_posttrain.errors import UserError
-from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.build import DTYPES
 from megatron_posttrain.platform import platform
-from megatron_posttrain.rewards.registry import Reward
+from megatron_posttrain.rewards.registry import Reward, load_rewards
 from megatron_posttrain.rollout.engine import RolloutEngine
 from megatron_posttrain.rollout.refit import Refit, prove
 from megatron_posttrain.rollout.samples import Samples, collect_samples, save_samples
 from megatron_posttrain.rollout.text import stop_message
+from megatron_posttrain.rollout.turns import Turns, load_turns
 from megatron_posttrain.training.batches import pack_share, to_rows, token_shares
 from megatron_posttrain.training.engine import Engine, StepResult
 from megatron_posttrain.training.export import full_tensors
@@ -59,25 +60,47 @@ class RunawayError(UserError):
 
 
 @dataclass
+class Asked:
+    """What the model is asked, what answers its turns, and what grades them."""
+
+    prompts: PromptDataset
+    turns: Turns
+    rewards: list[Reward]
+    model_reward: ModelReward | None
+
+    @classmethod
+    def of(cls, config: GrpoConfig, prepared: Prepared) -> Asked:
+        """Raises UserError for what only RL asks of a config."""
+        if wrong := list(rollout_problems(config, prepared.arch, platform().name)):
+            raise UserError("; ".join(wrong))
+        turns = load_turns(config.environment, config.rollout, prepared.tokenizer, unsafe=config.sandbox.unsafe)
+        rows = read_rows(config.data.sources, columns=config.data.columns)
+        return cls(
+            prompts_of(config, rows, prepared.tokenizer, turns.tools),
+            turns,
+            load_rewards(config.rewards, unsafe=config.sandbox.unsafe),
+            ModelReward.of(config, prepared),
+        )
+
+
+@dataclass
 class Rollouts:
     """The rollout engine of a run, and what its steps need beside a config."""
 
     run: Run
     whole_config: GrpoConfig  # of all steps
     engine: Engine
-    prompts: PromptDataset
-    tokenizer: Any
-    rewards: list[Reward]
+    asked: Asked
     rollout: RolloutEngine
 
     @classmethod
-    def start(
-        cls, run: Run, config: GrpoConfig, engine: Engine, prompts: PromptDataset, rewards: list[Reward]
-    ) -> Rollouts:
+    def start(cls, run: Run, config: GrpoConfig, engine: Engine, asked: Asked) -> Rollouts:
         """Collective: once the trainer has what memory it needs."""
+        if asked.model_reward is not None:
+            asked.model_reward.load(run.groups)
         rollout = run.closing(make_rollout_engine(config, run.prepared))
         run.say(f"{rollout.replicas} rollout replicas; {stop_message(run.prepared.tokenizer)}")
-        return cls(run, config, engine, prompts, run.prepared.tokenizer, rewards, rollout)
+        return cls(run, config, engine, asked, rollout)
 
     def config(self, step: int) -> GrpoConfig:
         """The run's, with the numbers of this step."""
@@ -96,25 +119,32 @@ class Rollouts:
         if config.rollout.offload:
             self.engine.offload()
         Refit(self.rollout).update(full_tensors(self.engine), step)
-        canary = [p.token_ids for p in self.prompts.prompts[:CANARY_PROMPTS]]
+        canary = [p.token_ids for p in self.asked.prompts.prompts[:CANARY_PROMPTS]]
         own = partial(_canary_logprobs, self.engine, token_budget(config))
         prove(self.rollout, canary, own, config.rollout.proof_tolerance)
 
     def draw(self, config: GrpoConfig, step: int, batches: int = 1) -> Samples:
         """The step's samples; where all of a prompt have one reward they are replaced, out of at most `batches`."""
-        batch = self.prompts.batch(step, config.rollout.prompts_per_step)
+        asked, tokenizer = self.asked, self.run.prepared.tokenizer
+        batch = asked.prompts.batch(step, config.rollout.prompts_per_step)
 
         def collect(prompts: list[Prompt], number: int) -> Samples:
-            return collect_samples(self.rollout, self.tokenizer, prompts, self.rewards, config, step, number)
+            return collect_samples(self.rollout, tokenizer, prompts, asked.rewards, config, step, number, asked.turns)
 
         samples = collect(batch, 0)
         if batches > 1:
-            samples = replace_equal(samples, batch, self.prompts, [config.training.seed, step], batches, collect)
+            samples = replace_equal(samples, batch, asked.prompts, [config.training.seed, step], batches, collect)
         self.rollout.sleep()
         samples.advantages = torch.zeros(len(samples.prompts))  # known when they were scored
-        if config.algorithm.mask_truncated:
-            samples.masked = samples.masked | samples.truncated
         return samples
+
+    def grade(self, step: Step, samples: Samples) -> None:
+        """Collective, while the engine sleeps: what a reward model adds to the rewards; what is masked."""
+        if self.asked.model_reward is not None:
+            with step.phase("reward_model"):
+                self.asked.model_reward.add(samples, self.whole_config.rollout.samples_per_prompt)
+        if self.whole_config.algorithm.mask_truncated:
+            samples.masked = samples.masked | samples.truncated
 
     def finish(self, step: Step, samples: Samples, figures: dict[str, float | Mean]) -> None:
         """Logs and saves what a step did. Raises RunawayError where trainer and engine have parted."""
@@ -270,13 +300,6 @@ def policy_loss(algorithm: PolicyAlgorithm, output: Output, batch: PackedBatch) 
     count = batch.loss_mask.sum()
     sums["entropy"] = (output["entropy"].detach() * batch.loss_mask).sum()
     return terms, {name: Mean(total, count) for name, total in sums.items()}
-
-
-def check(config: GrpoConfig, tokenizer: Any, arch: Architecture | None, device: str) -> PromptDataset:
-    """What only RL asks of a config for `device`, cpu or cuda; the prompts. Raises UserError."""
-    if wrong := list(rollout_problems(config, arch, device)):
-        raise UserError("; ".join(wrong))
-    return prompts_of(config, read_rows(config.data.sources, columns=config.data.columns), tokenizer)
 
 
 def make_rollout_engine(config: GrpoConfig, prepared: Prepared) -> RolloutEngine:

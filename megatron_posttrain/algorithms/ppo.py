@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megatron_posttrain.algorithms.losses import value_terms
 from megatron_posttrain.algorithms.policy import (
+    Asked,
     Rollouts,
-    check,
     receive_samples,
     reference_of,
     score_samples,
@@ -26,8 +26,6 @@ from megatron_posttrain.config.algorithms import PpoConfig
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.platform import platform
-from megatron_posttrain.rewards.registry import load_rewards
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.export import export
 from megatron_posttrain.training.finite import anywhere
@@ -45,16 +43,15 @@ def ppo(config: PpoConfig) -> int:
     """Trains, resumes where a run stopped, exports. Exit status: 0, or REQUEUE_STATUS when asked to stop."""
     prepared = prepare(config)
     critic_arch = check_critic(config, prepared)
-    prompts = check(config, prepared.tokenizer, prepared.arch, platform().name)
-    rewards = load_rewards(config.rewards, unsafe=config.sandbox.unsafe)
+    asked = Asked.of(config, prepared)
     own, algorithm = critic_config(config), config.algorithm
-    with Run(prepared, prompts) as run:
+    with Run(prepared, asked.prompts) as run:
         critic = Engine.of(own, critic_arch, run.groups)
         engine = run.model(beside={CRITIC: critic}, **reference_of(config))
         if config.rollout.offload:
             engine.offload()
             critic.offload()
-        rollouts = Rollouts.start(run, config, engine, prompts, rewards)
+        rollouts = Rollouts.start(run, config, engine, asked)
         for step in run.steps():
             now = rollouts.config(step.index)
             with step.phase("refit"):
@@ -63,6 +60,7 @@ def ppo(config: PpoConfig) -> int:
                 rollouts.refit(now, step.index)
             with step.phase("rollout"):
                 samples = rollouts.draw(now, step.index)
+            rollouts.grade(step, samples)
             with step.phase("train"):
                 mini_batches = receive_samples(samples, engine, now)
                 batches = [batch for batches in mini_batches for batch in batches]

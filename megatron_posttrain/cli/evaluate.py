@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_posttrain.cli.generation import REWARD_OPTIONS, SET_OPTIONS, given, prepare, set_of, start_engine
 from megatron_posttrain.cli.generation import add_arguments as add_common
 from megatron_posttrain.errors import UserError
@@ -17,6 +19,8 @@ FILES = ("evaluation.json", "responses.jsonl")  # that it writes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_common(parser, max_tokens=256, samples=1, required=False)
+    add("--environment", type=_environment, metavar="NAME", help="what answers the model's turns, or all of the "
+        "config's section: '{name: search, args: {files: [a.txt]}}' (default: none)")  # fmt: skip
     add("--suite", metavar="FILE", help="YAML of several sets (see examples/suites); --data is then the directory that "
         "its file names start from (default: the suite's own)")  # fmt: skip
     add("--compare", nargs="+", metavar="DIR", help="no model: the first directory's results against each other's, "
@@ -44,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
     engine = start_engine(args, job)
     results = {}
     for task in job.tasks:
-        evaluation, records = evaluate(engine, job.tokenizer, task.prompts, task.rewards, task.sampling, args.seed)
+        evaluation, records = evaluate(
+            engine, job.tokenizer, task.prompts, task.rewards, task.sampling, args.seed, task.turns
+        )
         results[task.name] = evaluation
         if dist.get_rank() == 0:
             facts: dict[str, Any] = {"model": str(args.model), "data": task.data, "graded_by": task.graded_by}
@@ -80,3 +86,8 @@ def _compare(args: argparse.Namespace) -> int:
         raise UserError(f"--compare {args.compare[0]}: two or more directories that `evaluate` wrote are compared")
     print(compare([read_results(Path(name)) for name in args.compare], args.compare))
     return 0
+
+
+def _environment(text: str) -> dict[str, Any]:
+    found = yaml.safe_load(text)
+    return found if isinstance(found, dict) else {"name": found}

@@ -14,7 +14,7 @@ from megatron_posttrain.errors import UserError
 
 # Options that say what one set is, and which field of an EvaluationSet each is.
 SET_OPTIONS = (
-    "columns", "max_tokens", "temperature", "top_p", "top_k", "preset", "samples", "limit",
+    "columns", "environment", "max_tokens", "temperature", "top_p", "top_k", "preset", "samples", "limit",
 )  # fmt: skip
 REWARD_OPTIONS = ("reward", "reward_file", "reward_args")
 
@@ -68,12 +68,13 @@ class Task:
     rows: list[Any]
     prompts: list[Any]
     rewards: list[Any]
+    turns: Any
     sampling: Any
 
 
 def given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
     """Options of these names that were given."""
-    return {name: value for name in names if (value := getattr(args, name)) not in (None, {})}
+    return {name: value for name in names if (value := getattr(args, name, None)) not in (None, {})}
 
 
 def set_of(args: argparse.Namespace) -> Any:
@@ -140,15 +141,19 @@ def start_engine(args: argparse.Namespace, job: Job) -> Any:
 
 
 def _task(name: str, one: Any, directory: Path, tokenizer: Any, omissions: Any) -> Task:
+    from megatron_posttrain.config.schema import RolloutConfig
     from megatron_posttrain.data.dataset import PromptDataset
     from megatron_posttrain.rewards import load_rewards
-    from megatron_posttrain.training.limits import check_answers
+    from megatron_posttrain.rollout.turns import load_turns
+    from megatron_posttrain.training.limits import check_answers, rows_with_tools
 
     rewards = load_rewards(one.rewards)
     rows = one.rows(directory)
     check_answers(rows, one.rewards)
+    turns = load_turns(one.environment, RolloutConfig(), tokenizer)
+    rows = rows_with_tools(rows, turns.tools)
     prompts = PromptDataset(rows, tokenizer, sys.maxsize, omissions=omissions).prompts
-    return Task(name, str(directory / one.data), one.graded_by, rows, prompts, rewards, one.sampling)
+    return Task(name, str(directory / one.data), one.graded_by, rows, prompts, rewards, turns, one.sampling)
 
 
 def _length(task: Task, context_length: int) -> int:

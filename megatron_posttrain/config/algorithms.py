@@ -15,6 +15,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from megatron_posttrain.config.presets import PRESETS
 from megatron_posttrain.config.schema import (
     Config,
+    EnvironmentConfig,
     Fraction,
     RewardConfig,
     RolloutConfig,
@@ -252,6 +253,7 @@ class GrpoConfig(Config):
         default_factory=lambda: [RewardConfig(name="math")],
         description="the sum of weight x reward; `file`: Python file that defines it with @reward(name)",
     )
+    environment: EnvironmentConfig | None = Field(None, description="what answers the model's turns; null: one turn")
     sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
     algorithm: GrpoAlgorithm = Field(default_factory=GrpoAlgorithm)
 
@@ -280,10 +282,26 @@ class GrpoConfig(Config):
             )
         if world_size % rollout.tensor:
             yield f"rollout.tensor={rollout.tensor} does not divide the {world_size} ranks"
+        if rollout.thinking_tokens is not None and rollout.thinking_tokens >= rollout.max_tokens:
+            yield (
+                f"rollout.thinking_tokens={rollout.thinking_tokens} has no effect beside "
+                f"rollout.max_tokens={rollout.max_tokens}; allowed: fewer, or null"
+            )
+        yield from self._reward_problems()
         if rollout.max_tokens >= length:
             yield (
                 f"data.sequence_length={length} leaves no room for a prompt beside "
                 f"rollout.max_tokens={rollout.max_tokens}"
+            )
+
+    def _reward_problems(self) -> Iterator[str]:
+        if self.environment is None and any(r.name == "environment" and r.file is None for r in self.rewards):
+            yield "rewards: 'environment' is what an environment gives, and there is none; set `environment`"
+        sampled = getattr(self.algorithm, "dynamic_sampling", None)
+        if sampled is not None and any(r.name == "reward_model" for r in self.rewards):
+            yield (
+                f"algorithm.dynamic_sampling={sampled} looks at rewards before a reward_model gives its own; "
+                "allowed: null"
             )
 
 

@@ -278,7 +278,15 @@ class RolloutConfig(Section):
     prompts_per_step: PositiveInt = 32
     samples_per_prompt: PositiveInt = 8
     max_tokens: Scheduled[PositiveInt] = Field(
-        1024, description="of a response; this and other numbers may be given by step: {0: 8192, 500: 16384}"
+        1024,
+        description="of a response, all turns of an environment and its answers; this and other numbers may be given "
+        "by step: {0: 8192, 500: 16384}",
+    )
+    thinking_tokens: PositiveInt | None = Field(
+        None, description="after which a turn's reasoning is ended with `thinking_stop`; null: never"
+    )
+    thinking_stop: str = Field(
+        "\nThe time for thinking is over, so I answer now.\n", description="text before the end of reasoning"
     )
     temperature: Scheduled[PositiveFloat] = Field(1.0, description="may be given by step")
     tensor: PositiveInt = Field(1, description="tensor parallel ranks of a vLLM engine")
@@ -301,11 +309,20 @@ class RewardConfig(Section):
     name: str
     weight: float = 1.0
     file: str | None = Field(None, description="Python file that defines it with @reward(name)")
+    path: str | None = Field(None, description="of reward_model: OUTPUT/hf of the command reward-model")
     args: dict[str, Any] = Field(default_factory=dict, description="the reward's own parameters")
     on_error: Literal["mask"] | float = Field(
         "mask", description="of a sample that it cannot grade: it does not train, or its value"
     )
     seconds: PositiveFloat | None = Field(None, description="after which it failed on a sample; null: never")
+
+
+class EnvironmentConfig(Section):
+    name: str = Field(description="calculator | python | search, or one that `file` defines")
+    file: str | None = Field(None, description="Python file that defines it with @environment(name)")
+    args: dict[str, Any] = Field(default_factory=dict, description="the environment's own parameters")
+    max_turns: PositiveInt = Field(8, description="of the model in a conversation")
+    seconds: PositiveFloat = Field(30.0, description="after which an answer is an error that the model is told")
 
 
 class SandboxConfig(Section):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -201,6 +201,7 @@ class Prompt:
     answer: str | None
     metadata: dict[str, Any]
     messages: list[Message]
+    options: Mapping[str, Any] = field(default_factory=dict)  # what the chat template gets beside the messages
 
 
 class PromptDataset(Epochs):
@@ -227,7 +228,7 @@ class PromptDataset(Epochs):
             token_ids = encode_prompt(tokenizer, row.messages, row.source, row.options, omissions)
             longest = max(longest, len(token_ids))
             if len(token_ids) <= max_prompt_length:
-                self.prompts.append(Prompt(index, token_ids, row.answer, row.metadata, row.messages))
+                self.prompts.append(Prompt(index, token_ids, row.answer, row.metadata, row.messages, row.options))
         if not self.prompts:
             raise UserError(
                 f"none of the {len(rows)} prompts has at most {max_prompt_length} tokens (the longest has "

@@ -212,7 +212,14 @@ class JobCheck:
             self.findings.add("ok", check, f"{len(rows):,} rows read; their lengths are not known without a tokenizer")
         elif isinstance(self.config, GrpoConfig):
             config = self.config
-            self.findings.attempt(check, lambda: prompts_of(config, rows, self.tokenizer), lambda found: found.message)
+            from megatron_posttrain.rollout.turns import load_turns
+
+            given, unsafe = (config.environment, config.rollout, self.tokenizer), config.sandbox.unsafe
+            turns = self.findings.attempt("environment", lambda: load_turns(*given, unsafe=unsafe))
+            if turns is not None:
+                self.findings.attempt(
+                    check, lambda: prompts_of(config, rows, self.tokenizer, turns.tools), lambda found: found.message
+                )
         else:
             self.findings.add("ok", check, f"{len(rows):,} rows")
 

@@ -21,6 +21,7 @@ from megatron_posttrain.rewards.response import split_reasoning
 from megatron_posttrain.rewards.rules import chosen_letter
 from megatron_posttrain.rollout import RolloutEngine, Sampling
 from megatron_posttrain.rollout.samples import Samples, generate_samples
+from megatron_posttrain.rollout.turns import ONE_TURN, Turns
 
 CORRECT = 0.5  # a response whose reward is above it counts as correct
 
@@ -65,6 +66,7 @@ def evaluate(
     rewards: Sequence[Reward],
     sampling: Sampling,
     seed: int = 0,
+    turns: Turns = ONE_TURN,
 ) -> tuple[Evaluation, list[dict[str, Any]]]:
     """Collective over all ranks; all arguments but the engine are the same on all of them.
 
@@ -77,9 +79,9 @@ def evaluate(
         ValueError: a prompt with `max_tokens` exceeds the engine's `max_model_len`.
     """
     seeds = range(seed, seed + len(prompts) * sampling.n)
-    samples, records = respond(engine, tokenizer, prompts, rewards, sampling, seeds)
+    samples, records = respond(engine, tokenizer, prompts, rewards, sampling, seeds, turns)
     # What every rank knows of every sample.
-    known = zip(samples.rewards.tolist(), samples.lengths.tolist(), samples.truncated.tolist(), strict=True)
+    known = zip(samples.rewards.tolist(), samples.sampled.tolist(), samples.truncated.tolist(), strict=True)
     facts = [{"reward": r, "tokens": n, "finish_reason": "length" if cut else "stop"} for r, n, cut in known]
     summary = _summary(facts, sampling, len(prompts), samples.seconds)
     vote = VOTES.get(rewards[0].name) if len(rewards) == 1 else None
@@ -93,9 +95,10 @@ def respond(
     rewards: Sequence[Reward],
     sampling: Sampling,
     seeds: Sequence[int],
+    turns: Turns = ONE_TURN,
 ) -> tuple[Samples, list[dict[str, Any]]]:
     """Collective: the graded responses, and on rank 0 a record of each; see `evaluate`."""
-    samples = generate_samples(engine, tokenizer, prompts, rewards, sampling, seeds)
+    samples = generate_samples(engine, tokenizer, prompts, rewards, sampling, seeds, turns)
     for name, values in samples.rewards_by_name.items():
         if failed := sum(map(math.isnan, values.tolist())):
             raise UserError(f"reward {name!r} failed on {failed} of {len(values)} samples; a warning above says why")
@@ -108,7 +111,7 @@ def respond(
             "response": text,
             "reward": float(samples.rewards[k]),
             "rewards": {name: float(values[k]) for name, values in samples.rewards_by_name.items()},
-            "tokens": int(samples.lengths[k]),
+            "tokens": int(samples.sampled[k]),
             "finish_reason": samples.finish_reason(k),
         }
         for k, text in zip(samples.drawn, samples.texts, strict=False)

@@ -13,7 +13,7 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
 
-from megatron_posttrain.config.schema import Fraction, RewardConfig, Section, check_columns
+from megatron_posttrain.config.schema import EnvironmentConfig, Fraction, RewardConfig, Section, check_columns
 from megatron_posttrain.data.columns import rename
 from megatron_posttrain.data.files import records
 from megatron_posttrain.data.messages import BadRow
@@ -48,6 +48,7 @@ class EvaluationSet(Section):
     few_shot: FewShot | None = Field(None, description="answered questions before each")
     system: str | None = Field(None, description="a system turn before each question")
     rewards: list[RewardConfig] = Field(default_factory=lambda: [RewardConfig(name="math")], min_length=1)
+    environment: EnvironmentConfig | None = Field(None, description="what answers the model's turns; null: one turn")
     limit: PositiveInt | None = Field(None, description="only the first rows")
     samples: PositiveInt = Field(1, description="responses a prompt")
     max_tokens: PositiveInt = Field(1024, description="of a response")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_posttrain import sandbox
-from megatron_posttrain.errors import UserError
 from megatron_posttrain.rewards.registry import GradingError, Sample, Score, reward
 
 _GRADER = Path(__file__).with_name("code_grader.py").read_text(encoding="utf-8")
@@ -106,11 +105,7 @@ class Code:
     ) -> None:
         self._seconds, self._memory_mib, self._partial = seconds, memory_mib, partial
         self._max_tests, self._unsafe = max_tests, unsafe
-        if not unsafe and (reason := sandbox.why_unavailable()):
-            raise UserError(
-                f"rewards: 'code' runs programs that nobody has read, and this machine cannot isolate them: {reason}; "
-                "allowed: user namespaces, the right to make namespaces (CAP_SYS_ADMIN), or sandbox.unsafe: true"
-            )
+        sandbox.check_isolation("rewards: 'code'", unsafe)
 
     def __call__(self, sample: Sample) -> Score:
         tests = tests_of(sample)

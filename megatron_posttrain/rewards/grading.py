@@ -16,6 +16,7 @@ from megatron_posttrain.rewards.registry import GradingError, Reward, Sample, Sc
 
 log = logging.getLogger(__name__)
 LONGEST_SHOWN = 200  # characters of a response in a message
+THREADS = 16  # in which environments answer
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,21 @@ def _log_failures(
                 item.name, len(failed), len(samples), then, scores[failed[0]][item.name],
                 samples[failed[0]].response[:LONGEST_SHOWN],
             )  # fmt: skip
+
+
+def in_thread(function: Callable[[Any], Any], argument: Any, seconds: float) -> Future[Any]:
+    """`function(argument)` in one of at most `THREADS` threads; TimeoutError where it took longer than `seconds`."""
+
+    async def call() -> Any:
+        async with _gate():
+            return await asyncio.wait_for(_in_thread(function, argument), seconds)
+
+    return asyncio.run_coroutine_threadsafe(call(), _loop())
+
+
+@cache
+def _gate() -> asyncio.Semaphore:
+    return asyncio.Semaphore(THREADS)
 
 
 @cache

@@ -30,6 +30,7 @@ class Sample:
     final: str | None = None  # what follows the reasoning: empty when that was cut off; None: find it in `response`
     tokens: int | None = None  # of the response
     truncated: bool = False  # ended by the limit of tokens
+    environment_reward: float = 0.0  # what the environment of the conversation gave at its end
 
     def __post_init__(self) -> None:
         if self.final is None:
@@ -50,6 +51,7 @@ class GradingError(Exception):
     """A reward cannot tell: the sandbox failed, the judge is down, the row has nothing to grade by."""
 
 
+MODEL = "reward_model"  # the reward that `algorithms` computes, with a model in the trainer's layout
 Per = Literal["sample", "batch", "group"]
 Target = TypeVar("Target", bound=Callable[..., Any])
 
@@ -68,15 +70,18 @@ class Reward:
 
 
 @dataclass(frozen=True)
-class _Definition:
+class Definition:
+    """What a configuration can name: `target` is a function or a class, whose keyword-only parameters are `args`."""
+
     target: Callable[..., Any]
-    per: Per
-    needs_answer: bool
+    per: Per = "sample"
+    needs_answer: bool = False
 
 
-_builtin: dict[str, _Definition] = {}
-_files: dict[Path, dict[str, _Definition]] = {}
-_registering = _builtin  # where `reward` puts names: the built-in ones, or those of the file being run
+Definitions = dict[tuple[str, str], Definition]  # by (what it is, name)
+_builtin: Definitions = {}
+_files: dict[Path, Definitions] = {}
+_registering = _builtin  # where `define` puts names: the built-in ones, or those of the file being run
 
 
 def reward(name: str, *, per: Per = "sample", needs_answer: bool = False) -> Callable[[Target], Target]:
@@ -89,45 +94,67 @@ def reward(name: str, *, per: Per = "sample", needs_answer: bool = False) -> Cal
     """
 
     def register(target: Target) -> Target:
-        if name in _registering:
-            raise UserError(f"a reward named {name!r} is defined twice")
-        _registering[name] = _Definition(target, per, needs_answer)
+        define("reward", name, Definition(target, per, needs_answer))
         return target
 
     return register
 
 
+def define(kind: str, name: str, definition: Definition) -> None:
+    """Puts a reward or an environment under its name. Raises UserError where the file has it already."""
+    if (kind, name) in _registering:
+        raise UserError(f"{kind} {name!r} is defined twice")
+    _registering[kind, name] = definition
+
+
+def find(kind: str, name: str, file: str | None, key: str) -> Definition:
+    """The reward or environment of that name, built in or of a user's file; `key`: of the config, for messages.
+
+    Raises UserError for an unknown name, and a file that is missing or fails.
+    """
+    known = _builtin if file is None else _load_file(Path(file), f"{kind} {name!r}", key)
+    names = sorted(name for of, name in known if of == kind)
+    if name not in names:
+        where = f"{key}.name" if file is None else f"{key}.file {file}"
+        raise UserError(
+            f"{where}: no {kind} named {name!r}{nearest(name, names)}; allowed: "
+            f"{', '.join(names) or f'none, the file has no @{kind}(name)'}"
+        )
+    return known[kind, name]
+
+
 def load_rewards(specs: Iterable[RewardConfig], *, unsafe: bool = False) -> list[Reward]:
-    """The rewards that the configuration names, from their files where it gives one, with their parameters.
+    """The rewards that the configuration names, from their files where it gives one, with their parameters; those of
+    models apart.
 
     `unsafe`: `sandbox.unsafe`, for those that run programs. Raises UserError for an unknown name or parameter, a bad
     value, a file that is missing, fails, or does not define the name, a name twice.
     """
     rewards: list[Reward] = []
-    for spec in specs:
-        known = _builtin if spec.file is None else _load_file(Path(spec.file), spec.name)
-        if spec.name not in known:
-            where = "rewards.name" if spec.file is None else f"rewards.file {spec.file}"
-            raise UserError(
-                f"{where}: no reward named {spec.name!r}{nearest(spec.name, known)}; allowed: "
-                f"{', '.join(sorted(known)) or 'none, the file has no @reward(name)'}"
-            )
-        if spec.name in (r.name for r in rewards):
+    specs = list(specs)
+    for number, spec in enumerate(specs):
+        if spec.name in (other.name for other in specs[:number]):
             raise UserError(f"rewards: {spec.name!r} is there twice")
-        definition = known[spec.name]
+        if (spec.path is None) == (spec.name == MODEL) or (spec.path and (spec.file or spec.args or spec.seconds)):
+            raise UserError(f"rewards: {spec.name!r}: {MODEL!r} has path, weight and on_error, no other reward a path")
+        if spec.path is not None:
+            continue
+        definition = find("reward", spec.name, spec.file, "rewards")
         on_error = None if spec.on_error == "mask" else float(spec.on_error)
-        function = _bind(spec.name, definition.target, spec.args, unsafe)
+        function = bind(f"rewards: {spec.name!r}", definition.target, spec.args, unsafe)
         rewards.append(Reward(spec.name, spec.weight, function, definition.per, on_error, spec.seconds))
     return rewards
 
 
 def needs_answer(spec: RewardConfig) -> bool:
     """Whether a built-in reward compares with a row's `answer`."""
-    return spec.file is None and spec.name in _builtin and _builtin[spec.name].needs_answer
+    found = _builtin.get(("reward", spec.name))
+    return spec.file is None and found is not None and found.needs_answer
 
 
-def _bind(name: str, target: Callable[..., Any], args: Mapping[str, Any], unsafe: bool) -> Callable[[Any], Any]:
-    """The function of a sample: `target` with its parameters, which its keyword-only arguments declare."""
+def bind(where: str, target: Callable[..., Any], args: Mapping[str, Any], unsafe: bool) -> Callable[[Any], Any]:
+    """`target` with its parameters, which its keyword-only arguments declare: an instance, or a function of a sample.
+    Raises UserError that begins with `where`."""
     made = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
     hints = typing.get_type_hints(made)
     parameters = [p for p in inspect.signature(made).parameters.values() if p.kind is p.KEYWORD_ONLY]
@@ -138,14 +165,14 @@ def _bind(name: str, target: Callable[..., Any], args: Mapping[str, Any], unsafe
     try:
         checked = schema.model_validate(given)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(name, list(fields), e) for e in error.errors())) from None
+        raise UserError("\n".join(_explain(where, list(fields), e) for e in error.errors())) from None
     values = {key: getattr(checked, key) for key in fields}
     return target(**values) if isinstance(target, type) else partial(target, **values)
 
 
-def _explain(name: str, allowed: list[str], error: Any) -> str:
+def _explain(where: str, allowed: list[str], error: Any) -> str:
     key = ".".join(map(str, error["loc"]))
-    where = f"rewards: {name!r}: args.{key}"
+    where = f"{where}: args.{key}"
     if error["type"] == "extra_forbidden":
         return f"{where} is no parameter of it{nearest(key, allowed)}; allowed: {', '.join(allowed) or 'none'}"
     if error["type"] == "missing":
@@ -153,22 +180,22 @@ def _explain(name: str, allowed: list[str], error: Any) -> str:
     return f"{where}: {error['msg'][:1].lower() + error['msg'][1:]}, found {error['input']!r}"
 
 
-def _load_file(path: Path, name: str) -> dict[str, _Definition]:
-    """The rewards that a file defines; it is run once in a process."""
+def _load_file(path: Path, wanted: str, key: str) -> Definitions:
+    """What a file defines; it is run once in a process."""
     global _registering
     if not path.is_file():
-        raise UserError(f"rewards.file {path}: no such file (reward {name!r})")
+        raise UserError(f"{key}.file {path}: no such file ({wanted})")
     path = path.resolve()
     if path not in _files:
         _registering = {}
         try:
-            module = ModuleType(f"_rewards_{len(_files)}_{path.stem}")
+            module = ModuleType(f"_user_{len(_files)}_{path.stem}")
             module.__file__ = str(path)
             sys.modules[module.__name__] = module  # dataclasses and pickle look it up
             exec(compile(path.read_text(), str(path), "exec"), module.__dict__)
             _files[path] = _registering
         except Exception as error:
-            raise UserError(f"rewards.file {path} fails: {last_line(error)}") from error
+            raise UserError(f"{key}.file {path} fails: {last_line(error)}") from error
         finally:
             _registering = _builtin
     return _files[path]

@@ -187,6 +187,12 @@ def repetition(sample: Sample, *, ngram: int = 3, penalty: float = -1.0) -> Scor
     return Score(penalty * share, {"share": share})
 
 
+@reward("environment")
+def environment(sample: Sample) -> float:
+    """What the `environment` of the conversation gave at its end; 0.0 where it did not come to one."""
+    return sample.environment_reward
+
+
 @reward("random", per="batch")
 def coin(samples: list[Sample], *, probability: float = 0.5, seed: int = 0) -> list[float]:
     """1.0 with `probability`, else 0.0, whatever was said: the control run, which must not learn."""

@@ -143,13 +143,20 @@ class RolloutEngine:
             dist.barrier()  # every rank has mapped the memory before its names go
         return llm
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        limits: Sequence[int] | None = None,
+    ) -> list[Completion]:
         """`sampling.n` completions of every prompt: completion j of prompt i is number i * n + j.
 
         Args:
             prompts: token ids, not empty; prompt plus `max_tokens` within `max_model_len`.
             seeds: one per completion. Equal prompt, seed and weights give equal tokens, up to rounding that
                 depends on what else is in the batch.
+            limits: tokens of each completion, in place of `max_tokens`.
 
         Raises:
             ValueError: a prompt is empty or too long, or the number of seeds is not len(prompts) * n.
@@ -157,13 +164,15 @@ class RolloutEngine:
         """
         if len(seeds) != len(prompts) * sampling.n:
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts x {sampling.n} completions")
+        limits = limits or [sampling.max_tokens] * len(seeds)
         for i, prompt in enumerate(prompts):
-            if not prompt or len(prompt) + sampling.max_tokens > self.max_model_len:
+            most = max(limits[i * sampling.n : (i + 1) * sampling.n])
+            if not prompt or len(prompt) + most > self.max_model_len:
                 raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens, with max_tokens {sampling.max_tokens}: "
+                    f"prompt {i} has {len(prompt)} tokens, with max_tokens {most}: "
                     f"wanted is 1 to max_model_len ({self.max_model_len}) together"
                 )
-        self._check_replica_agrees((prompts, sampling, seeds))
+        self._check_replica_agrees((prompts, sampling, seeds, limits))
         if not prompts:
             return []
         with self._isolated():
@@ -172,7 +181,7 @@ class RolloutEngine:
             requests = [{"prompt_token_ids": list(p)} for p in prompts for _ in range(sampling.n)]
             params = [
                 SamplingParams(
-                    max_tokens=sampling.max_tokens,
+                    max_tokens=limit,
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
                     top_k=sampling.top_k,
@@ -185,7 +194,7 @@ class RolloutEngine:
                     detokenize=False,
                     skip_clone=True,
                 )
-                for seed in seeds
+                for seed, limit in zip(seeds, limits, strict=True)
             ]
             outputs = self._llm.generate(requests, params, use_tqdm=False)
         return [_completion(output.outputs[0]) for output in outputs]
@@ -193,6 +202,16 @@ class RolloutEngine:
     def greedy(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Completion]:
         """The likeliest token at every position; log-probs at temperature 1."""
         return self.generate(prompts, Sampling(max_tokens=max_tokens, temperature=0.0), [0] * len(prompts))
+
+    def share(self, value: Any) -> Any:
+        """What the first rank of the replica gives, on all of its ranks; also while the engine sleeps."""
+        if self.tensor == 1:
+            return value
+        from vllm.distributed.parallel_state import get_tp_group
+
+        box = [value]
+        dist.broadcast_object_list(box, src=self.replica * self.tensor, group=get_tp_group().cpu_group)
+        return box[0]
 
     def update_weights(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
         """Replaces all weights and drops the prefix cache; see `Refit`, which is what to call."""

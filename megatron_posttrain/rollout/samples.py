@@ -18,11 +18,14 @@ from torch import Tensor
 from megatron_posttrain.config.algorithms import GrpoConfig
 from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import Prompt
+from megatron_posttrain.data.messages import Message
+from megatron_posttrain.environments.dialogue import read_calls
 from megatron_posttrain.parallel.exchange import exchange, gather_rows, to_first_rank
 from megatron_posttrain.rewards.grading import Grade, compute_rewards, metric_sums
 from megatron_posttrain.rewards.registry import Reward, Sample
-from megatron_posttrain.rollout.engine import Completion, RolloutEngine, Sampling
+from megatron_posttrain.rollout.engine import RolloutEngine, Sampling
 from megatron_posttrain.rollout.text import response_text, split_response, stop_token_ids
+from megatron_posttrain.rollout.turns import ONE_TURN, Episode, Turns, converse
 
 Floats = NDArray[np.float64]
 
@@ -36,7 +39,8 @@ class Samples:
     """
 
     prompts: list[Prompt]  # of every sample
-    lengths: NDArray[np.int64]  # [n] tokens of the response
+    lengths: NDArray[np.int64]  # [n] tokens of the response, and of what an environment said
+    sampled: NDArray[np.int64]  # [n] of these, tokens that the model drew
     truncated: NDArray[np.bool_]  # [n] stopped by max_tokens
     rewards: Floats  # [n]; a masked sample's: the mean of its prompt's others, which moves no baseline
     rewards_by_name: dict[str, Floats]  # each [n]; NaN where a sample could not be graded
@@ -44,14 +48,14 @@ class Samples:
     seconds: float  # of generation, the slowest replica's
     drawn: Sequence[int]
     token_ids: list[NDArray[np.int32]]  # of each drawn sample: its response
-    logprobs: list[NDArray[np.float32]]  # of each drawn sample, the engine's
-    texts: list[str]  # of each drawn sample, on the first rank of a replica
-    grades: list[Grade]  # as the texts
-    reward_metrics: dict[str, float]  # that rewards log, means over the samples
+    logprobs: list[NDArray[np.float32]]  # of each drawn sample, the engine's; NaN where the model drew no token
+    messages: list[list[Message]]  # of each drawn sample, on the first rank of a replica: its turns
+    texts: list[str]  # as the messages: all that follows the prompt
+    grades: list[Grade]  # as the messages
+    logged: dict[str, float]  # by rewards and environments, means over the samples
     ranks_per_replica: int
     replica_of: NDArray[np.int64]  # [n] that drew it
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # [n]
-    sampling_metrics: dict[str, float] = field(default_factory=dict)
     differences: Floats = field(default_factory=lambda: np.empty(0))  # [n] sums of |trainer - engine| log-probs, nats
 
     @property
@@ -67,7 +71,7 @@ class Samples:
         return "length" if self.truncated[sample] else "stop"
 
     def metrics(self) -> dict[str, float]:
-        count, tokens = len(self.prompts), int(self.lengths.sum())
+        count = len(self.prompts)
         by_name: dict[str, float] = {}
         for name, values in self.rewards_by_name.items():
             graded = values[~np.isnan(values)]
@@ -78,14 +82,13 @@ class Samples:
         return (
             {
                 "reward": sum(self.rewards.tolist()) / count,
-                "response_length": tokens / count,
+                "response_length": int(self.sampled.sum()) / count,
                 "truncated_fraction": int(self.truncated.sum()) / count,
-                "logprob_difference": float(self.differences.sum()) / max(1, int(self.lengths[~self.masked].sum())),
+                "logprob_difference": float(self.differences.sum()) / max(1, int(self.sampled[~self.masked].sum())),
                 "tokens": self.tokens,
             }
             | by_name
-            | self.sampling_metrics
-            | {f"reward/{name}": value for name, value in self.reward_metrics.items()}
+            | self.logged
         )
 
     def receive(self, wanted: Sequence[Sequence[int]], data_rank: int) -> Callable[[int], TokenSequence]:
@@ -120,12 +123,12 @@ class Samples:
         return int(self.replica_of[sample]) * self.ranks_per_replica + rank % self.ranks_per_replica
 
     def _sequence(self, sample: int, token_ids: NDArray[np.int32], logprobs: NDArray[np.int32]) -> TokenSequence:
-        """Prompt and response; the response's tokens count, but those of a masked sample."""
+        """Prompt and response; what the model drew counts, but nothing of a masked sample."""
         prompt = np.asarray(self.prompts[sample].token_ids, np.int32)
-        none = np.zeros(len(prompt), np.float32)
-        counts = (np.arange(len(prompt) + len(token_ids)) >= len(prompt)) & ~self.masked[sample]
+        drawn = np.concatenate([np.full(len(prompt), np.nan, np.float32), logprobs.view(np.float32)])
+        counts = ~np.isnan(drawn) & ~self.masked[sample]
         extras = {
-            "rollout_logprobs": np.concatenate([none, logprobs.view(np.float32)]),
+            "rollout_logprobs": np.nan_to_num(drawn),
             "advantages": counts * np.float32(self.advantages[sample]),
         }
         return TokenSequence(np.concatenate([prompt, token_ids]), counts, extras, index=sample)
@@ -147,12 +150,13 @@ def collect_samples(
     config: GrpoConfig,
     step: int,
     batch: int = 0,
+    turns: Turns = ONE_TURN,
 ) -> Samples:
     """Of a rollout step: a sample's seed depends on the run's seed, the step, the batch in it, and its number."""
     sampling = Sampling(config.rollout.samples_per_prompt, config.rollout.max_tokens, config.rollout.temperature)
     sequence = np.random.SeedSequence([config.training.seed, step, batch])
     seeds = sequence.generate_state(len(prompts) * sampling.n, np.uint32) >> 1
-    return generate_samples(rollout, tokenizer, prompts, rewards, sampling, seeds.tolist())
+    return generate_samples(rollout, tokenizer, prompts, rewards, sampling, seeds.tolist(), turns)
 
 
 def generate_samples(
@@ -162,6 +166,7 @@ def generate_samples(
     rewards: Sequence[Reward],
     sampling: Sampling,
     seeds: Sequence[int],
+    turns: Turns = ONE_TURN,
 ) -> Samples:
     """Collective: every replica generates and grades its share; lengths and rewards go to every rank.
 
@@ -176,36 +181,42 @@ def generate_samples(
     mine = of_sample[drawn.start : drawn.stop]
     single = replace(sampling, n=1, stop_token_ids=stop_token_ids(tokenizer))
     start = time.perf_counter()
-    asked = [prompt.token_ids for prompt in mine]
-    completions = rollout.generate(asked, single, seeds[drawn.start : drawn.stop])
+    episodes = converse(rollout, tokenizer, mine, single, seeds[drawn.start : drawn.stop], turns)
     seconds = time.perf_counter() - start
-    texts: list[str] = []
+    said: list[Sample] = []
     grades: list[Grade] = []
     if dist.get_rank() % rollout.tensor == 0:
-        texts = [response_text(tokenizer, c.token_ids) for c in completions]
-        grades = compute_rewards(_said(tokenizer, mine, completions, texts), rewards)
-    facts = np.zeros((share + 1, 4 + len(rewards)))
+        said = [_said(tokenizer, episode, turns) for episode in episodes]
+        grades = list(map(_graded, episodes, compute_rewards(said, rewards)))
+    facts = np.zeros((share + 1, 5 + len(rewards)))
     facts[-1, 0] = seconds
-    for k, completion in enumerate(completions):
-        facts[k, :2] = len(completion.token_ids), completion.finish_reason == "length"
+    for k, episode in enumerate(episodes):
+        facts[k, :3] = len(episode.token_ids), _drawn(episode), episode.finish_reason == "length"
     for k, grade in enumerate(grades):
-        facts[k, 2:] = grade.total, grade.masked, *(grade.rewards.get(r.name, np.nan) for r in rewards)
+        facts[k, 3:] = grade.total, grade.masked, *(grade.rewards.get(r.name, np.nan) for r in rewards)
     everywhere = gather_rows(torch.from_numpy(facts)).numpy()[:: rollout.tensor]
     known = everywhere[:, :-1].reshape(-1, facts.shape[1])[: len(of_sample)].T
+    counted = turns.metrics if said else []  # nothing of a replica's other ranks, which know no text
+    turn_sums = {name: (float(sum(e.metrics[name] for e in episodes)), len(episodes)) for name in counted}
     return Samples(
         prompts=of_sample,
         lengths=known[0].astype(np.int64),
-        truncated=known[1].astype(bool),
-        rewards=_mask(known[2], known[3].astype(bool), sampling.n),
-        rewards_by_name={r.name: values for r, values in zip(rewards, known[4:], strict=True)},
-        masked=known[3].astype(bool),
+        sampled=known[1].astype(np.int64),
+        truncated=known[2].astype(bool),
+        rewards=mask(known[3], known[4].astype(bool), sampling.n),
+        rewards_by_name={r.name: values for r, values in zip(rewards, known[5:], strict=True)},
+        masked=known[4].astype(bool),
         seconds=float(everywhere[:, -1, 0].max()),
         drawn=drawn,
-        token_ids=[np.array(c.token_ids, np.int32) for c in completions],
-        logprobs=[np.array(c.logprobs, np.float32) for c in completions],
-        texts=texts,
+        token_ids=[np.array(e.token_ids, np.int32) for e in episodes],
+        logprobs=[np.array(e.logprobs, np.float32) for e in episodes],
+        messages=[e.messages for e in episodes] if said else [],
+        texts=[
+            response_text(tokenizer, e.token_ids) if e.begun else x.response
+            for e, x in zip(episodes, said, strict=bool(said))
+        ],
         grades=grades,
-        reward_metrics=_means(metric_sums(grades)),
+        logged=_means({f"reward/{name}": pair for name, pair in metric_sums(grades).items()} | turn_sums),
         ranks_per_replica=rollout.tensor,
         replica_of=np.arange(len(of_sample)) // max(1, share),
     )
@@ -215,7 +226,7 @@ def join(taken: Sequence[tuple[Samples, int]], metrics: dict[str, float]) -> Sam
     """One batch from several, each sample by its batch and number in it.
 
     Args:
-        metrics: what is logged beside the samples' own; rewards' own metrics are those of the first sample's batch.
+        metrics: what is logged beside the samples' own; rewards' and environments' are of the first sample's batch.
     """
     first, parts = taken[0][0], {id(part): part for part, _ in taken}
     places = {(key, sample): k for key, part in parts.items() for k, sample in enumerate(part.drawn)}
@@ -228,6 +239,7 @@ def join(taken: Sequence[tuple[Samples, int]], metrics: dict[str, float]) -> Sam
     return Samples(
         prompts=[part.prompts[number] for part, number in taken],
         lengths=of_all(lambda part: part.lengths),
+        sampled=of_all(lambda part: part.sampled),
         truncated=of_all(lambda part: part.truncated),
         rewards=of_all(lambda part: part.rewards),
         rewards_by_name={
@@ -239,16 +251,16 @@ def join(taken: Sequence[tuple[Samples, int]], metrics: dict[str, float]) -> Sam
         drawn=[new for new, _, _ in mine],
         token_ids=[part.token_ids[k] for _, part, k in mine],
         logprobs=[part.logprobs[k] for _, part, k in mine],
+        messages=[part.messages[k] for _, part, k in mine if part.messages],
         texts=[part.texts[k] for _, part, k in mine if part.texts],
         grades=[part.grades[k] for _, part, k in mine if part.grades],
-        reward_metrics=first.reward_metrics,
+        logged=first.logged | metrics,
         ranks_per_replica=first.ranks_per_replica,
         replica_of=of_all(lambda part: part.replica_of),
-        sampling_metrics=metrics,
     )
 
 
-def _mask(totals: Floats, masked: NDArray[np.bool_], group: int) -> Floats:
+def mask(totals: Floats, masked: NDArray[np.bool_], group: int) -> Floats:
     """[n] with the mean of a prompt's graded samples in place of the others; 0 where it has none."""
     graded = ~masked.reshape(-1, group)
     sums = (totals.reshape(-1, group) * graded).sum(1, keepdims=True)
@@ -265,20 +277,30 @@ def _means(sums: dict[str, tuple[float, int]]) -> dict[str, float]:
     return {name: sum(total for total, _ in pairs) / sum(count for _, count in pairs) for name, pairs in of.items()}
 
 
-def _said(
-    tokenizer: Any, prompts: Sequence[Prompt], completions: Sequence[Completion], texts: Sequence[str]
-) -> list[Sample]:
-    def said(prompt: Prompt, completion: Completion, text: str) -> Sample:
-        token_ids, cut = completion.token_ids, completion.finish_reason == "length"
-        parts = split_response(tokenizer, prompt.token_ids, token_ids, text)
-        return Sample(prompt.messages, text, prompt.answer, prompt.metadata, *parts, len(token_ids), cut)
+def _drawn(episode: Episode) -> int:
+    return len(episode.logprobs) - int(np.isnan(episode.logprobs).sum())
 
-    return list(map(said, prompts, completions, texts))
+
+def _said(tokenizer: Any, episode: Episode, turns: Turns) -> Sample:
+    """What rewards see: the last turn. One that still asks a tool has no answer, whatever the call holds."""
+    prompt, text = episode.prompt, response_text(tokenizer, episode.said)
+    reasoning, final = split_response(tokenizer, episode.asked, episode.said, text)
+    final = "" if read_calls(turns.form, final) else final
+    if [m["role"] for m in episode.messages[-1:]] != ["assistant"]:  # one turn, or cut off
+        episode.messages.append({"role": "assistant", "content": text})
+    facts = prompt.messages, text, prompt.answer, prompt.metadata, reasoning, final
+    return Sample(*facts, _drawn(episode), episode.finish_reason == "length", episode.reward)
+
+
+def _graded(episode: Episode, grade: Grade) -> Grade:
+    if not episode.failure:
+        return grade
+    return replace(grade, masked=True, failures={**grade.failures, "environment": episode.failure})
 
 
 def save_samples(path: Path, samples: Samples) -> None:
     """Collective over all ranks; rank 0 writes one object a sample."""
-    drawn = zip(samples.drawn, samples.token_ids, samples.texts, samples.grades, strict=False)  # on first ranks
+    drawn = zip(samples.drawn, range(len(samples.grades)), strict=False)  # on first ranks
     lines = samples.to_first_rank(_record(samples, *sample) for sample in drawn)
     if dist.get_rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -288,19 +310,27 @@ def save_samples(path: Path, samples: Samples) -> None:
         list(lines)
 
 
-def _record(samples: Samples, k: int, token_ids: NDArray[np.int32], text: str, grade: Grade) -> dict[str, Any]:
-    prompt = samples.prompts[k]
-    failed = {"failures": grade.failures, "masked": grade.masked} if grade.failures else {}
-    return {
-        "index": prompt.index,
-        "prompt": prompt.messages,
-        "answer": prompt.answer,
-        "response": text,
-        "prompt_token_ids": prompt.token_ids,
-        "token_ids": token_ids.tolist(),
-        "reward": grade.total,
-        "rewards": grade.rewards,
-        "advantage": float(samples.advantages[k]),
-        "finish_reason": samples.finish_reason(k),
-        "logprob_difference": float(samples.differences[k]) / max(1, int(samples.lengths[k])),
-    } | failed
+def _record(samples: Samples, k: int, mine: int) -> dict[str, Any]:
+    """Of sample `k`, the replica's number `mine`."""
+    prompt, failures = samples.prompts[k], samples.grades[mine].failures
+    drawn = ~np.isnan(samples.logprobs[mine])
+    turns = {} if drawn.all() else {"turns": samples.messages[mine], "mask": drawn.astype(int).tolist()}
+    masked = bool(samples.masked[k])
+    failed = {"failures": failures, "masked": masked} if failures or masked else {}
+    return (
+        {
+            "index": prompt.index,
+            "prompt": prompt.messages,
+            "answer": prompt.answer,
+            "response": samples.texts[mine],
+            "prompt_token_ids": prompt.token_ids,
+            "token_ids": samples.token_ids[mine].tolist(),
+            "reward": float(samples.rewards[k]),
+            "rewards": {name: float(x[k]) for name, x in samples.rewards_by_name.items() if not np.isnan(x[k])},
+            "advantage": float(samples.advantages[k]),
+            "finish_reason": samples.finish_reason(k),
+            "logprob_difference": float(samples.differences[k]) / max(1, int(samples.sampled[k])),
+        }
+        | turns
+        | failed
+    )

@@ -1,5 +1,5 @@
 """Runs programs that nobody has read, isolated from this machine. Linux, with the kernel's own means."""
 
-from megatron_posttrain.sandbox.run import Result, run, why_unavailable
+from megatron_posttrain.sandbox.run import Result, check_isolation, run, why_unavailable
 
-__all__ = ["Result", "run", "why_unavailable"]
+__all__ = ["Result", "check_isolation", "run", "why_unavailable"]

@@ -19,6 +19,8 @@ from typing import IO, Literal
 
 import psutil
 
+from megatron_posttrain.errors import UserError
+
 Status = Literal["ok", "error", "timeout", "memory", "output", "unavailable"]
 PROCESSES = 64  # and threads, at a time
 FILE_MIB = 64  # of one file, and of all files together
@@ -100,6 +102,15 @@ def why_unavailable() -> str | None:
     """Why programs cannot be isolated on this machine, None where they can."""
     result = run("print('ready')")
     return None if result.stdout == "ready\n" else result.stderr.strip() or f"a trial ended with {result.status}"
+
+
+def check_isolation(what: str, unsafe: bool) -> None:
+    """Raises UserError that begins with `what` where programs cannot be isolated, and `unsafe` does not allow that."""
+    if not unsafe and (reason := why_unavailable()):
+        raise UserError(
+            f"{what} runs programs that nobody has read, and this machine cannot isolate them: {reason}; "
+            "allowed: user namespaces, the right to make namespaces (CAP_SYS_ADMIN), or sandbox.unsafe: true"
+        )
 
 
 def _limits(seconds: float, memory_mib: int) -> dict[str, tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megatron_posttrain.config.algorithms import GrpoConfig
@@ -25,11 +26,24 @@ def check_answers(rows: Sequence[Row], rewards: Iterable[RewardConfig]) -> None:
         raise UserError(f"{missing[0]}: no `answer`, which the reward '{needs}' compares with{more}")
 
 
-def prompts_of(config: GrpoConfig, rows: Sequence[Row], tokenizer: Any) -> PromptDataset:
-    """The prompts that leave room for a response. Raises UserError, also for a row that no reward could grade."""
+def prompts_of(config: GrpoConfig, rows: Sequence[Row], tokenizer: Any, tools: Sequence[Any] = ()) -> PromptDataset:
+    """The prompts that leave room for a response, with the `tools` of an environment.
+
+    Raises UserError, also for a row that no reward could grade, and one whose own tools nothing would answer.
+    """
     check_answers(rows, config.rewards)
+    rows = rows_with_tools(rows, tools)
     longest = config.data.sequence_length - config.rollout.at(None).max_tokens
     return PromptDataset(rows, tokenizer, longest, config.training.seed, config.data.omissions)
+
+
+def rows_with_tools(rows: Sequence[Row], tools: Sequence[Any]) -> list[Row]:
+    """The rows, whose prompts name an environment's tools. Raises UserError for a row that has others."""
+    if not tools:
+        return list(rows)
+    if own := next((row for row in rows if row.tools and row.tools != tools), None):
+        raise UserError(f"{own.source}: the row has tools of its own, and only those of the environment are answered")
+    return [replace(row, tools=list(tools)) for row in rows]
 
 
 def check_positions(lengths: Iterable[int], arch: Architecture) -> None:
