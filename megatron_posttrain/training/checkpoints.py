@@ -103,7 +103,11 @@ class Checkpoints:
                 requests.append(_request(engine, partial / kept, weights_only=True))
         state = {"step": step} if self.origin is None else self.origin.state(step)
         state |= {"loop": dict(self.state), "best": self.best.state(), "skipped": engine.skipped}
-        self._writing = Writing(requests, state)
+        with (
+            self._failing_together(step),
+            platform().megatron(),
+        ):  # megatron-core waits for its copies with CUDA's calls
+            self._writing = Writing(requests, state)
         if not self.config.asynchronous:
             self.finish()
 
