@@ -179,7 +179,8 @@ def _execute(pipeline: Pipeline, stage: Stage, result: dict[str, Any], stop: Sto
     result["seconds"] += time.monotonic() - start
     if not status:
         return 0
-    stopped = status == STOPPED or stop.asked
+    # A training stage that saved says 75; any other that was asked to end has nothing to say.
+    stopped = status == STOPPED or (stop.asked > 0 and (stage.job is None or status < 0))
     result |= {"status": "stopped" if stopped else "failed", "reason": f"status {status}: {last}"}
     write(file, json.dumps(result, indent=1))
     _say(stage, f"{result['status']} with status {status}; its log is {stage.directory / LOG}")
