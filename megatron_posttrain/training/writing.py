@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from megatron_posttrain.platform import platform
 from megatron_posttrain.upstream.megatron import written_by_threads
 
 
@@ -22,7 +23,8 @@ class Writing:
         self._arguments = [list(request.async_fn_args) for request in requests]
         for request, arguments in zip(requests, self._arguments, strict=True):
             if request.preload_fn is not None:
-                arguments[1] = request.preload_fn()
+                with platform().megatron():  # it synchronises a GPU
+                    arguments[1] = request.preload_fn()
         self._written = ThreadPoolExecutor(1, "checkpoint").submit(self._write)
 
     def _write(self) -> None:
