@@ -20,6 +20,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 32,
     "max_position_embeddings": 512,
+    "pad_token_id": 7,  # whose embedding transformers starts at zero and does not train
     "initializer_range": 0.2,  # large, so that a wrong weight shows
 }
 EXPERTS: dict[str, Any] = {

@@ -86,6 +86,7 @@ class Architecture:
     moe: MixtureOfExperts | None = None
     mla: MultiLatentAttention | None = None
     num_mtp_layers: int = 0  # multi-token-prediction layers in the checkpoint
+    padding_token: int | None = None  # whose word embedding is not trained
     scalar_head: bool = False  # one value a token in place of the vocabulary's: reward models, critics
 
     def is_moe_layer(self, layer: int) -> bool:

@@ -107,10 +107,29 @@ def build_model(
             elif layout.sequence_parallel:
                 split_down_projections(chunk)
             _drop_biases(chunk, arch)
+            if arch.padding_token is not None and chunk.pre_process:
+                _leave_padding_alone(chunk.embedding.word_embeddings, arch.padding_token)
             if arch.scalar_head and chunk.post_process:
                 chunk.output_layer = ScalarHead(config)
             chunks.append(chunk.to(platform().device))
     return chunks, config
+
+
+def _leave_padding_alone(embedding: torch.nn.Module, token: int) -> None:
+    """The padding token's word embedding gets no gradient, as in transformers (`padding_idx`).
+
+    There it starts as zero, where a norm multiplies gradients by 1 / sqrt(epsilon): one sampled padding token has the
+    whole model's gradient clipped to nothing.
+    """
+    from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+
+    def stop(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        padding = inputs[0] == token  # [b, s]
+        if module.reduce_scatter_embeddings:  # the output is [s / tensor, b, hidden]
+            padding = scatter_to_sequence_parallel_region(padding.t().contiguous())
+        return torch.where(padding[..., None], output.detach(), output)
+
+    embedding.register_forward_hook(stop)  # type: ignore[arg-type]
 
 
 def _accumulate_in_main_gradients(chunk: torch.nn.Module) -> None:

@@ -34,6 +34,8 @@ def architecture_from_hf(config: HfConfig, keep_mtp: bool = False) -> Architectu
         raise UserError(f"config.json: model_type {kind!r} is not supported (one of {supported}){hint}")
     check_keys(config)
     arch = FAMILIES[kind].architecture(config)
+    if (token := config.get("pad_token_id")) is not None and -arch.vocab_size <= token < arch.vocab_size:
+        arch = replace(arch, padding_token=token % arch.vocab_size)
     if (moe := arch.moe) is not None and not 0 < moe.top_k <= moe.num_experts:
         raise UserError(f"config.json: num_experts_per_tok is {moe.top_k}; allowed: 1 to its {moe.num_experts} experts")
     if any(str(name).endswith(CLASSIFIER) for name in config.get("architectures") or []):
