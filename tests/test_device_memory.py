@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_posttrain.algorithms.losses import cross_entropy
 from megatron_posttrain.checkpoint.hf import check_directory
 from megatron_posttrain.config.algorithms import SftConfig
+from megatron_posttrain.config.schema import OptimizerConfig
 from megatron_posttrain.data.batch import Sequence
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
 from megatron_posttrain.parallel.layout import Layout
@@ -48,6 +49,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Engine, list[str]]
     made = object.__new__(Engine)
     made._offloaded, made.adapters, made._calls = False, None, 0
     made.arch = None  # type: ignore[assignment]
+    made.optimizer_config, made.ema, made.may_skip, made.skipped = OptimizerConfig(), None, 0, 0
     made.groups = SimpleNamespace(data=SimpleNamespace(size=lambda: 1))  # type: ignore[assignment]
     made.chunks = [Recorder(calls, "gradients")]
     made.optimizer = Recorder(calls, "optimizer")
