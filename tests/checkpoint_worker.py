@@ -89,7 +89,7 @@ def gather(engine: Engine, directory: Path) -> None:
     if dist.get_rank() == 0:
         path.mkdir(parents=True)
     dist.barrier()
-    with platform().megatron(), optimizer_can_resume(), written_by_threads():
+    with platform().megatron(), optimizer_can_resume(), written_by_threads(), written_by_threads():
         dist_checkpointing.save(stock_state(engine, False), str(path), content_metadata=dict(METADATA))
     if dist.get_rank() == 0:
         (path / "trainer_state.json").write_text(json.dumps({"step": 2}))

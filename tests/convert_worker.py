@@ -22,6 +22,7 @@ from megatron_posttrain.models.sharded import Exporter
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.platform import platform
+from megatron_posttrain.upstream.megatron import written_by_threads
 
 SMALL = ConvertOptions(shard_bytes=20_000)  # several files, so that every process has some
 
@@ -52,7 +53,7 @@ def main() -> None:
             if dist.get_rank() == 0:
                 (out / "saved").mkdir()
             dist.barrier()
-            with platform().megatron():
+            with platform().megatron(), written_by_threads():
                 dist_checkpointing.save(chunks[0].sharded_state_dict(), str(out / "saved"))
         with platform().megatron():
             tensors = dict(Exporter(chunks, there.arch, groups).hf_tensors())

@@ -155,7 +155,7 @@ def test_unknown_key_and_absent_model(capsys: pytest.CaptureFixture[str], assets
     status, found = doctor(capsys, *absent, "--assume", "4xH100")
     assert status == 0
     assert found["model"]["status"] == "not checked here"
-    assert found["memory"]["status"] == ("warn" if example.name == "ppo.yaml" else "ok")  # planned without its critic
+    assert found["memory"]["status"] == "ok"
 
 
 def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str], assets: Path, tmp_path: Path) -> None:
