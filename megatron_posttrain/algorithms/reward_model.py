@@ -60,9 +60,10 @@ def reward_model(config: RewardModelConfig) -> int:
 
 
 def name_padding(file: Path, token: int | None) -> None:
-    """transformers finds a conversation's last token by the padding behind it, in batches of more than one."""
+    """transformers finds a conversation's last token by the padding behind it, in batches of more than one: it has to
+    be what the tokenizer pads with."""
     config = read_json(file)
-    if config.get("pad_token_id") is None and token is not None:
+    if token is not None and config.get("pad_token_id") != token:
         write_json(file, config | {"pad_token_id": token})
 
 
