@@ -16,7 +16,7 @@ import pytest
 
 from megatron_posttrain.data import cache
 from megatron_posttrain.data.cache import ARRAYS, Encoder, tokenized
-from megatron_posttrain.data.dataset import SftDataset
+from megatron_posttrain.data.dataset import TokenizedDataset
 from megatron_posttrain.data.tokenize import encode_conversation
 from megatron_posttrain.errors import UserError
 from tests.chat_tokenizers import CHATML, CHATML_MARKED, byte_tokenizer, turns
@@ -42,7 +42,7 @@ def arrays(found) -> dict[str, list]:
 
 def test_tokens_and_masks_are_those_of_the_rows(tmp_path):
     found = tokenized(write(tmp_path / "a.jsonl"), ENCODER, tmp_path / "cache")
-    data = SftDataset([found], 200)
+    data = TokenizedDataset([found], 200)
     assert len(data) == len(ROWS)
     for i, row in enumerate(ROWS):
         assert data[i] == encode_conversation(ENCODER.tokenizer, row)

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 
 from megatron_posttrain.data.cache import Encoder, tokenized
-from megatron_posttrain.data.dataset import PromptDataset, SftDataset
-from megatron_posttrain.data.rows import Row
+from megatron_posttrain.data.dataset import PromptDataset, SftDataset, TokenizedDataset
+from megatron_posttrain.data.rows import Row, read_rows
 from megatron_posttrain.data.tokenize import encode_conversation
 from megatron_posttrain.errors import UserError
 from tests.chat_tokenizers import CHATML, byte_tokenizer, turns
@@ -31,6 +31,14 @@ def turns_of(contents):
     return [turns("q", content) for content in contents]
 
 
+def test_rows_in_memory_are_what_files_are(tmp_path, tokenizer, source):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in ROWS))
+    rows, files = SftDataset(read_rows(file), tokenizer, 90, seed=3), TokenizedDataset([source], 90, seed=3)
+    assert rows.message == files.message
+    assert [rows.batch(i, 4) for i in range(3)] == [files.batch(i, 4) for i in range(3)]
+
+
 ROWS = turns_of(["a" * (1 + i * 7 % 40) for i in range(23)])
 
 
@@ -41,7 +49,7 @@ def source(tmp_path_factory, tokenizer):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_every_epoch_holds_every_conversation_once(source, packing):
-    data = SftDataset([source], 90, packing=packing, seed=3)
+    data = TokenizedDataset([source], 90, packing=packing, seed=3)
     assert len(data) == 23
     for epoch in range(3):
         packed = data.epoch_rows(epoch)
@@ -53,20 +61,20 @@ def test_every_epoch_holds_every_conversation_once(source, packing):
 
 
 def test_batches_follow_one_another_without_a_gap(source):
-    data = SftDataset([source], 90, seed=3)
+    data = TokenizedDataset([source], 90, seed=3)
     stream = [row for epoch in range(4) for row in data.epoch_rows(epoch)]
-    again = SftDataset([source], 90, seed=3)  # a resumed run
+    again = TokenizedDataset([source], 90, seed=3)  # a resumed run
     for step in (5, 0, 2, 1):
         expected = [[data[i] for i in row] for row in stream[step * 4 : step * 4 + 4]]
         assert data.batch(step, 4) == expected == again.batch(step, 4)
-    assert SftDataset([source], 90, seed=4).batch(0, 4) != data.batch(0, 4)
+    assert TokenizedDataset([source], 90, seed=4).batch(0, 4) != data.batch(0, 4)
     n = data.rows_per_epoch
     assert [data.steps_per_epoch(k) for k in (1, n - 1, n, n + 1)] == [n, 2, 1, 1]
     assert data.steps_per_epoch(n, epochs=2.5) == 3
 
 
 def test_conversations_keep_tokens_and_mask(source, tokenizer):
-    data = SftDataset([source], 90)
+    data = TokenizedDataset([source], 90)
     for i in (0, 7, 22):
         assert data[i] == encode_conversation(tokenizer, ROWS[i])
 
@@ -74,18 +82,18 @@ def test_conversations_keep_tokens_and_mask(source, tokenizer):
 def test_overlong_conversations_are_dropped_or_cut(tmp_path, tokenizer):
     rows = [*turns_of(["a", LONG, "b"]), turns(LONG, "c")]
     source = conversations(tmp_path, tokenizer, rows)
-    dropped = SftDataset([source], 60, overlong="drop")
+    dropped = TokenizedDataset([source], 60, overlong="drop")
     assert (len(dropped), dropped.dropped, dropped.truncated) == (2, 2, 0)
     assert "2 dropped, 0 truncated" in dropped.message
     # The last one's answer lies behind the cut: nothing is left to learn from it.
-    cut = SftDataset([source], 60, overlong="truncate")
+    cut = TokenizedDataset([source], 60, overlong="truncate")
     assert (len(cut), cut.dropped, cut.truncated) == (3, 1, 1)
     whole = encode_conversation(tokenizer, rows[1])
     assert cut[1].token_ids == whole.token_ids[:60]
     assert cut[1].loss_mask == whole.loss_mask[:60]
     assert f", {sum(sum(cut[i].loss_mask) for i in range(3)):.0f} with loss" in cut.message
     with pytest.raises(UserError, match=r"data\.sequence_length is 10, and none of the 4 .*overlong=truncate"):
-        SftDataset([source], 10)
+        TokenizedDataset([source], 10)
 
 
 def test_a_row_without_anything_to_learn_is_refused(tmp_path, tokenizer):
@@ -99,7 +107,7 @@ def test_a_mixture_has_exact_counts_and_wastes_no_row(tmp_path, tokenizer):
         conversations(tmp_path, tokenizer, turns_of([name * (shortest + 9 * (i % 5)) for i in range(n)]), name)
         for n, name, shortest in zip(sizes, "xyz", (1, 20, 1), strict=True)
     ]
-    data = SftDataset(sources, 90, seed=3, weights=weights)
+    data = TokenizedDataset(sources, 90, seed=3, weights=weights)
     counts = [8, 22, 7]  # of 37, by 1 : 3 : 1 = 7.4, 22.2, 7.4
     assert "22 (of 6) from" in data.message
     firsts = [range(20), range(20, 26), range(26, 37)]
@@ -111,15 +119,15 @@ def test_a_mixture_has_exact_counts_and_wastes_no_row(tmp_path, tokenizer):
         assert set(map(seen.__getitem__, first)) <= {6 * count // len(first), -(-6 * count // len(first))}
     # A step is a pure function of its number, though epochs have different conversations and may have other sizes.
     stream = [row for epoch in range(6) for row in data.epoch_rows(epoch)]
-    again = SftDataset(sources, 90, seed=3, weights=weights)
+    again = TokenizedDataset(sources, 90, seed=3, weights=weights)
     for step in (9, 0, 4):
         assert again.batch(step, 3) == [[data[i] for i in row] for row in stream[3 * step : 3 * step + 3]]
     sizes_of_epochs = [len(data.epoch_rows(epoch)) for epoch in range(6)]
     assert data.steps_per_epoch(1, 6) == sum(sizes_of_epochs)
     assert len(set(sizes_of_epochs)) > 1
-    assert data.fingerprint != SftDataset(sources, 90, seed=3, weights=[1.0, 3.0, 2.0]).fingerprint
+    assert data.fingerprint != TokenizedDataset(sources, 90, seed=3, weights=[1.0, 3.0, 2.0]).fingerprint
     with pytest.raises(UserError, match=r"none of the 6 conversations of .*y\.jsonl fits"):
-        SftDataset(sources, 40, weights=weights)
+        TokenizedDataset(sources, 40, weights=weights)
 
 
 def test_prompts(tokenizer):

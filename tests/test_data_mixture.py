@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_posttrain.data.cache import Encoder, tokenized
-from megatron_posttrain.data.dataset import SftDataset
+from megatron_posttrain.data.dataset import TokenizedDataset
 from tests.launch import ranks
 from tests.models import make_assets
 from tests.test_resume import metrics
@@ -44,7 +44,7 @@ def test_mixture_of_weighted_turns(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(assets / "model")
     encoder = Encoder(tokenizer, {}, "refuse", "all-assistant")
     sources = [tokenized(str(file), encoder, tmp_path / ".cache") for file in files]  # what the run has left
-    data = SftDataset(sources, 64, weights=WEIGHTS)
+    data = TokenizedDataset(sources, 64, weights=WEIGHTS)
     model = AutoModelForCausalLM.from_pretrained(assets / "model", dtype=torch.float64, experts_implementation="eager")
     total = weight = 0.0
     for conversation in (c for row in data.batch(0, 4) for c in row):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_posttrain.config.schema import RewardConfig
 from megatron_posttrain.data.cache import Encoder, tokenized
-from megatron_posttrain.data.dataset import PromptDataset, SftDataset
+from megatron_posttrain.data.dataset import PromptDataset, TokenizedDataset
 from megatron_posttrain.data.rows import read_rows
 from megatron_posttrain.rewards import Sample, compute_rewards, load_rewards
 
@@ -105,7 +105,7 @@ def test_through_datasets_and_reward(tokenizer, data, tmp_path):
     for name, rows in data.items():
         make_assets.write_jsonl(tmp_path / f"{name}.jsonl", rows)
     encoder = Encoder(tokenizer, {}, "refuse", "all-assistant")
-    sft = SftDataset([tokenized(str(tmp_path / "train.jsonl"), encoder, tmp_path / "cache")], 256)
+    sft = TokenizedDataset([tokenized(str(tmp_path / "train.jsonl"), encoder, tmp_path / "cache")], 256)
     assert (len(sft), sft.dropped) == (3000, 0)
     conversation = sft[0]
     learned = [t for t, m in zip(conversation.token_ids, conversation.loss_mask, strict=True) if m]

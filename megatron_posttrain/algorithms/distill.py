@@ -20,7 +20,7 @@ from megatron_posttrain.algorithms.sft import read_dataset
 from megatron_posttrain.config.algorithms import DistillAlgorithm, DistillConfig
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.data.batch import Sequence as TokenSequence
-from megatron_posttrain.data.dataset import SftDataset
+from megatron_posttrain.data.dataset import TokenizedDataset
 from megatron_posttrain.data.tokenize import Conversation, load_tokenizer
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
@@ -199,7 +199,7 @@ def divergence_loss(output: Output, batch: PackedBatch) -> tuple[Tensor, dict[st
     return output["divergence"] * batch.loss_mask, {}
 
 
-def validation_divergence(engine: Engine, teacher: Teacher, dataset: SftDataset) -> Mean:
+def validation_divergence(engine: Engine, teacher: Teacher, dataset: TokenizedDataset) -> Mean:
     """Over the tokens of the whole set that count."""
     (sequences,) = numbered([[dataset[i] for i in range(len(dataset))]])
     batches = rank_token_batches(sequences, engine.groups, engine.arch, dataset.sequence_length)

@@ -8,7 +8,7 @@ from megatron_posttrain.algorithms.losses import cross_entropy, cross_entropy_te
 from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.config.schema import Config
 from megatron_posttrain.data.batch import Sequence as TokenSequence
-from megatron_posttrain.data.dataset import SftDataset, read_conversations
+from megatron_posttrain.data.dataset import TokenizedDataset, read_conversations
 from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.limits import check_positions
@@ -43,14 +43,14 @@ def sft(config: SftConfig) -> int:
     return run.status
 
 
-def read_dataset(config: Config, prepared: Prepared, held_out: bool = False) -> SftDataset:
+def read_dataset(config: Config, prepared: Prepared, held_out: bool = False) -> TokenizedDataset:
     """The conversations that are trained on, or those of `data.validation`."""
     dataset = read_conversations(config, prepared.tokenizer, config.cache_dir, held_out)
     check_positions(dataset.lengths, prepared.arch)
     return dataset
 
 
-def validation_loss(engine: Engine, dataset: SftDataset) -> float:
+def validation_loss(engine: Engine, dataset: TokenizedDataset) -> float:
     """Mean of -log p over the tokens of the whole set that count, by weight."""
     sequences = [TokenSequence(c.token_ids, c.loss_mask) for c in map(dataset.__getitem__, range(len(dataset)))]
     logprobs = sequence_logprobs(engine, sequences, dataset.sequence_length)

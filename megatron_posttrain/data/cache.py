@@ -13,7 +13,7 @@ import socket
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from megatron_posttrain.data.columns import Columns
 from megatron_posttrain.data.files import Located, content, lines_of, records
-from megatron_posttrain.data.rows import Reader, tell, tell_ignored, tell_left_out
+from megatron_posttrain.data.rows import Reader, Row, tell, tell_ignored, tell_left_out
 from megatron_posttrain.data.template import Omissions, keep_started, started
 from megatron_posttrain.data.tokenize import TrainOn, encode_row
 from megatron_posttrain.errors import UserError
@@ -60,8 +60,8 @@ class TokenizedSource:
 class _Chunk:
     arrays: dict[str, np.ndarray]
     weights: list[float]
-    records: int
     unlearned: int
+    records: int
     ignored: Counter[str]
     left_out: Counter[str]
 
@@ -91,26 +91,42 @@ class Encoder:
 
     def __call__(self, chunk: list[Located]) -> _Chunk:
         reader = Reader(self.columns, "text" if self.train_on == "everything" else "sft")
+        rows = (row for where, record in chunk if (row := reader.read(where, record)) is not None)
+        return _Chunk(*self.encode(rows), len(chunk), reader.ignored, reader.left_out)
+
+    def encode(self, rows: Iterable[Row]) -> tuple[dict[str, np.ndarray], list[float], int]:
+        """`ARRAYS` of the rows, the weights that `mask` stands for, and how many rows have none but 0.
+
+        Raises UserError for a row of which no token counts.
+        """
         weights: dict[float, int] = {0.0: 0, 1.0: 1}
         found: dict[str, list[Any]] = {name: [] for name in ARRAYS}
         unlearned = 0
-        for where, record in chunk:
-            if (row := reader.read(where, record)) is None:
-                continue
+        for row in rows:
             conversation = encode_row(self.tokenizer, row, self.omissions, self.train_on)
             mask = np.array([weights.setdefault(w, len(weights)) for w in conversation.loss_mask])
             counts = np.flatnonzero(mask)
             if not len(counts):
                 if not any("weight" in message for message in row.messages):
                     roles = [message["role"] for message in row.messages]
-                    raise UserError(f"{where}: no token of an assistant in this conversation; roles found: {roles}")
+                    where = f"{row.source}: no token of an assistant in this conversation"
+                    raise UserError(f"{where}; roles found: {roles}")
                 unlearned += 1
                 continue
             of_row = (conversation.token_ids, mask, [len(mask)], counts[:1], [len(counts)])
             for name, values in zip(ARRAYS, of_row, strict=True):
                 found[name].append(np.asarray(values))
         arrays = {name: np.concatenate(parts or [[]]).astype(ARRAYS[name]) for name, parts in found.items()}
-        return _Chunk(arrays, list(weights), len(chunk), unlearned, reader.ignored, reader.left_out)
+        return arrays, list(weights), unlearned
+
+
+def tokenized_rows(rows: Sequence[Row], tokenizer: Any, omissions: Omissions = "refuse") -> TokenizedSource:
+    """In memory, without a cache. Raises UserError for a row of which no token counts."""
+    arrays, weights, unlearned = Encoder(tokenizer, {}, omissions, "all-assistant").encode(rows)
+    if not len(arrays["lengths"]):
+        raise UserError("every turn has weight 0" if unlearned else "no rows")
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays.values())).hexdigest()
+    return TokenizedSource("rows", **arrays, weights=np.array(weights), unlearned=unlearned, digest=digest)
 
 
 def tokenized(source: str, encoder: Encoder, cache: Path) -> TokenizedSource:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_posttrain.config.schema import Config
-from megatron_posttrain.data.cache import Encoder, TokenizedSource, tokenized
+from megatron_posttrain.data.cache import Encoder, TokenizedSource, tokenized, tokenized_rows
 from megatron_posttrain.data.packing import pack
 from megatron_posttrain.data.rows import Message, Row
 from megatron_posttrain.data.tokenize import Conversation, Omissions, encode_prompt
@@ -83,7 +83,7 @@ class Epochs:
         return math.ceil(rows / batch_size)
 
 
-class SftDataset(Epochs):
+class TokenizedDataset(Epochs):
     """Conversations for supervised training, packed into rows of at most `sequence_length` tokens.
 
     Args:
@@ -185,13 +185,22 @@ class SftDataset(Epochs):
         return [[self[i] for i in row] for row in self.take(step, global_batch_size)]
 
 
-def read_conversations(config: Config, tokenizer: Any, cache: Path, held_out: bool = False) -> SftDataset:
+class SftDataset(TokenizedDataset):
+    """Of rows in memory, what `TokenizedDataset` is of tokenised files."""
+
+    def __init__(
+        self, rows: Seq[Row], tokenizer: Any, sequence_length: int, *, omissions: Omissions = "refuse", **options: Any
+    ) -> None:
+        super().__init__([tokenized_rows(rows, tokenizer, omissions)], sequence_length, **options)
+
+
+def read_conversations(config: Config, tokenizer: Any, cache: Path, held_out: bool = False) -> TokenizedDataset:
     """What a run trains on or, `held_out`, looks at, tokenised in directory `cache`."""
     data = config.data
     sources, weights = (data.held_out, None) if held_out else (data.sources, data.weights)
     encoder = Encoder(tokenizer, data.columns, data.omissions, data.train_on)
     found = [tokenized(source, encoder, cache) for source in sources]
-    return SftDataset(found, data.sequence_length, data.packing, data.overlong, config.training.seed, weights)
+    return TokenizedDataset(found, data.sequence_length, data.packing, data.overlong, config.training.seed, weights)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, Self
 from megatron_posttrain.config.algorithms import ALGORITHMS, DistillConfig, DpoConfig, GrpoConfig, PpoConfig
 from megatron_posttrain.config.load import load_config
 from megatron_posttrain.config.schema import Config
-from megatron_posttrain.data.dataset import SftDataset, read_conversations
+from megatron_posttrain.data.dataset import TokenizedDataset, read_conversations
 from megatron_posttrain.data.rows import read_rows
 from megatron_posttrain.doctor.findings import Findings, Status
 from megatron_posttrain.errors import UserError
@@ -223,7 +223,7 @@ class JobCheck:
         else:
             self.findings.add("ok", check, f"{len(rows):,} rows")
 
-    def _conversations(self, held_out: bool) -> SftDataset:
+    def _conversations(self, held_out: bool) -> TokenizedDataset:
         with tempfile.TemporaryDirectory() as cache:
             dataset = read_conversations(self.config, self.tokenizer, Path(cache), held_out)
         if self.arch is not None:
