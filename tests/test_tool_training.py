@@ -25,9 +25,10 @@ def make_reward_model(directory: Path) -> None:
     """With a chat template of its own, which the policy's differs from."""
     tokenizer = tool_tokenizer(CHATML.replace("m.role", "m.role | upper"))
     torch.manual_seed(1)
-    sizes = SIZES | {"vocab_size": len(tokenizer), "num_hidden_layers": 2}
-    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-    Qwen3ForSequenceClassification(Qwen3Config(**sizes, **ends, num_labels=1)).save_pretrained(directory)
+    sizes = SIZES | {"vocab_size": len(tokenizer), "num_hidden_layers": 2, "pad_token_id": 0}
+    Qwen3ForSequenceClassification(
+        Qwen3Config(**sizes, bos_token_id=None, eos_token_id=None, num_labels=1)
+    ).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
