@@ -6,10 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_posttrain.cli.generation import REWARD_OPTIONS, SET_OPTIONS, given, prepare, set_of, start_engine
 from megatron_posttrain.cli.generation import add_arguments as add_common
+from megatron_posttrain.cli.row_options import parsed
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.output import check_output
 
@@ -89,5 +88,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _environment(text: str) -> dict[str, Any]:
-    found = yaml.safe_load(text)
+    found = parsed(text)
+    if not isinstance(found, str | dict):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a name, or a map such as '{{name: search, args: {{}}}}'")
     return found if isinstance(found, dict) else {"name": found}

@@ -24,11 +24,16 @@ def add_columns(parser: argparse.ArgumentParser, name: str = "--columns", text: 
     parser.add_argument(name, type=_columns, default={}, metavar="MAP", help=f"{text}: '{{prompt: question.stem}}'")
 
 
-def _columns(text: str) -> Columns:
+def parsed(text: str) -> Any:
+    """What YAML says, null where it is none."""
     try:
-        found: Any = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except yaml.YAMLError:
-        found = None
+        return None
+
+
+def _columns(text: str) -> Columns:
+    found = parsed(text)
     if not isinstance(found, dict) or not all(map(_is_name, found.values())):
         raise argparse.ArgumentTypeError(f"{text!r} must be a map such as '{{prompt: question, answer: [a, b]}}'")
     try:
