@@ -9,18 +9,16 @@ import torch.distributed as dist
 
 from megatron_posttrain.algorithms.preferences import last_values, score_sequences
 from megatron_posttrain.algorithms.reward_model import HEAD
-from megatron_posttrain.checkpoint.hf import check_directory, model_directory
 from megatron_posttrain.config.algorithms import GrpoConfig
 from megatron_posttrain.config.schema import RewardConfig
 from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.template import Template, load_tokenizer
 from megatron_posttrain.errors import UserError
-from megatron_posttrain.models.layout_checks import check_layout
 from megatron_posttrain.parallel.groups import Groups
 from megatron_posttrain.rewards.registry import MODEL
 from megatron_posttrain.rollout.samples import Samples, mask
 from megatron_posttrain.training.engine import Engine
-from megatron_posttrain.training.prepare import Prepared
+from megatron_posttrain.training.prepare import Prepared, check_beside
 
 
 class ModelReward:
@@ -31,14 +29,9 @@ class ModelReward:
 
     def __init__(self, spec: RewardConfig, prepared: Prepared) -> None:
         self.spec, self.config = spec, prepared.config
-        path = model_directory(str(spec.path), "rewards.path")
-        self.arch = check_directory(path)[1]
+        path, self.arch = check_beside("rewards.path", str(spec.path), prepared.layout)
         if not self.arch.scalar_head:
             raise UserError(f"rewards.path={path} is no reward model; allowed: OUTPUT/hf of the command reward-model")
-        try:
-            check_layout(prepared.layout, self.arch)
-        except UserError as error:
-            raise UserError(f"rewards.path={path}, which runs in the trainer's layout: {error}") from None
         self.tokenizer = load_tokenizer(path)
 
     @classmethod

@@ -85,6 +85,7 @@ def critic_config(config: PpoConfig) -> PpoConfig:
     changed = {
         "model": config.model.model_copy(update={"path": config.critic.path or config.model.path}),
         "optimizer": config.optimizer.model_copy(update=optimizer),
+        "training": config.training.model_copy(update={"ema": None}),  # the average is what the policy exports
     }
     return config.model_copy(update=changed)
 

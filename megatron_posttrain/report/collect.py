@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic_core import from_json
 
 from megatron_posttrain.config.load import flat
 from megatron_posttrain.errors import UserError, nearest_file
@@ -85,7 +86,7 @@ def json_lines(file: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return
             try:
-                yield json.loads(line)
+                yield from_json(line)
             except ValueError as error:
                 raise UserError(f"{file}:{number}: no JSON: {error}") from None
 

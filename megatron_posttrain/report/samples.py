@@ -1,14 +1,12 @@
 """The samples of a run's rollouts, or of an evaluation, as columns; texts of as many as fit."""
 
 import base64
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic_core import from_json
 
-from megatron_posttrain.errors import UserError
+from megatron_posttrain.report.collect import json_lines
 
 TEXT_BYTES = 48 << 20  # of a run, before compression: browsers hold that with ease
 RESPONSES = "responses.jsonl"
@@ -32,20 +30,9 @@ def read(directory: Path) -> dict[str, Any] | None:
     table = _Table(TEXT_BYTES // len(files), directory)
     for step, file in zip(steps, files, strict=True):
         table.left = table.share
-        for record in _records(file):
+        for record in json_lines(file):
             table.add(step, record)
     return table.plain()
-
-
-def _records(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.endswith(b"\n"):
-                return  # a running job has not finished it
-            try:
-                yield from_json(line)
-            except ValueError as error:
-                raise UserError(f"{file}:{number}: no JSON: {error}") from None
 
 
 class _Table:
