@@ -183,15 +183,17 @@ def generate_samples(
     start = time.perf_counter()
     episodes = converse(rollout, tokenizer, mine, single, seeds[drawn.start : drawn.stop], turns)
     seconds = time.perf_counter() - start
+    logprobs = [np.array(e.logprobs, np.float32) for e in episodes]
+    sampled = [int((~np.isnan(values)).sum()) for values in logprobs]
     said: list[Sample] = []
     grades: list[Grade] = []
     if dist.get_rank() % rollout.tensor == 0:
-        said = [_said(tokenizer, episode, turns) for episode in episodes]
+        said = [_said(tokenizer, *each, turns) for each in zip(episodes, sampled, strict=True)]
         grades = list(map(_graded, episodes, compute_rewards(said, rewards)))
     facts = np.zeros((share + 1, 5 + len(rewards)))
     facts[-1, 0] = seconds
     for k, episode in enumerate(episodes):
-        facts[k, :3] = len(episode.token_ids), _drawn(episode), episode.finish_reason == "length"
+        facts[k, :3] = len(episode.token_ids), sampled[k], episode.finish_reason == "length"
     for k, grade in enumerate(grades):
         facts[k, 3:] = grade.total, grade.masked, *(grade.rewards.get(r.name, np.nan) for r in rewards)
     everywhere = gather_rows(torch.from_numpy(facts)).numpy()[:: rollout.tensor]
@@ -209,7 +211,7 @@ def generate_samples(
         seconds=float(everywhere[:, -1, 0].max()),
         drawn=drawn,
         token_ids=[np.array(e.token_ids, np.int32) for e in episodes],
-        logprobs=[np.array(e.logprobs, np.float32) for e in episodes],
+        logprobs=logprobs,
         messages=[e.messages for e in episodes] if said else [],
         texts=[
             response_text(tokenizer, e.token_ids) if e.begun else x.response
@@ -277,11 +279,7 @@ def _means(sums: dict[str, tuple[float, int]]) -> dict[str, float]:
     return {name: sum(total for total, _ in pairs) / sum(count for _, count in pairs) for name, pairs in of.items()}
 
 
-def _drawn(episode: Episode) -> int:
-    return len(episode.logprobs) - int(np.isnan(episode.logprobs).sum())
-
-
-def _said(tokenizer: Any, episode: Episode, turns: Turns) -> Sample:
+def _said(tokenizer: Any, episode: Episode, sampled: int, turns: Turns) -> Sample:
     """What rewards see: the last turn. One that still asks a tool has no answer, whatever the call holds."""
     prompt, text = episode.prompt, response_text(tokenizer, episode.said)
     reasoning, final = split_response(tokenizer, episode.asked, episode.said, text)
@@ -289,7 +287,7 @@ def _said(tokenizer: Any, episode: Episode, turns: Turns) -> Sample:
     if [m["role"] for m in episode.messages[-1:]] != ["assistant"]:  # one turn, or cut off
         episode.messages.append({"role": "assistant", "content": text})
     facts = prompt.messages, text, prompt.answer, prompt.metadata, reasoning, final
-    return Sample(*facts, _drawn(episode), episode.finish_reason == "length", episode.reward)
+    return Sample(*facts, sampled, episode.finish_reason == "length", episode.reward)
 
 
 def _graded(episode: Episode, grade: Grade) -> Grade:
