@@ -11,7 +11,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_posttrain.parallel.groups import start_distributed
+from megatron_posttrain.checkpoint.hf import check_directory
+from megatron_posttrain.config.schema import Config
+from megatron_posttrain.models.layout_checks import check_layout
+from megatron_posttrain.parallel.groups import make_groups, start_distributed
+from megatron_posttrain.parallel.layout import Layout
+from megatron_posttrain.training.engine import Engine
+
+
+def engine_of(config: Config) -> Engine:
+    """Collective: its model, trained, in its layout."""
+    arch = check_directory(config.model.path)[1]
+    layout = Layout.from_config(config.parallel, dist.get_world_size())
+    check_layout(layout, arch)
+    return Engine.of(config, arch, make_groups(layout, 0))
 
 
 def run_jobs(run: Callable[[Any], None]) -> None:

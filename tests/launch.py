@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# Configs of training commands; recipes and suites are files of others
+EXAMPLES = sorted(file for file in (ROOT / "examples").rglob("*.yaml") if not {"suites", "recipes"} & {*file.parts})
 Done = subprocess.CompletedProcess[str]
 
 

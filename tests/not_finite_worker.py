@@ -14,18 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_posttrain.algorithms.losses import cross_entropy_terms
-from megatron_posttrain.checkpoint.hf import check_directory
 from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.errors import NotFiniteError
-from megatron_posttrain.models.layout_checks import check_layout
 from megatron_posttrain.models.sharded import unwrap
-from megatron_posttrain.parallel.groups import make_groups
-from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.heads import Output
 from megatron_posttrain.training.totals import per_token
-from tests.jobs import run_jobs
+from tests.jobs import engine_of, run_jobs
 from tests.layouts.worker import batch
 
 
@@ -64,12 +60,8 @@ def run(job: dict[str, Any]) -> None:
             "output": job["out"],
         }
     )
-    arch = check_directory(config.model.path)[1]
-    layout = Layout.from_config(config.parallel, dist.get_world_size())
-    check_layout(layout, arch)
-    groups = make_groups(layout, 0)
-    engine = Engine.of(config, arch, groups)
-    rows = rank_micro_batches(batch(0, arch.vocab_size), groups, 1)
+    engine = engine_of(config)
+    rows = rank_micro_batches(batch(0, engine.arch.vocab_size), engine.groups, 1)
     engine.train_step(rows, partial(loss, 1.0), per_token, 1e-3)
     engine.gather_weights()
     here = dist.get_rank() == job["rank"]

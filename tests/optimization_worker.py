@@ -14,21 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_posttrain.checkpoint.hf import check_directory
 from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.config.schema import CheckpointConfig
 from megatron_posttrain.errors import NotFiniteError
-from megatron_posttrain.models.layout_checks import check_layout
 from megatron_posttrain.models.sharded import unwrap
-from megatron_posttrain.parallel.groups import make_groups
-from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.training.average import AVERAGE
 from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.checkpoints import Checkpoints
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.export import full_tensors
 from megatron_posttrain.training.totals import per_token
-from tests.jobs import run_jobs
+from tests.jobs import engine_of, run_jobs
 from tests.layouts.worker import batch
 from tests.not_finite_worker import loss
 
@@ -90,10 +86,7 @@ def run(job: dict[str, Any]) -> None:
             "output": job["out"],
         }
     )
-    arch = check_directory(config.model.path)[1]
-    layout = Layout.from_config(config.parallel, dist.get_world_size())
-    check_layout(layout, arch)
-    engine = Engine.of(config, arch, make_groups(layout, 0))
+    engine = engine_of(config)
     facts: dict[str, Any] = {"skipped": [], "weights": [], "message": ""}
     for step in range(6):
         try:

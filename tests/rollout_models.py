@@ -9,6 +9,16 @@ import torch
 
 from tests.chat_tokenizers import CHATML, byte_tokenizer
 
+# A file of a user's
+EVEN = """
+from megatron_posttrain.rewards import reward
+
+@reward("even")
+def even(sample):
+    return float(len(sample.response) % 2 == 0)
+"""
+
+
 VOCAB = 286  # not a multiple of vLLM's padding (64), so that padding rows are exercised
 KINDS = {  # name -> (mixture of experts, tied embeddings)
     "dense_tied": (False, True),

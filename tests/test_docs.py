@@ -13,10 +13,9 @@ import pytest
 from megatron_posttrain.cli.main import command_parser, commands
 from megatron_posttrain.config.algorithms import ALGORITHMS
 from megatron_posttrain.config.load import load_config
-from tests.launch import ROOT
+from tests.launch import EXAMPLES, ROOT
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "launch/README.md", *(ROOT / "docs").glob("*.md")])
-CONFIGS = sorted(file for file in (ROOT / "examples").rglob("*.yaml") if not {"suites", "recipes"} & {*file.parts})
 REQUIRED = ("model.path=x", "data.train=x", "output=x")
 
 
@@ -62,7 +61,7 @@ def test_files_that_are_named_exist(page: Path) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: str(file.relative_to(ROOT)))
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_example_configs_resolve(file: Path) -> None:
     """Each names its command in a comment, or by its keys or name."""
     text = file.read_text()

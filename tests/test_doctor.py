@@ -21,15 +21,10 @@ from megatron_posttrain.doctor import machine
 from megatron_posttrain.doctor.findings import Findings
 from megatron_posttrain.doctor.job import Cluster, fewest_ranks
 from megatron_posttrain.errors import UserError
-from tests.launch import torchrun
+from tests.launch import EXAMPLES, torchrun
 from tests.models import make_assets
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = sorted(
-    file
-    for file in (ROOT / "examples").rglob("*.yaml")
-    if not {"suites", "recipes"} & set(file.parts)  # for this machine
-)
 # Rollouts of published length: more at a time than vLLM's cache has room for on any node
 WAITING = ("dapo.yaml",)
 

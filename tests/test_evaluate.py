@@ -13,16 +13,9 @@ import torch
 from megatron_posttrain.cli.main import main
 from megatron_posttrain.evaluation import wilson_interval
 from tests.launch import command
-from tests.rollout_models import make_model, make_tokenizer
+from tests.rollout_models import EVEN, make_model, make_tokenizer
 
 ROWS = [{"prompt": f"{i}?", "answer": "1"} for i in range(6)]
-REWARD = """
-from megatron_posttrain.rewards import reward
-
-@reward("even")
-def even(sample):
-    return float(len(sample.response) % 2 == 0)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +44,7 @@ def test_wilson_interval_solves_its_equation(successes: int, n: int) -> None:
 def test_alone_as_one_process(model: Path, data: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    (tmp_path / "reward.py").write_text(REWARD)
+    (tmp_path / "reward.py").write_text(EVEN)
     output = tmp_path / "out"
     done = command(
         "evaluate",

@@ -25,13 +25,8 @@ from megatron_posttrain.models.modules import kernels
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.known_models import KNOWN_MODELS
 from megatron_posttrain.platform.cuda import CudaPlatform, fp8_recipes
-from tests.launch import ROOT, execute
+from tests.launch import EXAMPLES, ROOT, execute
 
-EXAMPLES = sorted(
-    file
-    for file in (ROOT / "examples").rglob("*.yaml")
-    if not {"suites", "recipes"} & set(file.parts)  # for the CPU
-)
 # Where the path is an earlier stage's output, or the quickstart's own small model
 MODELS = dict.fromkeys(("grpo.yaml", "dapo.yaml", "ppo.yaml"), "Qwen3-8B") | {
     "qwen3_30b_a3b_grpo.yaml": "Qwen3-30B-A3B"

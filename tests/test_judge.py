@@ -21,10 +21,8 @@ PROMPTS = 15
 
 @pytest.fixture
 def judges() -> Iterator[Judges]:
-    judges = Judges()
-    yield judges
-    judges.server.shutdown()
-    judges.server.server_close()
+    with Judges() as judges:
+        yield judges
 
 
 def answers(place: Path, name: str, quality: int, words: int = 5) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -56,13 +56,18 @@ class Judges:
         self.address = f"http://127.0.0.1:{self.server.server_port}/v1"
         Thread(target=self.server.serve_forever, daemon=True).start()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
 
 @pytest.fixture
 def judges() -> Iterator[Judges]:
-    judges = Judges()
-    yield judges
-    judges.server.shutdown()
-    judges.server.server_close()
+    with Judges() as judges:
+        yield judges
 
 
 def grade(judges: Judges, answers: list[str], **args: Any) -> list[Grade]:

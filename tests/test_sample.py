@@ -19,15 +19,7 @@ from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.rewards import Reward
 from megatron_posttrain.rollout import Completion, Sampling
 from tests.launch import command
-from tests.rollout_models import make_model, make_tokenizer
-
-REWARD = """
-from megatron_posttrain.rewards import reward
-
-@reward("even")
-def even(sample):
-    return float(len(sample.response) % 2 == 0)
-"""
+from tests.rollout_models import EVEN, make_model, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("sample")
     make_model(place / "model", "dense_tied", seed=0)
     make_tokenizer(place / "model")
-    (place / "reward.py").write_text(REWARD)
+    (place / "reward.py").write_text(EVEN)
     rows = [{"prompt": f"{i}?", "answer": str(i), "metadata": {"level": i}} for i in range(7)]
     (place / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return place
