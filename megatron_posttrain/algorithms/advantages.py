@@ -1,7 +1,5 @@
 """Advantages from rewards."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

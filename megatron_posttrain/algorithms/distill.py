@@ -5,8 +5,6 @@ The teacher is a frozen model in the student's layout, of any size. Of a step it
 size x 2 bytes a token in bf16; its logits are made one micro-batch at a time, when the student's are there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

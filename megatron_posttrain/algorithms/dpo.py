@@ -1,7 +1,5 @@
 """Direct preference optimization and its relatives, on pairs; KTO, on labelled answers."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

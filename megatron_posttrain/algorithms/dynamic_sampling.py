@@ -1,8 +1,6 @@
 """Dynamic sampling (DAPO, arXiv 2503.14476, eq. 11): prompts whose samples all have one reward teach nothing, others
 take their place."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

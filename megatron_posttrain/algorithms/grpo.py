@@ -3,8 +3,6 @@
 The refit comes first in a step: a checkpoint is then saved while the trainer has the memory for itself.
 """
 
-from __future__ import annotations
-
 import torch
 
 from megatron_posttrain.algorithms.advantages import group_advantages

@@ -1,7 +1,5 @@
 """Losses on log-probabilities. Float tensors are [batch, sequence]; `mask` is 1 where a token counts."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args

@@ -4,8 +4,6 @@ The critic gives every token a value, from which advantages follow (generalized 
 the same micro-batches, saved and resumed with the policy, and exported to `critic/`.
 """
 
-from __future__ import annotations
-
 from functools import partial, reduce
 from operator import add
 

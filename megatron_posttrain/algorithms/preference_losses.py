@@ -1,7 +1,5 @@
 """Losses on preferences: of answers' log-probabilities (dpo and its relatives, kto) and of their rewards."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

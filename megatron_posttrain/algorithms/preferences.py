@@ -1,7 +1,5 @@
 """What training on preferences shares: rows, micro-batches that hold whole pairs, and one value per conversation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """The reference model's log-probs: computed once with the weights that a run begins with, and kept on disk."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable

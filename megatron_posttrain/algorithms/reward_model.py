@@ -1,7 +1,5 @@
 """Reward models: a scalar at the last token of a conversation, trained on pairs (Bradley-Terry)."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The name by which scripts outside of this repository know `rollout.samples`."""
 
-from __future__ import annotations
-
 from megatron_posttrain.rollout.samples import generate_samples
 
 __all__ = ["generate_samples"]

@@ -1,7 +1,5 @@
 """Log-probabilities of given conversations, under any layout: how the trainer is checked from outside."""
 
-from __future__ import annotations
-
 import json
 
 import torch.distributed as dist

@@ -1,7 +1,5 @@
 """Supervised fine-tuning: cross-entropy on assistant tokens."""
 
-from __future__ import annotations
-
 import torch
 
 from megatron_posttrain.algorithms.losses import cross_entropy, cross_entropy_terms

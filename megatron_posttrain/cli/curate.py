@@ -1,7 +1,5 @@
 """`curate FILE...`: rows worth training on, without a model; every dropped row aside with its reason."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`data FILE...`: what files hold, how they would be read, and which tokens of the first rows count."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

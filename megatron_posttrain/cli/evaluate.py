@@ -1,7 +1,5 @@
 """`evaluate`: alone as one process, or under `torchrun`, where the engine's replicas share the prompts."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What `evaluate` and `sample` share: a checked model, sets of prompts, and the engine that answers them."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -1,7 +1,5 @@
 """`judge FILE FILE...`: models' answers to the same prompts compared by a judge, in both orders."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,7 +1,5 @@
 """`megatron-posttrain COMMAND`: finds the command's module, runs it, turns errors into exit statuses."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import importlib

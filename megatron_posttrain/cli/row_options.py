@@ -1,7 +1,5 @@
 """Options of commands without a config file that say how rows are read, as `data.columns` and `data.omissions` do."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from typing import Any

@@ -1,7 +1,5 @@
 """`sample`: N graded responses a prompt, alone or under `torchrun`; a run that was killed goes on where it was."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """`serve`: vLLM's own OpenAI-compatible server on what a run left."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

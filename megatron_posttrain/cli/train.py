@@ -1,7 +1,5 @@
 """`sft`, `grpo`, ...: a config file, overrides, and the algorithm's function."""
 
-from __future__ import annotations
-
 import argparse
 
 from megatron_posttrain.config.algorithms import ALGORITHMS

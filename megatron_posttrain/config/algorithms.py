@@ -3,8 +3,6 @@
 No torch here: `--help` and `plan` start without it.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """YAML files, parents and `key.sub=value` overrides to a validated config; mistakes name the key and its file."""
 
-from __future__ import annotations
-
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`algorithm.preset`: published values for what a config leaves out; an explicit key wins."""
 
-from __future__ import annotations
-
 from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {

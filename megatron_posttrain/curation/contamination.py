@@ -1,7 +1,5 @@
 """Rows that share n-grams of words with prompts of evaluation files."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Near duplicates by MinHash and locality-sensitive hashing."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

@@ -1,7 +1,5 @@
 """Words and n-grams of many texts at once, as 64-bit hashes in numpy arrays."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

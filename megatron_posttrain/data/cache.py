@@ -1,7 +1,5 @@
 """Conversations as tokens: made once by worker processes, kept as arrays on disk, mapped by every rank of a node."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json

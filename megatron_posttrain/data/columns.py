@@ -1,7 +1,5 @@
 """Columns of files under other names than ours: `data.columns`, and what it would be for the keys of a row."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any

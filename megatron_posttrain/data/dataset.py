@@ -1,7 +1,5 @@
 """Datasets: tokenised rows, and which of them the n-th step takes."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Records of data files: JSON lines, JSON arrays, CSV, any of them compressed, and whatever `datasets` reads."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import hashlib

@@ -1,7 +1,5 @@
 """The row forms of public data: which keys make one, what it is for, how it becomes messages."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

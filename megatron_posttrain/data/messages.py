@@ -1,7 +1,5 @@
 """Messages as people write them, in the one form that chat templates read."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """Packing: what shares a row or a micro-batch, and which rank gets it. Units, such as a pair, are never parted."""
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Sequence
 

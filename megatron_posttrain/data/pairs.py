@@ -1,7 +1,5 @@
 """Preferences as tokens: pairs of answers to one prompt, and single answers with a label (KTO)."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass

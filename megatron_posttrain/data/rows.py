@@ -1,7 +1,5 @@
 """Rows of data files in the public forms, as messages. A form is a `Form` of `FORMS` in forms.py."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections import Counter

@@ -1,7 +1,5 @@
 """A tokenizer's chat template: rendering a conversation, and what of it the rendered text lacks."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping

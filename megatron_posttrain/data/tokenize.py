@@ -6,8 +6,6 @@ of that text: from the end of the generation prompt to the end of the turn's end
 in the loss when it overlaps a span.
 """
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Between an environment's messages and tokens: calls as a chat template writes them, and what follows a turn."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection, Mapping

@@ -1,7 +1,5 @@
 """What answers a model's turns: the protocol, and environments by name, built in or from a user's Python file."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar

@@ -1,7 +1,5 @@
 """Environments of tools: a calculator, Python in the sandbox, search over local files."""
 
-from __future__ import annotations
-
 import ast
 import math
 import operator

@@ -1,7 +1,5 @@
 """Results of several models on the same prompts, and whether they differ."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Generate with vLLM, grade with a reward, sum up. A data-parallel evaluation: replicas share the prompts."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence

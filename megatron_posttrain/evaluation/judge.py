@@ -1,7 +1,5 @@
 """Models' answers compared by a judge: win rates, its biases, ratings of many models."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """N responses a prompt, kept in a file as they come; rows for `sft`, `dpo` and `grpo` from them."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """What samples say about a model: pass@k, majority votes, intervals over prompts, paired differences."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Sequence

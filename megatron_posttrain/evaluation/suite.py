@@ -1,7 +1,5 @@
 """Evaluation sets as YAML: which rows, how they are asked, what grades them, how responses are sampled."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import replace

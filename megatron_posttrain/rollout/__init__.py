@@ -3,8 +3,6 @@
 vLLM reads its environment once, when it is imported. It is set here, and only this package imports vLLM.
 """
 
-from __future__ import annotations
-
 import os
 
 _ENVIRONMENT = {

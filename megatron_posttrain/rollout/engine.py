@@ -1,7 +1,5 @@
 """One rank of a vLLM engine inside every trainer rank (SPMD, vLLM's `external_launcher`)."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

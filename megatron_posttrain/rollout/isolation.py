@@ -1,7 +1,5 @@
 """Keeps the process as the trainer left it: vLLM changes global state at its start and at every step."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random

@@ -1,7 +1,5 @@
 """What this machine's vLLM cannot run, told from a model's shapes before an engine is made."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

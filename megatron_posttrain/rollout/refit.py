@@ -1,7 +1,5 @@
 """Refit: the trainer's weights into the engine, and the proof that they arrived."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

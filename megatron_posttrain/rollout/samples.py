@@ -1,7 +1,5 @@
 """The samples of one RL step: what was asked, what was said, and what it was worth."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """Between token ids of a completion and text."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from functools import lru_cache

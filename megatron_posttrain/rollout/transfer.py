@@ -4,8 +4,6 @@ Registered with vLLM's weight-transfer factory under `NAME`; `update_weights` is
 vLLM's layerwise reload packs a layer as soon as its last tensor has come, so a model never exists twice.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 

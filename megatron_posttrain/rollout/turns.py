@@ -4,8 +4,6 @@ A round generates for all conversations whose environment has answered. Those th
 that none holds up the others. Tokens of the model are the engine's own and are never made anew from text.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Each of CPU has a test in tests/test_rollout.py that fails once vLLM no longer n
 edited; the patches (`private_shared_memory`, `unbound_memory`) last only while an engine starts.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What checkpoints hold of a model whose adapters are trained: these alone, in megatron-core's distributed format."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

@@ -1,8 +1,6 @@
 """An exponential moving average of the fp32 main weights: one more state of the optimizer, 4 bytes a parameter of this
 rank's shard, which is offloaded, saved and loaded as its moments are."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """Global batches to this rank's micro-batches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

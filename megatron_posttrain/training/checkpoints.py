@@ -1,7 +1,5 @@
 """Training checkpoints: megatron-core's distributed format, written beside and renamed when whole."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import pickle

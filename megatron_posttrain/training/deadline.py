@@ -1,7 +1,5 @@
 """The end of a batch job's time: the run stops while there is time for a checkpoint."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections import deque

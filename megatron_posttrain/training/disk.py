@@ -1,7 +1,5 @@
 """Room for what a run writes, and why a write failed."""
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

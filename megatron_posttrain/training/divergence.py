@@ -4,8 +4,6 @@ p is the teacher's distribution, q the student's, both softmax(logits / temperat
 logits are.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args

@@ -1,7 +1,5 @@
 """The trained model as a Hugging Face directory."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One micro-batch through a rank's chunk of the model, for megatron-core's schedules."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """Heads: what is computed from the output layer's values of chosen tokens, under every layout."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol

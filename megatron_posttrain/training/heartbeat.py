@@ -6,8 +6,6 @@ first one puts them together in `hang.txt` and on stderr, and all leave with sta
 it, since the collectives are what hangs.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import json
 import os

@@ -1,7 +1,5 @@
 """What held-out rows decide: the best step, and whether to stop early."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any

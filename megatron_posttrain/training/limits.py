@@ -1,7 +1,5 @@
 """Limits that config, rows and the model's shapes show before a model is built. Commands and `doctor` call the same."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Data parallel wrapping and megatron-core's distributed AdamW, with what 0.16.1 lacks on torch's own AdamW."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Every check that needs no model, in the order in which a user would want to hear of a mistake."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass

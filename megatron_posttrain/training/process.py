@@ -1,7 +1,5 @@
 """A training process: its output at the start, its leave at the end."""
 
-from __future__ import annotations
-
 import logging
 
 import torch.distributed as dist

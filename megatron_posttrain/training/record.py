@@ -1,7 +1,5 @@
 """What a run leaves in its output directory, and the line that a person reads."""
 
-from __future__ import annotations
-
 import json
 import math
 import signal

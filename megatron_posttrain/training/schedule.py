@@ -1,7 +1,5 @@
 """How many steps a run has, and the learning rate as a pure function of the step."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Log-probs of whole sequences, however the layout spreads them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

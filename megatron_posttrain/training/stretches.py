@@ -10,8 +10,6 @@ Pieces are boxes of the global tensors, which any layout reads, stock megatron-c
 itself are read the same way.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Where a step's time goes: every phase is timed and named once."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

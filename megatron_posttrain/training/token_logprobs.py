@@ -1,7 +1,5 @@
 """Log-probabilities of given tokens from vocabulary-parallel logits, exact and in fp32."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

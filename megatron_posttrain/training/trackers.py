@@ -1,7 +1,5 @@
 """Where figures go beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow. One process of a job has them."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import sys

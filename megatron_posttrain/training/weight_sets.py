@@ -1,7 +1,5 @@
 """Weight sets: named copies of a model's weights in host memory, which take its place for a while."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 

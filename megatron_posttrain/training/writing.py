@@ -1,7 +1,5 @@
 """A checkpoint's files, written by a thread of every rank while training goes on."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
