@@ -24,16 +24,22 @@ def torchrun(processes: int, *arguments: str, check: bool = True, timeout: int =
     return execute([*command, *arguments], check=check, timeout=timeout)
 
 
-def ranks(processes: int, *arguments: str, check: bool = True, timeout: int = 600) -> Done:
-    """As `torchrun`, by forks of a process that has imported everything: some 7 CPU seconds less a rank."""
+def ranks(processes: int, *arguments: str, check: bool = True, timeout: int = 600, rollout: bool = False) -> Done:
+    """As `torchrun`, by forks of a process that has imported everything, vLLM where `rollout`: 7 CPU seconds less a
+    rank, 9 more with vLLM."""
     with tempfile.TemporaryDirectory() as directory:
         files = {name: Path(directory, name) for name in ("stdin", "stdout", "stderr")}
         for file in files.values():
             file.touch()
-        job = {"processes": processes, "line": arguments} | {name: str(file) for name, file in files.items()}
-        status = _warm().run(job, timeout)
+        job = {"processes": processes, "line": arguments, "rollout": rollout, "environment": environment()}
+        status = _warm().run(job | {name: str(file) for name, file in files.items()}, timeout)
         done = Done(arguments, status, files["stdout"].read_text(), files["stderr"].read_text())
     return checked(done, check)
+
+
+def forked(*arguments: str, check: bool = True, timeout: int = 600, rollout: bool = False) -> Done:
+    """`python ARGUMENTS` as one process without torchrun, by a fork as above."""
+    return ranks(0, *arguments, check=check, timeout=timeout, rollout=rollout)
 
 
 class Warm:
@@ -67,9 +73,14 @@ class Warm:
 _warm = functools.cache(Warm)
 
 
-def command(*arguments: str, check: bool = True, timeout: int = 600) -> Done:
+def command(*arguments: str, check: bool = True, rollout: bool = False) -> Done:
     """`megatron-posttrain ARGUMENTS` as one process."""
-    return execute([sys.executable, "-m", "megatron_posttrain", *arguments], check=check, timeout=timeout)
+    return forked("-m", "megatron_posttrain", *arguments, check=check, rollout=rollout)
+
+
+def cold(*arguments: str, check: bool = True, timeout: int = 600) -> Done:
+    """`python ARGUMENTS` as a user starts it."""
+    return execute([sys.executable, *arguments], check=check, timeout=timeout)
 
 
 def environment() -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch import ranks, torchrun
+from tests.launch import ranks
 from tests.models import make_assets
 
 KEYS = {
@@ -46,7 +46,7 @@ def test_grpo_trains_resumes_and_exports(tmp_path: Path) -> None:
         "    if sum(map(ord, sample.response)) % 4 == 0:\n        raise ValueError('unlucky')\n"
         "    return -len(sample.response) / 16\n"
     )
-    torchrun(2, *arguments)
+    ranks(2, *arguments, rollout=True)
     metrics = lines(run / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2]
     for record in metrics:
@@ -68,7 +68,7 @@ def test_grpo_trains_resumes_and_exports(tmp_path: Path) -> None:
 
     shutil.rmtree(run / "checkpoints" / "step_000002")
     shutil.rmtree(run / "hf")
-    torchrun(2, *arguments)
+    ranks(2, *arguments, rollout=True)
     assert [steady(m) for m in lines(run / "metrics.jsonl")] == [steady(m) for m in metrics]
     assert (run / "hf" / "model.safetensors").read_bytes() == weights
 
