@@ -2,6 +2,8 @@
 
 Ranks are otherwise torchrun's: the same environment, a store in the parent, one rank's failure ends the others. A
 process alone has nothing of that. A job is a line of JSON on stdin, its exit status a line on stdout.
+
+    python -m tests.warm [te]    # te: with Transformer Engine's layers on CPU
 """
 
 from __future__ import annotations
@@ -19,6 +21,10 @@ GRACE = 30  # seconds between SIGTERM and SIGKILL for ranks that are left, as in
 
 
 def warm_up() -> None:
+    if "te" in sys.argv:
+        from tests.te.install import install
+
+        install()
     import megatron_posttrain.algorithms.sft
     import megatron_posttrain.checkpoint.convert  # noqa: F401
     from megatron_posttrain.platform import platform
@@ -31,7 +37,9 @@ def warm_up() -> None:
 
 def warm_up_vllm() -> None:
     """And what an engine imports when it is made."""
-    import megatron_posttrain.rollout  # sets what vLLM reads from the environment  # noqa: F401
+    import megatron_posttrain.rollout  # noqa: F401 - before vLLM: it sets what that reads from the environment
+
+    # isort: split
     from vllm import LLM  # noqa: F401
     from vllm.model_executor.models import qwen3, qwen3_moe  # noqa: F401
     from vllm.v1.worker import cpu_worker  # noqa: F401

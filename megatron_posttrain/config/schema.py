@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
@@ -113,11 +113,15 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def check_columns(names: Iterable[str]) -> None:
+def check_columns(columns: dict[str, Any]) -> dict[str, Any]:
     """Raises ValueError for a name that is none of ours."""
-    for name in names:
+    for name in columns:
         if name not in COLUMNS:
             raise ValueError(f"no column {name!r}{nearest(str(name), COLUMNS)}; allowed: {', '.join(COLUMNS)}")
+    return columns
+
+
+ColumnNames = Annotated[dict[str, str | list[str]], AfterValidator(check_columns)]
 
 
 class DataConfig(Section):
@@ -128,7 +132,7 @@ class DataConfig(Section):
     validation: str | list[str] | None = Field(
         None, description="as `train`; its loss is logged every training.validate_every steps and at the end"
     )
-    columns: dict[str, str | list[str]] = Field(
+    columns: ColumnNames = Field(
         default_factory=dict,
         description="our column names to the files': {prompt: question, answer: final_answer}; question.stem reaches "
         "into a column, a list joins several",
@@ -176,12 +180,6 @@ class DataConfig(Section):
             if not isinstance(entry, str) and not right:
                 raise ValueError(f"{entry!r} is no source; allowed: paths and {{path: FILE, weight: NUMBER above 0}}")
         return train
-
-    @field_validator("columns")
-    @classmethod
-    def _known_columns(cls, columns: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
-        check_columns(columns)
-        return columns
 
 
 class OptimizerConfig(Section):

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from megatron_posttrain.config.schema import EnvironmentConfig, Fraction, RewardConfig, Section, check_columns
+from megatron_posttrain.config.schema import ColumnNames, EnvironmentConfig, Fraction, RewardConfig, Section
 from megatron_posttrain.data.columns import rename
 from megatron_posttrain.data.files import records
 from megatron_posttrain.data.messages import BadRow
@@ -35,7 +35,7 @@ class FewShot(Section):
 
 class EvaluationSet(Section):
     data: str = Field(description="file of rows")
-    columns: dict[str, str | list[str]] = Field(default_factory=dict, description="as data.columns")
+    columns: ColumnNames = Field(default_factory=dict, description="as data.columns")
     prompt: str | None = Field(
         None,
         description="Jinja template of the question, from a row's columns; filters: shuffled (a list, always the same "
@@ -58,12 +58,6 @@ class EvaluationSet(Section):
     top_k: NonNegativeInt | None = Field(None, description="0: all tokens")
     presence_penalty: float | None = None
     thinking: bool | None = Field(None, description="the template's enable_thinking; null: its default")
-
-    @field_validator("columns")
-    @classmethod
-    def _known_columns(cls, columns: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
-        check_columns(columns)
-        return columns
 
     @property
     def sampling(self) -> Sampling:

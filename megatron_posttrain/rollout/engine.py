@@ -272,7 +272,7 @@ class RolloutEngine:
 
 def _cpu_options(kv_cache_bytes: int | None) -> dict[str, Any]:
     return vllm_fixes.CPU_OPTIONS | {
-        "enforce_eager": True,  # no Inductor, no C++ compiler
+        "enforce_eager": True,  # no Inductor, no C++ compiler; see Isolation for functions beside the model
         "kv_cache_memory_bytes": kv_cache_bytes or CPU_CACHE_BYTES,
         "block_size": CPU_BLOCK_SIZE,
     }
