@@ -99,7 +99,6 @@ def curate(
         twins = near.find() if near is not None else {}
         kept.flush()
         _finish(part, output / KEPT, twins, dropped)
-    part.unlink()
     if twins:
         counts["near duplicate"] = len(twins)
     return {
@@ -125,6 +124,7 @@ def _finish(part: Path, kept: Path, twins: dict[int, int], dropped: Any) -> None
                 dropped.write(_dropped("near duplicate", detail, source.decode(), from_json(record)))
             else:
                 file.write(record)
+    part.unlink()
 
 
 def _dropped(reason: str, detail: str, source: str, record: dict[str, Any]) -> bytes:
