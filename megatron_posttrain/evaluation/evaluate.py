@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.errors import UserError
+from megatron_posttrain.evaluation.perplexity import Perplexity
 from megatron_posttrain.evaluation.statistics import clustered_interval, majority, pass_at_k, wilson_interval
 from megatron_posttrain.rewards import Reward
 from megatron_posttrain.rewards.extract import final_answer
@@ -158,14 +159,17 @@ def _summary(records: Sequence[dict[str, Any]], sampling: Sampling, prompts: int
     )
 
 
-def save(evaluation: Evaluation, records: Sequence[dict[str, Any]], output: Path, facts: dict[str, Any]) -> None:
-    """Writes OUTPUT/evaluation.json (`facts` first) and OUTPUT/responses.jsonl."""
+def save(
+    evaluation: Evaluation | Perplexity, records: Sequence[dict[str, Any]] | None, output: Path, facts: dict[str, Any]
+) -> None:
+    """Writes OUTPUT/evaluation.json (`facts` first) and, where there are records, OUTPUT/responses.jsonl."""
     output.mkdir(parents=True, exist_ok=True)
     summary = json.dumps(facts | asdict(evaluation), indent=2, ensure_ascii=False)
     (output / "evaluation.json").write_text(summary + "\n", encoding="utf-8")
-    with (output / "responses.jsonl").open("w", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    if records is not None:
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        with (output / "responses.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(lines)
 
 
 def table(evaluation: Evaluation, facts: dict[str, Any]) -> str:
@@ -186,11 +190,14 @@ def table(evaluation: Evaluation, facts: dict[str, Any]) -> str:
     return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())
 
 
-def suite_table(results: Mapping[str, Evaluation]) -> str:
+def suite_table(results: Mapping[str, Evaluation | Perplexity]) -> str:
     """A line per set."""
     width = max(map(len, (*results, "set")))
     lines = [f"{'set':{width}} prompts   k  mean@k  95% interval     pass@k   maj@k  tokens  truncated"]
     for name, e in results.items():
+        if isinstance(e, Perplexity):
+            lines.append(f"{name:{width}} {e}")
+            continue
         best = f"{list(e.pass_at.values())[-1]:.3f}" if e.pass_at else "-"
         vote = f"{e.majority:.3f}" if e.majority is not None else "-"
         lines.append(

@@ -4,16 +4,17 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from megatron_posttrain.config.schema import EnvironmentConfig, Fraction, RewardConfig, Section, check_columns
 from megatron_posttrain.data.columns import rename
-from megatron_posttrain.data.files import records
+from megatron_posttrain.data.files import records, whole_text
 from megatron_posttrain.data.messages import BadRow
 from megatron_posttrain.data.rows import Row, read_rows
 from megatron_posttrain.errors import UserError
@@ -49,7 +50,10 @@ class EvaluationSet(Section):
     environment: EnvironmentConfig | None = Field(None, description="what answers the model's turns; null: one turn")
     limit: PositiveInt | None = Field(None, description="only the first rows")
     samples: PositiveInt = Field(1, description="responses a prompt")
-    max_tokens: PositiveInt = Field(1024, description="of a response")
+    max_tokens: PositiveInt = Field(1024, description="of a response; of a window of perplexity")
+    perplexity: str | None = Field(
+        None, description="template of a text; its perplexity is measured, nothing asked. A .txt file is one text"
+    )
     preset: Literal["greedy", "qwen3-thinking", "qwen3-non-thinking"] = Field(
         "greedy", description="temperature, top_p, top_k, presence_penalty and thinking, where they are not given"
     )
@@ -65,6 +69,13 @@ class EvaluationSet(Section):
         check_columns(columns)
         return columns
 
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> Self:
+        told = sorted(self.model_fields_set - {"data", "perplexity", "max_tokens", "limit"})
+        if self.perplexity is not None and told:
+            raise ValueError(f"{', '.join(told)} would be ignored beside perplexity")
+        return self
+
     @property
     def sampling(self) -> Sampling:
         named: dict[str, Any] = PRESETS[self.preset][0]
@@ -75,7 +86,7 @@ class EvaluationSet(Section):
 
     @property
     def graded_by(self) -> str:
-        return ", ".join(spec.name for spec in self.rewards)
+        return "perplexity" if self.perplexity is not None else ", ".join(spec.name for spec in self.rewards)
 
     def rows(self, directory: Path = Path()) -> list[Row]:
         """The set's rows; file names start from `directory`. Raises UserError with file and line."""
@@ -88,6 +99,14 @@ class EvaluationSet(Section):
             replace(row, messages=[*before, *row.messages], template_options=row.template_options | options)
             for row in found[: self.limit]
         ]
+
+    def texts(self, directory: Path = Path()) -> list[str]:
+        """Of a set of perplexity."""
+        file = directory / self.data
+        if ".txt" in file.suffixes[-2:]:
+            return [whole_text(file)]
+        found = islice(records(str(file)), self.limit)
+        return [self._fill("perplexity", record, where) for where, record in found]
 
     def _asked_before(self, directory: Path) -> list[dict[str, Any]]:
         turns: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
@@ -121,7 +140,7 @@ class EvaluationSet(Section):
         environment = SandboxedEnvironment(undefined=StrictUndefined)
         environment.filters |= {"shuffled": _shuffled, "letter": _letter}
         shot = self.few_shot.response if self.few_shot else None
-        texts = {"prompt": self.prompt, "answer": self.answer, "few_shot.response": shot}
+        texts = {"prompt": self.prompt, "answer": self.answer, "few_shot.response": shot, "perplexity": self.perplexity}
         try:
             return {name: environment.from_string(text) for name, text in texts.items() if text is not None}
         except TemplateError as error:
@@ -129,7 +148,8 @@ class EvaluationSet(Section):
 
     def _fill(self, name: str, record: Mapping[str, Any], where: str) -> str:
         try:
-            return str(self._templates[name].render(record)).strip()
+            text = str(self._templates[name].render(record))
+            return text if name == "perplexity" else text.strip()
         except KeyError:
             raise UserError("few_shot needs `prompt`, the template of its questions") from None
         except (TemplateError, ValueError, TypeError, IndexError) as error:
