@@ -1,10 +1,19 @@
 """`evaluate`: alone as one process, or under `torchrun`, where the engine's replicas share the prompts."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
-from megatron_posttrain.cli.generation import REWARD_OPTIONS, SET_OPTIONS, given, prepare, set_of, start_engine
+from megatron_posttrain.cli.generation import (
+    REWARD_OPTIONS,
+    SET_OPTIONS,
+    dtype_of,
+    given,
+    prepare,
+    set_of,
+    start_engine,
+)
 from megatron_posttrain.cli.generation import add_arguments as add_common
 from megatron_posttrain.cli.row_options import parsed
 from megatron_posttrain.errors import UserError
@@ -22,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "its file names start from (default: the suite's own)")  # fmt: skip
     add("--perplexity", metavar="FILE", help="no prompts: the perplexity of texts in windows of --max-tokens (1024), "
         "of a .txt file or of the rows' column text; --suite does it for other columns")  # fmt: skip
+    add("--lm-eval", metavar="TASKS", help="lm-evaluation-harness on these, with commas between, where it is "
+        "installed; --data is then a directory of further tasks; offline, one process")  # fmt: skip
     add("--leaderboard", nargs="+", metavar="DIR", help="no model: a table of what `evaluate` wrote in directories")
     add("--compare", nargs="+", metavar="DIR", help="no model: the first directory's results against each other's, "
         "prompt by prompt")  # fmt: skip
@@ -31,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.compare or args.leaderboard:
         return _compare(args)
+    if args.lm_eval:
+        return _lm_eval(args)
     # First, before torch: it sets what vLLM and OpenMP read from the environment at their import.
     from megatron_posttrain.rollout import RolloutEngine  # noqa: F401
 
@@ -99,6 +112,24 @@ def _compare(args: argparse.Namespace) -> int:
     if len(args.compare) < 2:
         raise UserError(f"--compare {args.compare[0]}: two or more directories that `evaluate` wrote are compared")
     print(compare([read_results(Path(name)) for name in args.compare], args.compare))
+    return 0
+
+
+def _lm_eval(args: argparse.Namespace) -> int:
+    from megatron_posttrain.checkpoint.hf import check_directory
+    from megatron_posttrain.evaluation.harness import evaluate_with_harness
+
+    if told := given(args, ("suite", "perplexity", *SET_OPTIONS, *REWARD_OPTIONS)).keys() - {"limit"}:
+        raise UserError(f"--{sorted(told)[0].replace('_', '-')} would be ignored beside --lm-eval")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or args.tensor > 1:
+        raise UserError("--lm-eval runs in one process, without --tensor")
+    if not args.model:
+        raise UserError("--model is missing")
+    check_output(output := Path(args.output), "--output", ("lm_eval.json", "lm_eval_samples.jsonl"))
+    check_directory(args.model, serving=True)
+    tasks = args.lm_eval.split(",")
+    print(evaluate_with_harness(args.model, tasks, args.data, output, dtype_of(args), args.limit, args.seed))
+    print(f"\nwritten to {output}/lm_eval.json and lm_eval_samples.jsonl")
     return 0
 
 

@@ -122,7 +122,7 @@ def prepare(args: argparse.Namespace, sets: dict[str, Any], directory: Path = Pa
         except UserError as error:
             raise UserError(f"set {name}: {error}" if len(sets) > 1 else str(error)) from None
         tasks.append(task)
-    dtype = _dtype(args)
+    dtype = dtype_of(args)
     _check_engine(args, architecture, max(lengths), dtype.itemsize)
     return Job(tokenizer, tasks, max(lengths), dtype)
 
@@ -172,7 +172,7 @@ def _length(task: Task, context_length: int) -> int:
     return length
 
 
-def _dtype(args: argparse.Namespace) -> Any:
+def dtype_of(args: argparse.Namespace) -> Any:
     import torch
 
     from megatron_posttrain.checkpoint.hf import HfReader

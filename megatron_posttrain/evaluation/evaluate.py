@@ -42,6 +42,7 @@ class Evaluation:
     seconds: float  # of generation
     tokens_per_second: float  # generated, all replicas together
     pass_at: dict[str, float] = field(default_factory=dict)  # unbiased, by k; several samples a prompt only
+    corpus: float | None = None  # of all answers together, where the reward knows more of them than a mean
     majority: float | None = None  # accuracy of each prompt's most frequent answer; where the reward compares answers
 
 
@@ -84,6 +85,9 @@ def evaluate(
     facts = [{"reward": r, "tokens": n, "finish_reason": "length" if cut else "stop"} for r, n, cut in known]
     summary = _summary(facts, sampling, len(prompts), samples.seconds)
     vote = VOTES.get(rewards[0].name) if len(rewards) == 1 else None
+    if records and (corpus := getattr(rewards[0].function, "corpus", None)):
+        answers = [split_reasoning(r["response"])[1] for r in records]
+        summary = replace(summary, corpus=corpus(answers, [r["answer"] for r in records]))
     return replace(summary, **of_samples(records, vote)) if sampling.n > 1 and records else summary, records
 
 
@@ -182,7 +186,7 @@ def table(evaluation: Evaluation, facts: dict[str, Any]) -> str:
         "accuracy": f"{e.accuracy:.3f}   95% interval {e.accuracy_low:.3f} to {e.accuracy_high:.3f}",
         **{f"pass@{k}": f"{value:.3f}" for k, value in e.pass_at.items()},
         **({"majority": f"{e.majority:.3f}   most frequent of {e.samples} answers"} if e.majority is not None else {}),
-        "mean reward": f"{e.reward:.3f}",
+        "mean reward": f"{e.reward:.3f}" + (f", {e.corpus:.4f} of all together" if e.corpus is not None else ""),
         "mean response": f"{e.response_length:.1f} tokens, {e.truncated_fraction:.1%} truncated",
         "generation": f"{e.seconds:.1f} s, {e.tokens_per_second:,.0f} tokens/s",
     }
