@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, PrivateAttr, field_validator, model_validator
 
 from megatron_posttrain.config.schema import EnvironmentConfig, Fraction, RewardConfig, Section, check_columns
 from megatron_posttrain.data.columns import rename
@@ -34,13 +34,19 @@ class FewShot(Section):
     response: str = Field(description="template of an answer, from the row's columns")
 
 
+class Join(Section):
+    data: str = Field(description="file of rows whose columns are added")
+    on: str = Field(description="column of both files that says which rows belong together")
+
+
 class EvaluationSet(Section):
     data: str = Field(description="file of rows")
+    join: Join | None = Field(None, description="columns from a second file, such as of answers")
     columns: dict[str, str | list[str]] = Field(default_factory=dict, description="as data.columns")
     prompt: str | None = Field(
         None,
         description="Jinja template of the question, from a row's columns; filters: shuffled (a list, always the same "
-        "way), letter (0 is A); null: the rows are in a form that training reads",
+        "way), letter (0 is A); text('FILE'): what stands in it; null: the rows are in a form that training reads",
     )
     answer: str | None = Field(None, description="template of the expected answer")
     metadata: dict[str, str] = Field(default_factory=dict, description="what rewards read: name to column")
@@ -62,6 +68,8 @@ class EvaluationSet(Section):
     top_k: NonNegativeInt | None = Field(None, description="0: all tokens")
     presence_penalty: float | None = None
     thinking: bool | None = Field(None, description="the template's enable_thinking; null: its default")
+
+    _directory: Path = PrivateAttr(Path())
 
     @field_validator("columns")
     @classmethod
@@ -90,9 +98,9 @@ class EvaluationSet(Section):
 
     def rows(self, directory: Path = Path()) -> list[Row]:
         """The set's rows; file names start from `directory`. Raises UserError with file and line."""
-        file = str(directory / self.data)
-        before = self._asked_before(directory)
-        found = list(self._rendered(file)) if self.prompt is not None else read_rows(file, columns=self.columns)
+        self._directory = directory
+        before, file = self._asked_before(directory), str(directory / self.data)
+        found = list(self._rendered(directory)) if self.prompt is not None else read_rows(file, columns=self.columns)
         thinking = self.thinking if self.thinking is not None else PRESETS[self.preset][1]
         options = {} if thinking is None else {"enable_thinking": thinking}
         return [
@@ -124,8 +132,13 @@ class EvaluationSet(Section):
             turns.append({"role": "assistant", "content": self._fill("few_shot.response", record, where)})
         return turns
 
-    def _rendered(self, file: str) -> Iterator[Row]:
-        for where, record in records(file):
+    def _rendered(self, directory: Path) -> Iterator[Row]:
+        more = {row[self.join.on]: row for _, row in records(str(directory / self.join.data))} if self.join else {}
+        for where, record in records(str(directory / self.data)):
+            if self.join:
+                if (key := record.get(self.join.on)) not in more:
+                    raise UserError(f"{where}: join.on: {self.join.data} has no row of {self.join.on} {key!r}")
+                record = more[key] | record
             try:
                 named = rename(record, self.columns)
                 metadata = rename(record, self.metadata)
@@ -139,6 +152,7 @@ class EvaluationSet(Section):
     def _templates(self) -> Mapping[str, Any]:
         environment = SandboxedEnvironment(undefined=StrictUndefined)
         environment.filters |= {"shuffled": _shuffled, "letter": _letter}
+        environment.globals["text"] = lambda name: whole_text(self._directory / name)
         shot = self.few_shot.response if self.few_shot else None
         texts = {"prompt": self.prompt, "answer": self.answer, "few_shot.response": shot, "perplexity": self.perplexity}
         try:
