@@ -30,6 +30,7 @@ from megatron_posttrain.platform import platform
 from megatron_posttrain.rewards.registry import Reward, load_rewards
 from megatron_posttrain.rollout.engine import RolloutEngine
 from megatron_posttrain.rollout.refit import Refit, prove
+from megatron_posttrain.rollout.routed_experts import choice_type
 from megatron_posttrain.rollout.samples import Samples, collect_samples, save_samples
 from megatron_posttrain.rollout.text import stop_message
 from megatron_posttrain.rollout.turns import Turns, load_turns
@@ -39,6 +40,7 @@ from megatron_posttrain.training.export import full_tensors
 from megatron_posttrain.training.heads import LabelLogprobs, Output
 from megatron_posttrain.training.limits import prompts_of, rollout_problems
 from megatron_posttrain.training.prepare import Prepared
+from megatron_posttrain.training.routing import Action, routing
 from megatron_posttrain.training.run import Run, Step
 from megatron_posttrain.training.sequences import batch_logprobs, sequence_logprobs, sums_by_sequence
 from megatron_posttrain.training.totals import Mean, Totals
@@ -191,14 +193,16 @@ def score_samples(mini_batches: list[list[PackedBatch]], engine: Engine, config:
     KL."""
     algorithm = config.algorithm
 
-    def score(name: str) -> None:
+    def score(name: str, action: Action = None) -> None:
         for batches in mini_batches:
-            logprobs = batch_logprobs(engine, batches, config.rollout.temperature)
+            with routing(engine, action):
+                logprobs = batch_logprobs(engine, batches, config.rollout.temperature)
             for batch, values in zip(batches, logprobs, strict=True):
                 batch.extras[name] = values
 
     if len(mini_batches) > 1 or algorithm.kl_in == "reward":
-        score("old_logprobs")
+        replayed: dict[str, Action] = {"rollout": "replay", "old": "record"}
+        score("old_logprobs", replayed.get(algorithm.routing_replay))
     if algorithm.kl_coefficient:
         with engine.weights(REFERENCE):
             score("reference_logprobs")
@@ -217,7 +221,8 @@ def update(
     for number, batches in enumerate(mini_batches):
         if number and config.rollout.offload:
             engine.offload()  # as before the first: no update has states beside its activations
-        results.append(engine.train_step(batches, loss, over, lr, head, keep=len(mini_batches) == 1))
+        with routing(engine, None if config.algorithm.routing_replay == "none" else "replay"):
+            results.append(engine.train_step(batches, loss, over, lr, head, keep=len(mini_batches) == 1))
     everything = [batch for batches in mini_batches for batch in batches]
     own = [output["logprobs"] for output in results[0].outputs] if len(mini_batches) == 1 else None
     return (
@@ -314,6 +319,7 @@ def make_rollout_engine(config: GrpoConfig, prepared: Prepared) -> RolloutEngine
         gpu_memory_utilization=config.rollout.gpu_memory_fraction,
         quantization=config.rollout.quantization,
         load_weights=False,
+        choices=choice_type(prepared.arch) if config.algorithm.routing_replay == "rollout" else None,
     )
 
 

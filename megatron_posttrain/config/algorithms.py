@@ -47,6 +47,11 @@ class PolicyAlgorithm(Section):
     stop_outside: Fraction | None = Field(
         None, description="share of tokens outside token_band (null: [0.5, 5.0]) above which the run ends; null: never"
     )
+    routing_replay: Literal["none", "rollout", "old"] = Field(
+        "none",
+        description="experts that training sends tokens to again: those that vLLM chose, or the policy that "
+        "the first of several updates begins with; their weights stay the router's",
+    )
     kl_coefficient: Scheduled[NonNegativeFloat] = Field(0.0, description="weight of the KL to the reference")
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
@@ -273,6 +278,8 @@ class GrpoConfig(Config):
                 f"rollout.prompts_per_step x samples_per_prompt = {samples}; for one update a step set it to {samples}"
             )
         yield from (f"algorithm.{problem}" for problem in self.algorithm.problems())
+        if samples == update and self.algorithm.routing_replay == "old":
+            yield "algorithm.routing_replay=old has no effect with one update a step; allowed: none, rollout"
         if rollout.samples_per_prompt < 2 and self.compares_samples:
             yield (
                 "rollout.samples_per_prompt=1: a sample is compared with the others of its prompt, so nothing would be "
