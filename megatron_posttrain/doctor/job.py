@@ -169,7 +169,7 @@ class JobCheck:
     def _data(self) -> None:
         data = self.config.data
         self._source("data", data.sources)
-        if data.validation is not None and self.rows in ("conversations", "preferences"):
+        if data.validation is not None and self.rows != "any":
             self._source("validation", data.held_out)
         if isinstance(self.config, GrpoConfig):
             from megatron_posttrain.rewards.registry import load_rewards

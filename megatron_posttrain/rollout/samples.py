@@ -332,12 +332,14 @@ def _record(samples: Samples, k: int, mine: int) -> dict[str, Any]:
     failed = {"failures": failures, "masked": masked} if failures or masked else {}
     return (
         {
+            "sample": k,
             "index": prompt.index,
             "prompt": prompt.messages,
             "answer": prompt.answer,
             "response": samples.texts[mine],
             "prompt_token_ids": prompt.token_ids,
             "token_ids": samples.token_ids[mine].tolist(),
+            "logprobs": np.nan_to_num(samples.logprobs[mine].astype(np.float64)).round(6).tolist(),  # the engine's
             "reward": float(samples.rewards[k]),
             "rewards": {name: float(x[k]) for name, x in samples.rewards_by_name.items() if not np.isnan(x[k])},
             "advantage": float(samples.advantages[k]),
