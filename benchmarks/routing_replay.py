@@ -61,7 +61,9 @@ def differences(path: str, dtype: Any, groups: Any, prompts: int = 16, tokens: i
         for i, c in enumerate(said)
     ]
     trainer = Engine(arch, groups, ModelConfig(path=path), PrecisionConfig(dtype=dtype))
-    actions: dict[str, Action] = {"own": None} | ({} if arch.moe is None else {"replay": "replay"})
+    actions: dict[str, Action] = {"own": None}
+    if arch.moe is not None:
+        actions["replay"] = "replay"
     found = {}
     for name, action in actions.items():
         with routing(trainer, action):

@@ -140,8 +140,9 @@ class Rollouts:
 
         drawn = {name: draw(prompts) for name, prompts in asked.held_out.items()}
         self.rollout.sleep()
-        for samples in drawn.values() if asked.model_reward is not None else ():
-            asked.model_reward.add(samples, sampling.n)
+        if asked.model_reward is not None:
+            for samples in drawn.values():
+                asked.model_reward.add(samples, sampling.n)
         return held_out_figures(drawn, sampling.n)
 
     def finish(self, step: Step, samples: Samples, figures: dict[str, float | Mean]) -> None:

@@ -251,29 +251,21 @@ def join(taken: Sequence[tuple[Samples, int]], metrics: dict[str, float]) -> Sam
     def of_all(values: Callable[[Samples], NDArray[Any]]) -> NDArray[Any]:
         return np.array([values(part)[number] for part, number in taken])
 
+    everywhere = ("lengths", "sampled", "truncated", "rewards", "masked", "replica_of")
+    on_replica = ("token_ids", "logprobs", "messages", "texts", "grades", "experts")
     return Samples(
         prompts=[part.prompts[number] for part, number in taken],
-        lengths=of_all(lambda part: part.lengths),
-        sampled=of_all(lambda part: part.sampled),
-        truncated=of_all(lambda part: part.truncated),
-        rewards=of_all(lambda part: part.rewards),
         rewards_by_name={
             name: of_all(lambda part, name=name: part.rewards_by_name[name])  # type: ignore[misc]
             for name in first.rewards_by_name
         },
-        masked=of_all(lambda part: part.masked),
         seconds=sum(part.seconds for part in parts.values()),
         drawn=[new for new, _, _ in mine],
-        token_ids=[part.token_ids[k] for _, part, k in mine],
-        logprobs=[part.logprobs[k] for _, part, k in mine],
-        messages=[part.messages[k] for _, part, k in mine if part.messages],
-        texts=[part.texts[k] for _, part, k in mine if part.texts],
-        grades=[part.grades[k] for _, part, k in mine if part.grades],
         logged=first.logged | metrics,
         ranks_per_replica=first.ranks_per_replica,
-        replica_of=of_all(lambda part: part.replica_of),
         choices=first.choices,
-        experts=[part.experts[k] for _, part, k in mine if part.experts],
+        **{name: of_all(lambda part, name=name: getattr(part, name)) for name in everywhere},  # type: ignore[misc]
+        **{name: [getattr(part, name)[k] for _, part, k in mine if getattr(part, name)] for name in on_replica},
     )
 
 
