@@ -130,6 +130,14 @@ def test_stages_run_in_order_and_again_only_for_other_content(place: Place) -> N
     assert place.text("second") == "a\nc\ny\n"
 
 
+def test_a_list_of_values_is_several_words(place: Place) -> None:
+    place.content["values"]["words"] = ["${first.text}", "x y", 7]
+    place.content["stages"] = {"first": place.stage("a"), "second": place.stage("${values.words}")}
+    assert place.run() == 0
+    assert place.text("second") == "a\nx y\n7\n"
+    assert 0 < place.result("second")["cpu_seconds"] < 60
+
+
 def test_order_alone_runs_nothing_again(place: Place) -> None:
     place.content["stages"] = {"b": place.stage("b", after=["a"]), "a": place.stage("a")}
     assert place.run() == 0
@@ -322,7 +330,7 @@ def test_stop_saves_and_the_next_run_goes_on(tmp_path: Path, capsys: pytest.Capt
     assert environment_file["versions"]["torch"]
 
 
-@pytest.mark.parametrize("name", ["classic", "deepseek_r1/toy"])
+@pytest.mark.parametrize("name", ["classic", "deepseek_r1/toy", "qwen3/toy"])
 def test_recipes_resolve(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert main(["pipeline", f"examples/recipes/{name}.yaml", "--dry-run", f"output={tmp_path}/out"]) == 0

@@ -78,13 +78,13 @@ def make_tokenizer() -> Any:
     return fast
 
 
-def make_model(tokenizer: Any, seed: int, dtype: str) -> Any:
-    """About a million parameters: 2 layers, 8 experts of which a token uses 2."""
+def make_model(tokenizer: Any, seed: int, dtype: str, **sizes: int) -> Any:
+    """About a million parameters: 2 layers, 8 experts of which a token uses 2; `sizes`: other ones, by config key."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
-    config = Qwen3MoeConfig(
+    values: dict[str, Any] = dict(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=256,
@@ -107,6 +107,7 @@ def make_model(tokenizer: Any, seed: int, dtype: str) -> Any:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    config = Qwen3MoeConfig(**values | sizes)
     model = Qwen3MoeForCausalLM(config).to(getattr(torch, dtype))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id

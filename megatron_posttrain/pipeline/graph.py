@@ -47,7 +47,9 @@ class StageConfig(Section):
 
 class PipelineConfig(Section):
     output: str = Field(description="directory; a stage's is NAME in it")
-    values: dict[str, Any] = Field({}, description="for ${values.NAME}; null: to be given on the command line")
+    values: dict[str, Any] = Field(
+        {}, description="for ${values.NAME}; a list: several words; null: to be given on the command line"
+    )
     stages: dict[str, StageConfig]
 
 
@@ -122,7 +124,12 @@ def _stage(file: str, name: str, content: PipelineConfig, commands: Any) -> Stag
         return match[0]
 
     try:
-        words = [REFERENCE.sub(fill, word) for word in shlex.split(config.run)]
+        several = {f"${{{VALUES}.{key}}}": value for key, value in content.values.items() if isinstance(value, list)}
+        words = [
+            REFERENCE.sub(fill, str(part))
+            for word in shlex.split(config.run)
+            for part in several.get(word, [word])
+        ]
     except ValueError as error:
         raise UserError(f"{where}.run: {str(error).lower()}") from None
     if not words:

@@ -151,7 +151,7 @@ def _execute(pipeline: Pipeline, stage: Stage, result: dict[str, Any], stop: Sto
     """Runs the command, its output to the log and to this one's; the exit status for this process."""
     stage.directory.mkdir(parents=True, exist_ok=True)
     result["attempts"] += 1
-    file, start = stage.directory / RESULT, time.monotonic()
+    file, start, cpu_start = stage.directory / RESULT, time.monotonic(), _cpu_seconds()
     write(file, json.dumps(result, indent=1))
     words, last = command_line(stage, pipeline.line(stage)), ""
     with (stage.directory / LOG).open("a", encoding="utf-8") as log:
@@ -177,6 +177,7 @@ def _execute(pipeline: Pipeline, stage: Stage, result: dict[str, Any], stop: Sto
         status = child.wait()
         stop.child = None
     result["seconds"] += time.monotonic() - start
+    result["cpu_seconds"] = result.get("cpu_seconds", 0.0) + _cpu_seconds() - cpu_start
     if not status:
         return 0
     # A training stage that saved says 75; any other that was asked to end has nothing to say.
@@ -185,6 +186,12 @@ def _execute(pipeline: Pipeline, stage: Stage, result: dict[str, Any], stop: Sto
     write(file, json.dumps(result, indent=1))
     _say(stage, f"{result['status']} with status {status}; its log is {stage.directory / LOG}")
     return STOPPED if stopped else max(status, 1)
+
+
+def _cpu_seconds() -> float:
+    """Of all processes that this one started and that have ended, and of theirs."""
+    used = os.times()
+    return used.children_user + used.children_system
 
 
 def command_line(stage: Stage, words: Sequence[str]) -> list[str]:
