@@ -55,8 +55,13 @@ class Stop:
         return self.stage is not None and self.stage.job is not None and self.stage.config.processes > 1
 
 
-def run(pipeline: Pipeline) -> int:
-    """Exit status: 0 done, 75 stopped and saved, else that of the stage that failed; 1 for a gate."""
+def run(pipeline: Pipeline, only: str | None = None, part: str | None = None) -> int:
+    """Exit status: 0 done, 75 stopped and saved, else that of the stage that failed; 1 for a gate.
+
+    Args:
+        only: one stage, when those that it waits for are done; None: all of them.
+        part: of that stage, when a job of its own runs it: `begin` before that job, `end` after it.
+    """
     root = pipeline.output
     check_output(root, files=(PIPELINE,))
     root.mkdir(parents=True, exist_ok=True)
@@ -64,34 +69,29 @@ def run(pipeline: Pipeline) -> int:
         about = [{"name": s.name, "run": s.config.run, "after": s.after} for s in pipeline.stages.values()]
         write(root / PIPELINE, json.dumps({"name": pipeline.name, "stages": about}, indent=1))
         hashes, stop = Hashes(root / ".hashes.json"), Stop()
-        for stage in pipeline.stages.values():
-            status = _finish(pipeline, stage, hashes, stop)
+        for stage in [pipeline.stages[only]] if only else pipeline.stages.values():
+            status = _finish(pipeline, stage, hashes, stop, part)
             hashes.save()
             if status or stop.asked:
                 return status or STOPPED
-    print(f"pipeline {pipeline.name}: done; `report {root}` shows it")
+    print(f"pipeline {pipeline.name}: {f'stage {only} ' if only else ''}done; `report {root}` shows it")
     return 0
 
 
-def _finish(pipeline: Pipeline, stage: Stage, hashes: Hashes, stop: Stop) -> int:
+def _finish(pipeline: Pipeline, stage: Stage, hashes: Hashes, stop: Stop, part: str | None) -> int:
     """Runs a stage unless it is done, then its gates."""
     file = stage.directory / RESULT
-    sources, result = depends_on(pipeline, stage, hashes), read_json(file)
-    if why := reason_to_run(stage, sources, result, hashes):
-        _say(stage, why)
-        if result and (result["sources"] != sources or result["status"] in FINISHED):  # not what is wanted
-            place = pipeline.output / REPLACED / stage.name
-            shutil.rmtree(place, ignore_errors=True)
-            place.parent.mkdir(exist_ok=True)
-            stage.directory.rename(place)
-            _say(stage, f"what it made before is in {place}")
-            result = {}
-        result = {"seconds": 0.0, "attempts": 0} | result | {"status": "started", "sources": sources, "reason": ""}
-        if status := _execute(pipeline, stage, result, stop):
+    if waits := [o for o in stage.after if read_json(pipeline.stages[o].directory / RESULT).get("status") != "done"]:
+        raise UserError(f"stage {stage.name} waits for {', '.join(waits)}, not done yet")
+    result = read_json(file) if part == "end" else _begin(pipeline, stage, hashes, part)
+    if part == "begin":
+        return 0
+    if result["status"] in FINISHED:
+        _say(stage, "done before, and nothing that it depends on has changed")
+    else:
+        if part is None and (status := _execute(pipeline, stage, result, stop)):
             return status
         result |= {"status": "done", "outputs": {}, "figures": figures(stage.directory)}
-    else:
-        _say(stage, "done before, and nothing that it depends on has changed")
     there = [name for name in sorted(stage.wanted) if (stage.directory / name).exists()]
     result["outputs"] = {name: hashes.of(stage.directory / name) for name in there}
     write(file, json.dumps(result, indent=1))
@@ -104,6 +104,32 @@ def _finish(pipeline: Pipeline, stage: Stage, hashes: Hashes, stop: Stop) -> int
     for gate in result["gates"]:
         _say(stage, f"gate {'passed' if gate['passed'] else 'NOT PASSED'}: {gate['text']}")
     return 1 if failed else 0
+
+
+def _begin(pipeline: Pipeline, stage: Stage, hashes: Hashes, part: str | None) -> dict[str, Any]:
+    """The stage's result; `started` where it has to run, with what is not wanted any more put aside."""
+    file = stage.directory / RESULT
+    sources, result = depends_on(pipeline, stage, hashes), read_json(file)
+    why = reason_to_run(stage, sources, result, hashes)
+    if not why:
+        return result
+    if stage.config.nodes > 1 and part is None:
+        raise UserError(
+            f"stages.{stage.name}.nodes={stage.config.nodes}: this machine is one; allowed here: 1; "
+            "`launch/nemo_run/run.py --cluster CLUSTER pipeline FILE` runs stages as jobs"
+        )
+    _say(stage, why)
+    if result and (result["sources"] != sources or result["status"] in FINISHED):
+        place = pipeline.output / REPLACED / stage.name
+        shutil.rmtree(place, ignore_errors=True)
+        place.parent.mkdir(exist_ok=True)
+        stage.directory.rename(place)
+        _say(stage, f"what it made before is in {place}")
+        result = {}
+    result = {"seconds": 0.0, "attempts": 0} | result | {"status": "started", "sources": sources, "reason": ""}
+    result["attempts"] += 1
+    write(file, json.dumps(result, indent=1))
+    return result
 
 
 def depends_on(pipeline: Pipeline, stage: Stage, hashes: Hashes) -> dict[str, str]:
@@ -149,10 +175,7 @@ def reason_to_run(stage: Stage, sources: dict[str, str], result: dict[str, Any],
 
 def _execute(pipeline: Pipeline, stage: Stage, result: dict[str, Any], stop: Stop) -> int:
     """Runs the command, its output to the log and to this one's; the exit status for this process."""
-    stage.directory.mkdir(parents=True, exist_ok=True)
-    result["attempts"] += 1
     file, start, cpu_start = stage.directory / RESULT, time.monotonic(), _cpu_seconds()
-    write(file, json.dumps(result, indent=1))
     words, last = command_line(stage, pipeline.line(stage)), ""
     with (stage.directory / LOG).open("a", encoding="utf-8") as log:
         child = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The reward for obeying /think and /no_think: whether the response reasons as the row's `metadata.mode` says."""
+"""The reward for obeying /think and /no_think: whether a response reasons as its row's `metadata.mode` says."""
 
 from megatron_posttrain.rewards import Sample, reward
 
@@ -10,4 +10,4 @@ def mode(sample: Sample) -> float:
     text = sample.response.strip()
     reasoning, closed, answer = text.removeprefix("<think>").partition("</think>")
     whole = text.startswith("<think>") and closed and answer.strip() and "think>" not in answer
-    return float(bool(whole) and bool(reasoning.strip()) == (sample.metadata["mode"] == "think"))
+    return float(bool(whole) and bool(reasoning.strip()) == (sample.metadata.get("mode", "think") == "think"))
