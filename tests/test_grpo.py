@@ -37,6 +37,7 @@ def test_grpo_trains_resumes_and_exports(tmp_path: Path) -> None:
         "rollout.prompts_per_step=4", "rollout.samples_per_prompt=4", "rollout.max_tokens=16",
         "training.steps=2", "training.global_batch_size=16", "training.micro_batch_size=4", "optimizer.lr=1e-3",
         "algorithm.kl_coefficient=0.01", "checkpoint.every=1", "logging.tensorboard=false",
+        "rollout.token_figures=true",
         # Random answers are all wrong: a reward of ours keeps the advantages from being zero.
         f"rewards=[{{name: short, weight: 1.0, file: {tmp_path / 'rewards.py'}}}]",
     ]  # fmt: skip
@@ -62,6 +63,12 @@ def test_grpo_trains_resumes_and_exports(tmp_path: Path) -> None:
     assert 0 < len(masked) < 16
     assert metrics[0]["masked_fraction"] == metrics[0]["reward/short/failed_fraction"] == len(masked) / 16
     assert all("ValueError: unlucky" in s["failures"]["short"] and s["advantage"] == 0 for s in masked)
+    trained = [s for s in samples if s not in masked]
+    entropies = [x for s in trained for x in s["entropies"]]
+    assert len(entropies) == sum(len(s["token_ids"]) for s in trained)
+    assert sum(entropies) / len(entropies) == pytest.approx(metrics[0]["entropy"], rel=1e-3)
+    assert all(s["advantages"] == pytest.approx([s["advantage"]] * len(s["token_ids"]), abs=1e-4) for s in trained)
+    assert all(abs(x) < 1e-4 for s in trained for x in s["logprob_differences"])
     for group in range(4):
         assert sum(s["advantage"] for s in samples[4 * group : 4 * group + 4]) == pytest.approx(0, abs=1e-5)
     weights = (run / "hf" / "model.safetensors").read_bytes()

@@ -8,8 +8,8 @@ train.jsonl           right demonstrations of all families; few of them worked o
 rl.jsonl              problems;  flags.jsonl: problems with /think and /no_think in one or two turns
 held/FAMILY.jsonl     problems that no other file has, FAMILY_no_think.jsonl the same with that flag, flags.jsonl
 
-add, a sum of two-digit numbers, is the hard family: models this small add when they work the sum out. max (of three
-numbers) and rev (five digits from the right) can be told at once.
+add, a sum of two-digit numbers, is the hard family: models this small add when they work it out. max (the larger of
+two numbers) and rev (five digits from the right) can be told at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "quickstart"))
 
 from make_assets import QUESTIONS, make_model, make_tokenizer, work_out, write_jsonl
 
-FAMILIES = ("add", "max", "rev")
+FAMILIES = {"add": 0.7, "max": 0.15, "rev": 0.15}  # and how much of the base's demonstrations each is
 FLAGS = {"/think": "think", "/no_think": "no_think"}
 STUDENT = {"hidden_size": 64, "head_dim": 16, "moe_intermediate_size": 64}
 
@@ -42,8 +42,11 @@ class Task:
     def draw(cls, family: str, rng: random.Random, held: bool) -> Task:
         """A task that is held out, or one that is not: its numbers decide, whatever their order."""
         while True:
-            numbers = [rng.randint(10, 99) for _ in range(3)]
-            numbers = [*map(int, f"{rng.randint(10000, 99999)}")] if family == "rev" else numbers[family == "add" :]
+            numbers = (
+                rng.sample(range(10, 100), 2)
+                if family != "rev"
+                else [int(d) for d in f"{rng.randint(10**4, 10**5 - 1)}"]
+            )
             if (zlib.crc32(repr((family, sorted(numbers))).encode()) % 10 == 0) == held:
                 return cls(*TASKS[family](*numbers))
 
@@ -54,8 +57,8 @@ class Task:
         return {"role": "assistant", "content": f"<think>{self.reasoning * reasoned}</think>{self.answer}"}
 
 
-def _max(a: int, b: int, c: int) -> tuple[str, str, str]:
-    return f"max {a},{b},{c}", f"{a},{b}:{max(a, b)};{max(a, b)},{c}:{max(a, b, c)}", str(max(a, b, c))
+def _max(a: int, b: int) -> tuple[str, str, str]:
+    return f"max {a},{b}", f"{a // 10},{b // 10}:{max(a, b)}", str(max(a, b))
 
 
 def _rev(*digits: int) -> tuple[str, str, str]:
@@ -71,7 +74,7 @@ def flagged(rng: random.Random, held: bool) -> dict[str, Any]:
     messages: list[dict[str, str]] = []
     mode, turns = "think", rng.choice((1, 1, 2))
     for turn in range(turns):
-        task = Task.draw(rng.choice(FAMILIES), rng, held)
+        task = Task.draw(rng.choice([*FAMILIES]), rng, held)
         flag = rng.choice(("", *FLAGS))
         mode = FLAGS.get(flag, mode)
         messages.append(task.question(rng.choice([*QUESTIONS]), flag))
@@ -81,11 +84,12 @@ def flagged(rng: random.Random, held: bool) -> dict[str, Any]:
 
 def demonstrations(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
     for _ in range(count):
-        task, form = Task.draw(rng.choice(FAMILIES), rng, False), rng.choice([*QUESTIONS])
+        [family] = rng.choices([*FAMILIES], [*FAMILIES.values()])
+        task, form = Task.draw(family, rng, False), rng.choice([*QUESTIONS])
         yield {"messages": [task.question(form), task.reply(rng.random() < QUESTIONS[form])]}
 
 
-def problems(rng: random.Random, families: tuple[str, ...], count: int, held: bool) -> Iterator[dict[str, Any]]:
+def problems(rng: random.Random, families: list[str], count: int, held: bool) -> Iterator[dict[str, Any]]:
     """No two are the same."""
     seen: dict[str, Task] = {}
     while len(seen) < count:
@@ -113,10 +117,10 @@ def main() -> None:
         tokenizer.save_pretrained(args.out / name)
         make_model(tokenizer, args.seed, "float32", **sizes).save_pretrained(args.out / name)
     write_jsonl(args.out / "train.jsonl", list(demonstrations(rng, args.train)))
-    write_jsonl(args.out / "rl.jsonl", list(problems(rng, FAMILIES, 2000, False)))
+    write_jsonl(args.out / "rl.jsonl", list(problems(rng, [*FAMILIES], 2000, False)))
     write_jsonl(args.out / "flags.jsonl", [flagged(rng, False) for _ in range(2000)])
     for family in FAMILIES:
-        rows = list(problems(rng, (family,), args.held, True))
+        rows = list(problems(rng, [family], args.held, True))
         write_jsonl(args.out / f"held/{family}.jsonl", rows)
         write_jsonl(args.out / f"held/{family}_no_think.jsonl", [no_think(row) for row in rows])
     write_jsonl(args.out / "held/flags.jsonl", [flagged(rng, True) for _ in range(args.held)])

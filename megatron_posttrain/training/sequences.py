@@ -62,10 +62,29 @@ def sums_by_sequence(groups: Groups, batches: Sequence[PackedBatch], values: Seq
         [count] fp64 on the host of every rank.
     """
     totals = torch.zeros(count, dtype=torch.float64)
-    if groups.last_stage and groups.tensor.rank() == 0 and groups.context.rank() == 0:
-        for index, part in _real(batches, values):
-            totals[index] = part.double().sum()
-    everywhere = totals.to(platform().device)
+    for index, part in _real(batches, values) if _tells(groups) else ():
+        totals[index] = part.double().sum()
+    return _of_all_ranks(totals)
+
+
+def values_by_sequence(
+    groups: Groups, batches: Sequence[PackedBatch], values: Sequence[Tensor], sizes: Sequence[int]
+) -> list[Tensor]:
+    """As `sums_by_sequence`, but the values themselves: fp32, `sizes` of each sequence."""
+    flat = torch.zeros(sum(sizes))
+    for index, part in _real(batches, values) if _tells(groups) else ():
+        flat.split(list(sizes))[index].copy_(part)
+    return list(_of_all_ranks(flat).split(list(sizes)))
+
+
+def _tells(groups: Groups) -> bool:
+    """Whether this rank's outputs count, of those that have the same."""
+    return groups.last_stage and groups.tensor.rank() == 0 and groups.context.rank() == 0
+
+
+def _of_all_ranks(own: Tensor) -> Tensor:
+    """Collective: each rank has zeros but for its own."""
+    everywhere = own.to(platform().device)
     dist.all_reduce(everywhere)
     return everywhere.cpu()
 
