@@ -86,11 +86,12 @@ def pipeline(file: str, overrides: Sequence[str]) -> tuple[str, list[Stage]]:
     hashes, stages = Hashes(found.output / ".hashes.json"), list[Stage]()
     for stage in found.stages.values():
         result, after = read_json(stage.directory / RESULT), tuple(jobs[o] for o in stage.after if o in jobs)
-        if not after and result and not reason_to_run(stage, depends_on(found, stage, hashes), result, hashes):
+        ran = not after and result and not reason_to_run(stage, depends_on(found, stage, hashes), result, hashes)
+        if ran and result["status"] == "done":
             continue
         name, time, nodes = stage.name, stage.config.time, stage.config.nodes
         alone = ("pipeline", file, *overrides, "--only", name)
-        if nodes == 1:
+        if nodes == 1 or ran:  # what ran and stopped at a gate is only looked at again
             stages.append(Stage(name, alone, after, 1, 1, time))
         else:
             words = (stage.command, *found.line(stage))

@@ -17,10 +17,10 @@ from typing import Any
 from megatron_posttrain.config.load import flat
 from megatron_posttrain.errors import UserError, nearest_file
 from megatron_posttrain.failure import die_with_parent
-from megatron_posttrain.output import check_output
+from megatron_posttrain.output import check_output, write_whole
 from megatron_posttrain.pipeline.gates import check, figures
 from megatron_posttrain.pipeline.graph import Pipeline, Stage
-from megatron_posttrain.pipeline.hashes import Hashes, write
+from megatron_posttrain.pipeline.hashes import Hashes
 from megatron_posttrain.report.collect import PIPELINE, read_json
 
 RESULT, LOG, REPLACED = "result.json", "log.txt", "replaced"
@@ -67,7 +67,7 @@ def run(pipeline: Pipeline, only: str | None = None, part: str | None = None) ->
     root.mkdir(parents=True, exist_ok=True)
     with _alone(root):
         about = [{"name": s.name, "run": s.config.run, "after": s.after} for s in pipeline.stages.values()]
-        write(root / PIPELINE, json.dumps({"name": pipeline.name, "stages": about}, indent=1))
+        write_whole(root / PIPELINE, json.dumps({"name": pipeline.name, "stages": about}, indent=1))
         hashes, stop = Hashes(root / ".hashes.json"), Stop()
         for stage in [pipeline.stages[only]] if only else pipeline.stages.values():
             status = _finish(pipeline, stage, hashes, stop, part)
@@ -94,13 +94,13 @@ def _finish(pipeline: Pipeline, stage: Stage, hashes: Hashes, stop: Stop, part: 
         result |= {"status": "done", "outputs": {}, "figures": figures(stage.directory)}
     there = [name for name in sorted(stage.wanted) if (stage.directory / name).exists()]
     result["outputs"] = {name: hashes.of(stage.directory / name) for name in there}
-    write(file, json.dumps(result, indent=1))
+    write_whole(file, json.dumps(result, indent=1))
     if missing := next((stage.directory / name for name in sorted(stage.wanted) if name not in there), None):
         raise UserError(f"stage {stage.name} left no {missing}, which another one takes{nearest_file(missing)}")
     result["gates"] = check(pipeline, stage)
     failed = [gate["text"] for gate in result["gates"] if not gate["passed"]]
     result |= {"status": "gate" if failed else "done", "reason": "; ".join(failed)}
-    write(file, json.dumps(result, indent=1))
+    write_whole(file, json.dumps(result, indent=1))
     for gate in result["gates"]:
         _say(stage, f"gate {'passed' if gate['passed'] else 'NOT PASSED'}: {gate['text']}")
     return 1 if failed else 0
@@ -128,7 +128,7 @@ def _begin(pipeline: Pipeline, stage: Stage, hashes: Hashes, part: str | None) -
         result = {}
     result = {"seconds": 0.0, "attempts": 0} | result | {"status": "started", "sources": sources, "reason": ""}
     result["attempts"] += 1
-    write(file, json.dumps(result, indent=1))
+    write_whole(file, json.dumps(result, indent=1))
     return result
 
 
@@ -206,7 +206,7 @@ def _execute(pipeline: Pipeline, stage: Stage, result: dict[str, Any], stop: Sto
     # A training stage that saved says 75; any other that was asked to end has nothing to say.
     stopped = status == STOPPED or (stop.asked > 0 and (stage.job is None or status < 0))
     result |= {"status": "stopped" if stopped else "failed", "reason": f"status {status}: {last}"}
-    write(file, json.dumps(result, indent=1))
+    write_whole(file, json.dumps(result, indent=1))
     _say(stage, f"{result['status']} with status {status}; its log is {stage.directory / LOG}")
     return STOPPED if stopped else max(status, 1)
 

@@ -28,15 +28,7 @@ def sequence_logprobs(
     batches = rank_token_batches(numbered, engine.groups, engine.arch, token_budget)
     outputs = batch_logprobs(engine, batches, temperature)
     sizes = [len(sequence.token_ids) - 1 for sequence in sequences]
-    everything = torch.zeros(sum(sizes))
-    found = list(everything.split(sizes))
-    for index, values in _real(batches, outputs):
-        found[index].copy_(values)
-    if engine.groups.data.size() > 1:
-        flat = everything.to(platform().device)
-        dist.all_reduce(flat, group=engine.groups.data)  # each rank's zeros but for its own
-        everything.copy_(flat)
-    return found
+    return values_by_sequence(engine.groups, batches, outputs, sizes)
 
 
 def batch_logprobs(engine: Engine, batches: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
