@@ -26,6 +26,6 @@ def check_output(directory: Path, key: str = "output", files: tuple[str, ...] = 
 def write_whole(file: Path, text: str) -> None:
     """Whoever reads the file finds all of it, or what it was before, at any time; the directory is made."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}")
+    part = file.with_name(f".{file.name}.{os.getpid()}")
     part.write_text(text + "\n", encoding="utf-8")
     part.replace(file)

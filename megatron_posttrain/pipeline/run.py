@@ -65,7 +65,7 @@ def run(pipeline: Pipeline, only: str | None = None, part: str | None = None) ->
     root = pipeline.output
     check_output(root, files=(PIPELINE,))
     root.mkdir(parents=True, exist_ok=True)
-    with _alone(root):
+    with _alone(root, shared=only is not None):
         about = [{"name": s.name, "run": s.config.run, "after": s.after} for s in pipeline.stages.values()]
         write_whole(root / PIPELINE, json.dumps({"name": pipeline.name, "stages": about}, indent=1))
         hashes, stop = Hashes(root / ".hashes.json"), Stop()
@@ -226,10 +226,11 @@ def command_line(stage: Stage, words: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def _alone(root: Path) -> Iterator[None]:
+def _alone(root: Path, shared: bool) -> Iterator[None]:
+    """`shared`: beside others that run one stage each, as jobs do."""
     with (root / ".lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"output={root}: another pipeline is at work there") from None
         yield
