@@ -36,7 +36,7 @@ def test_grpo_trains_resumes_and_exports(tmp_path: Path) -> None:
         f"output={run}", "precision.dtype=fp32", "parallel.tensor=2", "parallel.expert=2", "data.sequence_length=64",
         "rollout.prompts_per_step=4", "rollout.samples_per_prompt=4", "rollout.max_tokens=16",
         "training.steps=2", "training.global_batch_size=16", "training.micro_batch_size=4", "optimizer.lr=1e-3",
-        "algorithm.kl_coefficient=0.01", "algorithm.routing_replay=rollout", "checkpoint.every=1",
+        "algorithm.kl_coefficient=0.01", "algorithm.routing_replay=rollout", "checkpoint.every=1", "rollout.token_figures=true",
         "logging.tensorboard=false", f"data.validation=[{assets / 'heldout.jsonl'},{assets / 'few.jsonl'}]",
         "training.validate_every=2", "rollout.validation_samples=2", "checkpoint.best=validation_reward",
         # Random answers are all wrong: a reward of ours keeps the advantages from being zero.
@@ -71,6 +71,12 @@ def test_grpo_trains_resumes_and_exports(tmp_path: Path) -> None:
     assert 0 < len(masked) < 16
     assert metrics[0]["masked_fraction"] == metrics[0]["reward/short/failed_fraction"] == len(masked) / 16
     assert all("ValueError: unlucky" in s["failures"]["short"] and s["advantage"] == 0 for s in masked)
+    trained = [s for s in samples if s not in masked]
+    entropies = [x for s in trained for x in s["entropies"]]
+    assert len(entropies) == sum(len(s["token_ids"]) for s in trained)
+    assert sum(entropies) / len(entropies) == pytest.approx(metrics[0]["entropy"], rel=1e-3)
+    assert all(s["advantages"] == pytest.approx([s["advantage"]] * len(s["token_ids"]), abs=1e-4) for s in trained)
+    assert all(abs(x) < 1e-4 for s in trained for x in s["logprob_differences"])
     for group in range(4):
         assert sum(s["advantage"] for s in samples[4 * group : 4 * group + 4]) == pytest.approx(0, abs=1e-5)
     weights = (run / "hf" / "model.safetensors").read_bytes()

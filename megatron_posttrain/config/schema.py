@@ -306,6 +306,9 @@ class RolloutConfig(Section):
     quantization: Literal["fp8"] | None = Field(
         None, description="of vLLM's linear layers, in every refit; CUDA; null: as the trainer's weights"
     )
+    token_figures: bool = Field(
+        False, description="each token's log-prob difference, advantage and, with one update, entropy into rollouts/"
+    )
     proof_tolerance: PositiveFloat | None = Field(
         None, description="largest canary log-prob difference after a refit; null: 1e-3 in fp32, 0.25 (mean) in bf16"
     )
