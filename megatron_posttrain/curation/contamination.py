@@ -18,7 +18,8 @@ class Contamination:
 
     `overlap` 0: one n-gram is enough, as for GPT-3 (13 words), DeepSeek-R1 (10) and Open-R1 (8); 0.5 with 8 words is
     the rule of Tulu 3 and OLMo 3. `lcs`: of those, rows whose longest common subsequence with the prompt has at least
-    that share of the prompt's words, in order and with any gaps; 0.6 with 13 words is Qwen2.5-Math's rule. A prompt shorter than n words is compared with nothing, and counted.
+    that share of its words; 0.6 with 13 words is Qwen2.5-Math's rule. A prompt shorter than n words is compared with
+    nothing, and counted.
     """
 
     def __init__(

@@ -56,8 +56,8 @@ class Rules(Section):
     def _check(self) -> Rules:
         if self.language is not None and self.language not in LANGUAGES:
             raise ValueError(f"no language {self.language!r}{nearest(self.language, LANGUAGES)}; allowed: {LANGUAGES}")
-        for name, needed in (("ngram", "against"), ("overlap", "against"), ("lcs", "against"),
-                             ("language_share", "language"), ("per_domain", "domain"), ("domain", "per_domain")):  # fmt: skip
+        needs = {"ngram": "against", "overlap": "against", "lcs": "against", "language_share": "language"}
+        for name, needed in (needs | {"per_domain": "domain", "domain": "per_domain"}).items():
             if name in self.model_fields_set and not getattr(self, needed):
                 raise ValueError(f"--{_option(name)} would be ignored without --{_option(needed)}")
         return self

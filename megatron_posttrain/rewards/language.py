@@ -89,8 +89,9 @@ def _evidence(word: str, words: Counter[str], letters: Counter[str]) -> float:
 
 
 def language_share(text: str, language: str | None) -> float:
-    """Share of a text's words that are in sentences of `language`, null: of the one that most are in; code and formulas, and sentences that no word
-    gives away, are left out. 1.0 where nothing is left. Chinese and Japanese are counted by characters."""
+    """Share of a text's words that are in sentences of `language`, or of the one that most are in; code and formulas,
+    and sentences that no word gives away, are left out. 1.0 where nothing is left. Chinese and Japanese are counted by
+    characters."""
     found: Counter[str] = Counter()
     for segment in _SEGMENT.findall(_CODE.sub(" ", text)):
         if (name := detect(segment)) is not None:
