@@ -36,8 +36,9 @@ def test_grpo_trains_resumes_and_exports(tmp_path: Path) -> None:
         f"output={run}", "precision.dtype=fp32", "parallel.tensor=2", "parallel.expert=2", "data.sequence_length=64",
         "rollout.prompts_per_step=4", "rollout.samples_per_prompt=4", "rollout.max_tokens=16",
         "training.steps=2", "training.global_batch_size=16", "training.micro_batch_size=4", "optimizer.lr=1e-3",
-        "algorithm.kl_coefficient=0.01", "algorithm.routing_replay=rollout", "checkpoint.every=1", "rollout.token_figures=true",
-        "logging.tensorboard=false", f"data.validation=[{assets / 'heldout.jsonl'},{assets / 'few.jsonl'}]",
+        "algorithm.kl_coefficient=0.01", "algorithm.routing_replay=rollout", "checkpoint.every=1",
+        "rollout.token_figures=true", "logging.tensorboard=false",
+        f"data.validation=[{assets / 'heldout.jsonl'},{assets / 'few.jsonl'}]",
         "training.validate_every=2", "rollout.validation_samples=2", "checkpoint.best=validation_reward",
         # Random answers are all wrong: a reward of ours keeps the advantages from being zero.
         f"rewards=[{{name: short, weight: 1.0, file: {tmp_path / 'rewards.py'}}}]",

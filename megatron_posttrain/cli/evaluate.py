@@ -89,8 +89,8 @@ def _sets(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
             f"--{missing[0]} is missing; evaluate needs --model with --data, --suite or --perplexity, or --compare"
         )
     if args.perplexity:
-        if told := given(args, ("data", "suite", *SET_OPTIONS, *REWARD_OPTIONS)).keys() - {"max_tokens", "limit"}:
-            raise UserError(f"--{sorted(told)[0].replace('_', '-')} would be ignored beside --perplexity")
+        if others := given(args, ("data", "suite", *SET_OPTIONS, *REWARD_OPTIONS)).keys() - {"max_tokens", "limit"}:
+            raise UserError(f"--{sorted(others)[0].replace('_', '-')} would be ignored beside --perplexity")
         values = {"data": args.perplexity, "perplexity": "{{ text }}", **given(args, ("max_tokens", "limit"))}
         return {"perplexity": EvaluationSet.model_validate(values)}, Path()
     if not args.suite:
