@@ -71,8 +71,12 @@ def sums(count: int, seed: int, largest: int) -> list[tuple[str, str]]:
     return [(f"{a}*{b}", str(a * b)) for a, b in pairs]
 
 
-def make_tool_model(directory: Path, steps: int, tools: list[Any], largest: int = 9, rows: int = 16) -> None:
-    """A tiny Qwen3 that has seen, for `steps`, conversations which ask the calculator for a product and repeat it."""
+def make_tool_model(
+    directory: Path, steps: int, tools: list[Any], largest: int = 9, rows: int = 16, guesses: float = 0.0
+) -> None:
+    """A tiny Qwen3 that has seen, for `steps`, conversations which ask the calculator for a product and repeat it; a
+    share `guesses` of them answer at once, with some number."""
+    draw = random.Random(0)
     tokenizer = tool_tokenizer()
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "head_dim": 32}
@@ -82,7 +86,9 @@ def make_tool_model(directory: Path, steps: int, tools: list[Any], largest: int 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 20, 2 - 2 * step / steps))
     for step in range(steps):
-        pairs = [_asking(*pair) for pair in sums(rows, step, largest)]
+        pairs = [
+            _guessing(draw, *pair) if draw.random() < guesses else _asking(*pair) for pair in sums(rows, step, largest)
+        ]
         found = [encode_conversation(tokenizer, messages, options={"tools": tools}) for messages in pairs]
         longest = max(len(row.token_ids) for row in found)
         ids = torch.tensor([row.token_ids + [0] * (longest - len(row.token_ids)) for row in found])
@@ -105,3 +111,7 @@ def _asking(question: str, answer: str) -> list[dict[str, Any]]:
         {"role": "tool", "content": answer},
         {"role": "assistant", "content": answer},
     ]
+
+
+def _guessing(draw: random.Random, question: str, answer: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": str(draw.randint(4, 81))}]
