@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_posttrain.errors import UserError, nearest
+from megatron_posttrain.platform import platform
 
 
 def evaluate_with_harness(
@@ -31,7 +32,7 @@ def evaluate_with_harness(
     for task in tasks:
         if task not in manager.all_tasks:
             raise UserError(f"--lm-eval {task}: no task of that name{nearest(task, manager.all_tasks)}")
-    harness = HFLM(model, dtype=str(dtype).removeprefix("torch."), batch_size=8)
+    harness = HFLM(model, dtype=str(dtype).removeprefix("torch."), device=platform().name, batch_size=8)
     template = harness.tokenizer.chat_template is not None
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     try:

@@ -113,8 +113,10 @@ class EvaluationSet(Section):
         file = directory / self.data
         if ".txt" in file.suffixes[-2:]:
             return [whole_text(file)]
-        found = islice(records(str(file)), self.limit)
-        return [self._fill("perplexity", record, where) for where, record in found]
+        found = [self._fill("perplexity", row, where) for where, row in islice(records(str(file)), self.limit)]
+        if not found:
+            raise UserError(f"{file}: no rows in it")
+        return found
 
     def _asked_before(self, directory: Path) -> list[dict[str, Any]]:
         turns: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
