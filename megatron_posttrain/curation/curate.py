@@ -109,7 +109,6 @@ def curate(
         twins = near.find() if near is not None else {}
         kept.flush()
         counts |= _finish(part, output / KEPT, twins, dropped, rules)
-    part.unlink()
     return {
         "rows": total,
         "kept": total - counts.total(),
@@ -143,6 +142,7 @@ def _finish(part: Path, kept: Path, twins: dict[int, int], dropped: Any, rules: 
                 dropped.write(_dropped(reason, detail, source.decode(), from_json(record)))
             else:
                 file.write(record)
+    part.unlink()
     return counts
 
 

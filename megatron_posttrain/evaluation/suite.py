@@ -10,9 +10,9 @@ from typing import Any, Literal, Self
 
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, PrivateAttr, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, PrivateAttr, model_validator
 
-from megatron_posttrain.config.schema import EnvironmentConfig, Fraction, RewardConfig, Section, check_columns
+from megatron_posttrain.config.schema import ColumnNames, EnvironmentConfig, Fraction, RewardConfig, Section
 from megatron_posttrain.data.columns import rename
 from megatron_posttrain.data.files import records, whole_text
 from megatron_posttrain.data.messages import BadRow
@@ -42,7 +42,7 @@ class Join(Section):
 class EvaluationSet(Section):
     data: str = Field(description="file of rows")
     join: Join | None = Field(None, description="columns from a second file, such as of answers")
-    columns: dict[str, str | list[str]] = Field(default_factory=dict, description="as data.columns")
+    columns: ColumnNames = Field(default_factory=dict, description="as data.columns")
     prompt: str | None = Field(
         None,
         description="Jinja template of the question, from a row's columns; filters: shuffled (a list, always the same "
@@ -70,12 +70,6 @@ class EvaluationSet(Section):
     thinking: bool | None = Field(None, description="the template's enable_thinking; null: its default")
 
     _directory: Path = PrivateAttr(Path())
-
-    @field_validator("columns")
-    @classmethod
-    def _known_columns(cls, columns: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
-        check_columns(columns)
-        return columns
 
     @model_validator(mode="after")
     def _nothing_ignored(self) -> Self:
