@@ -85,7 +85,7 @@ def test_a_killed_run_goes_on_to_the_same_responses(place: Path, tmp_path: Path)
 
 def test_the_command(place: Path, tmp_path: Path) -> None:
     """Two processes, an engine each."""
-    said = ranks(2, "-m", "megatron_posttrain", *arguments(place, tmp_path)).stdout
+    said = ranks(2, "-m", "megatron_posttrain", *arguments(place, tmp_path), rollout=True).stdout
     assert said.count("7 of 7 prompts") == 1
     lines = (tmp_path / RESPONSES).read_bytes().splitlines()
     records = [json.loads(line) for line in lines]
