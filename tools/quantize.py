@@ -16,6 +16,7 @@ Exit status: 0 done, 1 failed, 2 bad input.
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 from itertools import islice
@@ -48,10 +49,13 @@ def main() -> int:
         check(args)
         sys.path.insert(0, args.packages)
         quantize(args)
-        print(compare(args))
+        compare(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except subprocess.CalledProcessError as error:
+        print(f"error: {args.output} is written, but this failed, see above: {shlex.join(error.cmd)}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -108,20 +112,19 @@ def quantize(args: argparse.Namespace) -> None:
     AutoTokenizer.from_pretrained(args.model).save_pretrained(args.output)
 
 
-def compare(args: argparse.Namespace) -> str:
+def compare(args: argparse.Namespace) -> None:
     """Sizes of both directories; with --suite what `evaluate` finds, in processes that see vLLM's own packages."""
     directories = (Path(args.model), args.output)
     sizes = [sum(file.stat().st_size for file in place.glob("*.safetensors")) for place in directories]
-    lines = [f"{place}: {size / 1e6:,.1f} MB" for place, size in zip(directories, sizes, strict=True)]
-    if not args.suite:
-        return "\n".join(lines)
     found = [args.output / "evaluation" / name for name in ("before", "after")]
     start = [sys.executable, "-m", "megatron_posttrain", "evaluate"]
-    for place, output in zip(directories, found, strict=True):
+    for place, output in zip(directories, found, strict=True) if args.suite else ():
         line = [*start, "--model", str(place), "--suite", args.suite, "--output", str(output)]
         subprocess.run([*line, *(("--data", args.suite_data) if args.suite_data else ())], check=True)
-    subprocess.run([*start, "--leaderboard", *map(str, found)], check=True)
-    return "\n".join(lines)
+    for place, size in zip(directories, sizes, strict=True):
+        print(f"{place}: {size / 1e6:,.2f} MB", flush=True)
+    if args.suite:
+        subprocess.run([*start, "--leaderboard", *map(str, found)], check=True)
 
 
 if __name__ == "__main__":
