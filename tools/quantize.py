@@ -9,7 +9,8 @@ fp8: weights by output channel, activations by token as they come; no data. int8
 int4 (weights in groups of 128, or of 64 or 32 where those do not divide a layer's inputs) are rounded by GPTQ
 (arXiv 2210.17323), which needs rows of conversations: some hundred of what the model will be used for. Embeddings,
 output layer and routers stay as they are. --suite evaluates both directories: a table of sizes, accuracy, perplexity.
-Which formats a device runs is vLLM's matter: its CPU build ran fp8 and int8 with AVX2 here, int4 needs AVX-512.
+Which formats a device runs is vLLM's matter: on a CPU with AVX2, 0.32 loaded fp8 and int8 of a dense model; it has no
+int8 kernel for experts there, and none for int4 without AVX-512.
 Exit status: 0 done, 1 failed, 2 bad input.
 """
 
