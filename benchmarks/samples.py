@@ -16,7 +16,7 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +36,7 @@ from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.known_models import KNOWN_MODELS
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rewards import load_rewards
-from megatron_posttrain.rollout.engine import Completion, Sampling
+from megatron_posttrain.rollout.engine import Completion, Sampling, Work
 from megatron_posttrain.rollout.samples import generate_samples, save_samples
 from megatron_posttrain.training.sequences import sums_by_sequence
 
@@ -53,7 +53,7 @@ def long(sample):
 class Drawn:
     """Completions that are there already, as an engine of one rank returns them."""
 
-    tensor = 1
+    tensor, version = 1, 0
 
     def __init__(self, samples: int, vocabulary: int) -> None:
         self.replica, self.replicas = dist.get_rank(), dist.get_world_size()
@@ -64,9 +64,12 @@ class Drawn:
             for n in lengths
         ]
 
-    def generate(self, prompts: Sequence[Any], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
-        found, self.completions = self.completions[: len(prompts)], []
-        return found
+        self.at_once = len(self.completions)
+
+    def run(self, work: Work, sampling: Sampling) -> None:
+        for name, completion in zip(work.feed(self.at_once, True), self.completions, strict=True):
+            work.take(name, completion)
+        self.completions = []
 
 
 class Meter:

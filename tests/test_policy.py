@@ -256,6 +256,7 @@ def drawn(prompts: Sequence[Prompt], size: int = 2) -> Samples:
         sampled=np.ones(n, np.int64),
         ranks_per_replica=1,
         replica_of=np.zeros(n, np.int64),
+        versions=np.zeros(n, np.int64),
     )
 
 

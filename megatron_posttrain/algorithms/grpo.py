@@ -6,8 +6,8 @@ The refit comes first in a step: a checkpoint is then saved while the trainer ha
 import torch
 
 from megatron_posttrain.algorithms.advantages import group_advantages
+from megatron_posttrain.algorithms.draws import Asked
 from megatron_posttrain.algorithms.policy import (
-    Asked,
     Rollouts,
     kl_in_reward,
     receive_samples,

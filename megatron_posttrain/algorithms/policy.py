@@ -16,28 +16,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_posttrain.algorithms.advantages import generalized_advantages
-from megatron_posttrain.algorithms.dynamic_sampling import replace_equal
+from megatron_posttrain.algorithms.draws import Asked, Draws
 from megatron_posttrain.algorithms.losses import kl_estimate, policy_gradient_terms
-from megatron_posttrain.algorithms.model_reward import ModelReward
 from megatron_posttrain.config.algorithms import GrpoConfig, PolicyAlgorithm
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.data.batch import Sequence as TokenSequence
-from megatron_posttrain.data.dataset import Prompt, PromptDataset
-from megatron_posttrain.data.rows import read_rows
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.build import DTYPES
 from megatron_posttrain.platform import platform
-from megatron_posttrain.rewards.registry import Reward, load_rewards
 from megatron_posttrain.rollout.engine import RolloutEngine
 from megatron_posttrain.rollout.refit import Refit, prove
-from megatron_posttrain.rollout.samples import Samples, collect_samples, save_samples
+from megatron_posttrain.rollout.samples import Samples, save_samples
 from megatron_posttrain.rollout.text import stop_message
-from megatron_posttrain.rollout.turns import Turns, load_turns
 from megatron_posttrain.training.batches import pack_share, to_rows, token_shares
 from megatron_posttrain.training.engine import Engine, StepResult
 from megatron_posttrain.training.export import full_tensors
 from megatron_posttrain.training.heads import LabelLogprobs, Output
-from megatron_posttrain.training.limits import prompts_of, rollout_problems
 from megatron_posttrain.training.prepare import Prepared
 from megatron_posttrain.training.run import Run, Step
 from megatron_posttrain.training.sequences import batch_logprobs, sequence_logprobs, sums_by_sequence
@@ -60,30 +54,6 @@ class RunawayError(UserError):
 
 
 @dataclass
-class Asked:
-    """What the model is asked, what answers its turns, and what grades them."""
-
-    prompts: PromptDataset
-    turns: Turns
-    rewards: list[Reward]
-    model_reward: ModelReward | None
-
-    @classmethod
-    def of(cls, config: GrpoConfig, prepared: Prepared) -> Asked:
-        """Raises UserError for what only RL asks of a config."""
-        if wrong := list(rollout_problems(config, prepared.arch, platform().name)):
-            raise UserError("; ".join(wrong))
-        turns = load_turns(config.environment, config.rollout, prepared.tokenizer, unsafe=config.sandbox.unsafe)
-        rows = read_rows(config.data.sources, columns=config.data.columns)
-        return cls(
-            prompts_of(config, rows, prepared.tokenizer, turns.tools),
-            turns,
-            load_rewards(config.rewards, unsafe=config.sandbox.unsafe),
-            ModelReward.of(config, prepared),
-        )
-
-
-@dataclass
 class Rollouts:
     """The rollout engine of a run, and what its steps need beside a config."""
 
@@ -92,6 +62,7 @@ class Rollouts:
     engine: Engine
     asked: Asked
     rollout: RolloutEngine
+    draws: Draws
 
     @classmethod
     def start(cls, run: Run, config: GrpoConfig, engine: Engine, asked: Asked) -> Rollouts:
@@ -100,7 +71,7 @@ class Rollouts:
             asked.model_reward.load(run.groups)
         rollout = run.closing(make_rollout_engine(config, run.prepared))
         run.say(f"{rollout.replicas} rollout replicas; {stop_message(run.prepared.tokenizer)}")
-        return cls(run, config, engine, asked, rollout)
+        return cls(run, config, engine, asked, rollout, Draws.start(run, config, asked, rollout))
 
     def config(self, step: int) -> GrpoConfig:
         """The run's, with the numbers of this step."""
@@ -124,16 +95,8 @@ class Rollouts:
         prove(self.rollout, canary, own, config.rollout.proof_tolerance)
 
     def draw(self, config: GrpoConfig, step: int, batches: int = 1) -> Samples:
-        """The step's samples; where all of a prompt have one reward they are replaced, out of at most `batches`."""
-        asked, tokenizer = self.asked, self.run.prepared.tokenizer
-        batch = asked.prompts.batch(step, config.rollout.prompts_per_step)
-
-        def collect(prompts: list[Prompt], number: int) -> Samples:
-            return collect_samples(self.rollout, tokenizer, prompts, asked.rewards, config, step, number, asked.turns)
-
-        samples = collect(batch, 0)
-        if batches > 1:
-            samples = replace_equal(samples, batch, asked.prompts, [config.training.seed, step], batches, collect)
+        """The step's samples; see `Draws`."""
+        samples = self.draws.take(config, step, batches)
         self.rollout.sleep()
         samples.advantages = torch.zeros(len(samples.prompts))  # known when they were scored
         return samples
@@ -197,7 +160,10 @@ def score_samples(mini_batches: list[list[PackedBatch]], engine: Engine, config:
             for batch, values in zip(batches, logprobs, strict=True):
                 batch.extras[name] = values
 
-    if len(mini_batches) > 1 or algorithm.kl_in == "reward":
+    if config.recorded:
+        for batch in (batch for batches in mini_batches for batch in batches):
+            batch.extras["old_logprobs"] = batch.extras["rollout_logprobs"]
+    elif len(mini_batches) > 1 or algorithm.kl_in == "reward":
         score("old_logprobs")
     if algorithm.kl_coefficient:
         with engine.weights(REFERENCE):
@@ -209,17 +175,18 @@ def update(
 ) -> dict[str, float | Mean]:
     """An optimizer step for each mini-batch.
 
-    Log-probs of the first one are those of the policy that sampled: a single one needs no pass for them before it.
+    A single one needs no pass for the old log-probs before it, where its own are those of the policy that sampled.
     """
     head = LabelLogprobs(config.rollout.temperature)
     loss, over = partial(policy_loss, config.algorithm), partial(denominator, config)
     results: list[StepResult] = []
+    keep = len(mini_batches) == 1 or config.recorded
     for number, batches in enumerate(mini_batches):
         if number and config.rollout.offload:
             engine.offload()  # as before the first: no update has states beside its activations
-        results.append(engine.train_step(batches, loss, over, lr, head, keep=len(mini_batches) == 1))
+        results.append(engine.train_step(batches, loss, over, lr, head, keep=keep))
     everything = [batch for batches in mini_batches for batch in batches]
-    own = [output["logprobs"] for output in results[0].outputs] if len(mini_batches) == 1 else None
+    own = [output["logprobs"] for result in results for output in result.outputs] if keep else None
     return (
         {
             "loss": sum(r.loss for r in results) / len(results),
@@ -310,6 +277,7 @@ def make_rollout_engine(config: GrpoConfig, prepared: Prepared) -> RolloutEngine
         tensor=config.rollout.tensor,
         max_model_len=config.data.sequence_length,
         kv_cache_bytes=None if cache is None else int(cache * 2**30),
+        max_num_seqs=config.rollout.max_num_seqs,
         seed=config.training.seed,
         gpu_memory_utilization=config.rollout.gpu_memory_fraction,
         quantization=config.rollout.quantization,

@@ -9,9 +9,9 @@ from operator import add
 
 from torch import Tensor
 
+from megatron_posttrain.algorithms.draws import Asked
 from megatron_posttrain.algorithms.losses import value_terms
 from megatron_posttrain.algorithms.policy import (
-    Asked,
     Rollouts,
     receive_samples,
     reference_of,

@@ -257,7 +257,20 @@ class GrpoConfig(Config):
 
     @property
     def rows_per_step(self) -> int:
-        return self.rollout.prompts_per_step
+        rollout = self.rollout
+        return rollout.prompts_per_step + (0 if rollout.partial else rollout.oversample)
+
+    @property
+    def stale(self) -> bool:
+        """Whether samples may be of older weights than those that they train."""
+        return self.rollout.ahead > 0 or self.rollout.partial
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the old policy is what drew a sample, by the log-probs that were recorded: of stale samples, unless
+        the algorithm corrects for the difference to them."""
+        a = self.algorithm
+        return self.stale and (a.importance_cap, a.token_band, a.sequence_band) == (None, None, None)
 
     @property
     def compares_samples(self) -> bool:
@@ -285,12 +298,25 @@ class GrpoConfig(Config):
                 f"rollout.thinking_tokens={rollout.thinking_tokens} has no effect beside "
                 f"rollout.max_tokens={rollout.max_tokens}; allowed: fewer, or null"
             )
+        yield from self._cut_off_problems()
         yield from self._reward_problems()
         if rollout.max_tokens >= length:
             yield (
                 f"data.sequence_length={length} leaves no room for a prompt beside "
                 f"rollout.max_tokens={rollout.max_tokens}"
             )
+
+    def _cut_off_problems(self) -> Iterator[str]:
+        extra, prompts, partial = self.rollout.oversample, self.rollout.prompts_per_step, self.rollout.partial
+        if extra and getattr(self.algorithm, "dynamic_sampling", None):
+            yield f"rollout.oversample={extra} cuts off what algorithm.dynamic_sampling counts; unset one of them"
+        if partial and not 0 < extra <= prompts:
+            yield (
+                f"rollout.partial with rollout.oversample={extra}: the next step completes what was cut off; allowed: "
+                f"1 to prompts_per_step={prompts}, or partial=false"
+            )
+        if partial and self.environment is not None:
+            yield "rollout.partial: the state of an environment is not carried on; allowed: false"
 
     def _reward_problems(self) -> Iterator[str]:
         if self.environment is None and any(r.name == "environment" and r.file is None for r in self.rewards):

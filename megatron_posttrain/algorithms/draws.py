@@ -1,0 +1,121 @@
+"""Which prompts a step asks, and with which weights its samples are drawn: now, ahead of their step, or in parts."""
+
+import pickle
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch.distributed as dist
+
+from megatron_posttrain.algorithms.dynamic_sampling import replace_equal
+from megatron_posttrain.algorithms.model_reward import ModelReward
+from megatron_posttrain.config.algorithms import GrpoConfig
+from megatron_posttrain.data.dataset import Prompt, PromptDataset
+from megatron_posttrain.data.rows import read_rows
+from megatron_posttrain.errors import UserError
+from megatron_posttrain.parallel.exchange import to_first_rank
+from megatron_posttrain.parallel.groups import broadcast_object
+from megatron_posttrain.platform import platform
+from megatron_posttrain.rewards.registry import Reward, load_rewards
+from megatron_posttrain.rollout.engine import RolloutEngine
+from megatron_posttrain.rollout.samples import Samples, collect_samples, deal
+from megatron_posttrain.rollout.turns import Episode, Turns, load_turns
+from megatron_posttrain.training.checkpoints import CARRIED_FILE
+from megatron_posttrain.training.limits import prompts_of, rollout_problems
+from megatron_posttrain.training.prepare import Prepared
+from megatron_posttrain.training.run import Run
+
+
+@dataclass
+class Asked:
+    """What the model is asked, what answers its turns, and what grades them."""
+
+    prompts: PromptDataset
+    turns: Turns
+    rewards: list[Reward]
+    model_reward: ModelReward | None
+
+    @classmethod
+    def of(cls, config: GrpoConfig, prepared: Prepared) -> Self:
+        """Raises UserError for what only RL asks of a config."""
+        if wrong := list(rollout_problems(config, prepared.arch, platform().name)):
+            raise UserError("; ".join(wrong))
+        turns = load_turns(config.environment, config.rollout, prepared.tokenizer, unsafe=config.sandbox.unsafe)
+        rows = read_rows(config.data.sources, columns=config.data.columns)
+        return cls(
+            prompts_of(config, rows, prepared.tokenizer, turns.tools),
+            turns,
+            load_rewards(config.rewards, unsafe=config.sandbox.unsafe),
+            ModelReward.of(config, prepared),
+        )
+
+
+@dataclass
+class Draws:
+    """Samples of this step and of those for which `rollout.ahead` draws now, and what was cut off. Checkpoints have
+    both, so that nothing is drawn twice."""
+
+    run: Run
+    config: GrpoConfig  # of all steps
+    asked: Asked
+    rollout: RolloutEngine
+    waiting: deque[Samples] = field(default_factory=deque)  # of this step and the next ones
+    carried: list[Episode] = field(default_factory=list)  # samples that the last draw cut off
+
+    @classmethod
+    def start(cls, run: Run, config: GrpoConfig, asked: Asked, rollout: RolloutEngine) -> Self:
+        """Collective: as the checkpoint has them from which the run goes on."""
+        draws, checkpoints = cls(run, config, asked, rollout), run.checkpoints
+        if config.stale:
+            checkpoints.carried = draws.save
+            file = None if checkpoints.loaded is None else checkpoints.loaded / CARRIED_FILE
+            if broadcast_object(file is not None and file.exists()):
+                draws.load(file)  # type: ignore[arg-type]
+        return draws
+
+    def take(self, config: GrpoConfig, step: int, batches: int) -> Samples:
+        """Collective: the samples of `step`, the run's `config` at it; draws what is missing up to `rollout.ahead`
+        steps further. Where all of a prompt have one reward they are replaced, out of at most `batches`."""
+        last = min(step + config.rollout.ahead, self.run.total_steps - 1)
+        for index in range(step + len(self.waiting), last + 1):
+            self.waiting.append(self._draw(self.config.at(index), index, batches))
+        samples = self.waiting.popleft()
+        if config.stale:
+            samples.logged["staleness"] = float((step - samples.versions).mean())
+        return samples
+
+    def _draw(self, config: GrpoConfig, step: int, batches: int) -> Samples:
+        asked, rollout, options = self.asked, config.rollout, dict[str, Any]()
+        place, count = step * config.rows_per_step, config.rows_per_step
+        if rollout.oversample:
+            options = {"wanted": rollout.prompts_per_step, "carried": self.carried}
+        if rollout.partial:
+            begun = len(self.carried) // rollout.samples_per_prompt
+            place, count = place + begun, count + rollout.oversample - begun
+        prompts = asked.prompts.at(place, count)
+
+        def collect(prompts: list[Prompt], number: int) -> Samples:
+            facts = self.rollout, self.run.prepared.tokenizer, prompts, asked.rewards, config, step, number, asked.turns
+            return collect_samples(*facts, **options)
+
+        samples = collect(prompts, 0)
+        self.carried, samples.left = samples.left if rollout.partial else [], []
+        if batches > 1:
+            samples = replace_equal(samples, prompts, asked.prompts, [config.training.seed, step], batches, collect)
+        return samples
+
+    def save(self) -> bytes:
+        """Collective: on rank 0, what later steps have of earlier ones."""
+        parts = to_first_rank(pickle.dumps(list(self.waiting)), range(0, dist.get_world_size(), self.rollout.tensor))
+        return pickle.dumps(([bytes(part) for part in parts], self.carried))
+
+    def load(self, file: Path) -> None:
+        """Collective: takes what `save` gave, unless other numbers of samples are asked for since then."""
+        parts, carried = pickle.loads(broadcast_object(file.read_bytes() if self.run.is_main else b""))
+        asked = self.config.rollout
+        waiting = [deal(batch, self.rollout) for batch in zip(*map(pickle.loads, parts), strict=True)]
+        if all(len(each.prompts) == asked.prompts_per_step * asked.samples_per_prompt for each in waiting):
+            self.waiting = deque(waiting)
+        if len(carried) == asked.oversample * asked.samples_per_prompt:
+            self.carried = carried
