@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.rewards import load_rewards
 from megatron_posttrain.rollout.engine import Completion, Request, Sampling
-from megatron_posttrain.rollout.samples import Samples, generate_samples, join, save_samples
+from megatron_posttrain.rollout.samples import Samples, deal, generate_samples, join, save_samples
 from tests.stand_in import StandIn
 
 
@@ -119,6 +120,12 @@ def main() -> None:
         seeds = [*kept[0], *(1000 + i for i in kept[1])]
         assert joined.lengths.tolist() == [len(completion(seed).token_ids) for seed in seeds]
         check(joined, [order[rank::data] for rank in range(data)], dist.get_rank() % data, seeds)
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, joined)
+        other = SimpleNamespace(tensor=(size := {1: 2, 2: 4, 4: 1}[tensor]), replicas=4 // size)
+        other.replica = dist.get_rank() // size
+        dealt: Samples = deal(parts[::tensor], other)  # type: ignore[arg-type]
+        check(dealt, [order[rank::data] for rank in range(data)], dist.get_rank() % data, seeds)
         save_samples(Path(job["out"]) / f"{number}.jsonl", samples)
         facts: list[Any] = [None] * dist.get_world_size()
         known = [samples.lengths.tolist(), samples.truncated.tolist(), samples.rewards.tolist(), samples.metrics()]

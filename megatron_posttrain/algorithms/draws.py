@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
+from megatron_posttrain.algorithms.curriculum import Curriculum
 from megatron_posttrain.algorithms.dynamic_sampling import replace_equal
 from megatron_posttrain.algorithms.model_reward import ModelReward
 from megatron_posttrain.config.algorithms import GrpoConfig
@@ -60,13 +61,17 @@ class Draws:
     config: GrpoConfig  # of all steps
     asked: Asked
     rollout: RolloutEngine
+    curriculum: Curriculum | None
     waiting: deque[Samples] = field(default_factory=deque)  # of this step and the next ones
     carried: list[Episode] = field(default_factory=list)  # samples that the last draw cut off
 
     @classmethod
     def start(cls, run: Run, config: GrpoConfig, asked: Asked, rollout: RolloutEngine) -> Self:
         """Collective: as the checkpoint has them from which the run goes on."""
-        draws, checkpoints = cls(run, config, asked, rollout), run.checkpoints
+        checkpoints, curriculum = run.checkpoints, None
+        if config.curriculum is not None:
+            curriculum = Curriculum(config.curriculum, asked.prompts, checkpoints.state.setdefault("curriculum", {}))
+        draws = cls(run, config, asked, rollout, curriculum)
         if config.stale:
             checkpoints.carried = draws.save
             file = None if checkpoints.loaded is None else checkpoints.loaded / CARRIED_FILE
@@ -93,16 +98,20 @@ class Draws:
         if rollout.partial:
             begun = len(self.carried) // rollout.samples_per_prompt
             place, count = place + begun, count + rollout.oversample - begun
-        prompts = asked.prompts.at(place, count)
+        prompts = asked.prompts.at(place, count) if self.curriculum is None else self.curriculum.take(count)
 
         def collect(prompts: list[Prompt], number: int) -> Samples:
             facts = self.rollout, self.run.prepared.tokenizer, prompts, asked.rewards, config, step, number, asked.turns
-            return collect_samples(*facts, **options)
+            samples = collect_samples(*facts, **options)
+            if self.curriculum is not None:
+                self.curriculum.see(samples, rollout.samples_per_prompt)
+            return samples
 
         samples = collect(prompts, 0)
         self.carried, samples.left = samples.left if rollout.partial else [], []
         if batches > 1:
-            samples = replace_equal(samples, prompts, asked.prompts, [config.training.seed, step], batches, collect)
+            pool, seed = self.curriculum or asked.prompts, [config.training.seed, step]
+            samples = replace_equal(samples, prompts, pool, seed, batches, collect)
         return samples
 
     def save(self) -> bytes:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from megatron_posttrain.algorithms.curriculum import Curriculum
 from megatron_posttrain.data.dataset import Prompt, PromptDataset
 from megatron_posttrain.rollout.samples import Samples, join
 
@@ -13,7 +14,7 @@ from megatron_posttrain.rollout.samples import Samples, join
 def replace_equal(
     samples: Samples,
     prompts: Sequence[Prompt],
-    dataset: PromptDataset,
+    dataset: PromptDataset | Curriculum,
     seed: Sequence[int],
     batches: int,
     collect: Callable[[list[Prompt], int], Samples],

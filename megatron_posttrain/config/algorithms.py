@@ -239,6 +239,12 @@ class DistillConfig(Config):
             yield f"algorithm.student_fraction={a.student_fraction}: no samples of the student yet; allowed: 0"
 
 
+class CurriculumConfig(Section):
+    solved: Fraction = Field(0.9, description="running pass rate (reward above 0.5) from which a prompt is set aside")
+    hopeless: Fraction = Field(0.0, description="pass rate down to which it is set aside")
+    revisit: int = Field(3, ge=2, description="epochs after which it is asked again")
+
+
 class GrpoConfig(Config):
     command = "grpo"
     ignored: ClassVar[dict[str, str]] = CONVERSATIONS_ONLY | {
@@ -252,6 +258,9 @@ class GrpoConfig(Config):
         description="the sum of weight x reward; `file`: Python file that defines it with @reward(name)",
     )
     environment: EnvironmentConfig | None = Field(None, description="what answers the model's turns; null: one turn")
+    curriculum: CurriculumConfig | None = Field(
+        None, description="sets prompts aside that the policy nearly always or never solves; null: all are asked"
+    )
     sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
     algorithm: GrpoAlgorithm = Field(default_factory=GrpoAlgorithm)
 
@@ -321,12 +330,13 @@ class GrpoConfig(Config):
     def _reward_problems(self) -> Iterator[str]:
         if self.environment is None and any(r.name == "environment" and r.file is None for r in self.rewards):
             yield "rewards: 'environment' is what an environment gives, and there is none; set `environment`"
-        sampled = getattr(self.algorithm, "dynamic_sampling", None)
-        if sampled is not None and any(r.name == "reward_model" for r in self.rewards):
-            yield (
-                f"algorithm.dynamic_sampling={sampled} looks at rewards before a reward_model gives its own; "
-                "allowed: null"
-            )
+        early = {
+            "algorithm.dynamic_sampling": getattr(self.algorithm, "dynamic_sampling", None),
+            "curriculum": self.curriculum,
+        }
+        for key, value in early.items():
+            if value is not None and any(r.name == "reward_model" for r in self.rewards):
+                yield f"{key} looks at rewards before a reward_model gives its own; allowed: null"
 
 
 class PpoConfig(GrpoConfig):

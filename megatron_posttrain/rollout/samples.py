@@ -147,7 +147,7 @@ class Samples:
             while len(lines) <= replica:
                 lines.append(iter(bytes(next(received)).splitlines(keepends=True)))
             yield next(lines[replica])
-        yield from received  # nothing, but other ranks must send
+        yield from map(bytes, received)  # nothing, but other ranks must send
 
 
 def collect_samples(

@@ -164,10 +164,9 @@ class _Conversations:
         e = self.episodes[name]
         e.token_ids += completion.token_ids
         e.logprobs += completion.logprobs
-        e.finish_reason = completion.finish_reason
-        if repeats := completion.finish_reason == "repetition":
-            e.metrics["repetition_stopped"] += 1
-            e.finish_reason = "length"
+        repeats = completion.finish_reason == "repetition"
+        e.metrics["repetition_stopped"] += repeats
+        e.finish_reason = "length" if completion.finish_reason == "repetition" else completion.finish_reason
         if e.finish_reason == "stop" and self.turns.environment is not None:
             self.pending[name] = self.ask(e) if dist.get_rank() % self.rollout.tensor == 0 else None
         elif e.finish_reason == "length" and not repeats and self.stop_thinking(e):

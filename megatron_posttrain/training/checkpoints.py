@@ -1,6 +1,7 @@
 """Training checkpoints: megatron-core's distributed format, written beside and renamed when whole."""
 
 import contextlib
+import copy
 import json
 import pickle
 import shutil
@@ -106,7 +107,7 @@ class Checkpoints:
             with self._failing_together(step), engine.weights(kept):
                 requests.append(_request(engine, partial / kept, weights_only=True))
         state = {"step": step} if self.origin is None else self.origin.state(step)
-        state |= {"loop": dict(self.state), "best": self.best.state(), "skipped": engine.skipped}
+        state |= {"loop": copy.deepcopy(self.state), "best": self.best.state(), "skipped": engine.skipped}
         with self._failing_together(step), platform().megatron():
             self._writing = Writing(requests, state)
         if not self.config.asynchronous:

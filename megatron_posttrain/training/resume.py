@@ -34,7 +34,7 @@ FROM_NOW_ON = (
     "optimizer", "algorithm", "critic.lr", "critic.warmup_steps", "rewards", "model.moe",
     "training.steps", "training.epochs", "training.validate_every", "training.patience", "training.skip_not_finite",
     "rollout.samples_per_prompt", "rollout.max_tokens", "rollout.temperature", "rollout.quantization",
-    "rollout.repetitions", "rollout.ahead",
+    "rollout.repetitions", "rollout.ahead", "curriculum",
 )  # fmt: skip
 IN_RL = ("training.global_batch_size",)  # there it cuts a step's samples into updates, and moves no row
 
