@@ -2,9 +2,9 @@
 
     torchrun --standalone --nproc-per-node 4 -m benchmarks.handout [--samples 256] [--at-once 8] [--seconds 0.01]
 
-Stand-ins for engines, which sleep `--seconds` a step: what is measured is who draws what, on a machine where four real
-engines would share two cores. Lengths are log-normal, as those of reasoning are, and the same for both ways, which run in
-turns, A B A B. The last column is what no hand-out can beat: all tokens, spread evenly, at full batches.
+Stand-ins for engines, which sleep `--seconds` a step: what is measured is who draws what, where four real engines would
+share two cores. Lengths are log-normal, as those of reasoning are, and the same for both ways, which run in turns. `best`
+is what no hand-out can beat: all tokens, spread evenly, at full batches.
 """
 
 import argparse
@@ -66,9 +66,8 @@ def main() -> None:
         wall, cpu, most = generate(engine, equal=way == "equal shares")
         if dist.get_rank() == 0:
             share = most / sum(lengths) * dist.get_world_size()
-            print(
-                f"{way:13} {wall:6.2f} s, {cpu:5.2f} s of CPU, fullest engine {share:.2f} of the mean; best {best:.2f} s"
-            )
+            told = f"{wall:6.2f} s, {cpu:5.2f} s of CPU, fullest engine {share:.2f} x the mean; best {best:.2f} s"
+            print(f"{way:13} {told}")
     dist.destroy_process_group()
 
 
