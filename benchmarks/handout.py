@@ -3,8 +3,8 @@
     torchrun --standalone --nproc-per-node 4 -m benchmarks.handout [--samples 256] [--at-once 8] [--seconds 0.01]
 
 Stand-ins for engines, which sleep `--seconds` a step: what is measured is who draws what, where four real engines would
-share two cores. Lengths are log-normal, as those of reasoning are, and the same for both ways, which run in turns. `best`
-is what no hand-out can beat: all tokens, spread evenly, at full batches.
+share two cores. Lengths are log-normal, as those of reasoning are, and the same for both ways, which run in turns.
+`best` is what no hand-out can beat: all tokens, spread evenly, at full batches.
 """
 
 import argparse

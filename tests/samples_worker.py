@@ -22,9 +22,13 @@ from megatron_posttrain.rollout.engine import Completion, Request, Sampling
 from megatron_posttrain.rollout.samples import Samples, deal, generate_samples, join, save_samples
 from tests.stand_in import StandIn
 
+CHOICES = np.dtype((np.uint8, (3, 2)))
+
 
 class Replayed(StandIn):
     """Completions that depend on the seed alone; few at once, so that replicas ask for more."""
+
+    choices = CHOICES
 
     def __init__(self, tensor: int) -> None:
         self.tensor, self.at_once, self.version = tensor, 4, 7
@@ -38,7 +42,12 @@ class Replayed(StandIn):
         return box[0]
 
     def answer(self, request: Request, sampling: Sampling) -> Completion:
-        return completion(request.seed)
+        said = completion(request.seed)
+        return replace(said, experts=experts(request.seed, len(request.prompt + said.token_ids)))
+
+
+def experts(seed: int, tokens: int) -> Any:
+    return np.random.default_rng(seed).integers(0, 8, (tokens - 1, 3, 2), np.uint8)
 
 
 def completion(seed: int) -> Completion:
@@ -59,6 +68,7 @@ def check(samples: Samples, wanted: list[list[int]], data_rank: int, seeds: list
         said, asked, got = completion(seeds[i]), samples.prompts[i].token_ids, sequence(i)
         assert got.index == i
         assert got.token_ids.tolist() == asked + said.token_ids
+        assert np.array_equal(got.experts, experts(seeds[i], len(got.token_ids)))
         assert got.loss_mask.tolist() == [False] * len(asked) + [True] * len(said.token_ids)
         assert got.extras["rollout_logprobs"].tolist() == [0.0] * len(asked) + said.logprobs
         advantages = [0.0] * len(asked) + [float(samples.advantages[i])] * len(said.token_ids)

@@ -1,10 +1,13 @@
 """A rollout engine's place in tests: completions that are known before, a token of each a step."""
 
+from typing import Any
+
 from megatron_posttrain.rollout.engine import Completion, Request, Sampling, Work
 
 
 class StandIn:
     tensor, replica, replicas, at_once, version = 1, 0, 1, 256, 0
+    choices: Any = None
 
     def share(self, value: object) -> object:
         return value

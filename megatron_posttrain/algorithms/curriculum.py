@@ -6,9 +6,8 @@ import numpy as np
 
 from megatron_posttrain.config.algorithms import CurriculumConfig
 from megatron_posttrain.data.dataset import Prompt, PromptDataset
+from megatron_posttrain.evaluation.evaluate import CORRECT
 from megatron_posttrain.rollout.samples import Samples
-
-PASS = 0.5  # a reward above it is a pass
 
 
 class Curriculum:
@@ -51,7 +50,7 @@ class Curriculum:
         for k in range(0, len(samples.prompts), group):
             graded = samples.rewards[k : k + group][~samples.masked[k : k + group]]
             if len(graded):
-                index, share = str(samples.prompts[k].index), float(np.mean(graded > PASS))
+                index, share = str(samples.prompts[k].index), float(np.mean(graded > CORRECT))
                 rates[index] = [(rates[index][0] + share) / 2 if index in rates else share, self.epoch]
         found = np.array([rate for rate, _ in rates.values()])
         samples.logged |= {

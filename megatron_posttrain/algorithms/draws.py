@@ -8,48 +8,18 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
+from megatron_posttrain.algorithms.asked import Asked
 from megatron_posttrain.algorithms.curriculum import Curriculum
 from megatron_posttrain.algorithms.dynamic_sampling import replace_equal
-from megatron_posttrain.algorithms.model_reward import ModelReward
 from megatron_posttrain.config.algorithms import GrpoConfig
-from megatron_posttrain.data.dataset import Prompt, PromptDataset
-from megatron_posttrain.data.rows import read_rows
-from megatron_posttrain.errors import UserError
+from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.parallel.exchange import to_first_rank
 from megatron_posttrain.parallel.groups import broadcast_object
-from megatron_posttrain.platform import platform
-from megatron_posttrain.rewards.registry import Reward, load_rewards
 from megatron_posttrain.rollout.engine import RolloutEngine
 from megatron_posttrain.rollout.samples import Samples, collect_samples, deal
-from megatron_posttrain.rollout.turns import Episode, Turns, load_turns
+from megatron_posttrain.rollout.turns import Episode
 from megatron_posttrain.training.checkpoints import CARRIED_FILE
-from megatron_posttrain.training.limits import prompts_of, rollout_problems
-from megatron_posttrain.training.prepare import Prepared
 from megatron_posttrain.training.run import Run
-
-
-@dataclass
-class Asked:
-    """What the model is asked, what answers its turns, and what grades them."""
-
-    prompts: PromptDataset
-    turns: Turns
-    rewards: list[Reward]
-    model_reward: ModelReward | None
-
-    @classmethod
-    def of(cls, config: GrpoConfig, prepared: Prepared) -> Self:
-        """Raises UserError for what only RL asks of a config."""
-        if wrong := list(rollout_problems(config, prepared.arch, platform().name)):
-            raise UserError("; ".join(wrong))
-        turns = load_turns(config.environment, config.rollout, prepared.tokenizer, unsafe=config.sandbox.unsafe)
-        rows = read_rows(config.data.sources, columns=config.data.columns)
-        return cls(
-            prompts_of(config, rows, prepared.tokenizer, turns.tools),
-            turns,
-            load_rewards(config.rewards, unsafe=config.sandbox.unsafe),
-            ModelReward.of(config, prepared),
-        )
 
 
 @dataclass

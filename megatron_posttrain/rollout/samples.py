@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,8 +58,13 @@ class Samples:
     versions: NDArray[np.int64]  # [n] of the oldest weights that drew a token of it
     seconds: float = 0.0  # of generation, the slowest replica's
     left: list[Episode] = field(default_factory=list)  # samples of other prompts, not complete; the same on every rank
+    choices: np.dtype[Any] | None = None  # of a token's experts, where they are replayed
+    experts: list[NDArray[Any]] = field(default_factory=list)  # of each drawn sample: of all tokens but its last
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # [n]
     differences: Floats = field(default_factory=lambda: np.empty(0))  # [n] sums of |trainer - engine| log-probs, nats
+    by_token: dict[str, list[Tensor]] = field(
+        default_factory=dict
+    )  # of each sample, figures of all tokens but the first
 
     @property
     def total_lengths(self) -> list[int]:
@@ -104,6 +110,8 @@ class Samples:
             the training sequence of a sample that this rank wanted.
         """
         rank, world = dist.get_rank(), dist.get_world_size()
+        row = 0 if self.choices is None else self.choices.itemsize
+        words = -(-(np.array(self.total_lengths) - 1) * row // 4)  # int32 of each sample's experts
         data_ranks = gather_rows(torch.tensor([data_rank])).flatten().tolist()
         sent = [[i for i in wanted[data_ranks[r]] if self._source(i, r) == rank] for r in range(world)]
         received: list[list[int]] = [[] for _ in range(world)]
@@ -113,18 +121,24 @@ class Samples:
         place = {sample: k for k, sample in enumerate(self.drawn)}
         for k in (place[i] for to_rank in sent for i in to_rank):
             parts += [self.token_ids[k], self.logprobs[k].view(np.int32)]
-        sizes = [[2 * int(self.lengths[items].sum()) for items in way] for way in (sent, received)]
+            if self.choices is not None:
+                parts.append(
+                    np.frombuffer(self.experts[k].tobytes().ljust(4 * int(words[self.drawn[k]]), b"\0"), np.int32)
+                )
+        sizes = [[int((2 * self.lengths + words)[items].sum()) for items in way] for way in (sent, received)]
         flat = exchange(torch.from_numpy(np.concatenate(parts)), *sizes).numpy()
         order = [i for from_rank in received for i in from_rank]
-        ends = np.cumsum(2 * self.lengths[order])
-        responses = {i: flat[end - 2 * self.lengths[i] : end] for i, end in zip(order, ends.tolist(), strict=True)}
-        return lambda i: self._sequence(i, *np.split(responses[i], 2))
+        ends = np.cumsum((2 * self.lengths + words)[order])[:-1]
+        responses = dict(zip(order, np.split(flat, ends), strict=False))
+        return lambda i: self._sequence(i, *np.split(responses[i], [self.lengths[i], 2 * self.lengths[i]]))
 
     def _source(self, sample: int, rank: int) -> int:
         """The rank that sends a sample to `rank`: the ranks of its replica share the work."""
         return int(self.replica_of[sample]) * self.ranks_per_replica + rank % self.ranks_per_replica
 
-    def _sequence(self, sample: int, token_ids: NDArray[np.int32], logprobs: NDArray[np.int32]) -> TokenSequence:
+    def _sequence(
+        self, sample: int, token_ids: NDArray[np.int32], logprobs: NDArray[np.int32], experts: NDArray[np.int32]
+    ) -> TokenSequence:
         """Prompt and response; what the model drew counts, but nothing of a masked sample."""
         prompt = np.asarray(self.prompts[sample].token_ids, np.int32)
         drawn = np.concatenate([np.full(len(prompt), np.nan, np.float32), logprobs.view(np.float32)])
@@ -133,7 +147,10 @@ class Samples:
             "rollout_logprobs": np.nan_to_num(drawn),
             "advantages": counts * np.float32(self.advantages[sample]),
         }
-        return TokenSequence(np.concatenate([prompt, token_ids]), counts, extras, index=sample)
+        chosen = None
+        if self.choices is not None:
+            chosen = np.frombuffer(experts.tobytes(), self.choices, count=len(drawn) - 1)
+        return TokenSequence(np.concatenate([prompt, token_ids]), counts, extras, index=sample, experts=chosen)
 
     def to_first_rank(self, records: Iterable[Any]) -> Iterator[bytes]:
         """Collective: JSON lines of the drawn samples' records, as the first rank of each replica gives them, on rank 0
@@ -276,11 +293,13 @@ def _grade(
         ranks_per_replica=rollout.tensor,
         replica_of=replicas,
         versions=versions,
+        choices=rollout.choices,
+        experts=[np.concatenate(e.experts) for e in mine if e.experts],
     )
 
 
 OF_ALL = ("lengths", "sampled", "truncated", "rewards", "masked", "replica_of", "versions")  # arrays [n]
-OF_DRAWN = ("token_ids", "logprobs", "messages", "texts", "grades")  # lists, the last three on first ranks only
+OF_DRAWN = ("token_ids", "logprobs", "experts", "messages", "texts", "grades")  # lists, the last 3 on first ranks
 
 
 def join(taken: Sequence[tuple[Samples, int]], metrics: dict[str, float]) -> Samples:
@@ -297,7 +316,7 @@ def join(taken: Sequence[tuple[Samples, int]], metrics: dict[str, float]) -> Sam
     def of_all(values: Callable[[Samples], NDArray[Any]]) -> NDArray[Any]:
         return np.array([values(part)[number] for part, number in taken])
 
-    rest: dict[str, Any] = {name: of_all(lambda part, name=name: getattr(part, name)) for name in OF_ALL}  # type: ignore[misc]
+    rest: dict[str, Any] = {name: of_all(attrgetter(name)) for name in OF_ALL}
     rest |= {name: [x[k] for _, part, k in mine if (x := getattr(part, name))] for name in OF_DRAWN}
     named = {name: of_all(lambda part, name=name: part.rewards_by_name[name]) for name in first.rewards_by_name}  # type: ignore[misc]
     return replace(
@@ -316,8 +335,10 @@ def deal(parts: Sequence[Samples], rollout: RolloutEngine) -> Samples:
     may be more or fewer."""
     own = [(i, part, k) for part in parts[rollout.replica :: rollout.replicas] for k, i in enumerate(part.drawn)]
     own.sort(key=lambda each: each[0])
-    names = OF_DRAWN if dist.get_rank() % rollout.tensor == 0 else OF_DRAWN[:2]
-    lists: dict[str, Any] = {name: [getattr(part, name)[k] for _, part, k in own if name in names] for name in OF_DRAWN}
+    names = OF_DRAWN if dist.get_rank() % rollout.tensor == 0 else OF_DRAWN[:3]
+    lists: dict[str, Any] = {
+        name: [x[k] for _, part, k in own if name in names and (x := getattr(part, name))] for name in OF_DRAWN
+    }
     return replace(
         parts[0],
         drawn=[i for i, _, _ in own],
@@ -375,19 +396,21 @@ def save_samples(path: Path, samples: Samples) -> None:
 
 def _record(samples: Samples, k: int, mine: int) -> dict[str, Any]:
     """Of sample `k`, the replica's number `mine`."""
-    prompt, failures = samples.prompts[k], samples.grades[mine].failures
+    prompt, failures, n = samples.prompts[k], samples.grades[mine].failures, int(samples.lengths[k])
     drawn = ~np.isnan(samples.logprobs[mine])
     turns = {} if drawn.all() else {"turns": samples.messages[mine], "mask": drawn.astype(int).tolist()}
     masked = bool(samples.masked[k])
     failed = {"failures": failures, "masked": masked} if failures or masked else {}
     return (
         {
+            "sample": k,
             "index": prompt.index,
             "prompt": prompt.messages,
             "answer": prompt.answer,
             "response": samples.texts[mine],
             "prompt_token_ids": prompt.token_ids,
             "token_ids": samples.token_ids[mine].tolist(),
+            "logprobs": np.nan_to_num(samples.logprobs[mine].astype(np.float64)).round(6).tolist(),  # the engine's
             "reward": float(samples.rewards[k]),
             "rewards": {name: float(x[k]) for name, x in samples.rewards_by_name.items() if not np.isnan(x[k])},
             "advantage": float(samples.advantages[k]),
@@ -395,6 +418,7 @@ def _record(samples: Samples, k: int, mine: int) -> dict[str, Any]:
             "version": int(samples.versions[k]),
             "logprob_difference": float(samples.differences[k]) / max(1, int(samples.sampled[k])),
         }
+        | {name: [round(x, 4) for x in of[k][-n:].tolist()] for name, of in samples.by_token.items()}
         | turns
         | failed
     )

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from megatron_posttrain.config.schema import EnvironmentConfig, RolloutConfig
 from megatron_posttrain.data.dataset import Prompt
@@ -66,6 +67,7 @@ class Episode:
     seed: int
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # the engine's; NaN of a token that the model did not draw
+    experts: list[NDArray[Any]] = field(default_factory=list)  # of the tokens that each round computed first
     finish_reason: Literal["stop", "length", "cut"] = "cut"  # cut: it has no end yet
     messages: list[Message] = field(default_factory=list)  # on the first rank of a replica, with an environment
     reward: float = 0.0
@@ -145,7 +147,6 @@ class _Conversations:
         while taken := self.handout.take(room - len(self.ready)):
             self.own += taken
             for i in taken:
-                self.episodes[i].version = min(self.episodes[i].version, self.rollout.version)
                 if self.episodes[i].finish_reason == "cut":
                     self.ready.append(i)
                 else:  # it has ended in an earlier step, as the rest of its prompt had not
@@ -164,6 +165,9 @@ class _Conversations:
         e = self.episodes[name]
         e.token_ids += completion.token_ids
         e.logprobs += completion.logprobs
+        e.version = min(e.version, self.rollout.version)
+        if completion.experts is not None:
+            e.experts.append(completion.experts[sum(map(len, e.experts)) :])
         repeats = completion.finish_reason == "repetition"
         e.metrics["repetition_stopped"] += repeats
         e.finish_reason = "length" if completion.finish_reason == "repetition" else completion.finish_reason
