@@ -36,7 +36,7 @@ from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.known_models import KNOWN_MODELS
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rewards import load_rewards
-from megatron_posttrain.rollout.engine import Completion, Sampling, Work
+from megatron_posttrain.rollout.engine import Completion, Sampling
 from megatron_posttrain.rollout.samples import generate_samples, save_samples
 from megatron_posttrain.training.sequences import sums_by_sequence
 
@@ -66,9 +66,9 @@ class Drawn:
 
         self.at_once = len(self.completions)
 
-    def run(self, work: Work, sampling: Sampling) -> None:
-        for name, completion in zip(work.feed(self.at_once, True), self.completions, strict=True):
-            work.take(name, completion)
+    def run(self, feed: Any, take: Any, sampling: Sampling, enough: Any) -> None:
+        for name, completion in zip(feed(self.at_once, True), self.completions, strict=True):
+            take(name, completion)
         self.completions = []
 
 

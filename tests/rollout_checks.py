@@ -27,7 +27,7 @@ from megatron_posttrain.evaluation import evaluate
 from megatron_posttrain.parallel.groups import broadcast_object, start_distributed
 from megatron_posttrain.rewards import Reward
 from megatron_posttrain.rollout import Completion, Refit, RolloutEngine, Sampling, prove, vllm_fixes
-from megatron_posttrain.rollout import engine as engine_module
+from megatron_posttrain.rollout.engine import Request
 from tests.rollout_models import KINDS, VOCAB, make_tokenizer
 
 Model = Any
@@ -225,15 +225,17 @@ def check_sampling(directory: Path, rank: int) -> dict[str, Any]:
 def check_cut(engine: RolloutEngine, said: list[list[int]]) -> list[Any]:
     """Work that has enough with its shortest completion: reasons and tokens, and those of the same without a cut."""
 
-    class Shortest(engine_module._Batch):
-        def enough(self) -> bool:
-            return bool(self.done)
-
     found = []
-    for kind in (Shortest, engine_module._Batch):
-        work = kind({i: engine_module.Request(prompt, i, 5 + 10 * i) for i, prompt in enumerate(said)})
-        engine.run(work, Sampling())
-        found.append([(work.done[i].finish_reason, work.done[i].token_ids) for i in range(len(said))])
+    for cut in (True, False):
+        waiting = [{i: Request(prompt, i, 5 + 10 * i) for i, prompt in enumerate(said)}]
+        done: dict[int, Completion] = {}
+        engine.run(
+            lambda room, idle, waiting=waiting: waiting.pop() if waiting else {},  # type: ignore[misc]
+            done.__setitem__,
+            Sampling(),
+            lambda cut=cut, done=done: cut and bool(done),  # type: ignore[misc]
+        )
+        found.append([(done[i].finish_reason, done[i].token_ids) for i in range(len(said))])
     return found
 
 

@@ -19,7 +19,8 @@ from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.rewards import load_rewards
 from megatron_posttrain.rollout.engine import Completion, Request, Sampling
-from megatron_posttrain.rollout.samples import Samples, deal, generate_samples, join, save_samples
+from megatron_posttrain.rollout.regroup import deal, join
+from megatron_posttrain.rollout.samples import Samples, generate_samples, save_samples
 from tests.stand_in import StandIn
 
 CHOICES = np.dtype((np.uint8, (3, 2)))

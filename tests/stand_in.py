@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_posttrain.rollout.engine import Completion, Request, Sampling, Work
+from megatron_posttrain.rollout.engine import Completion, Request, Sampling
 
 
 class StandIn:
@@ -18,10 +18,10 @@ class StandIn:
     def wait(self, running: int) -> None:
         """What a step of so many completions takes."""
 
-    def run(self, work: Work, sampling: Sampling) -> None:
+    def run(self, feed: Any, take: Any, sampling: Sampling, enough: Any) -> None:
         running: dict[int, tuple[Completion, int]] = {}  # and tokens of it so far
         while True:
-            for name, request in work.feed(self.at_once - len(running), not running).items():
+            for name, request in feed(self.at_once - len(running), not running).items():
                 running[name] = self.answer(request, sampling), 0
             if not running:
                 return
@@ -29,8 +29,8 @@ class StandIn:
             for name, (whole, count) in list(running.items()):
                 running[name] = whole, count + 1
                 if count + 1 >= len(whole.token_ids):
-                    work.take(name, running.pop(name)[0])
-            if work.enough():
+                    take(name, running.pop(name)[0])
+            if enough():
                 for name, (whole, count) in running.items():
-                    work.take(name, Completion(whole.token_ids[:count], whole.logprobs[:count], "cut"))
+                    take(name, Completion(whole.token_ids[:count], whole.logprobs[:count], "cut"))
                 return

@@ -16,10 +16,23 @@ from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.parallel.exchange import to_first_rank
 from megatron_posttrain.parallel.groups import broadcast_object
 from megatron_posttrain.rollout.engine import RolloutEngine
-from megatron_posttrain.rollout.samples import Samples, collect_samples, deal
+from megatron_posttrain.rollout.regroup import deal
+from megatron_posttrain.rollout.replay import logged_file, read_logged
+from megatron_posttrain.rollout.samples import Samples, collect_samples
 from megatron_posttrain.rollout.turns import Episode
 from megatron_posttrain.training.checkpoints import CARRIED_FILE
+from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.run import Run
+
+
+@dataclass
+class Logged:
+    """Samples that another run has logged, in place of `Draws`."""
+
+    engine: Engine
+
+    def take(self, config: GrpoConfig, step: int, batches: int) -> Samples:
+        return read_logged(logged_file(str(config.rollout.replay), step + 1), config, self.engine.arch)
 
 
 @dataclass

@@ -8,7 +8,8 @@ import numpy as np
 
 from megatron_posttrain.algorithms.curriculum import Curriculum
 from megatron_posttrain.data.dataset import Prompt, PromptDataset
-from megatron_posttrain.rollout.samples import Samples, join
+from megatron_posttrain.rollout.regroup import join
+from megatron_posttrain.rollout.samples import Samples
 
 
 def replace_equal(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_posttrain.algorithms.advantages import generalized_advantages
 from megatron_posttrain.algorithms.asked import Asked, held_out_figures
-from megatron_posttrain.algorithms.draws import Draws
+from megatron_posttrain.algorithms.draws import Draws, Logged
 from megatron_posttrain.algorithms.losses import kl_estimate, policy_gradient_terms
 from megatron_posttrain.config.algorithms import GrpoConfig, PolicyAlgorithm
 from megatron_posttrain.data.batch import PackedBatch
@@ -28,7 +28,6 @@ from megatron_posttrain.models.build import DTYPES
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout.engine import RolloutEngine, Sampling
 from megatron_posttrain.rollout.refit import Refit, prove
-from megatron_posttrain.rollout.replay import logged_file, read_logged
 from megatron_posttrain.rollout.routed_experts import choice_type
 from megatron_posttrain.rollout.samples import Samples, generate_samples, save_samples
 from megatron_posttrain.rollout.text import stop_message
@@ -72,14 +71,14 @@ class Rollouts:
     engine: Engine
     asked: Asked
     rollout: Any  # RolloutEngine; None where logged samples are replayed
-    draws: Any  # Draws; likewise
+    draws: Draws | Logged
 
     @classmethod
     def start(cls, run: Run, config: GrpoConfig, engine: Engine, asked: Asked) -> Rollouts:
         """Collective: once the trainer has what memory it needs."""
         if config.rollout.replay is not None:
             run.say(f"samples of {config.rollout.replay}; no rollout engine")
-            return Replay(run, config, engine, asked, None, None)
+            return cls(run, config, engine, asked, None, Logged(engine))
         if asked.model_reward is not None:
             asked.model_reward.load(run.groups)
         _make_room(config, run, engine)
@@ -104,6 +103,8 @@ class Rollouts:
         self._refit(config, step)
 
     def _refit(self, config: GrpoConfig, step: int) -> None:
+        if self.rollout is None:
+            return
         _make_room(config, self.run, self.engine)
         Refit(self.rollout).update(full_tensors(self.engine), step)
         canary = [p.token_ids for p in self.asked.prompts.prompts[:CANARY_PROMPTS]]
@@ -113,7 +114,8 @@ class Rollouts:
     def draw(self, config: GrpoConfig, step: int, batches: int = 1) -> Samples:
         """The step's samples; see `Draws`."""
         samples = self.draws.take(config, step, batches)
-        self.rollout.sleep()
+        if self.rollout is not None:
+            self.rollout.sleep()
         samples.advantages = torch.zeros(len(samples.prompts))  # known when they were scored
         return samples
 
@@ -165,18 +167,6 @@ class Rollouts:
                 figures |= self.validate(step)
         step.log(figures, samples.metrics())
         save_samples(self.run.directory / "rollouts" / f"step_{step.number:06d}.jsonl", samples)
-
-
-class Replay(Rollouts):
-    """Logged samples in place of an engine's."""
-
-    def draw(self, config: GrpoConfig, step: int, batches: int = 1) -> Samples:
-        samples = read_logged(logged_file(str(config.rollout.replay), step + 1), config, self.engine.arch)
-        samples.advantages = torch.zeros(len(samples.prompts))
-        return samples
-
-    def _refit(self, config: GrpoConfig, step: int) -> None:
-        pass
 
 
 def reference_of(config: GrpoConfig) -> dict[str, Any]:

@@ -5,9 +5,9 @@ import logging
 import os
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ class Completion:
 
     token_ids: list[int]
     logprobs: list[float]
-    finish_reason: Literal["stop", "length", "repetition", "cut"]  # cut: the work had enough
+    finish_reason: Literal["stop", "length", "repetition", "cut"]  # cut: there was enough
     experts: NDArray[Any] | None = None  # [prompt + completion - 1, layers, top-k] chosen for all tokens but the last
 
 
@@ -62,39 +62,6 @@ class Request:
     prompt: list[int]
     seed: int
     limit: int
-
-
-class Work(Protocol):
-    """What an engine is given to do while it works; the same on all ranks of a replica."""
-
-    def feed(self, room: int, idle: bool) -> Mapping[int, Request]:
-        """Requests to begin with, by names of the caller's; the engine runs `room` more at once. Where it is idle this
-        may wait, and nothing is the end."""
-        ...
-
-    def take(self, name: int, completion: Completion) -> None: ...
-
-    def enough(self) -> bool:
-        """Whether what still runs is to be cut off; asked once a step."""
-        ...
-
-
-@dataclass
-class _Batch:
-    """All at once; the engine queues what it cannot run."""
-
-    requests: dict[int, Request]
-    done: dict[int, Completion] = field(default_factory=dict)
-
-    def feed(self, room: int, idle: bool) -> dict[int, Request]:
-        now, self.requests = self.requests, {}
-        return now
-
-    def take(self, name: int, completion: Completion) -> None:
-        self.done[name] = completion
-
-    def enough(self) -> bool:
-        return False
 
 
 class RolloutEngine:
@@ -217,12 +184,26 @@ class RolloutEngine:
                 )
         self._check_replica_agrees((prompts, sampling, seeds))
         of_seed = [(list(prompts[k // sampling.n]), seed, sampling.max_tokens) for k, seed in enumerate(seeds)]
-        batch = _Batch({k: Request(*each) for k, each in enumerate(of_seed)})
-        self.run(batch, sampling)
-        return [batch.done[k] for k in range(len(seeds))]
+        waiting = [{k: Request(*each) for k, each in enumerate(of_seed)}]
+        done: dict[int, Completion] = {}
+        self.run(lambda room, idle: waiting.pop() if waiting else {}, done.__setitem__, sampling)
+        return [done[k] for k in range(len(seeds))]
 
-    def run(self, work: Work, sampling: Sampling) -> None:
-        """Collective over a replica: does `work` until there is no more; requests join those that run at every step."""
+    def run(
+        self,
+        feed: Callable[[int, bool], Mapping[int, Request]],
+        take: Callable[[int, Completion], None],
+        sampling: Sampling,
+        enough: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Collective over a replica, on whose ranks the functions give the same: generates until there is no more.
+
+        Args:
+            feed: asked before every step for requests that join those that run, by names of the caller's. It is told
+                for how many there is room, and whether nothing runs: then it may wait, and no request is the end.
+            take: is given every completion.
+            enough: asked after every step: whether what still runs is cut off.
+        """
         running: dict[str, tuple[str, int]] = {}  # by vLLM's number: its longer number, and the caller's name
         with self._isolated():
             from vllm import SamplingParams
@@ -248,7 +229,7 @@ class RolloutEngine:
             while True:
                 # Where the cache has no room for what it has, vLLM lets requests wait
                 room = 0 if scheduler.get_request_counts()[1] else self.at_once - len(running)
-                if new := work.feed(room, not running):
+                if new := feed(room, not running):
                     prompts = [{"prompt_token_ids": request.prompt} for request in new.values()]
                     params = [SamplingParams(max_tokens=r.limit, seed=r.seed, **options) for r in new.values()]
                     for number, name in zip(self._llm.enqueue(prompts, params, use_tqdm=False), new, strict=True):
@@ -256,18 +237,16 @@ class RolloutEngine:
                 if not running:
                     return
                 for output in engine.step():
-                    work.take(running.pop(output.request_id)[1], _completion(output.outputs[0], self.choices))
-                if work.enough():
-                    self._cut(dict(running.values()), work)
-                    return
+                    take(running.pop(output.request_id)[1], _completion(output.outputs[0], self.choices))
+                if enough():
+                    return self._cut(dict(running.values()), take)
 
-    def _cut(self, running: Mapping[str, int], work: Work) -> None:
-        """Ends what runs; `work` takes what there is of it."""
+    def _cut(self, running: Mapping[str, int], take: Callable[[int, Completion], None]) -> None:
         engine = self._llm.llm_engine
         for number, name in running.items():
             state = engine.output_processor.request_states[number]
             logprobs = state.logprobs_processor.logprobs
-            work.take(name, Completion(list(state.detokenizer.output_token_ids), list(logprobs.logprobs), "cut"))
+            take(name, Completion(list(state.detokenizer.output_token_ids), list(logprobs.logprobs), "cut"))
         engine.abort_request(list(running), internal=True)
 
     def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:

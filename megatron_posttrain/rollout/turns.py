@@ -125,7 +125,7 @@ def converse(
     conversations = _Conversations(
         rollout, tokenizer, episodes, sampling, turns, handout or Handout(rollout, len(episodes), 1)
     )
-    rollout.run(conversations, sampling)
+    rollout.run(conversations.feed, conversations.take, sampling, handout.enough)
     return sorted(conversations.own)
 
 
@@ -157,9 +157,6 @@ class _Conversations:
                 break
         now, self.ready = self.ready[:room], self.ready[room:]
         return {i: self._request(self.episodes[i]) for i in now}
-
-    def enough(self) -> bool:
-        return self.handout.enough()
 
     def take(self, name: int, completion: Completion) -> None:
         e = self.episodes[name]
