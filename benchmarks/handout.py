@@ -3,8 +3,9 @@
     torchrun --standalone --nproc-per-node 4 -m benchmarks.handout [--samples 256] [--at-once 8] [--seconds 0.01]
 
 Stand-ins for engines, which sleep `--seconds` a step: what is measured is who draws what, where four real engines would
-share two cores. Lengths are log-normal, as those of reasoning are, and the same for both ways, which run in turns.
-`best` is what no hand-out can beat: all tokens, spread evenly, at full batches.
+share two cores. Lengths are log-normal by prompt, as hard prompts have long responses, and again by sample; both ways,
+in turns, A B A B, have the same. `best` is what no hand-out can beat: tokens spread evenly at full batches, or the
+longest sample. A draw whose longest samples come last may be slower handed out; the average over draws counts.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from megatron_posttrain.rollout.engine import Completion, Request, Sampling
 from megatron_posttrain.rollout.handout import Handout
 from megatron_posttrain.rollout.turns import Episode, converse
 from tests.stand_in import StandIn
+
+GROUP = 8  # samples a prompt
 
 
 class Sleeping(StandIn):
@@ -56,18 +59,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--at-once", type=int, default=8, help="samples that an engine runs")
+    parser.add_argument("--draws", type=int, default=20, help="of lengths")
     parser.add_argument("--seconds", type=float, default=0.01, help="of a step")
     args = parser.parse_args()
     start_distributed()
-    lengths = np.random.default_rng(0).lognormal(3.5, 0.8, args.samples).clip(4, 400).astype(int).tolist()
-    engine = Sleeping(lengths, args.at_once, args.seconds)
-    best = sum(lengths) / dist.get_world_size() / args.at_once * args.seconds
-    for way in ("equal shares", "handed out") * 3:
-        wall, cpu, most = generate(engine, equal=way == "equal shares")
-        if dist.get_rank() == 0:
-            share = most / sum(lengths) * dist.get_world_size()
-            told = f"{wall:6.2f} s, {cpu:5.2f} s of CPU, fullest engine {share:.2f} x the mean; best {best:.2f} s"
-            print(f"{way:13} {told}")
+    walls: dict[str, list[float]] = {"equal shares": [], "handed out": []}
+    for draw in range(args.draws):
+        random = np.random.default_rng(draw)
+        by_prompt = np.repeat(random.lognormal(3.5, 0.8, -(-args.samples // GROUP)), GROUP)[: args.samples]
+        lengths = (by_prompt * random.lognormal(0, 0.3, args.samples)).clip(4, 400).astype(int).tolist()
+        engine = Sleeping(lengths, args.at_once, args.seconds)
+        best = max(sum(lengths) / dist.get_world_size() / args.at_once, max(lengths)) * args.seconds
+        for way, found in walls.items():
+            wall, cpu, most = generate(engine, equal=way == "equal shares")
+            found.append(wall)
+            if dist.get_rank() == 0:
+                share = most / sum(lengths) * dist.get_world_size()
+                told = f"{wall:6.2f} s, {cpu:5.2f} s of CPU, fullest engine {share:.2f} x the mean; best {best:.2f} s"
+                print(f"{draw} {way:13} {told}")
+    if dist.get_rank() == 0:
+        print(*(f"{way}: {sum(found) / len(found):.2f} s on average" for way, found in walls.items()), sep="; ")
     dist.destroy_process_group()
 
 
