@@ -107,25 +107,31 @@ def test_grpo_trains_resumes_and_exports(tmp_path: Path) -> None:
     assert "step_000003.jsonl is not there; the run has 3 steps" in done.stderr
 
 
-@pytest.mark.timeout(900)
-def test_drawn_ahead_resumes_bitwise(tmp_path: Path) -> None:
-    """With a curriculum, whose state is that of later draws; and prompts that one step begins and the next ends."""
-    assets = make_assets(tmp_path)
-    run = tmp_path / "run"
-    arguments = [
+def small(place: Path, *more: str) -> list[str]:
+    """A run of three steps of 4 x 4 samples, in `place`."""
+    assets = make_assets(place)
+    (place / "rewards.py").write_text(EVEN)
+    return [
         "-m", "megatron_posttrain", "grpo", f"model.path={assets / 'model'}", f"data.train={assets / 'rl.jsonl'}",
         "precision.dtype=fp32", "data.sequence_length=64", "rollout.max_num_seqs=6", "rollout.prompts_per_step=4",
         "rollout.samples_per_prompt=4", "rollout.max_tokens=12", "training.steps=3", "training.global_batch_size=16",
         "training.micro_batch_size=4", "optimizer.lr=1e-3", "checkpoint.every=1", "checkpoint.keep=9",
-        "logging.tensorboard=false", f"rewards=[{{name: even, file: {tmp_path / 'rewards.py'}}}]",
+        "logging.tensorboard=false", f"rewards=[{{name: even, file: {place / 'rewards.py'}}}]",
+        f"output={place / 'run'}", *more,
     ]  # fmt: skip
-    (tmp_path / "rewards.py").write_text(EVEN)
-    ahead = [*arguments, f"output={run}", "rollout.ahead=1", "curriculum={revisit: 2}"]
+
+
+@pytest.mark.timeout(900)
+def test_drawn_ahead_resumes_bitwise(tmp_path: Path) -> None:
+    """With a curriculum, whose state is that of later draws."""
+    run, ahead = tmp_path / "run", small(tmp_path, "rollout.ahead=1", "curriculum={revisit: 2}")
     ranks(2, *ahead)
     metrics = lines(run / "metrics.jsonl")
     assert [m["staleness"] for m in metrics] == [0, 1, 1]
-    assert [{s["version"] for s in lines(run / f"rollouts/step_00000{n}.jsonl")} for n in (1, 2, 3)] == [{0}, {0}, {1}]
+    files = [run / "rollouts" / f"step_00000{n}.jsonl" for n in (1, 2, 3)]
+    assert [{sample["version"] for sample in lines(file)} for file in files] == [{0}, {0}, {1}]
     assert metrics[0]["logprob_difference"] < 1e-4 < metrics[1]["logprob_difference"]
+    assert metrics[1]["clip_fraction"] > 0  # the ratio is to the log-probs that were recorded
     rates = json.loads((run / "checkpoints/step_000003/trainer_state.json").read_text())["loop"]["curriculum"]["rates"]
     assert len(rates) == 12
     weights = (run / "hf" / "model.safetensors").read_bytes()
@@ -136,13 +142,16 @@ def test_drawn_ahead_resumes_bitwise(tmp_path: Path) -> None:
     assert [steady(m) for m in lines(run / "metrics.jsonl")] == [steady(m) for m in metrics]
     assert (run / "hf" / "model.safetensors").read_bytes() == weights
 
-    parts = [*arguments, f"output={tmp_path / 'parts'}", "rollout.oversample=2", "rollout.partial=true"]
+
+@pytest.mark.timeout(900)
+def test_the_next_step_completes_what_one_cut_off(tmp_path: Path) -> None:
+    """Though the run was stopped between them."""
+    run, parts = tmp_path / "run", small(tmp_path, "rollout.oversample=2", "rollout.partial=true")
     ranks(2, *parts, "training.steps=1")
     ranks(2, *parts, "training.steps=2")
-    first, second = (lines(tmp_path / "parts" / "rollouts" / f"step_00000{n}.jsonl")[::4] for n in (1, 2))
-    begun = [s["index"] for s in second[:2]]
-    assert len({s["index"] for s in first} | set(begun)) == 6  # what the second step completes is what was asked first
-    assert lines(tmp_path / "parts" / "metrics.jsonl")[1]["staleness"] > 0
+    first, second = ([s["index"] for s in lines(run / "rollouts" / f"step_00000{n}.jsonl")[::4]] for n in (1, 2))
+    assert len({*first, *second[:2]}) == 6  # what the second step completes is what was asked first
+    assert lines(run / "metrics.jsonl")[1]["staleness"] > 0
 
 
 def test_mistakes_in_rollout_settings(tmp_path: Path) -> None:

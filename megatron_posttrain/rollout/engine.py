@@ -214,7 +214,6 @@ class RolloutEngine:
                 "top_p": sampling.top_p,
                 "top_k": sampling.top_k,
                 "presence_penalty": sampling.presence_penalty,
-                "stop_token_ids": list(sampling.stop_token_ids),
                 "ignore_eos": True,  # ends are the caller's `stop_token_ids`, not the directory's
                 "logprobs": 0,
                 "flat_logprobs": True,
@@ -231,7 +230,12 @@ class RolloutEngine:
                 room = 0 if scheduler.get_request_counts()[1] else self.at_once - len(running)
                 if new := feed(room, not running):
                     prompts = [{"prompt_token_ids": request.prompt} for request in new.values()]
-                    params = [SamplingParams(max_tokens=r.limit, seed=r.seed, **options) for r in new.values()]
+                    params = [
+                        SamplingParams(
+                            max_tokens=r.limit, seed=r.seed, stop_token_ids=list(sampling.stop_token_ids), **options
+                        )
+                        for r in new.values()
+                    ]
                     for number, name in zip(self._llm.enqueue(prompts, params, use_tqdm=False), new, strict=True):
                         running[number.partition("-")[0]] = number, name
                 if not running:
