@@ -27,10 +27,6 @@ class Curriculum:
         self.state = state
 
     @property
-    def epoch(self) -> int:
-        return self.state["place"] // len(self.dataset)
-
-    @property
     def prompts(self) -> list[Prompt]:
         """Those that are not set aside now."""
         return [prompt for prompt in self.dataset.prompts if self._asks(prompt)]
@@ -46,12 +42,12 @@ class Curriculum:
 
     def see(self, samples: Samples, group: int) -> None:
         """Takes the pass rates of prompts, `group` samples each, and logs how many are set aside for what."""
-        rates = self.state["rates"]
+        rates, epoch = self.state["rates"], (self.state["place"] - 1) // len(self.dataset)
         for k in range(0, len(samples.prompts), group):
             graded = samples.rewards[k : k + group][~samples.masked[k : k + group]]
             if len(graded):
                 index, share = str(samples.prompts[k].index), float(np.mean(graded > CORRECT))
-                rates[index] = [(rates[index][0] + share) / 2 if index in rates else share, self.epoch]
+                rates[index] = [(rates[index][0] + share) / 2 if index in rates else share, epoch]
         found = np.array([rate for rate, _ in rates.values()])
         samples.logged |= {
             "curriculum/solved": float((found >= self.config.solved).sum()) / len(self.dataset),
@@ -64,4 +60,5 @@ class Curriculum:
         if (known := self.state["rates"].get(str(prompt.index), estimate)) is None:
             return True
         rate, visited = known
-        return self.config.hopeless < rate < self.config.solved or self.epoch - visited >= self.config.revisit
+        epochs = self.state["place"] // len(self.dataset) - visited
+        return self.config.hopeless < rate < self.config.solved or epochs >= self.config.revisit
