@@ -225,18 +225,14 @@ def check_sampling(directory: Path, rank: int) -> dict[str, Any]:
 def check_cut(engine: RolloutEngine, said: list[list[int]]) -> list[Any]:
     """Work that has enough with its shortest completion: reasons and tokens, and those of the same without a cut."""
 
-    found = []
-    for cut in (True, False):
+    def drawn(cut: bool) -> list[Any]:
         waiting = [{i: Request(prompt, i, 5 + 10 * i) for i, prompt in enumerate(said)}]
         done: dict[int, Completion] = {}
-        engine.run(
-            lambda room, idle, waiting=waiting: waiting.pop() if waiting else {},  # type: ignore[misc]
-            done.__setitem__,
-            Sampling(),
-            lambda cut=cut, done=done: cut and bool(done),  # type: ignore[misc]
-        )
-        found.append([(done[i].finish_reason, done[i].token_ids) for i in range(len(said))])
-    return found
+        feed = lambda room, idle: waiting.pop() if waiting else {}  # noqa: E731
+        engine.run(feed, done.__setitem__, Sampling(), lambda: cut and bool(done))
+        return [(done[i].finish_reason, done[i].token_ids) for i in range(len(said))]
+
+    return [drawn(True), drawn(False)]
 
 
 def cached_tokens(engine: RolloutEngine, prompt: list[int], n: int) -> list[int]:

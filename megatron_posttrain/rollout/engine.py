@@ -243,7 +243,8 @@ class RolloutEngine:
                 for output in engine.step():
                     take(running.pop(output.request_id)[1], _completion(output.outputs[0], self.choices))
                 if enough():
-                    return self._cut(dict(running.values()), take)
+                    self._cut(dict(running.values()), take)
+                    return
 
     def _cut(self, running: Mapping[str, int], take: Callable[[int, Completion], None]) -> None:
         engine = self._llm.llm_engine
