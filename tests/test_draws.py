@@ -52,7 +52,7 @@ def facts(draws: Draws, config: GrpoConfig, step: int) -> dict[str, Any]:
 )
 def test_what_is_saved_goes_on(tmp_path: Path, keys: list[str]) -> None:
     start_distributed()
-    base = ["model.path=-", "data.train=-", "output=-", "rollout.prompts_per_step=3", "rollout.samples_per_prompt=2"]
+    base = ["model.path=x", "data.train=x", "output=x", "rollout.prompts_per_step=3", "rollout.samples_per_prompt=2"]
     config = load_config(GrpoConfig, None, [*base, "training.global_batch_size=6", *keys])
     assert not list(config.problems(1))
     tokenizer: Any = byte_tokenizer(CHATML)
