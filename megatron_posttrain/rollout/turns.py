@@ -122,9 +122,8 @@ def converse(
     Returns:
         numbers of the episodes that it has had, in their order. Some were cut off where the handout had enough.
     """
-    conversations = _Conversations(
-        rollout, tokenizer, episodes, sampling, turns, handout or Handout(rollout, len(episodes), 1)
-    )
+    handout = handout or Handout(rollout, len(episodes), 1)
+    conversations = _Conversations(rollout, tokenizer, episodes, sampling, turns, handout)
     rollout.run(conversations.feed, conversations.take, sampling, handout.enough)
     return sorted(conversations.own)
 
