@@ -22,8 +22,10 @@ from megatron_posttrain.evaluation.sample import RESPONSES, sample, write_rows
 from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.rewards import Reward
 from megatron_posttrain.rollout import Completion, Sampling
+from megatron_posttrain.rollout.engine import Request
 from tests.launch import ROOT, command, environment, ranks, torchrun
 from tests.rollout_models import EVEN, make_model, make_tokenizer
+from tests.stand_in import StandIn
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +47,16 @@ def arguments(place: Path, output: Path) -> list[str]:
     ]  # fmt: skip
 
 
-class Engine:
-    """Stands in for vLLM: a response depends on its seed alone."""
-
-    replica, replicas, tensor, choices = 0, 1, 1, None
+class Engine(StandIn):
+    """A response depends on its seed alone."""
 
     def __init__(self) -> None:
         self.prompts = 0
 
-    def generate(self, prompts: Any, sampling: Sampling, seeds: Any) -> list[Completion]:
-        self.prompts += len(prompts)
-        drawn = [np.random.default_rng(seed).integers(30, 90, sampling.max_tokens).tolist() for seed in seeds]
-        return [Completion(ids, [0.0] * len(ids), "length") for ids in drawn]
+    def answer(self, request: Request, sampling: Sampling) -> Completion:
+        self.prompts += 1
+        ids = np.random.default_rng(request.seed).integers(30, 90, sampling.max_tokens).tolist()
+        return Completion(ids, [0.0] * len(ids), "length")
 
 
 def test_a_killed_run_goes_on_to_the_same_responses(place: Path, tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.data.tokenize import encode_conversation, encode_prompt
-from megatron_posttrain.rollout.engine import Completion, Sampling
+from megatron_posttrain.rollout.engine import Completion, Request, Sampling
 from tests.chat_tokenizers import byte_tokenizer
+from tests.stand_in import StandIn
 
 HERMES = (
     "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t.function.name }} {% endfor %}<|im_end|>\n{% endif %}"
@@ -33,29 +34,18 @@ def tool_tokenizer(template: str = HERMES) -> Any:
     return tokenizer
 
 
-class Scripted:
-    """A rollout engine's place: `say` maps the text so far and the seed to what the model says next."""
-
-    tensor, replica, replicas, choices = 1, 0, 1, None
+class Scripted(StandIn):
+    """`say` maps the text so far to what the model says next."""
 
     def __init__(self, tokenizer: Any, say: Callable[[str], str]) -> None:
         self.tokenizer, self.say = tokenizer, say
-        self.rounds: list[list[list[int]]] = []  # prompts of every call
+        self.asked: list[list[int]] = []  # prompts in their order
 
-    def share(self, value: Any) -> Any:
-        return value
-
-    def generate(
-        self, prompts: list[list[int]], sampling: Sampling, seeds: Any, limits: Any = None
-    ) -> list[Completion]:
-        self.rounds.append([list(prompt) for prompt in prompts])
-        limits = limits or [sampling.max_tokens] * len(prompts)
-        return [self._completion(*each) for each in zip(prompts, limits, seeds, strict=True)]
-
-    def _completion(self, prompt: list[int], limit: int, seed: int) -> Completion:
-        ids = self.tokenizer(self.say(self.tokenizer.decode(prompt)), add_special_tokens=False)["input_ids"]
-        cut = ids[:limit]
-        return Completion(cut, [-1.0 / (seed % 97 + 1)] * len(cut), "length" if len(ids) > limit else "stop")
+    def answer(self, request: Request, sampling: Sampling) -> Completion:
+        self.asked.append(request.prompt)
+        ids = self.tokenizer(self.say(self.tokenizer.decode(request.prompt)), add_special_tokens=False)["input_ids"]
+        cut, logprob = ids[: request.limit], -1.0 / (request.seed % 97 + 1)
+        return Completion(cut, [logprob] * len(cut), "length" if len(ids) > request.limit else "stop")
 
 
 def prompt_of(tokenizer: Any, question: str, tools: list[Any], answer: str | None = None) -> Prompt:

@@ -5,7 +5,7 @@ import logging
 import os
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from megatron_posttrain.rollout.limits import CPU_CACHE_BYTES, explained
 from megatron_posttrain.rollout.routed_experts import RoutedExperts
 from megatron_posttrain.upstream.gloo import shared_device
 
+REPEATED_TOKENS = 64
 CPU_BLOCK_SIZE = 32  # the attention kernel wants multiples of 32; vLLM's 128 shares no prefix of a short prompt
 
 
@@ -41,6 +42,7 @@ class Sampling:
     top_k: int = 0  # 0: all
     presence_penalty: float = 0.0  # its counts do not survive `sleep`: for engines that never do
     stop_token_ids: tuple[int, ...] = ()  # end a completion and are its last token
+    repetitions: int | None = None  # of up to `REPEATED_TOKENS` tokens, one behind the other, end a completion
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,17 @@ class Completion:
 
     token_ids: list[int]
     logprobs: list[float]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "repetition", "cut"]  # cut: there was enough
     experts: NDArray[Any] | None = None  # [prompt + completion - 1, layers, top-k] chosen for all tokens but the last
+
+
+@dataclass(frozen=True)
+class Request:
+    """A completion of at most `limit` tokens."""
+
+    prompt: list[int]
+    seed: int
+    limit: int
 
 
 class RolloutEngine:
@@ -66,7 +77,7 @@ class RolloutEngine:
         tensor: ranks of a replica; divides the world size.
         max_model_len: longest prompt plus completion, tokens.
         kv_cache_bytes: cache of this rank; None: 256 MiB on CPU, on CUDA by `gpu_memory_utilization`.
-        max_num_seqs: requests that run at once; more of them wait.
+        max_num_seqs: requests that run at once (`at_once`); more of them wait.
         gpu_memory_utilization: fraction of the GPU for weights and cache together; CUDA only.
         quantization: vLLM's name of what its linear layers are quantised to at every refit; CUDA only.
         load_weights: False where a refit brings them before anything is generated: nothing is read.
@@ -96,6 +107,7 @@ class RolloutEngine:
         if dist.get_world_size() % tensor:
             raise ValueError(f"rollout.tensor: {tensor} does not divide the {dist.get_world_size()} ranks")
         self.dtype, self.tensor, self.max_model_len, self.choices = dtype, tensor, max_model_len, choices
+        self.at_once, self.version = max_num_seqs, 0
         self.replica, self.replicas = dist.get_rank() // tensor, dist.get_world_size() // tensor
         self._cpu = platform().name == "cpu"
         options: dict[str, Any] = {
@@ -150,20 +162,13 @@ class RolloutEngine:
             dist.barrier()  # every rank has mapped the memory before its names go
         return llm
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        seeds: Sequence[int],
-        limits: Sequence[int] | None = None,
-    ) -> list[Completion]:
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
         """`sampling.n` completions of every prompt: completion j of prompt i is number i * n + j.
 
         Args:
             prompts: token ids, not empty; prompt plus `max_tokens` within `max_model_len`.
-            seeds: one per completion. Equal prompt, seed and weights give equal tokens, up to rounding that
+            seeds: one per completion. Equal prompt, seed and weights give equal tokens; on CUDA up to rounding that
                 depends on what else is in the batch.
-            limits: tokens of each completion, in place of `max_tokens`.
 
         Raises:
             ValueError: a prompt is empty or too long, or the number of seeds is not len(prompts) * n.
@@ -171,40 +176,83 @@ class RolloutEngine:
         """
         if len(seeds) != len(prompts) * sampling.n:
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts x {sampling.n} completions")
-        limits = limits or [sampling.max_tokens] * len(seeds)
         for i, prompt in enumerate(prompts):
-            most = max(limits[i * sampling.n : (i + 1) * sampling.n])
-            if not prompt or len(prompt) + most > self.max_model_len:
+            if not prompt or len(prompt) + sampling.max_tokens > self.max_model_len:
                 raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens, with max_tokens {most}: "
+                    f"prompt {i} has {len(prompt)} tokens, with max_tokens {sampling.max_tokens}: "
                     f"wanted is 1 to max_model_len ({self.max_model_len}) together"
                 )
-        self._check_replica_agrees((prompts, sampling, seeds, limits))
-        if not prompts:
-            return []
+        self._check_replica_agrees((prompts, sampling, seeds))
+        of_seed = [(list(prompts[k // sampling.n]), seed, sampling.max_tokens) for k, seed in enumerate(seeds)]
+        waiting = [{k: Request(*each) for k, each in enumerate(of_seed)}]
+        done: dict[int, Completion] = {}
+        self.run(lambda room, idle: waiting.pop() if waiting else {}, done.__setitem__, sampling)
+        return [done[k] for k in range(len(seeds))]
+
+    def run(
+        self,
+        feed: Callable[[int, bool], Mapping[int, Request]],
+        take: Callable[[int, Completion], None],
+        sampling: Sampling,
+        enough: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Collective over a replica, on whose ranks the functions give the same: generates until there is no more.
+
+        Args:
+            feed: asked before every step for requests that join those that run, by names of the caller's. It is told
+                for how many there is room, and whether nothing runs: then it may wait, and no request is the end.
+            take: is given every completion.
+            enough: asked after every step: whether what still runs is cut off.
+        """
+        running: dict[str, tuple[str, int]] = {}  # by vLLM's number: its longer number, and the caller's name
         with self._isolated():
             from vllm import SamplingParams
+            from vllm.sampling_params import RepetitionDetectionParams
 
-            requests = [{"prompt_token_ids": list(p)} for p in prompts for _ in range(sampling.n)]
-            params = [
-                SamplingParams(
-                    max_tokens=limit,
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    top_k=sampling.top_k,
-                    presence_penalty=sampling.presence_penalty,
-                    stop_token_ids=list(sampling.stop_token_ids),
-                    ignore_eos=True,  # ends are the caller's `stop_token_ids`, not the directory's
-                    seed=seed,
-                    logprobs=0,
-                    flat_logprobs=True,
-                    detokenize=False,
-                    skip_clone=True,
-                )
-                for seed, limit in zip(seeds, limits, strict=True)
-            ]
-            outputs = self._llm.generate(requests, params, use_tqdm=False)
-        return [_completion(output.outputs[0], self.choices) for output in outputs]
+            options: dict[str, Any] = {
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+                "presence_penalty": sampling.presence_penalty,
+                "ignore_eos": True,  # ends are the caller's `stop_token_ids`, not the directory's
+                "logprobs": 0,
+                "flat_logprobs": True,
+                "detokenize": False,
+                "skip_clone": True,
+            }
+            if sampling.repetitions is not None:
+                detection = RepetitionDetectionParams(REPEATED_TOKENS, 1, sampling.repetitions)
+                options["repetition_detection"] = detection
+            engine = self._llm.llm_engine
+            scheduler = engine.engine_core.engine_core.scheduler
+            while True:
+                # Where the cache has no room for what it has, vLLM lets requests wait
+                room = 0 if scheduler.get_request_counts()[1] else self.at_once - len(running)
+                if new := feed(room, not running):
+                    prompts = [{"prompt_token_ids": request.prompt} for request in new.values()]
+                    params = [
+                        SamplingParams(
+                            max_tokens=r.limit, seed=r.seed, stop_token_ids=list(sampling.stop_token_ids), **options
+                        )
+                        for r in new.values()
+                    ]
+                    for number, name in zip(self._llm.enqueue(prompts, params, use_tqdm=False), new, strict=True):
+                        running[number.partition("-")[0]] = number, name
+                if not running:
+                    return
+                for output in engine.step():
+                    take(running.pop(output.request_id)[1], _completion(output.outputs[0], self.choices))
+                if enough():
+                    self._cut(dict(running.values()), take)
+                    return
+
+    def _cut(self, running: Mapping[str, int], take: Callable[[int, Completion], None]) -> None:
+        engine = self._llm.llm_engine
+        for number, name in running.items():
+            state = engine.output_processor.request_states[number]
+            logprobs = state.logprobs_processor.logprobs
+            take(name, Completion(list(state.detokenizer.output_token_ids), list(logprobs.logprobs), "cut"))
+        engine.abort_request(list(running), internal=True)
 
     def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """log p of every token of each prompt but its first, given those before it; one more fits `max_model_len`."""
@@ -236,6 +284,7 @@ class RolloutEngine:
 
     def update_weights(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
         """Replaces all weights and drops the prefix cache; see `Refit`, which is what to call."""
+        self.version = version
         with self._isolated():
             self._llm.start_weight_update()
             self._llm.update_weights({"update_info": {"tensors": tensors}})
@@ -316,7 +365,7 @@ def _cuda_options(kv_cache_bytes: int | None, gpu_memory_utilization: float) -> 
 
 def _completion(output: Any, choices: np.dtype[Any] | None) -> Completion:
     reason = output.finish_reason
-    if reason not in ("stop", "length"):
+    if reason not in ("stop", "length", "repetition"):
         raise RuntimeError(f"vLLM ended a completion with '{reason}' after {len(output.token_ids)} tokens")
     # logprobs=0 asks for the sampled token alone: one value a position
     experts = None if choices is None else output.routed_experts.astype(choices.base, copy=False)
