@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -253,6 +254,8 @@ def join(taken: Sequence[tuple[Samples, int]], metrics: dict[str, float]) -> Sam
 
     everywhere = ("lengths", "sampled", "truncated", "rewards", "masked", "replica_of")
     on_replica = ("token_ids", "logprobs", "messages", "texts", "grades", "experts")
+    fields: dict[str, Any] = {name: of_all(attrgetter(name)) for name in everywhere}
+    fields |= {name: [getattr(part, name)[k] for _, part, k in mine if getattr(part, name)] for name in on_replica}
     return Samples(
         prompts=[part.prompts[number] for part, number in taken],
         rewards_by_name={
@@ -264,8 +267,7 @@ def join(taken: Sequence[tuple[Samples, int]], metrics: dict[str, float]) -> Sam
         logged=first.logged | metrics,
         ranks_per_replica=first.ranks_per_replica,
         choices=first.choices,
-        **{name: of_all(lambda part, name=name: getattr(part, name)) for name in everywhere},  # type: ignore[misc]
-        **{name: [getattr(part, name)[k] for _, part, k in mine if getattr(part, name)] for name in on_replica},
+        **fields,
     )
 
 
