@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch import ranks, torchrun
+from tests.launch import ranks
 from tests.models import make_assets
 
 KEYS = {
@@ -37,7 +37,8 @@ def test_grpo_trains_resumes_and_exports(tmp_path: Path) -> None:
         "rollout.prompts_per_step=4", "rollout.samples_per_prompt=4", "rollout.max_tokens=16",
         "training.steps=2", "training.global_batch_size=16", "training.micro_batch_size=4", "optimizer.lr=1e-3",
         "algorithm.kl_coefficient=0.01", "algorithm.routing_replay=rollout", "checkpoint.every=1",
-        "logging.tensorboard=false", f"data.validation=[{assets / 'heldout.jsonl'},{assets / 'few.jsonl'}]",
+        "rollout.token_figures=true", "logging.tensorboard=false",
+        f"data.validation=[{assets / 'heldout.jsonl'},{assets / 'few.jsonl'}]",
         "training.validate_every=2", "rollout.validation_samples=2", "checkpoint.best=validation_reward",
         # Random answers are all wrong: a reward of ours keeps the advantages from being zero.
         f"rewards=[{{name: short, weight: 1.0, file: {tmp_path / 'rewards.py'}}}]",
@@ -50,7 +51,7 @@ def test_grpo_trains_resumes_and_exports(tmp_path: Path) -> None:
     )
     rows = (assets / "heldout.jsonl").read_text().splitlines(keepends=True)
     (assets / "few.jsonl").write_text("".join(rows[:4]))
-    torchrun(2, *arguments)
+    ranks(2, *arguments, rollout=True)
     metrics = lines(run / "metrics.jsonl")
     figures = {"accuracy", "accuracy_low", "accuracy_high", "pass_at_2", "reward"}
     looks = {f"validation_{figure}/{name}" for figure in figures for name in ("heldout", "few")}
@@ -71,13 +72,19 @@ def test_grpo_trains_resumes_and_exports(tmp_path: Path) -> None:
     assert 0 < len(masked) < 16
     assert metrics[0]["masked_fraction"] == metrics[0]["reward/short/failed_fraction"] == len(masked) / 16
     assert all("ValueError: unlucky" in s["failures"]["short"] and s["advantage"] == 0 for s in masked)
+    trained = [s for s in samples if s not in masked]
+    entropies = [x for s in trained for x in s["entropies"]]
+    assert len(entropies) == sum(len(s["token_ids"]) for s in trained)
+    assert sum(entropies) / len(entropies) == pytest.approx(metrics[0]["entropy"], rel=1e-3)
+    assert all(s["advantages"] == pytest.approx([s["advantage"]] * len(s["token_ids"]), abs=1e-4) for s in trained)
+    assert all(abs(x) < 1e-4 for s in trained for x in s["logprob_differences"])
     for group in range(4):
         assert sum(s["advantage"] for s in samples[4 * group : 4 * group + 4]) == pytest.approx(0, abs=1e-5)
     weights = (run / "hf" / "model.safetensors").read_bytes()
 
     shutil.rmtree(run / "checkpoints" / "step_000002")
     shutil.rmtree(run / "hf")
-    torchrun(2, *arguments)
+    ranks(2, *arguments, rollout=True)
     assert [steady(m) for m in lines(run / "metrics.jsonl")] == [steady(m) for m in metrics]
     assert (run / "hf" / "model.safetensors").read_bytes() == weights
 

@@ -80,7 +80,7 @@ def test_a_killed_run_goes_on_to_the_same_responses(place: Path, tmp_path: Path)
 
 
 def test_the_command(place: Path, tmp_path: Path) -> None:
-    said = command(*arguments(place, tmp_path)).stdout
+    said = command(*arguments(place, tmp_path), rollout=True).stdout
     assert "7 of 7 prompts" in said
     lines = (tmp_path / RESPONSES).read_bytes().splitlines()
     records = [json.loads(line) for line in lines]

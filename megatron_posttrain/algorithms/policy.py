@@ -39,7 +39,12 @@ from megatron_posttrain.training.heads import LabelLogprobs, Output
 from megatron_posttrain.training.prepare import Prepared
 from megatron_posttrain.training.routing import Action, routing
 from megatron_posttrain.training.run import Run, Step
-from megatron_posttrain.training.sequences import batch_logprobs, sequence_logprobs, sums_by_sequence
+from megatron_posttrain.training.sequences import (
+    batch_logprobs,
+    sequence_logprobs,
+    sums_by_sequence,
+    values_by_sequence,
+)
 from megatron_posttrain.training.totals import Mean, Totals
 
 CANARY_PROMPTS = 4
@@ -236,37 +241,44 @@ def update(
         with routing(engine, None if config.algorithm.routing_replay == "none" else "replay"):
             results.append(engine.train_step(batches, loss, over, lr, head, keep=len(mini_batches) == 1))
     everything = [batch for batches in mini_batches for batch in batches]
-    own = [output["logprobs"] for output in results[0].outputs] if len(mini_batches) == 1 else None
+    outputs = results[0].outputs if len(mini_batches) == 1 else None
     return (
         {
             "loss": sum(r.loss for r in results) / len(results),
             "grad_norm": sum(r.grad_norm for r in results) / len(results),
         }
         | {name: reduce(add, (r.metrics[name] for r in results)) for name in results[0].metrics}
-        | compare(engine, samples, everything, own, config)
+        | compare(engine, samples, everything, outputs, config)
     )
 
 
 def compare(
-    engine: Engine, samples: Samples, batches: list[PackedBatch], own: list[Tensor] | None, config: GrpoConfig
+    engine: Engine, samples: Samples, batches: list[PackedBatch], outputs: list[Output] | None, config: GrpoConfig
 ) -> dict[str, float]:
-    """Collective: how far the trainer's log-probs of the samples are from the engine's; sets `samples.differences`.
+    """Collective: how far the trainer's log-probs of the samples are from the engine's; sets `samples.differences`, and
+    `samples.by_token` where it is asked for.
 
     Args:
-        own: of the policy that sampled, on the last stage; None: as the batches have them.
+        outputs: of the policy that sampled, on the last stage; None: the batches have its log-probs.
 
     Returns:
         of the ratios trainer / engine of all tokens that count: percentiles 1 and 99, to 1%, and the share outside of
         `token_band`.
     """
     groups, low_high = engine.groups, config.algorithm.token_band or BAND
-    own = [batch.extras["old_logprobs"] for batch in batches] if own is None else own
+    own = [b.extras["old_logprobs"] for b in batches] if outputs is None else [o["logprobs"] for o in outputs]
     log_ratios = [
         (values[: len(batch.tokens)].cpu().double() - batch.extras["rollout_logprobs"]) * batch.loss_mask
         for batch, values in zip(batches, own, strict=False)  # none before the last stage
     ]
     differences = [values.abs() for values in log_ratios]
     samples.differences = sums_by_sequence(groups, batches, differences, len(samples.prompts)).numpy()
+    if config.rollout.token_figures:
+        found = {"logprob_differences": log_ratios, "advantages": [batch.extras["advantages"] for batch in batches]}
+        if outputs is not None:
+            found["entropies"] = [o["entropy"][: len(b.tokens)] for b, o in zip(batches, outputs, strict=False)]
+        sizes = [length - 1 for length in samples.total_lengths]
+        samples.by_token = {name: values_by_sequence(groups, batches, x, sizes) for name, x in found.items()}
     counts = torch.zeros(len(RATIO_BINS) + 2, dtype=torch.float64)
     if groups.last_stage and groups.tensor.rank() == 0 and groups.context.rank() == 0:
         counted = torch.cat([found[b.loss_mask != 0] for b, found in zip(batches, log_ratios, strict=True)])

@@ -85,28 +85,8 @@ def dpo_terms(
         w, l = w - reference_chosen, l - reference_rejected  # noqa: E741
     if per_token:
         w, l = w / chosen_lengths, l / rejected_lengths  # type: ignore[operator] # noqa: E741
-    d = w - l
-    if loss == "sigmoid":
-        terms = -(1 - label_smoothing) * F.logsigmoid(beta * d) - label_smoothing * F.logsigmoid(-beta * d)
-    elif loss == "robust":
-        terms = -(1 - label_smoothing) * F.logsigmoid(beta * d) + label_smoothing * F.logsigmoid(-beta * d)
-        terms = terms / (1 - 2 * label_smoothing)
-    elif loss == "ipo":
-        terms = (d - 1 / (2 * beta)).square()
-    elif loss == "apo_zero":
-        terms = torch.sigmoid(-beta * w) + torch.sigmoid(beta * l)
-    elif loss == "apo_down":
-        terms = torch.sigmoid(beta * w) + torch.sigmoid(-beta * d)
-    elif loss == "simpo":
-        terms = -F.logsigmoid(beta * d - gamma)
-    elif loss == "orpo":
-        terms = -w - beta * F.logsigmoid(log_odds(w) - log_odds(l))
-    else:
-        good, _ = kto_terms(w, torch.ones_like(w), l.detach().mean(), beta=beta)
-        bad, _ = kto_terms(l, torch.zeros_like(l), w.detach().mean(), beta=beta)
-        terms = (good + bad) / 2
     rewards = beta * w.detach(), beta * l.detach()
-    return terms, {
+    return _terms(loss, w, l, beta, label_smoothing, gamma), {
         "accuracy": (rewards[0] > rewards[1]).to(chosen.dtype),
         "margin": rewards[0] - rewards[1],
         "chosen_reward": rewards[0],
@@ -114,6 +94,27 @@ def dpo_terms(
         "chosen_logprobs": chosen.detach(),
         "rejected_logprobs": rejected.detach(),
     }
+
+
+def _terms(loss: PreferenceLoss, w: Tensor, l: Tensor, beta: float, smoothing: float, gamma: float) -> Tensor:  # noqa: E741
+    """The table of `dpo_terms`."""
+    d = w - l
+    if loss in ("sigmoid", "robust"):
+        right, wrong = -(1 - smoothing) * F.logsigmoid(beta * d), smoothing * F.logsigmoid(-beta * d)
+        return right - wrong if loss == "sigmoid" else (right + wrong) / (1 - 2 * smoothing)
+    if loss == "ipo":
+        return (d - 1 / (2 * beta)).square()
+    if loss == "apo_zero":
+        return torch.sigmoid(-beta * w) + torch.sigmoid(beta * l)
+    if loss == "apo_down":
+        return torch.sigmoid(beta * w) + torch.sigmoid(-beta * d)
+    if loss == "simpo":
+        return -F.logsigmoid(beta * d - gamma)
+    if loss == "orpo":
+        return -w - beta * F.logsigmoid(log_odds(w) - log_odds(l))
+    good, _ = kto_terms(w, torch.ones_like(w), l.detach().mean(), beta=beta)
+    bad, _ = kto_terms(l, torch.zeros_like(l), w.detach().mean(), beta=beta)
+    return (good + bad) / 2
 
 
 def kto_terms(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
@@ -113,11 +113,15 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def check_columns(names: Iterable[str]) -> None:
+def check_columns(columns: dict[str, Any]) -> dict[str, Any]:
     """Raises ValueError for a name that is none of ours."""
-    for name in names:
+    for name in columns:
         if name not in COLUMNS:
             raise ValueError(f"no column {name!r}{nearest(str(name), COLUMNS)}; allowed: {', '.join(COLUMNS)}")
+    return columns
+
+
+ColumnNames = Annotated[dict[str, str | list[str]], AfterValidator(check_columns)]
 
 
 class DataConfig(Section):
@@ -130,7 +134,7 @@ class DataConfig(Section):
         description="as `train`; its loss (RL: accuracy, by file where there are several) is logged every "
         "training.validate_every steps and at the end",
     )
-    columns: dict[str, str | list[str]] = Field(
+    columns: ColumnNames = Field(
         default_factory=dict,
         description="our column names to the files': {prompt: question, answer: final_answer}; question.stem reaches "
         "into a column, a list joins several",
@@ -178,12 +182,6 @@ class DataConfig(Section):
             if not isinstance(entry, str) and not right:
                 raise ValueError(f"{entry!r} is no source; allowed: paths and {{path: FILE, weight: NUMBER above 0}}")
         return train
-
-    @field_validator("columns")
-    @classmethod
-    def _known_columns(cls, columns: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
-        check_columns(columns)
-        return columns
 
 
 class OptimizerConfig(Section):
@@ -307,6 +305,9 @@ class RolloutConfig(Section):
     )
     quantization: Literal["fp8"] | None = Field(
         None, description="of vLLM's linear layers, in every refit; CUDA; null: as the trainer's weights"
+    )
+    token_figures: bool = Field(
+        False, description="each token's log-prob difference, advantage and, with one update, entropy into rollouts/"
     )
     proof_tolerance: PositiveFloat | None = Field(
         None, description="largest canary log-prob difference after a refit; null: 1e-3 in fp32, 0.25 (mean) in bf16"

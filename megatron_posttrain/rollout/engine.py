@@ -206,6 +206,20 @@ class RolloutEngine:
             outputs = self._llm.generate(requests, params, use_tqdm=False)
         return [_completion(output.outputs[0], self.choices) for output in outputs]
 
+    def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """log p of every token of each prompt but its first, given those before it; one more fits `max_model_len`."""
+        self._check_replica_agrees(prompts)
+        if not prompts:
+            return []
+        with self._isolated():
+            from vllm import SamplingParams
+
+            # A token must be drawn, and is not looked at.
+            params = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
+            requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+            outputs = self._llm.generate(requests, params, use_tqdm=False)
+        return [list(output.prompt_logprobs.logprobs) for output in outputs]
+
     def greedy(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Completion]:
         """The likeliest token at every position; log-probs at temperature 1."""
         return self.generate(prompts, Sampling(max_tokens=max_tokens, temperature=0.0), [0] * len(prompts))
@@ -281,7 +295,7 @@ class RolloutEngine:
 
 def _cpu_options(kv_cache_bytes: int | None) -> dict[str, Any]:
     return vllm_fixes.CPU_OPTIONS | {
-        "enforce_eager": True,  # no Inductor, no C++ compiler
+        "enforce_eager": True,  # no Inductor, no C++ compiler; see Isolation for functions beside the model
         "kv_cache_memory_bytes": kv_cache_bytes or CPU_CACHE_BYTES,
         "block_size": CPU_BLOCK_SIZE,
     }

@@ -58,6 +58,9 @@ class Samples:
     experts: list[NDArray[Any]] = field(default_factory=list)  # of each drawn sample: of all tokens but its last
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # [n]
     differences: Floats = field(default_factory=lambda: np.empty(0))  # [n] sums of |trainer - engine| log-probs, nats
+    by_token: dict[str, list[Tensor]] = field(
+        default_factory=dict
+    )  # of each sample, figures of all tokens but the first
 
     @property
     def total_lengths(self) -> list[int]:
@@ -254,8 +257,8 @@ def join(taken: Sequence[tuple[Samples, int]], metrics: dict[str, float]) -> Sam
 
     everywhere = ("lengths", "sampled", "truncated", "rewards", "masked", "replica_of")
     on_replica = ("token_ids", "logprobs", "messages", "texts", "grades", "experts")
-    fields: dict[str, Any] = {name: of_all(attrgetter(name)) for name in everywhere}
-    fields |= {name: [getattr(part, name)[k] for _, part, k in mine if getattr(part, name)] for name in on_replica}
+    values: dict[str, Any] = {name: of_all(attrgetter(name)) for name in everywhere}
+    values |= {name: [getattr(part, name)[k] for _, part, k in mine if getattr(part, name)] for name in on_replica}
     return Samples(
         prompts=[part.prompts[number] for part, number in taken],
         rewards_by_name={
@@ -267,7 +270,7 @@ def join(taken: Sequence[tuple[Samples, int]], metrics: dict[str, float]) -> Sam
         logged=first.logged | metrics,
         ranks_per_replica=first.ranks_per_replica,
         choices=first.choices,
-        **fields,
+        **values,
     )
 
 
@@ -319,7 +322,7 @@ def save_samples(path: Path, samples: Samples) -> None:
 
 def _record(samples: Samples, k: int, mine: int) -> dict[str, Any]:
     """Of sample `k`, the replica's number `mine`."""
-    prompt, failures = samples.prompts[k], samples.grades[mine].failures
+    prompt, failures, n = samples.prompts[k], samples.grades[mine].failures, int(samples.lengths[k])
     drawn = ~np.isnan(samples.logprobs[mine])
     turns = {} if drawn.all() else {"turns": samples.messages[mine], "mask": drawn.astype(int).tolist()}
     masked = bool(samples.masked[k])
@@ -340,6 +343,7 @@ def _record(samples: Samples, k: int, mine: int) -> dict[str, Any]:
             "finish_reason": samples.finish_reason(k),
             "logprob_difference": float(samples.differences[k]) / max(1, int(samples.sampled[k])),
         }
+        | {name: [round(x, 4) for x in of[k][-n:].tolist()] for name, of in samples.by_token.items()}
         | turns
         | failed
     )
