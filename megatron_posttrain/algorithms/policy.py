@@ -166,7 +166,7 @@ class Rollouts:
             with step.phase("validation", apart=True):
                 figures |= self.validate(step)
         step.log(figures, samples.metrics())
-        save_samples(self.run.directory / "rollouts" / f"step_{step.number:06d}.jsonl", samples)
+        save_samples(logged_file(self.run.directory / "rollouts", step.number), samples)
 
 
 def reference_of(config: GrpoConfig) -> dict[str, Any]:
