@@ -262,7 +262,13 @@ def test_one_stage_alone_and_one_that_a_job_runs(place: Place, capsys: pytest.Ca
     assert place.run("--only", "first") == 0
     assert place.ran() == ["first"]
     assert place.run("--only", "second") == 2
+    assert place.run("--only", "second", "--part", "end") == 2
+    assert place.run("--part", "end") == 2
+    assert place.run("--only", "first", "--dry-run") == 2
     said = capsys.readouterr().err.splitlines()
+    assert "stage second has not begun" in said[3]
+    assert "--part is for --only" in said[4]
+    assert "--dry-run shows all stages" in said[5]
     assert "--only frist: no such stage; did you mean 'first'?" in said[0]
     assert "stage second waits for first, not done yet" in said[1]
     assert "stages.second.nodes=2: this machine is one" in said[2]

@@ -29,7 +29,7 @@ from make_assets import QUESTIONS, make_model, make_tokenizer, work_out, write_j
 
 FAMILIES = {"add": 0.7, "max": 0.15, "rev": 0.15}  # and how much of the base's demonstrations each is
 FLAGS = {"/think": "think", "/no_think": "no_think"}
-STUDENT = {"hidden_size": 64, "head_dim": 16, "moe_intermediate_size": 64}
+STUDENT = {"hidden_size": 64, "moe_intermediate_size": 64}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,10 @@ started=$SECONDS
 status=0
 .venv/bin/python -m megatron_posttrain pipeline "$file" "$@" || status=$?
 [ -f "$output/pipeline.json" ] || exit "$status"
-.venv/bin/python examples/recipes/table.py "$output"
+evaluated=("$output"/evaluate*/)
+[ ! -d "${evaluated[0]}" ] || .venv/bin/python -m megatron_posttrain evaluate --leaderboard "${evaluated[@]%/}"
 .venv/bin/python -m megatron_posttrain report "$output"
-printf '%s: status %d after %d min %d s\n' "$name" "$status" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60))
+printf '%s: status %d after %d min %d s; CPU time, user and system: ' "$name" "$status" $(((SECONDS - started) / 60)) \
+    $(((SECONDS - started) % 60))
+times | tail -n 1
 exit "$status"

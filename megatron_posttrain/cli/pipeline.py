@@ -50,6 +50,8 @@ def read(file: str, overrides: Sequence[str]) -> "Pipeline":
 def run(args: argparse.Namespace) -> int:
     if args.assume and not args.dry_run:
         raise UserError("--assume is for --dry-run")
+    if (args.only and args.dry_run) or (args.part and not args.only):
+        raise UserError("--dry-run shows all stages, without --only" if args.dry_run else "--part is for --only")
     pipeline = read(args.file, args.overrides)
     if args.only not in (None, *pipeline.stages):
         raise UserError(f"--only {args.only}: no such stage{nearest(args.only, pipeline.stages)}")

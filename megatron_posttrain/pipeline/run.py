@@ -84,6 +84,8 @@ def _finish(pipeline: Pipeline, stage: Stage, hashes: Hashes, stop: Stop, part: 
     if waits := [o for o in stage.after if read_json(pipeline.stages[o].directory / RESULT).get("status") != "done"]:
         raise UserError(f"stage {stage.name} waits for {', '.join(waits)}, not done yet")
     result = read_json(file) if part == "end" else _begin(pipeline, stage, hashes, part)
+    if not result:
+        raise UserError(f"stage {stage.name} has not begun: --part begin comes before --part end")
     if part == "begin":
         return 0
     if result["status"] in FINISHED:
