@@ -8,6 +8,7 @@ process alone has nothing of that. A job is a line of JSON on stdin, its exit st
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import runpy
@@ -49,9 +50,9 @@ def serve() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         if job["rollout"]:
-            warm_up_vllm()
-        set_by_imports = {name: value for name, value in os.environ.items() if STARTED_WITH.get(name) != value}
-        job["environment"] |= set_by_imports
+            with contextlib.redirect_stdout(sys.stderr):  # ours is for statuses
+                warm_up_vllm()
+        job["environment"] |= {name: x for name, x in os.environ.items() if STARTED_WITH.get(name) != x}  # by imports
         child = os.fork()
         if child == 0:
             os._exit(supervise(job))
