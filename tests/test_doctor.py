@@ -66,7 +66,7 @@ def test_examples_pass_on_the_cluster_they_are_for(
     status, found = doctor(capsys, "--config", str(example), "--assume", cluster, *model)
     assert status == 0, [f for f in found.values() if f["status"] == "fail"]
     assert found["layout"]["status"] == "ok"
-    if small or example.name == "ppo.yaml":  # planned without its critic, and told so
+    if small:
         return
     assert found["memory"]["status"] == "ok"
     used, of = re.match(r"([\d.]+) of (\d+) GiB", found["memory"]["found"]).groups()  # type: ignore[union-attr]

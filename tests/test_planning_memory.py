@@ -74,6 +74,8 @@ def random_case(rng: random.Random) -> tuple[Architecture, Layout, int, str]:
                 arch, qkv_bias=True, attention_output_bias=True, mlp_bias=True, attention_sinks=True,
                 activation="gpt_oss_glu", sliding_window=16, sliding_layers=tuple(range(0, layers, 2)),
             )  # fmt: skip
+        if rng.random() < 0.25:
+            arch = arch.with_scalar_head()
         pipeline = rng.choice([1, 2, 4])
         layout = Layout(
             rng.choice([4, 8, 16, 64]), rng.choice([1, 2, 4]), pipeline,

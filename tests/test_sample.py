@@ -44,7 +44,7 @@ def arguments(place: Path, output: Path) -> list[str]:
 class Engine:
     """Stands in for vLLM: a response depends on its seed alone."""
 
-    replica, replicas, tensor = 0, 1, 1
+    replica, replicas, tensor, choices = 0, 1, 1, None
 
     def __init__(self) -> None:
         self.prompts = 0

@@ -130,7 +130,9 @@ class DataConfig(Section):
         "as many conversations as all sources have, of each in proportion to its weight (1 where there is none)"
     )
     validation: str | list[str] | None = Field(
-        None, description="as `train`; its loss is logged every training.validate_every steps and at the end"
+        None,
+        description="as `train`; its loss (RL: accuracy, by file where there are several) is logged every "
+        "training.validate_every steps and at the end",
     )
     columns: ColumnNames = Field(
         default_factory=dict,
@@ -275,6 +277,9 @@ class LoggingConfig(Section):
 class RolloutConfig(Section):
     prompts_per_step: PositiveInt = 32
     samples_per_prompt: PositiveInt = 8
+    validation_samples: PositiveInt = Field(
+        1, description="of each prompt of data.validation, drawn as in training: accuracy (mean@k) and pass@k"
+    )
     max_tokens: Scheduled[PositiveInt] = Field(
         1024,
         description="of a response, all turns of an environment and its answers; this and other numbers may be given "
@@ -287,6 +292,9 @@ class RolloutConfig(Section):
         "\nThe time for thinking is over, so I answer now.\n", description="text before the end of reasoning"
     )
     temperature: Scheduled[PositiveFloat] = Field(1.0, description="may be given by step")
+    replay: str | None = Field(
+        None, description="directory `rollouts` of a run, whose samples and rewards are trained on without an engine"
+    )
     tensor: PositiveInt = Field(1, description="tensor parallel ranks of a vLLM engine")
     kv_cache_gib: PositiveFloat | None = Field(
         None, description="cache of one engine rank, GiB; null: 0.25 on CPU, sized by vLLM on CUDA"
@@ -297,6 +305,9 @@ class RolloutConfig(Section):
     )
     quantization: Literal["fp8"] | None = Field(
         None, description="of vLLM's linear layers, in every refit; CUDA; null: as the trainer's weights"
+    )
+    token_figures: bool = Field(
+        False, description="each token's log-prob difference, advantage and, with one update, entropy into rollouts/"
     )
     proof_tolerance: PositiveFloat | None = Field(
         None, description="largest canary log-prob difference after a refit; null: 1e-3 in fp32, 0.25 (mean) in bf16"
