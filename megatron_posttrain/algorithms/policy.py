@@ -6,7 +6,8 @@ SPMD: every rank holds its shard of the trainer and a rank of a vLLM engine; the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from functools import partial, reduce
 from operator import add
 from typing import Any
@@ -35,7 +36,7 @@ from megatron_posttrain.rollout.text import stop_message
 from megatron_posttrain.rollout.turns import Turns, load_turns
 from megatron_posttrain.training.batches import pack_share, to_rows, token_shares
 from megatron_posttrain.training.engine import Engine, StepResult
-from megatron_posttrain.training.export import full_tensors
+from megatron_posttrain.training.export import refit
 from megatron_posttrain.training.heads import LabelLogprobs, Output
 from megatron_posttrain.training.limits import prompts_of, rollout_problems
 from megatron_posttrain.training.prepare import Prepared
@@ -92,6 +93,8 @@ class Rollouts:
     engine: Engine
     asked: Asked
     rollout: RolloutEngine
+    refits: Refit
+    figures: dict[str, float] = field(default_factory=dict)  # of the last refit
 
     @classmethod
     def start(cls, run: Run, config: GrpoConfig, engine: Engine, asked: Asked) -> Rollouts:
@@ -100,7 +103,7 @@ class Rollouts:
             asked.model_reward.load(run.groups)
         rollout = run.closing(make_rollout_engine(config, run.prepared))
         run.say(f"{rollout.replicas} rollout replicas; {stop_message(run.prepared.tokenizer)}")
-        return cls(run, config, engine, asked, rollout)
+        return cls(run, config, engine, asked, rollout, Refit(rollout, engine.exporter))
 
     def config(self, step: int) -> GrpoConfig:
         """The run's, with the numbers of this step."""
@@ -118,10 +121,13 @@ class Rollouts:
             self.engine.keep_weights(REFERENCE)
         if config.rollout.offload:
             self.engine.offload()
-        Refit(self.rollout).update(full_tensors(self.engine), step)
+        seconds = refit(self.engine, self.refits, step)
+        start = time.perf_counter()
         canary = [p.token_ids for p in self.asked.prompts.prompts[:CANARY_PROMPTS]]
         own = partial(_canary_logprobs, self.engine, token_budget(config))
         prove(self.rollout, canary, own, config.rollout.proof_tolerance)
+        proof = time.perf_counter() - start + self.refits.digest_seconds
+        self.figures = self.refits.figures(seconds) | {"proof_seconds": proof}
 
     def draw(self, config: GrpoConfig, step: int, batches: int = 1) -> Samples:
         """The step's samples; where all of a prompt have one reward they are replaced, out of at most `batches`."""
@@ -161,7 +167,7 @@ class Rollouts:
             move *= 1 if entropy.value < algorithm.entropy_target else -1
             weight = max(0.0, self.run.checkpoints.state.get("entropy_coefficient", 0.0) + move)
             self.run.checkpoints.state["entropy_coefficient"] = figures["entropy_coefficient"] = weight
-        step.log(figures, samples.metrics())
+        step.log(figures | self.figures, samples.metrics())
         save_samples(self.run.directory / "rollouts" / f"step_{step.number:06d}.jsonl", samples)
 
 
@@ -308,6 +314,7 @@ def make_rollout_engine(config: GrpoConfig, prepared: Prepared) -> RolloutEngine
         str(prepared.model_path),
         dtype=DTYPES[config.precision.dtype],
         tensor=config.rollout.tensor,
+        expert=config.rollout.expert,
         max_model_len=config.data.sequence_length,
         kv_cache_bytes=None if cache is None else int(cache * 2**30),
         seed=config.training.seed,

@@ -290,6 +290,9 @@ class RolloutConfig(Section):
     )
     temperature: Scheduled[PositiveFloat] = Field(1.0, description="may be given by step")
     tensor: PositiveInt = Field(1, description="tensor parallel ranks of a vLLM engine")
+    expert: bool = Field(
+        False, description="an engine's ranks hold whole experts each, instead of a slice of every one"
+    )
     kv_cache_gib: PositiveFloat | None = Field(
         None, description="cache of one engine rank, GiB; null: 0.25 on CPU, sized by vLLM on CUDA"
     )

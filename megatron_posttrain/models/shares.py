@@ -1,0 +1,304 @@
+"""Refit: every rank receives its rollout engine's share of the weights, and little else.
+
+What an engine's rank copies out of each Hugging Face tensor is a box of it (`Box`), or nothing: other experts. The
+shards of the trainer are cut along those boxes. For each bucket of parameters and each rank of an engine the pieces, in
+the order of the shards that have them, make one stream of bytes. The ranks of a node that want the same stream fetch
+a part each from whoever holds it, in one all-to-all, and gather the parts inside the node: no byte comes to a node
+twice, and a rank receives as many bytes as its engine's share has.
+"""
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_posttrain.models import registry
+from megatron_posttrain.models.sharded import ALIGNMENT, BUCKET_BYTES, Exporter, Slot, Unit, merged
+from megatron_posttrain.models.weights import TensorPlan
+from megatron_posttrain.parallel.groups import group_of
+from megatron_posttrain.parallel.layout import Layout
+
+Box = tuple[tuple[int, int], ...]  # [start, stop) by dimension
+Wanted = dict[str, Box]  # by table name; what is not there is not wanted
+KINDS = ("tensor", "whole", "expert")
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
+def bounds(one: Box, other: Box) -> Box:
+    """The smallest box around both."""
+    return tuple((min(a, c), max(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
+
+
+def inside(tensor: Tensor, box: Box) -> Tensor:
+    return tensor[tuple(slice(start, stop) for start, stop in box)]
+
+
+def digest(tensor: Tensor) -> Tensor:
+    """int64 scalar: the sum of the bits of all elements, whatever their order or how they were cut."""
+    return tensor.view(INTEGERS[tensor.itemsize]).sum()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a Hugging Face tensor that lies in one shard of a parameter, at `local` there."""
+
+    name: str
+    box: Box
+    local: Box
+    nbytes: int  # in a stream, padded
+
+
+def pieces(plan: TensorPlan, rank: int, size: int, wanted: Wanted, itemsize: int) -> Iterator[Piece]:
+    """What of shard `rank` of `size` is wanted."""
+    dim, position = plan.mapping.dim, 0
+    for source, start, stop in plan.mapping.segments(rank, size):
+        box = None if source is None else wanted.get(plan.hf[source])
+        if box is not None and source is not None:
+            low, high = max(start, box[dim][0]), min(stop, box[dim][1])
+            if low < high:
+                cut = (*box[:dim], (low, high), *box[dim + 1 :])
+                local = (*box[:dim], (low - start + position, high - start + position), *box[dim + 1 :])
+                nbytes = math.prod(b - a for a, b in cut) * itemsize
+                yield Piece(plan.hf[source], cut, local, -(-nbytes // ALIGNMENT) * ALIGNMENT)
+        position += stop - start
+
+
+@dataclass
+class Bucket:
+    """Units of one kind, of any stages. Part (stage, shard) of the stream of engine rank p is `parts[p]`'s entry."""
+
+    kind: str
+    units: list[Unit] = field(default_factory=list)
+    parts: list[dict[tuple[int, int], list[tuple[int, Piece]]]] = field(default_factory=list)  # of which unit, what
+    offsets: list[dict[tuple[int, int], tuple[int, int]]] = field(default_factory=list)  # [start, stop) in the stream
+
+    def length(self, position: int) -> int:
+        return max((stop for _, stop in self.offsets[position].values()), default=0)
+
+
+class Schedule:
+    """Who sends what to whom: it follows from the layout, the slots and what engine ranks want.
+
+    Args:
+        slots: of the weight table, with their stages; the ranks' own shards are not looked at.
+        wanted: by engine rank.
+        node: ranks of a node.
+    """
+
+    def __init__(self, slots: Sequence[Slot], layout: Layout, wanted: Sequence[Wanted], node: int) -> None:
+        self.layout, self.wanted, self.engine, self.node = layout, wanted, len(wanted), node
+        self.shards = {"tensor": layout.tensor, "whole": 1, "expert": layout.expert * layout.expert_tensor}
+        self.stage_ranks = layout.world_size // layout.pipeline
+        self.block = math.lcm(layout.tensor * layout.context, self.shards["expert"])
+        self.copies = node // self.engine if node % self.engine == 0 else 1
+        self.buckets = [self._cut(kind, units) for kind in KINDS for units in self._units(kind, slots)]
+
+    def block_ranks(self, rank: int) -> list[int]:
+        """The ranks around `rank` that hold the whole model together: as many neighbours of every stage."""
+        first = rank % self.stage_ranks // self.block * self.block
+        starts = range(first, self.layout.world_size, self.stage_ranks)
+        return [start + i for start in starts for i in range(self.block)]
+
+    def node_ranks(self, rank: int) -> list[int]:
+        """The ranks of a node that are the same rank of their engines."""
+        first = rank // self.node * self.node + rank % self.engine if self.copies > 1 else rank
+        return [first + self.engine * i for i in range(self.copies)]
+
+    def position(self, rank: int) -> tuple[int, int]:
+        """(rank of its engine, which part of the stream it fetches)."""
+        return rank % self.engine, self.node_ranks(rank).index(rank)
+
+    def part(self, bucket: Bucket, position: int) -> int:
+        """Bytes of the stream that each of a node's ranks fetches; the last one's may be fewer."""
+        return -(-bucket.length(position) // (self.copies * ALIGNMENT)) * ALIGNMENT
+
+    def overlap(self, bucket: Bucket, source: int, rank: int) -> tuple[int, int]:
+        """[start, stop) of the stream of `rank` that `source`, of its block, sends it."""
+        count, (position, part) = self.shards[bucket.kind], self.position(rank)
+        stage, index = divmod(source, self.stage_ranks)
+        turn = rank % self.block % (self.block // count)  # of the ranks with the same shard each serves its share
+        if index % self.block // count != turn:
+            return 0, 0
+        each = self.part(bucket, position)
+        start, stop = bucket.offsets[position].get((stage, index % count), (0, 0))
+        start, stop = max(start, part * each), min(stop, (part + 1) * each)
+        return start, max(start, stop)
+
+    def received(self, rank: int) -> int:
+        """Bytes that come to a rank in a refit, from other ranks and from itself."""
+        return sum(self.copies * self.part(bucket, self.position(rank)[0]) for bucket in self.buckets)
+
+    def _units(self, kind: str, slots: Sequence[Slot]) -> Iterator[list[Unit]]:
+        """Of a bucket each; all stages have their turn, so that all ranks send."""
+        turns: dict[int, int] = defaultdict(int)
+        ordered: list[tuple[int, int, Slot]] = []
+        for slot in slots:
+            if slot.kind == kind:
+                ordered.append((turns[slot.stage], slot.stage, slot))
+                turns[slot.stage] += 1
+        ranks = self.layout.expert if kind == "expert" else 1
+        units: list[Unit] = []
+        filled = 0
+        for _, _, slot in sorted(ordered, key=lambda entry: entry[:2]):
+            for number in range(len(slot.plans) // ranks):
+                nbytes = slot.nbytes * self.shards[kind]
+                if units and filled + nbytes > BUCKET_BYTES:
+                    yield units
+                    units, filled = [], 0
+                units.append((slot, number))
+                filled += nbytes
+        if units:
+            yield units
+
+    def _cut(self, kind: str, units: list[Unit]) -> Bucket:
+        bucket = Bucket(kind, units)
+        ranks = self.layout.expert if kind == "expert" else 1
+        split = self.shards[kind] // ranks
+        for wanted in self.wanted:
+            parts: dict[tuple[int, int], list[tuple[int, Piece]]] = defaultdict(list)
+            for unit, (slot, number) in enumerate(units):
+                for shard in range(self.shards[kind]):
+                    plan = slot.plans[shard // split * (len(slot.plans) // ranks) + number]
+                    for piece in pieces(plan, shard % split, split, wanted, slot.dtype.itemsize):
+                        parts[slot.stage, shard].append((unit, piece))
+            keys = sorted(parts)
+            ends = list(accumulate(sum(piece.nbytes for _, piece in parts[key]) for key in keys))
+            bucket.parts.append(parts)
+            bucket.offsets.append(dict(zip(keys, zip([0, *ends], ends, strict=False), strict=True)))
+        return bucket
+
+
+class Shares:
+    """The engine's share of the model on this rank, as often as it is asked for, and whether it arrived.
+
+    Making one is collective.
+
+    Args:
+        taken: by engine rank, boxes of the tensors that it copies, by Hugging Face name.
+    """
+
+    def __init__(self, exporter: Exporter, taken: Sequence[Wanted]) -> None:
+        self.exporter, self.layout = exporter, registry.layout(exporter.arch)
+        self.shapes = {n: s for p in exporter.plans for n, s in zip(p.hf, p.shapes, strict=True)}
+        node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        wanted = [self._wanted(boxes) for boxes in taken]
+        self.schedule = schedule = Schedule(exporter.slots, exporter.groups.layout, wanted, node)
+        self.rank, self.device = dist.get_rank(), exporter.device
+        self.position = schedule.position(self.rank)[0]
+        self.wanted = wanted[self.position]
+        self.group = group_of(schedule.block_ranks)
+        self.neighbours = group_of(schedule.node_ranks) if schedule.copies > 1 else None
+        self.numbers = {name: number for number, name in enumerate(self.shapes)}
+        self.received = schedule.received(self.rank)  # bytes of a refit
+        self.held = sum(math.prod(b - a for a, b in box) for box in self.wanted.values())  # elements
+        self._sums: list[tuple[int, int, Tensor]] = []
+        self._arrived: dict[str, Tensor] = {}
+
+    def _wanted(self, taken: Wanted) -> Wanted:
+        """By the table's names; of fused tensors all."""
+        wanted: Wanted = {}
+        for stored, box in taken.items():
+            for name in self.layout.table_names(stored):
+                whole = tuple((0, size) for size in self.shapes[name])
+                mine = box if self.layout.places[name].fusion is None else whole
+                wanted[name] = bounds(wanted.get(name, mine), mine)
+        return wanted
+
+    @torch.no_grad()
+    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Collective: the tensors of which this rank's engine wants something, in their whole shapes and under their
+        Hugging Face names; only what is inside their boxes is set."""
+        self._sums, self._arrived = [], {}
+        yield from self.layout.assemble(pair for bucket in self.schedule.buckets for pair in self._exchange(bucket))
+
+    def noted(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """`tensors` as they go into the engine, remembered for `problem`."""
+        for stored, tensor in tensors:
+            for name in self.layout.table_names(stored):
+                if name in self.wanted:
+                    self._arrived[name] = digest(inside(self.layout.places[name].view(tensor), self.wanted[name]))
+            yield stored, tensor
+
+    @torch.no_grad()
+    def problem(self) -> str | None:
+        """Collective, after a refit: what went into the engine is not what the trainer's ranks hold; None where it is.
+
+        Every rank that owns a shard sums the bits of what it is to send, and whoever receives those of what it got.
+        """
+        sums = torch.zeros(self.schedule.engine, len(self.numbers), dtype=torch.int64, device=self.device)
+        if self._sums:
+            rows, columns, values = zip(*self._sums, strict=True)
+            where = tuple(torch.tensor(index, device=self.device) for index in (rows, columns))
+            sums.index_put_(where, torch.stack(values), accumulate=True)
+        dist.all_reduce(sums, group=self.group)
+        sent, names = sums[self.position].tolist(), list(self._arrived)
+        got = dict(zip(names, torch.stack(list(self._arrived.values())).tolist(), strict=True)) if names else {}
+        wrong = [name for name in self.wanted if got.get(name) != sent[self.numbers[name]]]
+        if not wrong:
+            return None
+        what = "did not come" if wrong[0] not in got else "is not what the trainer holds"
+        return f"'{wrong[0]}' {what} (digests of {len(wrong)} of {len(self.wanted)} tensors differ)"
+
+    def _exchange(self, bucket: Bucket) -> Iterable[tuple[str, Tensor]]:
+        schedule = self.schedule
+        stage, index = divmod(self.rank, schedule.stage_ranks)
+        key = (stage, index % schedule.shards[bucket.kind])
+        own = [merged(slot.local[number]) if slot.stage == stage else None for slot, number in bucket.units]
+        if index % schedule.block < schedule.shards[bucket.kind]:  # one of the ranks that have the shard
+            for position, parts in enumerate(bucket.parts):
+                found = [(self.numbers[p.name], digest(inside(own[unit], p.local))) for unit, p in parts.get(key, ())]
+                self._sums += [(position, number, value) for number, value in found]
+        pack = cache(lambda position: self._pack(bucket.parts[position][key], own))
+        slices, sent, received = [torch.empty(0, dtype=torch.uint8, device=self.device)], [], []
+        for rank in schedule.block_ranks(self.rank):
+            start, stop = schedule.overlap(bucket, self.rank, rank)
+            if start < stop:
+                position = schedule.position(rank)[0]
+                first = bucket.offsets[position][key][0]
+                slices.append(pack(position)[start - first : stop - first])
+            sent.append(stop - start)
+            start, stop = schedule.overlap(bucket, rank, self.rank)
+            received.append(stop - start)
+        stream = slices[0].new_empty(schedule.part(bucket, self.position))
+        dist.all_to_all_single(stream[: sum(received)], torch.cat(slices), received, sent, group=self.group)
+        if self.neighbours is not None:
+            part, stream = stream, stream.new_empty(schedule.copies * len(stream))
+            dist.all_gather_into_tensor(stream, part, group=self.neighbours)
+        return self._unpack(bucket, stream)
+
+    def _pack(self, parts: Sequence[tuple[int, Piece]], own: Sequence[Any]) -> Tensor:
+        flat = torch.empty(sum(piece.nbytes for _, piece in parts), dtype=torch.uint8, device=self.device)
+        at = 0
+        for unit, piece in parts:
+            _view(flat[at:], piece, own[unit].dtype).copy_(inside(own[unit], piece.local))
+            at += piece.nbytes
+        return flat
+
+    def _unpack(self, bucket: Bucket, stream: Tensor) -> Iterable[tuple[str, Tensor]]:
+        found: dict[str, Tensor] = {}
+        at = 0
+        for key in bucket.offsets[self.position]:
+            for unit, piece in bucket.parts[self.position][key]:
+                name, shape, dtype = piece.name, self.shapes[piece.name], bucket.units[unit][0].dtype
+                data = _view(stream[at:], piece, dtype)
+                at += piece.nbytes
+                if data.shape == shape:
+                    found[name] = data
+                    continue
+                if name not in found:
+                    found[name] = torch.empty(shape, dtype=dtype, device=self.device)
+                inside(found[name], piece.box).copy_(data)
+        return found.items()
+
+
+def _view(flat: Tensor, piece: Piece, dtype: torch.dtype) -> Tensor:
+    shape = [stop - start for start, stop in piece.box]
+    return flat[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
