@@ -36,7 +36,6 @@ from megatron_posttrain.rollout.text import stop_message
 from megatron_posttrain.rollout.turns import Turns, load_turns
 from megatron_posttrain.training.batches import pack_share, to_rows, token_shares
 from megatron_posttrain.training.engine import Engine, StepResult
-from megatron_posttrain.training.export import refit
 from megatron_posttrain.training.heads import LabelLogprobs, Output
 from megatron_posttrain.training.limits import prompts_of, rollout_problems
 from megatron_posttrain.training.prepare import Prepared
@@ -169,6 +168,13 @@ class Rollouts:
             self.run.checkpoints.state["entropy_coefficient"] = figures["entropy_coefficient"] = weight
         step.log(figures | self.figures, samples.metrics())
         save_samples(self.run.directory / "rollouts" / f"step_{step.number:06d}.jsonl", samples)
+
+
+def refit(engine: Engine, refits: Refit, version: int) -> float:
+    """Collective: the trainer's weights into a rollout engine; returns seconds."""
+    engine.gather_weights()
+    with platform().megatron():
+        return refits.from_trainer(version)
 
 
 def reference_of(config: GrpoConfig) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from megatron_posttrain.checkpoint.lora import write_adapter
 from megatron_posttrain.errors import SaveError, UserError
 from megatron_posttrain.models import registry
 from megatron_posttrain.platform import platform
-from megatron_posttrain.rollout.refit import Refit
 from megatron_posttrain.training.checkpoints import Checkpoints
 from megatron_posttrain.training.disk import agree, cause
 from megatron_posttrain.training.engine import Engine
@@ -25,13 +24,6 @@ def full_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     engine.gather_weights()
     with platform().megatron():
         yield from engine.exporter.hf_tensors()
-
-
-def refit(engine: Engine, refits: Refit, version: int) -> float:
-    """Collective: the trainer's weights into a rollout engine; returns seconds."""
-    engine.gather_weights()
-    with platform().megatron():
-        return refits.from_trainer(version)
 
 
 def export(engine: Engine, source: Path, directory: Path, tokenizer: str | None = None) -> None:
