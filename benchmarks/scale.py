@@ -31,8 +31,7 @@ import torch.distributed as dist
 
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.models.sharded import Slot
-from megatron_posttrain.models.shares import Box, Schedule
+from megatron_posttrain.models.shares import Box, Schedule, Slot
 from megatron_posttrain.models.weights import QKV, Replicated, Vocabulary
 from megatron_posttrain.parallel.layout import Layout, stage_layers
 from megatron_posttrain.planning.known_models import KNOWN_MODELS
@@ -46,7 +45,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 NODE = 8  # ranks
 QWEN, DEEPSEEK = {"tensor": 4, "pipeline": 4, "expert": 8}, {"pipeline": 4, "expert": 64}
-REFITS: list[tuple[str, dict[str, int], int, int, bool]] = [
+REFITS: list[tuple[str, dict[str, Any], int, int, bool]] = [
     ("Qwen3-30B-A3B", MODELS["Qwen3-30B-A3B"], 8, 1, False),
     ("Qwen3-235B-A22B", QWEN, 64, 8, False),
     ("Qwen3-235B-A22B", QWEN, 64, 8, True),
@@ -243,7 +242,7 @@ def engine_boxes(arch: Architecture, position: int, size: int, expert: bool) -> 
     return boxes
 
 
-def refit_row(name: str, sizes: dict[str, int], ranks: int, tensor: int, expert: bool) -> dict[str, float]:
+def refit_row(name: str, sizes: dict[str, Any], ranks: int, tensor: int, expert: bool) -> dict[str, float]:
     """Gigabytes of a refit that a rank receives: as it was (the model), now at most, and what an engine rank holds."""
     arch, layout = KNOWN_MODELS[name], Layout(world_size=ranks, **sizes)
     wanted = [engine_boxes(arch, position, tensor, expert) for position in range(tensor)]

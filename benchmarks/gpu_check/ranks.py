@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,6 @@ from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.config.schema import CheckpointConfig
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.layout_checks import problems
-from megatron_posttrain.models.shares import Shares
 from megatron_posttrain.parallel.groups import Groups, broadcast_object, make_groups, start_distributed
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.platform import platform
@@ -41,7 +41,7 @@ LAYOUTS = (
 
 
 @contextmanager
-def groups(**sizes: int) -> Iterator[Groups]:
+def groups(**sizes: Any) -> Iterator[Groups]:
     """Of a layout of all ranks. Raises Skip where they are too few."""
     from megatron.core import parallel_state
 
@@ -132,7 +132,7 @@ def refit_check(setting: Setting) -> Facts:
     with groups(**sizes) as made:
         engine = Engine.of(subjects.config("auto"), arch, made, train=False)
         wanted = [engine_boxes(arch, position, world, expert=True) for position in range(world)]
-        shares = Shares(engine.exporter, wanted)
+        shares = engine.exporter.shares(wanted)
 
         def work() -> None:
             for _ in shares.noted(shares.hf_tensors()):

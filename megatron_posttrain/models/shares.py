@@ -20,16 +20,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_posttrain.models import registry
-from megatron_posttrain.models.sharded import ALIGNMENT, BUCKET_BYTES, Exporter, Slot, Unit, merged
+from megatron_posttrain.models.disk_layout import DiskLayout
+from megatron_posttrain.models.modules.nf4 import values
 from megatron_posttrain.models.weights import TensorPlan
-from megatron_posttrain.parallel.groups import group_of
 from megatron_posttrain.parallel.layout import Layout
 
 Box = tuple[tuple[int, int], ...]  # [start, stop) by dimension
 Wanted = dict[str, Box]  # by table name; what is not there is not wanted
 KINDS = ("tensor", "whole", "expert")
+ALIGNMENT = 16  # bytes; a view of bytes as a wider dtype has to start at a multiple of its size
+BUCKET_BYTES = 1 << 30  # of a bucket, whole; one larger tensor makes a bucket by itself
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
+def all_of(shape: Sequence[int]) -> Box:
+    return tuple((0, size) for size in shape)
 
 
 def bounds(one: Box, other: Box) -> Box:
@@ -44,6 +49,40 @@ def inside(tensor: Tensor, box: Box) -> Tensor:
 def digest(tensor: Tensor) -> Tensor:
     """int64 scalar: the sum of the bits of all elements, whatever their order or how they were cut."""
     return tensor.view(INTEGERS[tensor.itemsize]).sum()
+
+
+def merged(weight: Tensor) -> Tensor:
+    """A rank's shard of a weight with its adapter's change, added in fp32."""
+    adapter = getattr(weight, "adapter", None)
+    if adapter is None or not adapter.enabled:
+        return values(weight)
+    return (values(weight).float() + adapter.change()).to(weight.dtype)
+
+
+@dataclass
+class Slot:
+    """A row of the weight table in one layer, with all its experts: what one pipeline stage owns."""
+
+    plans: list[TensorPlan]
+    local: list[Tensor] = field(default_factory=list)  # this rank's shards, by expert; empty on other stages
+    dtype: torch.dtype = torch.float32
+    whole: bool = False  # every tensor parallel rank has all of it
+    stage: int = -1
+    shape: tuple[int, ...] = ()  # of a shard
+
+    @property
+    def kind(self) -> str:
+        if self.plans[0].expert is not None:
+            return "expert"
+        return "whole" if self.whole else "tensor"
+
+    @property
+    def nbytes(self) -> int:
+        """Of a shard, padded."""
+        return -(-math.prod(self.shape) * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+
+
+Unit = tuple[Slot, int]  # a tensor, or the experts that have one local number (0 without experts) on all ranks
 
 
 @dataclass(frozen=True)
@@ -177,54 +216,50 @@ class Schedule:
 
 
 class Shares:
-    """The engine's share of the model on this rank, as often as it is asked for, and whether it arrived.
-
-    Making one is collective.
+    """What ranks want of the model, as often as it is asked for, and whether it arrived.
 
     Args:
-        taken: by engine rank, boxes of the tensors that it copies, by Hugging Face name.
+        slots: of the weight table, with this rank's shards; `plans`: the table; `disk`: of the Hugging Face directory.
+        wanted: by the table's names; of rank r number r % len(wanted).
     """
 
-    def __init__(self, exporter: Exporter, taken: Sequence[Wanted]) -> None:
-        self.exporter, self.layout = exporter, registry.layout(exporter.arch)
-        self.shapes = {n: s for p in exporter.plans for n, s in zip(p.hf, p.shapes, strict=True)}
-        node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        wanted = [self._wanted(boxes) for boxes in taken]
-        self.schedule = schedule = Schedule(exporter.slots, exporter.groups.layout, wanted, node)
-        self.rank, self.device = dist.get_rank(), exporter.device
-        self.position = schedule.position(self.rank)[0]
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        plans: Iterable[TensorPlan],
+        disk: DiskLayout,
+        layout: Layout,
+        wanted: Sequence[Wanted],
+        device: torch.device,
+    ) -> None:
+        self.disk, self.device, self.rank = disk, device, dist.get_rank()
+        self.shapes = {name: shape for plan in plans for name, shape in plan.named_shapes()}
+        self.schedule = Schedule(slots, layout, wanted, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self.position = self.schedule.position(self.rank)[0]
         self.wanted = wanted[self.position]
-        self.group = group_of(schedule.block_ranks)
-        self.neighbours = group_of(schedule.node_ranks) if schedule.copies > 1 else None
         self.numbers = {name: number for number, name in enumerate(self.shapes)}
-        self.received = schedule.received(self.rank)  # bytes of a refit
-        self.held = sum(math.prod(b - a for a, b in box) for box in self.wanted.values())  # elements
-        self._sums: list[tuple[int, int, Tensor]] = []
+        self.received = self.schedule.received(self.rank)  # bytes of a refit
+        self._sums: list[tuple[int, int, Tensor]] | None = None
         self._arrived: dict[str, Tensor] = {}
 
-    def _wanted(self, taken: Wanted) -> Wanted:
-        """By the table's names; of fused tensors all."""
-        wanted: Wanted = {}
-        for stored, box in taken.items():
-            for name in self.layout.table_names(stored):
-                whole = tuple((0, size) for size in self.shapes[name])
-                mine = box if self.layout.places[name].fusion is None else whole
-                wanted[name] = bounds(wanted.get(name, mine), mine)
-        return wanted
+    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """As `tensors`, under the names on disk."""
+        return self.disk.assemble(self.tensors())
 
     @torch.no_grad()
-    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Collective: the tensors of which this rank's engine wants something, in their whole shapes and under their
-        Hugging Face names; only what is inside their boxes is set."""
-        self._sums, self._arrived = [], {}
-        yield from self.layout.assemble(pair for bucket in self.schedule.buckets for pair in self._exchange(bucket))
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Collective: the tensors of which this rank wants something, in their whole shapes; only what is inside their
+        boxes is set."""
+        for bucket in self.schedule.buckets:
+            yield from self._exchange(bucket)
 
     def noted(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """`tensors` as they go into the engine, remembered for `problem`."""
+        """`hf_tensors` as they go into an engine, and what is summed for `problem`."""
+        self._sums, self._arrived = [], {}
         for stored, tensor in tensors:
-            for name in self.layout.table_names(stored):
+            for name in self.disk.table_names(stored):
                 if name in self.wanted:
-                    self._arrived[name] = digest(inside(self.layout.places[name].view(tensor), self.wanted[name]))
+                    self._arrived[name] = digest(inside(self.disk.places[name].view(tensor), self.wanted[name]))
             yield stored, tensor
 
     @torch.no_grad()
@@ -238,7 +273,8 @@ class Shares:
             rows, columns, values = zip(*self._sums, strict=True)
             where = tuple(torch.tensor(index, device=self.device) for index in (rows, columns))
             sums.index_put_(where, torch.stack(values), accumulate=True)
-        dist.all_reduce(sums, group=self.group)
+        dist.all_reduce(sums)
+        self._sums = None
         sent, names = sums[self.position].tolist(), list(self._arrived)
         got = dict(zip(names, torch.stack(list(self._arrived.values())).tolist(), strict=True)) if names else {}
         wrong = [name for name in self.wanted if got.get(name) != sent[self.numbers[name]]]
@@ -251,27 +287,31 @@ class Shares:
         schedule = self.schedule
         stage, index = divmod(self.rank, schedule.stage_ranks)
         key = (stage, index % schedule.shards[bucket.kind])
-        own = [merged(slot.local[number]) if slot.stage == stage else None for slot, number in bucket.units]
-        if index % schedule.block < schedule.shards[bucket.kind]:  # one of the ranks that have the shard
+        own: list[Any] = [merged(slot.local[number]) if slot.stage == stage else None for slot, number in bucket.units]
+        if self._sums is not None and index < schedule.shards[bucket.kind]:  # of the ranks with the shard the first one
             for position, parts in enumerate(bucket.parts):
-                found = [(self.numbers[p.name], digest(inside(own[unit], p.local))) for unit, p in parts.get(key, ())]
-                self._sums += [(position, number, value) for number, value in found]
+                for unit, piece in parts.get(key, ()):
+                    found = digest(inside(own[unit], piece.local))
+                    self._sums.append((position, self.numbers[piece.name], found))
         pack = cache(lambda position: self._pack(bucket.parts[position][key], own))
-        slices, sent, received = [torch.empty(0, dtype=torch.uint8, device=self.device)], [], []
+        slices, world = [torch.empty(0, dtype=torch.uint8, device=self.device)], dist.get_world_size()
+        sent, received = [0] * world, [0] * world
         for rank in schedule.block_ranks(self.rank):
             start, stop = schedule.overlap(bucket, self.rank, rank)
             if start < stop:
                 position = schedule.position(rank)[0]
                 first = bucket.offsets[position][key][0]
                 slices.append(pack(position)[start - first : stop - first])
-            sent.append(stop - start)
+            sent[rank] = stop - start
             start, stop = schedule.overlap(bucket, rank, self.rank)
-            received.append(stop - start)
+            received[rank] = stop - start
         stream = slices[0].new_empty(schedule.part(bucket, self.position))
-        dist.all_to_all_single(stream[: sum(received)], torch.cat(slices), received, sent, group=self.group)
-        if self.neighbours is not None:
+        dist.all_to_all_single(stream[: sum(received)], torch.cat(slices), received, sent)
+        if schedule.copies > 1:  # of a node each has fetched a part for all
+            near = schedule.node_ranks(self.rank)
+            lengths = [len(stream) * (rank in near) for rank in range(world)]
             part, stream = stream, stream.new_empty(schedule.copies * len(stream))
-            dist.all_gather_into_tensor(stream, part, group=self.neighbours)
+            dist.all_to_all_single(stream, part.repeat(schedule.copies), lengths, lengths)
         return self._unpack(bucket, stream)
 
     def _pack(self, parts: Sequence[tuple[int, Piece]], own: Sequence[Any]) -> Tensor:

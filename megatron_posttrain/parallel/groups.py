@@ -2,7 +2,6 @@
 
 import datetime
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -84,16 +83,6 @@ def make_groups(layout: Layout, seed: int) -> Groups:
         copies=ps.get_data_parallel_group(with_context_parallel=True),
         expert_copies=ps.get_expert_data_parallel_group(),
     )
-
-
-def group_of(members: Callable[[int], list[int]]) -> ProcessGroup:
-    """Collective: this rank's group of a partition of all ranks; `members`: rank -> those of its part, in order."""
-    parts = dict.fromkeys(tuple(members(rank)) for rank in range(dist.get_world_size()))
-    if len(parts) == 1:
-        return dist.group.WORLD  # type: ignore[return-value]  # torch's stubs: None before it is made
-    with shared_device():
-        made = {ranks: dist.new_group(list(ranks)) for ranks in parts}
-    return made[tuple(members(dist.get_rank()))]
 
 
 def broadcast_object(value: Value, source: int = 0) -> Value:

@@ -91,7 +91,7 @@ def estimate(
         def timed() -> dict[str, float]:
             times = dict(_training_seconds(arch, layout, work, gpu))
             if rollout is not None:
-                times |= {"rollout": rollout.seconds, "refit": refit_seconds(arch, layout, gpu)}
+                times |= {"rollout": rollout.seconds, "refit": refit_seconds(arch, layout, gpu, rollout)}
             return times | ({"offload": 2 * memory["optimizer"] / PAGEABLE_BYTES_PER_S} if offload else {})
 
         gib = {name: size / GIB for name, size in memory.items()}

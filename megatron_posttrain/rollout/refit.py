@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.sharded import Exporter
-from megatron_posttrain.models.shares import Shares
+from megatron_posttrain.models.shares import Shares, Wanted, all_of, bounds
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout.engine import Completion, RolloutEngine
 
@@ -42,7 +42,16 @@ class Refit:
     def shares(self) -> Shares:
         """Collective, while the engine is awake."""
         assert self.exporter is not None
-        return Shares(self.exporter, self.engine.taken(registry.layout(self.exporter.arch).shapes))
+        disk = registry.layout(self.exporter.arch)
+        shapes = {name: shape for plan in self.exporter.plans for name, shape in plan.named_shapes()}
+        wanted: list[Wanted] = []
+        for boxes in self.engine.taken(disk.shapes):
+            wanted.append({})
+            for stored, box in boxes.items():
+                for name in disk.table_names(stored):  # of fused tensors all
+                    mine = box if disk.places[name].fusion is None else all_of(shapes[name])
+                    wanted[-1][name] = bounds(wanted[-1].get(name, mine), mine)
+        return self.exporter.shares(wanted)
 
     def from_trainer(self, version: int) -> float:
         """As `update`, with the trainer's weights as they are now: a rank receives what its engine rank copies, and

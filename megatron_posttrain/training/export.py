@@ -48,7 +48,7 @@ def export(engine: Engine, source: Path, directory: Path, tokenizer: str | None 
             writer.begin()
     try:
         with _failing_together(directory), platform().megatron():
-            tensors = exporter.hf_tensors(of_stage=True)
+            tensors = exporter.tensors(of_stage=True)
             try:
                 if writer is not None:
                     writer.open(here)
