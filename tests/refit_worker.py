@@ -104,7 +104,7 @@ def check_case(directory: Path, case: dict[str, Any], refits: int) -> dict[str, 
             found["restored"] = outcome(lambda: refit.from_trainer(101))
         for kind in ("q_proj", "o_proj", "input_layernorm", "mlp.experts.5.down_proj", "mlp.experts.2.up_proj"):
             names = [f"model.layers.{layer}.{prefix(kind)}{kind}.weight" for layer in range(2)]
-            engine._llm.collective_rpc(lambda worker: setattr(worker, "_weight_update_active", False))
+            engine._llm.collective_rpc(lambda w: setattr(getattr(w, "worker", w), "_weight_update_active", False))
             stream = corruption(refit.shares.hf_tensors(), names, old)
             found["said"][f"{corruption.__name__} {kind}"] = outcome(lambda s=stream: refit.update(s, 100))
     if case["corrupt"]:

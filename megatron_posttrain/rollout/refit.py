@@ -43,7 +43,7 @@ class Refit:
         """Collective, while the engine is awake."""
         assert self.exporter is not None
         disk = registry.layout(self.exporter.arch)
-        shapes = {name: shape for plan in self.exporter.plans for name, shape in plan.named_shapes()}
+        shapes = registry.shapes(self.exporter.arch)
         wanted: list[Wanted] = []
         for boxes in self.engine.taken(disk.shapes):
             wanted.append({})
