@@ -157,20 +157,16 @@ class Exporter:
     @property
     def writer_of(self) -> int | None:
         """The pipeline stage whose tensors this rank, the first one of it, is to write; None on all others."""
-        return self.stage if dist.get_rank() == self._writers[self.stage] else None
-
-    @property
-    def _writers(self) -> range:
-        world = dist.get_world_size()
-        return range(0, world, world // self.stages)
+        return self.stage if dist.get_rank() % (dist.get_world_size() // self.stages) == 0 else None
 
     def stage_of(self) -> dict[str, int]:
         """The pipeline stage that owns a tensor of the weight table."""
         return {name: slot.stage for slot in self.slots for plan in slot.plans for name in plan.hf}
 
-    def shares(self, wanted: Sequence[Wanted]) -> Shares:
-        """What rank r wants is number r % len(wanted), by the table's names."""
-        return Shares(self.slots, self.plans, registry.layout(self.arch), self.groups.layout, wanted, self.device)
+    def shares(self, wanted: Sequence[Wanted], *, by_stage: bool = False) -> Shares:
+        """What ranks want: rank r number r % len(wanted), or the first rank of each stage the stage's."""
+        disk, layout = registry.layout(self.arch), self.groups.layout
+        return Shares(self.slots, self.plans, disk, layout, wanted, self.device, by_stage)
 
     @cached_property
     def _everywhere(self) -> Shares:
@@ -178,11 +174,11 @@ class Exporter:
 
     @cached_property
     def _at_writers(self) -> Shares:
-        wanted: list[Wanted] = [{} for _ in range(dist.get_world_size())]
+        wanted: list[Wanted] = [{} for _ in range(self.stages)]
         for slot in self.slots:
             for plan in slot.plans:
-                wanted[self._writers[slot.stage]] |= {name: all_of(shape) for name, shape in plan.named_shapes()}
-        return self.shares(wanted)
+                wanted[slot.stage] |= {name: all_of(shape) for name, shape in plan.named_shapes()}
+        return self.shares(wanted, by_stage=True)
 
     def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Collective: all tensors, whole, under the names that `transformers` and vLLM know, in the same order on

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from typing import Any
 
 import torch
@@ -128,16 +128,21 @@ class Schedule:
 
     Args:
         slots: of the weight table, with their stages; the ranks' own shards are not looked at.
-        wanted: by engine rank.
+        wanted: of engine ranks, one after the other; `by_stage`: of the first rank of each pipeline stage.
         node: ranks of a node.
     """
 
-    def __init__(self, slots: Sequence[Slot], layout: Layout, wanted: Sequence[Wanted], node: int) -> None:
-        self.layout, self.wanted, self.engine, self.node = layout, wanted, len(wanted), node
+    def __init__(
+        self, slots: Sequence[Slot], layout: Layout, wanted: Sequence[Wanted], node: int, by_stage: bool = False
+    ) -> None:
+        self.layout, self.node, self.engine, self.by_stage = layout, node, len(wanted), by_stage
+        self.wanted = [*wanted, {}] if by_stage else wanted
+        self.ranks = {"tensor": 1, "whole": 1, "expert": layout.expert}  # with plans of their own
         self.shards = {"tensor": layout.tensor, "whole": 1, "expert": layout.expert * layout.expert_tensor}
         self.stage_ranks = layout.world_size // layout.pipeline
         self.block = math.lcm(layout.tensor * layout.context, self.shards["expert"])
-        self.copies = node // self.engine if node % self.engine == 0 else 1
+        even = not by_stage and node % self.engine == layout.world_size % node == 0
+        self.copies = node // self.engine if even else 1
         self.buckets = [self._cut(kind, units) for kind in KINDS for units in self._units(kind, slots)]
 
     def block_ranks(self, rank: int) -> list[int]:
@@ -153,6 +158,9 @@ class Schedule:
 
     def position(self, rank: int) -> tuple[int, int]:
         """(rank of its engine, which part of the stream it fetches)."""
+        if self.by_stage:
+            stage, index = divmod(rank, self.stage_ranks)
+            return self.engine if index else stage, 0
         return rank % self.engine, self.node_ranks(rank).index(rank)
 
     def part(self, bucket: Bucket, position: int) -> int:
@@ -177,17 +185,15 @@ class Schedule:
 
     def _units(self, kind: str, slots: Sequence[Slot]) -> Iterator[list[Unit]]:
         """Of a bucket each; all stages have their turn, so that all ranks send."""
-        turns: dict[int, int] = defaultdict(int)
-        ordered: list[tuple[int, int, Slot]] = []
+        by_stage: dict[int, list[Slot]] = defaultdict(list)
         for slot in slots:
             if slot.kind == kind:
-                ordered.append((turns[slot.stage], slot.stage, slot))
-                turns[slot.stage] += 1
-        ranks = self.layout.expert if kind == "expert" else 1
+                by_stage[slot.stage].append(slot)
+        turns = zip_longest(*(by_stage[stage] for stage in sorted(by_stage)))
         units: list[Unit] = []
         filled = 0
-        for _, _, slot in sorted(ordered, key=lambda entry: entry[:2]):
-            for number in range(len(slot.plans) // ranks):
+        for slot in (slot for turn in turns for slot in turn if slot is not None):
+            for number in range(len(slot.plans) // self.ranks[kind]):
                 nbytes = slot.nbytes * self.shards[kind]
                 if units and filled + nbytes > BUCKET_BYTES:
                     yield units
@@ -199,7 +205,7 @@ class Schedule:
 
     def _cut(self, kind: str, units: list[Unit]) -> Bucket:
         bucket = Bucket(kind, units)
-        ranks = self.layout.expert if kind == "expert" else 1
+        ranks = self.ranks[kind]
         split = self.shards[kind] // ranks
         for wanted in self.wanted:
             parts: dict[tuple[int, int], list[tuple[int, Piece]]] = defaultdict(list)
@@ -220,7 +226,7 @@ class Shares:
 
     Args:
         slots: of the weight table, with this rank's shards; `plans`: the table; `disk`: of the Hugging Face directory.
-        wanted: by the table's names; of rank r number r % len(wanted).
+        wanted, by_stage: see `Schedule`.
     """
 
     def __init__(
@@ -231,12 +237,13 @@ class Shares:
         layout: Layout,
         wanted: Sequence[Wanted],
         device: torch.device,
+        by_stage: bool = False,
     ) -> None:
         self.disk, self.device, self.rank = disk, device, dist.get_rank()
         self.shapes = {name: shape for plan in plans for name, shape in plan.named_shapes()}
-        self.schedule = Schedule(slots, layout, wanted, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self.schedule = Schedule(slots, layout, wanted, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), by_stage)
         self.position = self.schedule.position(self.rank)[0]
-        self.wanted = wanted[self.position]
+        self.wanted = self.schedule.wanted[self.position]
         self.numbers = {name: number for number, name in enumerate(self.shapes)}
         self.received = self.schedule.received(self.rank)  # bytes of a refit
         self._sums: list[tuple[int, int, Tensor]] | None = None
