@@ -86,7 +86,7 @@ Unit = tuple[Slot, int]  # a tensor, or the experts that have one local number (
 
 
 @dataclass(frozen=True)
-class Piece:
+class Fragment:
     """A box of a Hugging Face tensor that lies in one shard of a parameter, at `local` there."""
 
     name: str
@@ -95,7 +95,7 @@ class Piece:
     nbytes: int  # in a stream, padded
 
 
-def pieces(plan: TensorPlan, rank: int, size: int, wanted: Wanted, itemsize: int) -> Iterator[Piece]:
+def pieces(plan: TensorPlan, rank: int, size: int, wanted: Wanted, itemsize: int) -> Iterator[Fragment]:
     """What of shard `rank` of `size` is wanted."""
     dim, position = plan.mapping.dim, 0
     for source, start, stop in plan.mapping.segments(rank, size):
@@ -106,17 +106,17 @@ def pieces(plan: TensorPlan, rank: int, size: int, wanted: Wanted, itemsize: int
                 cut = (*box[:dim], (low, high), *box[dim + 1 :])
                 local = (*box[:dim], (low - start + position, high - start + position), *box[dim + 1 :])
                 nbytes = math.prod(b - a for a, b in cut) * itemsize
-                yield Piece(plan.hf[source], cut, local, -(-nbytes // ALIGNMENT) * ALIGNMENT)
+                yield Fragment(plan.hf[source], cut, local, -(-nbytes // ALIGNMENT) * ALIGNMENT)
         position += stop - start
 
 
 @dataclass
-class Bucket:
+class Exchange:
     """Units of one kind, of any stages. Part (stage, shard) of the stream of engine rank p is `parts[p]`'s entry."""
 
     kind: str
     units: list[Unit] = field(default_factory=list)
-    parts: list[dict[tuple[int, int], list[tuple[int, Piece]]]] = field(default_factory=list)  # of which unit, what
+    parts: list[dict[tuple[int, int], list[tuple[int, Fragment]]]] = field(default_factory=list)  # of which unit, what
     offsets: list[dict[tuple[int, int], tuple[int, int]]] = field(default_factory=list)  # [start, stop) in the stream
 
     def length(self, position: int) -> int:
@@ -163,11 +163,11 @@ class Schedule:
             return self.engine if index else stage, 0
         return rank % self.engine, self.node_ranks(rank).index(rank)
 
-    def part(self, bucket: Bucket, position: int) -> int:
+    def part(self, bucket: Exchange, position: int) -> int:
         """Bytes of the stream that each of a node's ranks fetches; the last one's may be fewer."""
         return -(-bucket.length(position) // (self.copies * ALIGNMENT)) * ALIGNMENT
 
-    def overlap(self, bucket: Bucket, source: int, rank: int) -> tuple[int, int]:
+    def overlap(self, bucket: Exchange, source: int, rank: int) -> tuple[int, int]:
         """[start, stop) of the stream of `rank` that `source`, of its block, sends it."""
         count, (position, part) = self.shards[bucket.kind], self.position(rank)
         stage, index = divmod(source, self.stage_ranks)
@@ -203,12 +203,12 @@ class Schedule:
         if units:
             yield units
 
-    def _cut(self, kind: str, units: list[Unit]) -> Bucket:
-        bucket = Bucket(kind, units)
+    def _cut(self, kind: str, units: list[Unit]) -> Exchange:
+        bucket = Exchange(kind, units)
         ranks = self.ranks[kind]
         split = self.shards[kind] // ranks
         for wanted in self.wanted:
-            parts: dict[tuple[int, int], list[tuple[int, Piece]]] = defaultdict(list)
+            parts: dict[tuple[int, int], list[tuple[int, Fragment]]] = defaultdict(list)
             for unit, (slot, number) in enumerate(units):
                 for shard in range(self.shards[kind]):
                     plan = slot.plans[shard // split * (len(slot.plans) // ranks) + number]
@@ -290,7 +290,7 @@ class Shares:
         what = "did not come" if wrong[0] not in got else "is not what the trainer holds"
         return f"'{wrong[0]}' {what} (digests of {len(wrong)} of {len(self.wanted)} tensors differ)"
 
-    def _exchange(self, bucket: Bucket) -> Iterable[tuple[str, Tensor]]:
+    def _exchange(self, bucket: Exchange) -> Iterable[tuple[str, Tensor]]:
         schedule = self.schedule
         stage, index = divmod(self.rank, schedule.stage_ranks)
         key = (stage, index % schedule.shards[bucket.kind])
@@ -321,7 +321,7 @@ class Shares:
             dist.all_to_all_single(stream, part.repeat(schedule.copies), lengths, lengths)
         return self._unpack(bucket, stream)
 
-    def _pack(self, parts: Sequence[tuple[int, Piece]], own: Sequence[Any]) -> Tensor:
+    def _pack(self, parts: Sequence[tuple[int, Fragment]], own: Sequence[Any]) -> Tensor:
         flat = torch.empty(sum(piece.nbytes for _, piece in parts), dtype=torch.uint8, device=self.device)
         at = 0
         for unit, piece in parts:
@@ -329,7 +329,7 @@ class Shares:
             at += piece.nbytes
         return flat
 
-    def _unpack(self, bucket: Bucket, stream: Tensor) -> Iterable[tuple[str, Tensor]]:
+    def _unpack(self, bucket: Exchange, stream: Tensor) -> Iterable[tuple[str, Tensor]]:
         found: dict[str, Tensor] = {}
         at = 0
         for key in bucket.offsets[self.position]:
@@ -346,6 +346,6 @@ class Shares:
         return found.items()
 
 
-def _view(flat: Tensor, piece: Piece, dtype: torch.dtype) -> Tensor:
+def _view(flat: Tensor, piece: Fragment, dtype: torch.dtype) -> Tensor:
     shape = [stop - start for start, stop in piece.box]
     return flat[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
