@@ -47,6 +47,11 @@ class PolicyAlgorithm(Section):
     stop_outside: Fraction | None = Field(
         None, description="share of tokens outside token_band (null: [0.5, 5.0]) above which the run ends; null: never"
     )
+    routing_replay: Literal["none", "rollout", "old"] = Field(
+        "none",
+        description="experts that training sends tokens to again: those that vLLM chose, or the policy that "
+        "the first of several updates begins with; their weights stay the router's",
+    )
     kl_coefficient: Scheduled[NonNegativeFloat] = Field(0.0, description="weight of the KL to the reference")
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
@@ -242,7 +247,6 @@ class DistillConfig(Config):
 class GrpoConfig(Config):
     command = "grpo"
     ignored: ClassVar[dict[str, str]] = CONVERSATIONS_ONLY | {
-        "data.validation": "held-out problems are graded by `evaluate`",
         "data.packing": "samples always share micro-batches",
         "data.overlong": "prompts that leave no room for rollout.max_tokens are dropped, responses end there",
     }
@@ -273,11 +277,19 @@ class GrpoConfig(Config):
                 f"rollout.prompts_per_step x samples_per_prompt = {samples}; for one update a step set it to {samples}"
             )
         yield from (f"algorithm.{problem}" for problem in self.algorithm.problems())
+        if samples == update and self.algorithm.routing_replay == "old":
+            yield "algorithm.routing_replay=old has no effect with one update a step; allowed: none, rollout"
         if rollout.samples_per_prompt < 2 and self.compares_samples:
             yield (
                 "rollout.samples_per_prompt=1: a sample is compared with the others of its prompt, so nothing would be "
                 "learned; allowed: 2 or more"
             )
+        if rollout.validation_samples > 1 and self.data.validation is None:
+            yield f"rollout.validation_samples={rollout.validation_samples} needs data.validation"
+        if rollout.replay is not None and self.data.validation is not None:
+            yield "rollout.replay leaves no engine to answer data.validation; allowed: one of them"
+        if rollout.replay is not None and self.algorithm.routing_replay == "rollout":
+            yield "rollout.replay: logged samples have no experts; allowed: algorithm.routing_replay of none or old"
         if world_size % rollout.tensor:
             yield f"rollout.tensor={rollout.tensor} does not divide the {world_size} ranks"
         if rollout.thinking_tokens is not None and rollout.thinking_tokens >= rollout.max_tokens:
@@ -319,19 +331,19 @@ class Algorithm:
     """A training command.
 
     Args:
-        function: `module:function`; takes the config, returns an exit status.
         help: one line.
         rows: what `data.train` holds.
         rollouts: whether every trainer rank holds a rank of a vLLM engine.
         held_out: figures of held-out rows by which a best step can be chosen, logged as validation_*.
+        function: `module:function`; takes the config, returns an exit status; None: the one of the command's name.
     """
 
     config: type[Config]
-    function: str
     help: str
     rows: Literal["conversations", "prompts", "preferences", "any"] = "conversations"
     rollouts: bool = False
     held_out: tuple[str, ...] = ()
+    function: str | None = None
 
     @property
     def name(self) -> str:
@@ -339,53 +351,21 @@ class Algorithm:
 
     def load(self) -> Callable[[Any], int]:
         """The function; imports its module, and torch with it."""
-        module, name = self.function.split(":")
+        own = self.name.replace("-", "_")
+        module, name = (self.function or f"megatron_posttrain.algorithms.{own}:{own}").split(":")
         return getattr(importlib.import_module(module), name)
 
 
+LOSS, ACCURACY, REWARD = ("loss",), ("loss", "accuracy"), ("accuracy", "reward")
 ALGORITHMS = {
     row.name: row
     for row in (
-        Algorithm(SftConfig, "megatron_posttrain.algorithms.sft:sft", "supervised fine-tuning", held_out=("loss",)),
-        Algorithm(
-            GrpoConfig,
-            "megatron_posttrain.algorithms.grpo:grpo",
-            "GRPO with vLLM in every trainer rank",
-            rows="prompts",
-            rollouts=True,
-        ),
-        Algorithm(
-            PpoConfig,
-            "megatron_posttrain.algorithms.ppo:ppo",
-            "PPO with a critic, and vLLM in every trainer rank",
-            rows="prompts",
-            rollouts=True,
-        ),
-        Algorithm(
-            DpoConfig,
-            "megatron_posttrain.algorithms.dpo:dpo",
-            "preferences: DPO and its relatives, KTO",
-            rows="preferences",
-            held_out=("loss", "accuracy"),
-        ),
-        Algorithm(
-            RewardModelConfig,
-            "megatron_posttrain.algorithms.reward_model:reward_model",
-            "a scalar reward from pairs",
-            rows="preferences",
-            held_out=("loss", "accuracy"),
-        ),
-        Algorithm(
-            DistillConfig,
-            "megatron_posttrain.algorithms.distill:distill",
-            "a student learns a teacher's distributions",
-            held_out=("loss",),
-        ),
-        Algorithm(
-            ScoreConfig,
-            "megatron_posttrain.algorithms.score:score",
-            "log-probabilities of the tokens of conversations",
-            rows="any",
-        ),
+        Algorithm(SftConfig, "supervised fine-tuning", held_out=LOSS),
+        Algorithm(GrpoConfig, "GRPO with vLLM in every trainer rank", "prompts", True, REWARD),
+        Algorithm(PpoConfig, "PPO with a critic, and vLLM in every trainer rank", "prompts", True, REWARD),
+        Algorithm(DpoConfig, "preferences: DPO and its relatives, KTO", "preferences", held_out=ACCURACY),
+        Algorithm(RewardModelConfig, "a scalar reward from pairs", "preferences", held_out=ACCURACY),
+        Algorithm(DistillConfig, "a student learns a teacher's distributions", held_out=LOSS),
+        Algorithm(ScoreConfig, "log-probabilities of the tokens of conversations", "any"),
     )
 }

@@ -64,6 +64,10 @@ def rollout_problems(config: GrpoConfig, arch: Architecture | None, device: str)
     if rollout.quantization is not None and device != "cuda":
         yield f"rollout.quantization: {rollout.quantization} runs on CUDA only; allowed here: null"
     if arch is not None:
+        if config.algorithm.routing_replay != "none" and arch.moe is None:
+            yield f"algorithm.routing_replay={config.algorithm.routing_replay}: the model has no experts; allowed: none"
+        if rollout.replay is not None:
+            return
         cache = rollout.kv_cache_gib
         yield from engine_problems(
             arch,
