@@ -134,8 +134,6 @@ class RolloutEngine:
 
             from megatron_posttrain.rollout import transfer
 
-            if expert and self._cpu:
-                vllm_fixes.map_experts()
             options["weight_transfer_config"] = WeightTransferConfig(backend=transfer.NAME)
             try:
                 with vllm_fixes.counted_nodes(on_node):
@@ -152,6 +150,8 @@ class RolloutEngine:
     def _start(self, make: Any, options: dict[str, Any], token: str) -> Any:
         if not self._cpu:
             return make(**options)
+        if options["enable_expert_parallel"]:
+            vllm_fixes.map_experts()
         with vllm_fixes.private_shared_memory(token), vllm_fixes.unbound_memory():
             llm = make(**options)
             dist.barrier()  # every rank has mapped the memory before its names go
