@@ -6,7 +6,8 @@ SPMD: every rank holds its shard of the trainer and a rank of a vLLM engine; the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from functools import partial, reduce
 from operator import add
 from typing import Any
@@ -28,12 +29,12 @@ from megatron_posttrain.models.build import DTYPES
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout.engine import RolloutEngine, Sampling
 from megatron_posttrain.rollout.refit import Refit, prove
+from megatron_posttrain.rollout.replay import logged_file
 from megatron_posttrain.rollout.routed_experts import choice_type
 from megatron_posttrain.rollout.samples import Samples, generate_samples, save_samples
 from megatron_posttrain.rollout.text import stop_message
 from megatron_posttrain.training.batches import pack_share, to_rows, token_shares
 from megatron_posttrain.training.engine import Engine, StepResult
-from megatron_posttrain.training.export import full_tensors
 from megatron_posttrain.training.heads import LabelLogprobs, Output
 from megatron_posttrain.training.prepare import Prepared
 from megatron_posttrain.training.routing import Action, routing
@@ -72,6 +73,8 @@ class Rollouts:
     asked: Asked
     rollout: Any  # RolloutEngine; None where logged samples are replayed
     draws: Draws | Logged
+    refits: Any = None  # Refit of `rollout`
+    figures: dict[str, float] = field(default_factory=dict)  # of the last refit
 
     @classmethod
     def start(cls, run: Run, config: GrpoConfig, engine: Engine, asked: Asked) -> Rollouts:
@@ -84,7 +87,8 @@ class Rollouts:
         _make_room(config, run, engine)
         rollout = run.closing(make_rollout_engine(config, run.prepared))
         run.say(f"{rollout.replicas} rollout replicas; {stop_message(run.prepared.tokenizer)}")
-        return cls(run, config, engine, asked, rollout, Draws.start(run, config, asked, rollout))
+        draws = Draws.start(run, config, asked, rollout)
+        return cls(run, config, engine, asked, rollout, draws, Refit(rollout, engine.exporter))
 
     def config(self, step: int) -> GrpoConfig:
         """The run's, with the numbers of this step."""
@@ -106,10 +110,13 @@ class Rollouts:
         if self.rollout is None:
             return
         _make_room(config, self.run, self.engine)
-        Refit(self.rollout).update(full_tensors(self.engine), step)
+        seconds = refit(self.engine, self.refits, step)
+        start = time.perf_counter()
         canary = [p.token_ids for p in self.asked.prompts.prompts[:CANARY_PROMPTS]]
         own = partial(_canary_logprobs, self.engine, token_budget(config))
         prove(self.rollout, canary, own, config.rollout.proof_tolerance)
+        proof = time.perf_counter() - start + self.refits.digest_seconds
+        self.figures = self.refits.figures(seconds) | {"proof_seconds": proof}
 
     def draw(self, config: GrpoConfig, step: int, batches: int = 1) -> Samples:
         """The step's samples; see `Draws`."""
@@ -165,8 +172,15 @@ class Rollouts:
         if self.asked.held_out and step.validates:
             with step.phase("validation", apart=True):
                 figures |= self.validate(step)
-        step.log(figures, samples.metrics())
+        step.log(figures | self.figures, samples.metrics())
         save_samples(logged_file(self.run.directory / "rollouts", step.number), samples)
+
+
+def refit(engine: Engine, refits: Refit, version: int) -> float:
+    """Collective: the trainer's weights into a rollout engine; returns seconds."""
+    engine.gather_weights()
+    with platform().megatron():
+        return refits.from_trainer(version)
 
 
 def reference_of(config: GrpoConfig) -> dict[str, Any]:
@@ -326,6 +340,7 @@ def make_rollout_engine(config: GrpoConfig, prepared: Prepared) -> RolloutEngine
         str(prepared.model_path),
         dtype=DTYPES[config.precision.dtype],
         tensor=config.rollout.tensor,
+        expert=config.rollout.expert,
         max_model_len=config.data.sequence_length,
         kv_cache_bytes=None if cache is None else int(cache * 2**30),
         max_num_seqs=config.rollout.max_num_seqs,

@@ -317,6 +317,9 @@ class RolloutConfig(Section):
     max_num_seqs: PositiveInt = Field(
         256, description="samples that an engine runs at once; others are handed to the first that has room"
     )
+    expert: bool = Field(
+        False, description="an engine's ranks hold whole experts each, instead of a slice of every one"
+    )
     kv_cache_gib: PositiveFloat | None = Field(
         None, description="cache of one engine rank, GiB; null: 0.25 on CPU, sized by vLLM on CUDA"
     )

@@ -7,6 +7,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_posttrain.models.shares import Box
 from megatron_posttrain.parallel.groups import broadcast_object, start_distributed
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout import vllm_fixes
@@ -75,6 +77,7 @@ class RolloutEngine:
         model_path: Hugging Face directory; its tokenizer is not read.
         dtype: of weights, activations and cache.
         tensor: ranks of a replica; divides the world size.
+        expert: each of them holds whole experts, its share of them; False: a slice of every one.
         max_model_len: longest prompt plus completion, tokens.
         kv_cache_bytes: cache of this rank; None: 256 MiB on CPU, on CUDA by `gpu_memory_utilization`.
         max_num_seqs: requests that run at once (`at_once`); more of them wait.
@@ -95,6 +98,7 @@ class RolloutEngine:
         dtype: torch.dtype,
         max_model_len: int,
         tensor: int = 1,
+        expert: bool = False,
         kv_cache_bytes: int | None = None,
         max_num_seqs: int = 256,
         seed: int = 0,
@@ -114,6 +118,7 @@ class RolloutEngine:
             "model": str(model_path),
             "dtype": dtype,
             "tensor_parallel_size": tensor,
+            "enable_expert_parallel": expert,
             "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,
             "load_format": "auto" if load_weights else "dummy",
@@ -157,6 +162,8 @@ class RolloutEngine:
     def _start(self, make: Any, options: dict[str, Any], token: str) -> Any:
         if not self._cpu:
             return make(**options)
+        if options["enable_expert_parallel"]:
+            vllm_fixes.map_experts()
         with vllm_fixes.private_shared_memory(token), vllm_fixes.unbound_memory():
             llm = make(**options)
             dist.barrier()  # every rank has mapped the memory before its names go
@@ -281,6 +288,23 @@ class RolloutEngine:
         box = [value]
         dist.broadcast_object_list(box, src=self.replica * self.tensor, group=get_tp_group().cpu_group)
         return box[0]
+
+    def taken(self, shapes: dict[str, tuple[int, ...]]) -> list[dict[str, Box]]:
+        """Collective: what each rank of the replica copies out of tensors of these shapes, by name, when it loads them;
+        not while it sleeps. Nothing is loaded."""
+        with self._isolated():
+            from vllm.config import set_current_vllm_config
+            from vllm.distributed.parallel_state import get_tp_group
+
+            from megatron_posttrain.rollout import transfer
+
+            tensors = {name: torch.empty(shape, dtype=self.dtype, device="meta") for name, shape in shapes.items()}
+            with set_current_vllm_config(self._llm.llm_engine.vllm_config):
+                (boxes,) = self._llm.apply_model(partial(transfer.taken, tensors=tensors))
+            found: list[Any] = [boxes] * self.tensor
+            if self.tensor > 1:
+                dist.all_gather_object(found, boxes, group=get_tp_group().cpu_group)
+        return found
 
     def update_weights(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
         """Replaces all weights and drops the prefix cache; see `Refit`, which is what to call."""
