@@ -6,6 +6,7 @@ SPMD: every rank holds its shard of the trainer and a rank of a vLLM engine; the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
@@ -19,7 +20,8 @@ from megatron_posttrain.algorithms.advantages import generalized_advantages
 from megatron_posttrain.algorithms.dynamic_sampling import replace_equal
 from megatron_posttrain.algorithms.losses import kl_estimate, policy_gradient_terms
 from megatron_posttrain.algorithms.model_reward import ModelReward
-from megatron_posttrain.config.algorithms import GrpoConfig, PolicyAlgorithm
+from megatron_posttrain.config.algorithms import DistillConfig, GrpoConfig, PolicyAlgorithm
+from megatron_posttrain.config.schema import Config
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import Prompt, PromptDataset
@@ -116,12 +118,7 @@ class Rollouts:
         every = config.algorithm.reference_every
         if every is not None and step and step % every == 0:
             self.engine.keep_weights(REFERENCE)
-        if config.rollout.offload:
-            self.engine.offload()
-        Refit(self.rollout).update(full_tensors(self.engine), step)
-        canary = [p.token_ids for p in self.asked.prompts.prompts[:CANARY_PROMPTS]]
-        own = partial(_canary_logprobs, self.engine, token_budget(config))
-        prove(self.rollout, canary, own, config.rollout.proof_tolerance)
+        refit(self.rollout, self.engine, config, self.asked.prompts.prompts, step)
 
     def draw(self, config: GrpoConfig, step: int, batches: int = 1) -> Samples:
         """The step's samples; where all of a prompt have one reward they are replaced, out of at most `batches`."""
@@ -163,6 +160,17 @@ class Rollouts:
             self.run.checkpoints.state["entropy_coefficient"] = figures["entropy_coefficient"] = weight
         step.log(figures, samples.metrics())
         save_samples(self.run.directory / "rollouts" / f"step_{step.number:06d}.jsonl", samples)
+
+
+def refit(
+    rollout: RolloutEngine, engine: Engine, config: GrpoConfig | DistillConfig, prompts: Sequence[Prompt], step: int
+) -> None:
+    """Collective: the trainer's weights into the rollout engine, and the proof on the first `prompts`."""
+    if config.rollout.offload:
+        engine.offload()
+    Refit(rollout).update(full_tensors(engine), step)
+    own = partial(_canary_logprobs, engine, token_budget(config))
+    prove(rollout, [p.token_ids for p in prompts[:CANARY_PROMPTS]], own, config.rollout.proof_tolerance)
 
 
 def reference_of(config: GrpoConfig) -> dict[str, Any]:
@@ -275,7 +283,7 @@ def denominator(config: GrpoConfig, totals: Totals) -> float:
     }[config.algorithm.aggregation]
 
 
-def token_budget(config: GrpoConfig) -> int:
+def token_budget(config: Config) -> int:
     """Tokens of a micro-batch; samples share it."""
     return config.data.sequence_length * config.training.micro_batch_size
 
@@ -302,7 +310,7 @@ def policy_loss(algorithm: PolicyAlgorithm, output: Output, batch: PackedBatch) 
     return terms, {name: Mean(total, count) for name, total in sums.items()}
 
 
-def make_rollout_engine(config: GrpoConfig, prepared: Prepared) -> RolloutEngine:
+def make_rollout_engine(config: GrpoConfig | DistillConfig, prepared: Prepared) -> RolloutEngine:
     cache = config.rollout.kv_cache_gib
     return RolloutEngine(
         str(prepared.model_path),

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         print(to_yaml(config), end="")
         return 0
-    if algorithm.rollouts:
+    if config.samples:
         # Before torch: it sets what vLLM and OpenMP read from the environment at their import.
         import megatron_posttrain.rollout  # noqa: F401
     from megatron_posttrain.training.process import finish, quiet_libraries

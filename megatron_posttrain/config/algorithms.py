@@ -177,12 +177,19 @@ class DistillAlgorithm(Section):
         None, description="the teacher's k likeliest tokens, and all others as one; null: the whole vocabulary"
     )
     student_fraction: Fraction = Field(
-        0.0, description="of rows that the student samples itself; 0 is what is supported"
+        0.0, description="of a step's conversations: the student answers their last turn itself, in place of the row"
+    )
+    estimator: Literal["exact", "policy_gradient"] = Field(
+        "exact", description="policy_gradient: reverse KL from the sampled tokens' log-probs alone, as an advantage"
     )
 
 
 class TeacherConfig(Section):
     path: str = Field(description="Hugging Face directory or hub id in the local cache")
+    offload: bool = Field(False, description="weights in host memory but while it looks at a step's rows")
+    cache: str | None = Field(
+        None, description="directory of its top_k tokens, 8 x top_k bytes a token that counts; read where it has all"
+    )
 
 
 CONVERSATIONS_ONLY = dict.fromkeys(("data.train_on", "data.cache"), "only sft and distill choose and keep tokens")
@@ -225,18 +232,50 @@ class RewardModelConfig(Config):
     algorithm: RewardModelAlgorithm = Field(default_factory=RewardModelAlgorithm)
 
 
+def engine_key_problems(rollout: RolloutConfig, length: int, world_size: int) -> Iterator[str]:
+    if world_size % rollout.tensor:
+        yield f"rollout.tensor={rollout.tensor} does not divide the {world_size} ranks"
+    if rollout.max_tokens >= length:
+        room = f"no room for a prompt beside rollout.max_tokens={rollout.max_tokens}"
+        yield f"data.sequence_length={length} leaves {room}"
+
+
 class DistillConfig(Config):
     command = "distill"
     mixes = True
     teacher: TeacherConfig = Field(description="a frozen model with the student's tokenizer, in its layout")
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="with algorithm.student_fraction")
     algorithm: DistillAlgorithm = Field(default_factory=DistillAlgorithm)
+    ignored = dict.fromkeys(
+        ("rollout.prompts_per_step", "rollout.samples_per_prompt"), "the batch's conversations are answered, once each"
+    ) | dict.fromkeys(("rollout.thinking_tokens", "rollout.thinking_stop"), "the student ends its reasoning itself")
+
+    @property
+    def samples(self) -> bool:
+        return self.algorithm.student_fraction > 0
 
     def problems(self, world_size: int) -> Iterator[str]:
-        a = self.algorithm
+        a, rollout = self.algorithm, self.rollout.at(None)
         if a.divergence == "jsd" and not 0 < a.beta < 1:
             yield f"algorithm.beta={a.beta} makes jsd zero; allowed: above 0 and below 1, or forward_kl or reverse_kl"
-        if a.student_fraction:
-            yield f"algorithm.student_fraction={a.student_fraction}: no samples of the student yet; allowed: 0"
+        if self.teacher.cache is not None and (a.top_k is None or self.samples):
+            yield "teacher.cache keeps top_k tokens of rows; allowed: null, or algorithm.top_k and student_fraction=0"
+        if self.samples:
+            yield from engine_key_problems(rollout, self.data.sequence_length, world_size)
+            if self.data.train_on == "everything":
+                yield "data.train_on=everything leaves no prompt that algorithm.student_fraction could answer"
+        elif self.rollout != RolloutConfig():
+            yield "rollout has no effect without algorithm.student_fraction; leave it out"
+        if a.estimator == "policy_gradient":
+            needed = {"student_fraction": 1.0, "divergence": "reverse_kl", "top_k": None}
+            for name, value in needed.items():
+                if getattr(a, name) != value:
+                    yield f"algorithm.{name}={getattr(a, name)}: estimator=policy_gradient needs {name}={value}"
+            if self.rollout.temperature != a.temperature:
+                yield (
+                    f"rollout.temperature={self.rollout.temperature} differs from algorithm.temperature="
+                    f"{a.temperature}, and estimator=policy_gradient needs samples of what it trains"
+                )
 
 
 class GrpoConfig(Config):
@@ -254,6 +293,10 @@ class GrpoConfig(Config):
     environment: EnvironmentConfig | None = Field(None, description="what answers the model's turns; null: one turn")
     sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
     algorithm: GrpoAlgorithm = Field(default_factory=GrpoAlgorithm)
+
+    @property
+    def samples(self) -> bool:
+        return True
 
     @property
     def rows_per_step(self) -> int:
@@ -278,19 +321,13 @@ class GrpoConfig(Config):
                 "rollout.samples_per_prompt=1: a sample is compared with the others of its prompt, so nothing would be "
                 "learned; allowed: 2 or more"
             )
-        if world_size % rollout.tensor:
-            yield f"rollout.tensor={rollout.tensor} does not divide the {world_size} ranks"
+        yield from engine_key_problems(rollout, length, world_size)
         if rollout.thinking_tokens is not None and rollout.thinking_tokens >= rollout.max_tokens:
             yield (
                 f"rollout.thinking_tokens={rollout.thinking_tokens} has no effect beside "
                 f"rollout.max_tokens={rollout.max_tokens}; allowed: fewer, or null"
             )
         yield from self._reward_problems()
-        if rollout.max_tokens >= length:
-            yield (
-                f"data.sequence_length={length} leaves no room for a prompt beside "
-                f"rollout.max_tokens={rollout.max_tokens}"
-            )
 
     def _reward_problems(self) -> Iterator[str]:
         if self.environment is None and any(r.name == "environment" and r.file is None for r in self.rewards):
@@ -322,7 +359,6 @@ class Algorithm:
         function: `module:function`; takes the config, returns an exit status.
         help: one line.
         rows: what `data.train` holds.
-        rollouts: whether every trainer rank holds a rank of a vLLM engine.
         held_out: figures of held-out rows by which a best step can be chosen, logged as validation_*.
     """
 
@@ -330,7 +366,6 @@ class Algorithm:
     function: str
     help: str
     rows: Literal["conversations", "prompts", "preferences", "any"] = "conversations"
-    rollouts: bool = False
     held_out: tuple[str, ...] = ()
 
     @property
@@ -352,14 +387,12 @@ ALGORITHMS = {
             "megatron_posttrain.algorithms.grpo:grpo",
             "GRPO with vLLM in every trainer rank",
             rows="prompts",
-            rollouts=True,
         ),
         Algorithm(
             PpoConfig,
             "megatron_posttrain.algorithms.ppo:ppo",
             "PPO with a critic, and vLLM in every trainer rank",
             rows="prompts",
-            rollouts=True,
         ),
         Algorithm(
             DpoConfig,

@@ -355,6 +355,11 @@ class Config(Section):
         return Path(self.data.cache) if self.data.cache else self.output_dir.absolute().parent / ".cache"
 
     @property
+    def samples(self) -> bool:
+        """Whether every trainer rank holds a rank of a vLLM engine."""
+        return False
+
+    @property
     def rows_per_step(self) -> int:
         """Rows of the data that a step takes."""
         return self.training.global_batch_size

@@ -91,7 +91,7 @@ class JobCheck:
                 lambda tokenizer: f"{len(tokenizer)} tokens, chat template found",
                 "use the tokenizer that the model was trained with",
             )
-        if isinstance(self.config, GrpoConfig):
+        if isinstance(self.config, GrpoConfig | DistillConfig) and self.config.samples:
             self._engine(self.config)
         self._data()
         if self.cluster is not None and layout is not None:
@@ -148,7 +148,7 @@ class JobCheck:
             findings.add("ok", "batch", shown)
         return layout
 
-    def _engine(self, config: GrpoConfig) -> None:
+    def _engine(self, config: GrpoConfig | DistillConfig) -> None:
         """What vLLM would refuse."""
         reasons = list(rollout_problems(config, self.arch, self.device))
         for reason in reasons:
@@ -246,8 +246,9 @@ class JobCheck:
         found = self.findings.attempt("memory", lambda: plan_layout(arch, layout, work, cluster.gpu))
         if found is None:
             return
-        if isinstance(config, PpoConfig):
-            self.findings.add("warn", "memory", "planned without the critic, which comes on top")
+        absent = "the critic" if isinstance(config, PpoConfig) else "vLLM" if work.task == "distill" else ""
+        if absent and config.samples:
+            self.findings.add("warn", "memory", f"planned without {absent}, which comes on top")
         if config.precision.dtype == "fp32":
             self.findings.add("warn", "memory", "planned for bf16; fp32 weights and activations take twice the space",
                               "set precision.dtype=bf16 on GPUs")  # fmt: skip

@@ -306,6 +306,16 @@ def save_samples(path: Path, samples: Samples) -> None:
         list(lines)
 
 
+def _worth(samples: Samples, k: int) -> dict[str, Any]:
+    """Of a sample that was graded."""
+    return {
+        "reward": float(samples.rewards[k]),
+        "rewards": {name: float(x[k]) for name, x in samples.rewards_by_name.items() if not np.isnan(x[k])},
+        "advantage": float(samples.advantages[k]),
+        "logprob_difference": float(samples.differences[k]) / max(1, int(samples.sampled[k])),
+    }
+
+
 def _record(samples: Samples, k: int, mine: int) -> dict[str, Any]:
     """Of sample `k`, the replica's number `mine`."""
     prompt, failures = samples.prompts[k], samples.grades[mine].failures
@@ -321,12 +331,9 @@ def _record(samples: Samples, k: int, mine: int) -> dict[str, Any]:
             "response": samples.texts[mine],
             "prompt_token_ids": prompt.token_ids,
             "token_ids": samples.token_ids[mine].tolist(),
-            "reward": float(samples.rewards[k]),
-            "rewards": {name: float(x[k]) for name, x in samples.rewards_by_name.items() if not np.isnan(x[k])},
-            "advantage": float(samples.advantages[k]),
             "finish_reason": samples.finish_reason(k),
-            "logprob_difference": float(samples.differences[k]) / max(1, int(samples.sampled[k])),
         }
+        | (_worth(samples, k) if samples.rewards_by_name else {})
         | turns
         | failed
     )

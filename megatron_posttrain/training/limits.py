@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_posttrain.config.algorithms import GrpoConfig
+from megatron_posttrain.config.algorithms import DistillConfig, GrpoConfig
 from megatron_posttrain.config.schema import RewardConfig
 from megatron_posttrain.data.dataset import PromptDataset
 from megatron_posttrain.data.rows import Row
@@ -54,7 +54,7 @@ def check_positions(lengths: Iterable[int], arch: Architecture) -> None:
         )
 
 
-def rollout_problems(config: GrpoConfig, arch: Architecture | None, device: str) -> Iterator[str]:
+def rollout_problems(config: GrpoConfig | DistillConfig, arch: Architecture | None, device: str) -> Iterator[str]:
     """Why vLLM on `device` (cpu or cuda) cannot run the config's rollouts; one reason each."""
     from megatron_posttrain.rollout.limits import engine_problems
 
