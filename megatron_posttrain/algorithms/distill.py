@@ -130,7 +130,7 @@ class Student:
         if not prompts:
             return self._share(rows, None, config), {"sampled_fraction": 0.0}
         with step.phase("refit"):
-            refit(self.rollout, self.engine, config, prompts, step.index)
+            refit(self.run, self.rollout, self.engine, config, prompts, step.index)
         with step.phase("rollout"):
             sampling = Sampling(1, config.rollout.max_tokens, config.rollout.temperature)
             seeds = np.random.SeedSequence([config.training.seed, step.index]).generate_state(len(prompts), np.uint32)

@@ -37,7 +37,7 @@ from megatron_posttrain.rollout.text import stop_message
 from megatron_posttrain.rollout.turns import Turns, load_turns
 from megatron_posttrain.training.batches import pack_share, to_rows, token_shares
 from megatron_posttrain.training.engine import Engine, StepResult
-from megatron_posttrain.training.export import full_tensors
+from megatron_posttrain.training.export import export_adapter, full_tensors
 from megatron_posttrain.training.heads import LabelLogprobs, Output
 from megatron_posttrain.training.limits import prompts_of, rollout_problems
 from megatron_posttrain.training.prepare import Prepared
@@ -45,6 +45,7 @@ from megatron_posttrain.training.run import Run, Step
 from megatron_posttrain.training.sequences import batch_logprobs, sequence_logprobs, sums_by_sequence
 from megatron_posttrain.training.totals import Mean, Totals
 
+RlConfig = GrpoConfig | DistillConfig  # what draws samples
 CANARY_PROMPTS = 4
 REFERENCE = "reference"
 BAND = (0.5, 5.0)  # of ratios that are no sign of a fault (arXiv 2512.16144)
@@ -118,7 +119,7 @@ class Rollouts:
         every = config.algorithm.reference_every
         if every is not None and step and step % every == 0:
             self.engine.keep_weights(REFERENCE)
-        refit(self.rollout, self.engine, config, self.asked.prompts.prompts, step)
+        refit(self.run, self.rollout, self.engine, config, self.asked.prompts.prompts, step)
 
     def draw(self, config: GrpoConfig, step: int, batches: int = 1) -> Samples:
         """The step's samples; where all of a prompt have one reward they are replaced, out of at most `batches`."""
@@ -163,12 +164,17 @@ class Rollouts:
 
 
 def refit(
-    rollout: RolloutEngine, engine: Engine, config: GrpoConfig | DistillConfig, prompts: Sequence[Prompt], step: int
+    run: Run, rollout: RolloutEngine, engine: Engine, config: RlConfig, prompts: Sequence[Prompt], step: int
 ) -> None:
     """Collective: the trainer's weights into the rollout engine, and the proof on the first `prompts`."""
     if config.rollout.offload:
         engine.offload()
-    Refit(rollout).update(full_tensors(engine), step)
+    if config.rollout.adapters == "ship":
+        directory = run.directory / "rollouts" / "adapter"
+        export_adapter(engine, run.prepared.model_path, directory)
+        rollout.ship(directory)
+    else:
+        Refit(rollout).update(full_tensors(engine), step)
     own = partial(_canary_logprobs, engine, token_budget(config))
     prove(rollout, [p.token_ids for p in prompts[:CANARY_PROMPTS]], own, config.rollout.proof_tolerance)
 
@@ -310,8 +316,8 @@ def policy_loss(algorithm: PolicyAlgorithm, output: Output, batch: PackedBatch) 
     return terms, {name: Mean(total, count) for name, total in sums.items()}
 
 
-def make_rollout_engine(config: GrpoConfig | DistillConfig, prepared: Prepared) -> RolloutEngine:
-    cache = config.rollout.kv_cache_gib
+def make_rollout_engine(config: RlConfig, prepared: Prepared) -> RolloutEngine:
+    cache, shipped = config.rollout.kv_cache_gib, config.rollout.adapters == "ship"
     return RolloutEngine(
         str(prepared.model_path),
         dtype=DTYPES[config.precision.dtype],
@@ -321,7 +327,8 @@ def make_rollout_engine(config: GrpoConfig | DistillConfig, prepared: Prepared) 
         seed=config.training.seed,
         gpu_memory_utilization=config.rollout.gpu_memory_fraction,
         quantization=config.rollout.quantization,
-        load_weights=False,
+        lora_rank=config.lora.rank if shipped and config.lora else None,
+        load_weights=shipped,
     )
 
 

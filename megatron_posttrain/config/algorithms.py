@@ -345,11 +345,6 @@ class PpoConfig(GrpoConfig):
     critic: CriticConfig = Field(default_factory=CriticConfig)
     algorithm: PpoAlgorithm = Field(default_factory=PpoAlgorithm)  # type: ignore[assignment]
 
-    def problems(self, world_size: int) -> Iterator[str]:
-        yield from super().problems(world_size)
-        if self.lora is not None:
-            yield "lora: the critic has no adapters; allowed: null"
-
 
 @dataclass(frozen=True)
 class Algorithm:

@@ -265,8 +265,9 @@ class JobCheck:
             self.findings.add("warn", "plan", warning)
 
     def _what_fits(self, arch: Architecture, work: Workload, cluster: Cluster) -> str:
-        gpu, teacher = cluster.gpu, {"teacher": work.teacher, "teacher_path": work.teacher_path}
-        free = Workload(work.task, work.sequence_length, work.global_batch, **teacher)  # type: ignore[arg-type]
+        gpu, kept = cluster.gpu, ("task", "lora_rank", "quantization", "teacher", "teacher_path")
+        free = Workload(sequence_length=work.sequence_length, global_batch=work.global_batch,
+                        **{name: getattr(work, name) for name in kept})  # fmt: skip
         best = plan(arch, cluster.gpus, free, gpu)[0]
         if best.fits:
             return _told(best, gpu)
@@ -293,7 +294,8 @@ def workload(config: Config) -> Workload:
         FP8_PRECISIONS.get(config.precision.fp8, "fp8"),
         config.training.micro_batch_size,
         config.model.recompute,
-        lora_rank=config.lora.rank if config.lora else 16,
+        lora_rank=config.lora.rank if config.lora else None,
+        quantization=config.lora.quantization if config.lora else None,
     )
     if isinstance(config, DpoConfig):
         return replace(work, task="dpo")

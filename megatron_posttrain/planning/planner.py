@@ -1,7 +1,7 @@
 """Memory and time of a workload under a layout, and the ranking of all layouts that training accepts."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_posttrain.errors import UserError
@@ -11,7 +11,7 @@ from megatron_posttrain.parallel.layout import Layout, batch_problem
 from megatron_posttrain.planning.activations import Shapes, logits_bytes, stage_activations
 from megatron_posttrain.planning.flops import adapter_weights, flops_per_token
 from megatron_posttrain.planning.gpus import Gpu
-from megatron_posttrain.planning.layers import layer_linears
+from megatron_posttrain.planning.layers import Linear, layer_linears
 from megatron_posttrain.planning.layouts import (
     MICRO_BATCHES,
     depth_of,
@@ -32,6 +32,7 @@ COMMUNICATOR_GIB = 0.5
 ENGINE_COMMUNICATORS = 2
 ALLOCATOR_SHARE = 0.02  # of what is allocated for good: 6 MiB shards of optimizer states lie in 20 MiB segments
 PAGEABLE_BYTES_PER_S = 8e9  # host memory to GPU and back; assumed, not fitted
+NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # of a weight in NF4 with double quantisation
 SPARE = 0.1  # of a GPU's memory: what is estimated here varies by so much
 LOGPROB_PASS = 1 / 3  # GRPO's forward pass for the old log-probs, against forward and backward
 
@@ -65,13 +66,13 @@ def estimate(
     count = 2 if work.task == "dpo" else 1  # sequences a row
     work = replace(work, micro_batch=count * micro_batch, global_batch=count * work.global_batch, recompute=recompute)
     if work.lora:
-        trained = max((_adapters(arch, layout, stage, work.lora_rank) for stage in range(layout.pipeline)), key=sum)
+        trained = max((_adapters(arch, layout, stage, work.rank) for stage in range(layout.pipeline)), key=sum)
     else:
         trained = trained_elements(arch, layout)
     seconds, _ = step_time(arch, layout, work, gpu, trained)
     stages = sorted({0, min(1, layout.pipeline - 1), layout.pipeline - 1})
     memories = [_stage_memory(arch, layout, work, stage, exact) for stage in stages]
-    flops = flops_per_token(arch, work.row_length, work.lora_rank if work.lora else None)
+    flops = flops_per_token(arch, work.row_length, work.rank if work.lora else None)
     refit = 0.0
 
     def of(rollout: RolloutPlan | None, offload: bool) -> Estimate:
@@ -145,9 +146,14 @@ def _stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int
         "optimizer": 12.0 * (dense / replicas + experts / expert_data(layout)),
     }
     if work.lora:
-        adapters = _adapters(arch, layout, stage, work.lora_rank)
+        adapters = _adapters(arch, layout, stage, work.rank)
         states = adapters[0] / replicas + adapters[1] / expert_data(layout)
         memory["weights"] += 2 * sum(adapters)
+        if work.quantization is not None:
+            linears = sum(_of_linears(arch, layout, stage, _local_weights))
+            layers = sum(count for _, count in stage_kinds(arch, depth_of(layout))[stage])
+            memory["weights"] -= (2 - NF4_BYTES) * linears
+            memory["dequantised"] = 2 * linears / max(1, layers)  # one layer at a time
         memory |= {"gradients": 4 * sum(adapters), "optimizer": 12 * states}
     elif exact:
         state = rank_state(arch, layout, stage * (layout.world_size // layout.pipeline))
@@ -174,14 +180,26 @@ def _stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int
 
 def _adapters(arch: Architecture, layout: Layout, stage: int, rank: int) -> tuple[float, float]:
     """LoRA parameters of a stage's rank: dense, and of its experts."""
+    return _of_linears(arch, layout, stage, lambda linear, tensor: adapter_weights(linear, rank, tensor))
+
+
+def _local_weights(linear: Linear, tensor: int) -> float:
+    inputs, outputs = linear.local(tensor)
+    return inputs * outputs
+
+
+def _of_linears(
+    arch: Architecture, layout: Layout, stage: int, size: Callable[[Linear, int], float]
+) -> tuple[float, float]:
+    """Sums of `size`(layer, tensor ranks) over the linear layers of a stage's rank: dense, and of its experts."""
     held = arch.moe.num_experts / layout.expert if arch.moe is not None else 0
     dense, experts = 0.0, 0.0
     for layer, count in stage_kinds(arch, depth_of(layout))[stage]:
         for linear, of_expert in layer_linears(arch, layer):
             if of_expert:
-                experts += count * held * adapter_weights(linear, rank, layout.expert_tensor)
+                experts += count * held * size(linear, layout.expert_tensor)
             else:
-                dense += count * adapter_weights(linear, rank, layout.tensor)
+                dense += count * size(linear, layout.tensor)
     return dense, experts
 
 

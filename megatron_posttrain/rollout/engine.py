@@ -7,6 +7,7 @@ import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from megatron_posttrain.parallel.groups import broadcast_object, start_distribut
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout import vllm_fixes
 from megatron_posttrain.rollout.isolation import Isolation
-from megatron_posttrain.rollout.limits import CPU_CACHE_BYTES, explained
+from megatron_posttrain.rollout.limits import CPU_CACHE_BYTES, RANKS, explained
 from megatron_posttrain.upstream.gloo import shared_device
 
 CPU_BLOCK_SIZE = 32  # the attention kernel wants multiples of 32; vLLM's 128 shares no prefix of a short prompt
@@ -65,6 +66,7 @@ class RolloutEngine:
         max_num_seqs: requests that run at once; more of them wait.
         gpu_memory_utilization: fraction of the GPU for weights and cache together; CUDA only.
         quantization: vLLM's name of what its linear layers are quantised to at every refit; CUDA only.
+        lora_rank: of the adapter that `ship` brings; None: there is none.
         load_weights: False where a refit brings them before anything is generated: nothing is read.
 
     Raises:
@@ -84,6 +86,7 @@ class RolloutEngine:
         seed: int = 0,
         gpu_memory_utilization: float = 0.5,
         quantization: str | None = None,
+        lora_rank: int | None = None,
         load_weights: bool = True,
     ) -> None:
         start_distributed()  # in a process without torchrun: a world of one
@@ -108,6 +111,11 @@ class RolloutEngine:
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
         }
+        self._adapter: Any = None  # vLLM's request for it
+        self._keeps_base = lora_rank is not None
+        if lora_rank is not None:
+            room = next(rank for rank in RANKS if rank >= lora_rank)
+            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
         options |= _cpu_options(kv_cache_bytes) if self._cpu else _cuda_options(kv_cache_bytes, gpu_memory_utilization)
         rank = dist.get_rank()
         local = os.environ.get("LOCAL_RANK", str(torch.cuda.current_device() if not self._cpu else rank))
@@ -194,7 +202,7 @@ class RolloutEngine:
                 )
                 for seed, limit in zip(seeds, limits, strict=True)
             ]
-            outputs = self._llm.generate(requests, params, use_tqdm=False)
+            outputs = self._llm.generate(requests, params, use_tqdm=False, lora_request=self._adapter)
         return [_completion(output.outputs[0]) for output in outputs]
 
     def greedy(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Completion]:
@@ -217,17 +225,33 @@ class RolloutEngine:
             self._llm.start_weight_update()
             self._llm.update_weights({"update_info": {"tensors": tensors}})
             self._llm.finish_weight_update(weight_version=str(version))
-            if not self._llm.reset_prefix_cache():
-                raise RuntimeError("vLLM kept its prefix cache after a weight update: requests are still running")
+            self._forget()
+
+    def _forget(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache after a weight update: requests are still running")
+
+    def ship(self, directory: Path) -> None:
+        """Collective: from now on completions are of the base with the adapter in `directory` (PEFT's files)."""
+        dist.barrier()  # it is written
+        self.wake("weights")
+        self.wake("kv_cache")
+        with self._isolated():
+            from vllm.lora.request import LoRARequest
+
+            self._adapter = LoRARequest("adapter", 1, str(directory))
+            self._llm.llm_engine.add_lora(LoRARequest("adapter", 1, str(directory), load_inplace=True))
+            self._forget()
 
     def sleep(self) -> None:
         """Gives the GPU's memory, weights and cache, to the trainer; nothing on CPU. A refit wakes it.
 
-        Level 2: level 1 would keep a copy of the weights in host memory, which the refit replaces anyway.
+        Level 2: level 1 would keep a copy of the weights in host memory, which the refit replaces anyway, but where
+        only adapters are shipped.
         """
         if not self._cpu:
             with self._isolated():
-                self._llm.sleep(level=2)
+                self._llm.sleep(level=1 if self._keeps_base else 2)
 
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
         """Maps memory that `sleep` gave away; what is in it is undefined."""

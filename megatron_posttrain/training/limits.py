@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_posttrain.config.algorithms import DistillConfig, GrpoConfig
-from megatron_posttrain.config.schema import RewardConfig
+from megatron_posttrain.config.schema import Config, RewardConfig
 from megatron_posttrain.data.dataset import PromptDataset
 from megatron_posttrain.data.rows import Row
 from megatron_posttrain.errors import UserError
@@ -63,6 +63,8 @@ def rollout_problems(config: GrpoConfig | DistillConfig, arch: Architecture | No
         yield f"rollout.offload needs precision.dtype bf16, found {precision}"
     if rollout.quantization is not None and device != "cuda":
         yield f"rollout.quantization: {rollout.quantization} runs on CUDA only; allowed here: null"
+    if rollout.adapters == "ship":
+        yield from _shipping_problems(config, arch, device)
     if arch is not None:
         cache = rollout.kv_cache_gib
         yield from engine_problems(
@@ -73,3 +75,16 @@ def rollout_problems(config: GrpoConfig | DistillConfig, arch: Architecture | No
             cache_bytes=None if cache is None else int(cache * 2**30),
             dtype_bytes=4 if precision == "fp32" else 2,
         )
+
+
+def _shipping_problems(config: Config, arch: Architecture | None, device: str) -> Iterator[str]:
+    from megatron_posttrain.rollout.limits import RANKS
+
+    reasons = {
+        "lora is null, so there is no adapter": config.lora is None,
+        "model.random_init leaves vLLM no base to read": config.model.random_init,
+        "vLLM takes no magnitudes (lora.use_dora)": config.lora is not None and config.lora.use_dora,
+        f"vLLM takes ranks up to {RANKS[-1]}": config.lora is not None and config.lora.rank > RANKS[-1],
+        "vLLM's CPU build has no adapters of experts": device == "cpu" and arch is not None and arch.moe is not None,
+    }
+    yield from (f"rollout.adapters=ship: {why}; allowed: merge" for why, found in reasons.items() if found)
