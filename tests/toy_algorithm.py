@@ -53,5 +53,5 @@ def toy(config: ToyConfig) -> int:
 
 
 if __name__ == "__main__":
-    ALGORITHMS["toy"] = Algorithm(ToyConfig, "tests.toy_algorithm:toy", "a toy")
+    ALGORITHMS["toy"] = Algorithm(ToyConfig, "a toy", function="tests.toy_algorithm:toy")
     sys.exit(main())

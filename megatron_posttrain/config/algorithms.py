@@ -351,17 +351,17 @@ class Algorithm:
     """A training command.
 
     Args:
-        function: `module:function`; takes the config, returns an exit status.
         help: one line.
         rows: what `data.train` holds.
         held_out: figures of held-out rows by which a best step can be chosen, logged as validation_*.
+        function: `module:function`; takes the config, returns an exit status. None: of its name, in `algorithms/`.
     """
 
     config: type[Config]
-    function: str
     help: str
     rows: Literal["conversations", "prompts", "preferences", "any"] = "conversations"
     held_out: tuple[str, ...] = ()
+    function: str | None = None
 
     @property
     def name(self) -> str:
@@ -369,51 +369,20 @@ class Algorithm:
 
     def load(self) -> Callable[[Any], int]:
         """The function; imports its module, and torch with it."""
-        module, name = self.function.split(":")
+        own = self.name.replace("-", "_")
+        module, name = (self.function or f"megatron_posttrain.algorithms.{own}:{own}").split(":")
         return getattr(importlib.import_module(module), name)
 
 
 ALGORITHMS = {
     row.name: row
     for row in (
-        Algorithm(SftConfig, "megatron_posttrain.algorithms.sft:sft", "supervised fine-tuning", held_out=("loss",)),
-        Algorithm(
-            GrpoConfig,
-            "megatron_posttrain.algorithms.grpo:grpo",
-            "GRPO with vLLM in every trainer rank",
-            rows="prompts",
-        ),
-        Algorithm(
-            PpoConfig,
-            "megatron_posttrain.algorithms.ppo:ppo",
-            "PPO with a critic, and vLLM in every trainer rank",
-            rows="prompts",
-        ),
-        Algorithm(
-            DpoConfig,
-            "megatron_posttrain.algorithms.dpo:dpo",
-            "preferences: DPO and its relatives, KTO",
-            rows="preferences",
-            held_out=("loss", "accuracy"),
-        ),
-        Algorithm(
-            RewardModelConfig,
-            "megatron_posttrain.algorithms.reward_model:reward_model",
-            "a scalar reward from pairs",
-            rows="preferences",
-            held_out=("loss", "accuracy"),
-        ),
-        Algorithm(
-            DistillConfig,
-            "megatron_posttrain.algorithms.distill:distill",
-            "a student learns a teacher's distributions",
-            held_out=("loss",),
-        ),
-        Algorithm(
-            ScoreConfig,
-            "megatron_posttrain.algorithms.score:score",
-            "log-probabilities of the tokens of conversations",
-            rows="any",
-        ),
+        Algorithm(SftConfig, "supervised fine-tuning", held_out=("loss",)),
+        Algorithm(GrpoConfig, "GRPO with vLLM in every trainer rank", "prompts"),
+        Algorithm(PpoConfig, "PPO with a critic, and vLLM in every trainer rank", "prompts"),
+        Algorithm(DpoConfig, "preferences: DPO and its relatives, KTO", "preferences", ("loss", "accuracy")),
+        Algorithm(RewardModelConfig, "a scalar reward from pairs", "preferences", ("loss", "accuracy")),
+        Algorithm(DistillConfig, "a student learns a teacher's distributions", held_out=("loss",)),
+        Algorithm(ScoreConfig, "log-probabilities of the tokens of conversations", "any"),
     )
 }
