@@ -53,7 +53,7 @@ def long(sample):
 class Drawn:
     """Completions that are there already, as an engine of one rank returns them."""
 
-    tensor = 1
+    tensor, choices = 1, None
 
     def __init__(self, samples: int, vocabulary: int) -> None:
         self.replica, self.replicas = dist.get_rank(), dist.get_world_size()

@@ -1,4 +1,4 @@
-"""The directory that a command writes."""
+"""The directory that a command writes, and files in it that others read meanwhile."""
 
 import os
 from pathlib import Path
@@ -21,3 +21,11 @@ def check_output(directory: Path, key: str = "output", files: tuple[str, ...] = 
         if (directory / name).is_dir():
             raise UserError(f"{key}={directory}: {directory / name} is a directory, a file is to be written there")
     return there
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Whoever reads the file finds all of it, or what it was before, at any time; the directory is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -10,7 +11,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 # Configs of training commands; recipes and suites are files of others
@@ -24,23 +29,46 @@ def torchrun(processes: int, *arguments: str, check: bool = True, timeout: int =
     return execute([*command, *arguments], check=check, timeout=timeout)
 
 
-def ranks(processes: int, *arguments: str, check: bool = True, timeout: int = 600) -> Done:
-    """As `torchrun`, by forks of a process that has imported everything: some 7 CPU seconds less a rank."""
+def ranks(
+    processes: int, *arguments: str, check: bool = True, timeout: int = 600, rollout: bool = False, te: bool = False
+) -> Done:
+    """As `torchrun`, by forks of a process that has imported everything, vLLM too where `rollout`: 7 CPU seconds less a
+    rank, 9 more with vLLM. `te`: what `python -m tests.te` would run."""
     with tempfile.TemporaryDirectory() as directory:
         files = {name: Path(directory, name) for name in ("stdin", "stdout", "stderr")}
         for file in files.values():
             file.touch()
-        job = {"processes": processes, "line": arguments} | {name: str(file) for name, file in files.items()}
-        status = _warm().run(job, timeout)
+        job = {"processes": processes, "line": arguments, "rollout": rollout, "environment": environment()}
+        status = _warm("te" if te else "").run(job | {name: str(file) for name, file in files.items()}, timeout)
         done = Done(arguments, status, files["stdout"].read_text(), files["stderr"].read_text())
     return checked(done, check)
+
+
+@contextlib.contextmanager
+def killed(processes: int, *arguments: str) -> Iterator[threading.Thread]:
+    """Ranks while the block lasts: they get SIGKILL at its end."""
+    job = threading.Thread(target=ranks, args=(processes, *arguments), kwargs={"check": False})
+    job.start()
+    yield job
+    supervisors = psutil.Process(_warm("").process.pid).children()
+    alive = [rank for supervisor in supervisors for rank in supervisor.children()]
+    assert alive, "the run ended before it could be killed"
+    for rank in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.kill()
+    job.join()
+
+
+def forked(*arguments: str, check: bool = True, timeout: int = 600, rollout: bool = False) -> Done:
+    """`python ARGUMENTS` as one process without torchrun, by a fork as above."""
+    return ranks(0, *arguments, check=check, timeout=timeout, rollout=rollout)
 
 
 class Warm:
     """tests/warm.py as a process, ended with its ranks when this one ends or a job takes too long."""
 
-    def __init__(self) -> None:
-        line = [sys.executable, "-m", "tests.warm"]
+    def __init__(self, kind: str) -> None:
+        line = [sys.executable, "-m", "tests.warm", kind]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
             line, cwd=ROOT, env=environment(), stdin=pipe, stdout=pipe, text=True, start_new_session=True
@@ -67,9 +95,14 @@ class Warm:
 _warm = functools.cache(Warm)
 
 
-def command(*arguments: str, check: bool = True, timeout: int = 600) -> Done:
+def command(*arguments: str, check: bool = True, rollout: bool = False) -> Done:
     """`megatron-posttrain ARGUMENTS` as one process."""
-    return execute([sys.executable, "-m", "megatron_posttrain", *arguments], check=check, timeout=timeout)
+    return forked("-m", "megatron_posttrain", *arguments, check=check, rollout=rollout)
+
+
+def cold(*arguments: str, check: bool = True, timeout: int = 600) -> Done:
+    """`python ARGUMENTS` as a user starts it."""
+    return execute([sys.executable, *arguments], check=check, timeout=timeout)
 
 
 def environment() -> dict[str, str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+import functools
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from tests.launch import execute
+from tests.launch import forked
 
 SIZES: dict[str, Any] = {
     "vocab_size": 301,  # odd, so that tensor parallelism has to pad it
@@ -34,10 +36,15 @@ EXPERTS: dict[str, Any] = {
 
 def make_assets(directory: Path) -> Path:
     """The quickstart's model, tokenizer and data, with few rows; the directory that holds them."""
-    assets = directory / "assets"
-    line = ["examples/quickstart/make_assets.py", str(assets), "--train", "300", "--rl", "64", "--heldout", "16"]
-    execute([sys.executable, *line], check=True, timeout=120)
-    return assets
+    return Path(shutil.copytree(Path(_assets().name, "assets"), directory / "assets"))
+
+
+@functools.cache
+def _assets() -> TemporaryDirectory[str]:
+    directory = TemporaryDirectory()
+    line = ["examples/quickstart/make_assets.py", f"{directory.name}/assets", "--train", "300", "--rl", "64"]
+    forked(*line, "--heldout", "16", timeout=120)
+    return directory
 
 
 def make_qwen3(directory: Path, kind: str) -> str:

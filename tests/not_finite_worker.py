@@ -1,10 +1,12 @@
-"""Run by test_not_finite.py: a good step, then one that something spoils on one rank. worker.py JOBS.json:
-[{"model", "layout", "dtype", "fault", "rank", "out"}]; facts.json: what was said by all ranks, whether weights moved.
+"""Run by test_not_finite.py: a good step, then steps that something spoils on one rank. worker.py JOBS.json:
+[{"model", "layout", "dtype", "faults", "rank", "out"}]; OUT-FAULT.json: what all ranks said, whether weights moved.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from megatron_posttrain.algorithms.losses import cross_entropy_terms
 from megatron_posttrain.config.algorithms import SftConfig
+from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.errors import NotFiniteError
 from megatron_posttrain.models.sharded import unwrap
 from megatron_posttrain.training.batches import rank_micro_batches
@@ -39,15 +42,21 @@ def state(engine: Engine) -> list[Tensor]:
     return [tensor.clone() for tensor in tensors]
 
 
-def spoil(engine: Engine, fault: str) -> None:
-    """On this rank: the output of its second layer's MLP, or the gradient of its down-projection."""
-    layer = unwrap(engine.modules[-1]).decoder.layers[1]  # type: ignore[union-attr, index]
+@contextmanager
+def spoilt(engine: Engine, fault: str) -> Iterator[None]:
+    """On this rank: the output of its last stage's second MLP, or the gradient or a weight of its down-projection."""
+    down = unwrap(engine.modules[-1]).decoder.layers[1].mlp.linear_fc2  # type: ignore[union-attr, index]
+    kept, hook = down.weight.data[0, 0].clone(), None
     if fault == "activation":
-        layer.mlp.linear_fc2.register_forward_hook(lambda module, inputs, out: (out[0] * torch.nan, out[1]))
+        hook = down.register_forward_hook(lambda module, inputs, out: (out[0] * torch.nan, out[1]))
     if fault == "gradient":
-        layer.mlp.linear_fc2.register_full_backward_hook(lambda module, into, out: (into[0] * torch.inf,))
+        hook = down.register_full_backward_hook(lambda module, into, out: (into[0] * torch.inf,))
     if fault == "weight":
-        layer.mlp.linear_fc2.weight.data[0, 0] = torch.nan
+        down.weight.data[0, 0] = torch.nan
+    yield
+    if hook is not None:
+        hook.remove()
+    down.weight.data[0, 0] = kept
 
 
 def run(job: dict[str, Any]) -> None:
@@ -65,12 +74,17 @@ def run(job: dict[str, Any]) -> None:
     engine.train_step(rows, partial(loss, 1.0), per_token, 1e-3)
     engine.gather_weights()
     here = dist.get_rank() == job["rank"]
-    if here:
-        spoil(engine, job["fault"])
-    before = state(engine)
-    message = ""
+    for fault in job["faults"]:
+        with spoilt(engine, fault) if here else nullcontext():
+            facts = refused(engine, rows, float("nan") if here and fault == "loss" else 1.0)
+        if dist.get_rank() == 0:
+            Path(f"{job['out']}-{fault}.json").write_text(json.dumps(facts))
+
+
+def refused(engine: Engine, rows: list[PackedBatch], factor: float) -> list[Any]:
+    """Of every rank: what a step is refused with, and whether weights and optimizer keep every bit."""
+    before, message = state(engine), ""
     try:
-        factor = float("nan") if here and job["fault"] == "loss" else 1.0
         engine.train_step(rows, partial(loss, factor), per_token, 1e-3)
     except NotFiniteError as error:
         message = str(error)
@@ -81,8 +95,7 @@ def run(job: dict[str, Any]) -> None:
     )
     facts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(facts, (message, same))
-    if dist.get_rank() == 0:
-        Path(job["out"]).write_text(json.dumps(facts))
+    return facts
 
 
 if __name__ == "__main__":

@@ -243,6 +243,7 @@ def main() -> None:
     for kind, tensor in ENGINES:
         results[kind] = check_engine(directory, kind, tensor, rank)
     results["sampling"] = check_sampling(directory, rank)
+    results["compiled"] = sum(torch._dynamo.utils.counters["frames"].values())
     results["unfixed"] = check_unfixed_start(directory)
     (directory / f"results.{rank}.json").write_text(json.dumps(results))
     dist.barrier()

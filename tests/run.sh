@@ -10,6 +10,7 @@ if [ $# -eq 0 ]; then
     .venv/bin/mypy
     git ls-files -z '*.sh' '*.sbatch' .ci/run | xargs -0 .venv/bin/shellcheck
 fi
-# Most tests are several processes that wait for each other: three files at a time keep two cores busy.
-[ $# -gt 0 ] || set -- --numprocesses 3 --dist loadfile
+# Most tests are several processes that wait for each other: three files at a time keep two cores busy; in the order
+# of tests/conftest.py.
+[ $# -gt 0 ] || set -- --numprocesses 3 --dist loadfile --no-loadscope-reorder
 exec .venv/bin/python -m pytest "$@"

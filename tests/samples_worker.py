@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,15 @@ from megatron_posttrain.rewards import load_rewards
 from megatron_posttrain.rollout.engine import Completion, Sampling
 from megatron_posttrain.rollout.samples import Samples, generate_samples, join, save_samples
 
+CHOICES = np.dtype((np.uint8, (3, 2)))
+
 
 @dataclass
 class Replayed:
     """A rollout engine's place, and completions that depend on the seed alone."""
 
     tensor: int
+    choices: Any = CHOICES
 
     @property
     def replica(self) -> int:
@@ -36,7 +39,12 @@ class Replayed:
         return dist.get_world_size() // self.tensor
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: Any) -> list[Completion]:
-        return [completion(seed) for seed in seeds]
+        pairs = zip(prompts, map(completion, seeds), seeds, strict=True)
+        return [replace(said, experts=experts(seed, len(prompt + said.token_ids))) for prompt, said, seed in pairs]
+
+
+def experts(seed: int, tokens: int) -> Any:
+    return np.random.default_rng(seed).integers(0, 8, (tokens - 1, 3, 2), np.uint8)
 
 
 def completion(seed: int) -> Completion:
@@ -57,6 +65,7 @@ def check(samples: Samples, wanted: list[list[int]], data_rank: int, seeds: list
         said, asked, got = completion(seeds[i]), samples.prompts[i].token_ids, sequence(i)
         assert got.index == i
         assert got.token_ids.tolist() == asked + said.token_ids
+        assert np.array_equal(got.experts, experts(seeds[i], len(got.token_ids)))
         assert got.loss_mask.tolist() == [False] * len(asked) + [True] * len(said.token_ids)
         assert got.extras["rollout_logprobs"].tolist() == [0.0] * len(asked) + said.logprobs
         advantages = [0.0] * len(asked) + [float(samples.advantages[i])] * len(said.token_ids)

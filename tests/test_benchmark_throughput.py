@@ -24,7 +24,7 @@ from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.training import heartbeat
 from megatron_posttrain.training.run import Run
-from tests.launch import ranks, torchrun
+from tests.launch import ranks
 from tests.models import make_assets
 from tools.benchmark_throughput import main
 
@@ -85,12 +85,12 @@ def draws(mean: float, count: int, seed: int) -> list[float]:
     return [source.gauss(mean, 0.05 * mean) for _ in range(count)]
 
 
-def test_measured_under_torchrun(tmp_path: Path) -> None:
+def test_measured_on_two_ranks(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(HF_CONFIG))
     config, output = tmp_path / "bench.yaml", tmp_path / "out" / "result.json"
     config.write_text(yaml.safe_dump(TREE | {"model": {"path": str(tmp_path)}}))
     options = ["--config", str(config), "--steps", "2", "--warmup", "1", "--output", str(output)]
-    done = torchrun(2, "tools/benchmark_throughput.py", *options, "--sweep", "tensor=2;pipeline=2;context=2")
+    done = ranks(2, "tools/benchmark_throughput.py", *options, "--sweep", "tensor=2;pipeline=2;context=2")
     assert "slowest rank" in done.stdout
     assert max(len(line.rstrip()) for line in done.stdout.splitlines()) <= 100
     tree = json.loads(output.read_text())
@@ -217,7 +217,7 @@ def test_grpo_tells_of_every_rank(tmp_path: Path) -> None:
     }
     config.write_text(yaml.safe_dump(TREE | tree))
     options = ["--config", str(config), "--steps", "2", "--warmup", "1", "--output", str(output)]
-    torchrun(2, "tools/benchmark_throughput.py", *options)
+    ranks(2, "tools/benchmark_throughput.py", *options, rollout=True)
     (found,) = json.loads(output.read_text())["results"]
     for rank in found["ranks"]:
         assert set(rank["phase_seconds"]) == {"rollout", "train", "refit", "other"}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_posttrain.cli.main import main
-from megatron_posttrain.curation.words import ngrams, words
+from megatron_posttrain.curation.words import common_subsequence, ngrams, words
 from megatron_posttrain.data.files import records
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "datasets"
@@ -143,9 +143,45 @@ def test_contamination_planted_in_real_rows(
     assert sum(i < len(clean) for i in found) <= (1 - precision) * len(clean)
 
 
+def test_longest_common_subsequence() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(30):
+        one, two = (random.integers(0, 6, random.integers(0, 90)).astype(np.uint64) for _ in range(2))
+        table = np.zeros((len(one) + 1, len(two) + 1), int)
+        for i, a in enumerate(one):
+            for j, b in enumerate(two):
+                table[i + 1, j + 1] = table[i, j] + 1 if a == b else max(table[i, j + 1], table[i + 1, j])
+        assert common_subsequence(one, two) == table[-1, -1]
+
+
+def test_subsequences_domains_and_mixed_languages(tmp_path: Path) -> None:
+    asked = "how many of the seven red boats sail north on a day with a strong west wind from the old harbour"
+    first, *_, last = asked.split(" a day ")
+    rows = [
+        {"prompt": f"Tell me {asked} please", "response": "Six.", "kind": "a"},
+        {"prompt": f"{last} a day {first}", "response": "None of them.", "kind": "a"},  # n-grams shared, not the order
+        {"prompt": "What is it that you see in the sky?", "response": "The moon and the stars.", "kind": "a"},
+        {"prompt": "What is it?", "response": "Das ist nicht der Mond, es ist die Sonne.", "kind": "a"},
+        {"prompt": "Where is the dog?", "response": "It is in the garden of the house.", "kind": "b"},
+        {"prompt": "Where are all of the other dogs?", "response": "They are at the vet.", "kind": "a"},
+    ]
+    test = write(tmp_path / "test.jsonl", [{"prompt": asked}])
+    file = write(tmp_path / "rows.jsonl", rows)
+    kept, dropped = curate(
+        tmp_path / "out", file, "--against", test, "--ngram", 8, "--overlap", 0, "--lcs", 0.6, "--mixed", 0.2,
+        "--domain", "kind", "--per-domain", 2,
+    )  # fmt: skip
+    assert kept == [rows[1], rows[2], rows[4]]
+    assert [(d["reason"], d["row"]) for d in dropped] == [
+        ("contaminated", rows[0]), ("mixed language", rows[3]), ("domain", rows[5]),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--domain", "kind"], "--domain would be ignored without --per-domain"),
+        (["--domain", "knd", "--per-domain", "1"], "rows.jsonl:1: --domain: no column knd"),
         (["--ngram", "13"], "--ngram would be ignored without --against"),
         (["--language", "eng"], "no language 'eng'; did you mean"),
         (["--against", "nowhere.jsonl"], "nowhere.jsonl: no such file"),

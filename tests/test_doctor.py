@@ -21,7 +21,7 @@ from megatron_posttrain.doctor import machine
 from megatron_posttrain.doctor.findings import Findings
 from megatron_posttrain.doctor.job import Cluster, fewest_ranks
 from megatron_posttrain.errors import UserError
-from tests.launch import EXAMPLES, torchrun
+from tests.launch import EXAMPLES, ranks
 from tests.models import make_assets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +68,7 @@ def test_examples_pass_on_the_cluster_they_are_for(
     status, found = doctor(capsys, "--config", str(example), "--assume", cluster, *model)
     assert status == 0, [f for f in found.values() if f["status"] == "fail"]
     assert found["layout"]["status"] == "ok"
-    if small or example.name == "ppo.yaml":  # planned without its critic, and told so
+    if small:
         return
     assert found["memory"]["status"] == "ok"
     used, of = re.match(r"([\d.]+) of (\d+) GiB", found["memory"]["found"]).groups()  # type: ignore[union-attr]
@@ -231,7 +231,7 @@ def test_fewest_ranks() -> None:
 
 
 def test_bandwidth_between_ranks() -> None:
-    done = torchrun(2, "-m", "megatron_posttrain", "doctor", "--bandwidth", "--bandwidth-mib", "2", "--json")
+    done = ranks(2, "-m", "megatron_posttrain", "doctor", "--bandwidth", "--bandwidth-mib", "2", "--json")
     found = [f for f in json.loads(done.stdout)["findings"] if f["check"] in ("bandwidth", "links")]
     assert [f["check"] for f in found] == ["bandwidth", "bandwidth", "links"]
     assert "2 inside a node" in found[-1]["found"]

@@ -12,7 +12,7 @@ import torch
 
 from megatron_posttrain.cli.main import main
 from megatron_posttrain.evaluation import wilson_interval
-from tests.launch import command
+from tests.launch import cold
 from tests.rollout_models import EVEN, make_model, make_tokenizer
 
 ROWS = [{"prompt": f"{i}?", "answer": "1"} for i in range(6)]
@@ -46,8 +46,8 @@ def test_alone_as_one_process(model: Path, data: Path, tmp_path: Path) -> None:
 
     (tmp_path / "reward.py").write_text(EVEN)
     output = tmp_path / "out"
-    done = command(
-        "evaluate",
+    done = cold(
+        *("-m", "megatron_posttrain", "evaluate"),
         *("--model", str(model), "--data", str(data), "--limit", "4", "--max-tokens", "9"),
         *("--reward", "even", "--reward-file", str(tmp_path / "reward.py"), "--output", str(output)),
     )

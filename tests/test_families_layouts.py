@@ -12,7 +12,7 @@ import torch
 
 from tests.family_checks import assert_same_tensors, saved_tensors, tiny_model
 from tests.family_configs import tiny_configs
-from tests.launch import ranks, torchrun
+from tests.launch import ranks
 from tests.layouts import reference
 from tests.te import needs_transformer_engine
 
@@ -53,7 +53,7 @@ def torch_layers(sources: Path) -> None:
 @pytest.fixture(scope="module")
 def te_layers(sources: Path) -> None:
     (sources / "te.json").write_text(json.dumps(jobs(sources, "te")))
-    torchrun(4, "-m", "tests.te", WORKER, str(sources / "te.json"))
+    ranks(4, "-m", WORKER, str(sources / "te.json"), te=True)
 
 
 def check(sources: Path, name: str, layers: str) -> None:

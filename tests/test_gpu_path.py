@@ -7,7 +7,6 @@ import importlib
 import json
 import pkgutil
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from megatron_posttrain.models.modules import kernels
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.known_models import KNOWN_MODELS
 from megatron_posttrain.platform.cuda import CudaPlatform, fp8_recipes
-from tests.launch import EXAMPLES, ROOT, execute
+from tests.launch import EXAMPLES, ROOT, forked
 
 # Where the path is an earlier stage's output, or the quickstart's own small model
 MODELS = dict.fromkeys(("grpo.yaml", "dapo.yaml", "ppo.yaml"), "Qwen3-8B") | {
@@ -174,7 +173,7 @@ def test_varlen_attention_is_what_the_kernel_check_expects() -> None:
 
 
 def run_gpu_check(*arguments: str, status: int = 0) -> str:
-    done = execute([sys.executable, "tools/gpu_check.py", *arguments], check=False, timeout=280)
+    done = forked("tools/gpu_check.py", *arguments, check=False, timeout=280)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 

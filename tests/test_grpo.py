@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch import ranks, torchrun
+from tests.launch import ranks
 from tests.models import make_assets
 
 KEYS = {
@@ -36,7 +36,10 @@ def test_grpo_trains_resumes_and_exports(tmp_path: Path) -> None:
         f"output={run}", "precision.dtype=fp32", "parallel.tensor=2", "parallel.expert=2", "data.sequence_length=64",
         "rollout.prompts_per_step=4", "rollout.samples_per_prompt=4", "rollout.max_tokens=16",
         "training.steps=2", "training.global_batch_size=16", "training.micro_batch_size=4", "optimizer.lr=1e-3",
-        "algorithm.kl_coefficient=0.01", "checkpoint.every=1", "logging.tensorboard=false",
+        "algorithm.kl_coefficient=0.01", "algorithm.routing_replay=rollout", "checkpoint.every=1",
+        "rollout.token_figures=true", "logging.tensorboard=false",
+        f"data.validation=[{assets / 'heldout.jsonl'},{assets / 'few.jsonl'}]",
+        "training.validate_every=2", "rollout.validation_samples=2", "checkpoint.best=validation_reward",
         # Random answers are all wrong: a reward of ours keeps the advantages from being zero.
         f"rewards=[{{name: short, weight: 1.0, file: {tmp_path / 'rewards.py'}}}]",
     ]  # fmt: skip
@@ -46,8 +49,15 @@ def test_grpo_trains_resumes_and_exports(tmp_path: Path) -> None:
         "    if sum(map(ord, sample.response)) % 4 == 0:\n        raise ValueError('unlucky')\n"
         "    return -len(sample.response) / 16\n"
     )
-    torchrun(2, *arguments)
+    rows = (assets / "heldout.jsonl").read_text().splitlines(keepends=True)
+    (assets / "few.jsonl").write_text("".join(rows[:4]))
+    ranks(2, *arguments, rollout=True)
     metrics = lines(run / "metrics.jsonl")
+    figures = {"accuracy", "accuracy_low", "accuracy_high", "pass_at_2", "reward"}
+    looks = {f"validation_{figure}/{name}" for figure in figures for name in ("heldout", "few")}
+    assert not looks & metrics[0].keys()
+    assert looks <= metrics[1].keys()
+    assert metrics[1]["validation_reward/few"] < 0 == metrics[1]["validation_accuracy"]
     assert [m["step"] for m in metrics] == [1, 2]
     for record in metrics:
         assert record.keys() >= KEYS
@@ -62,15 +72,38 @@ def test_grpo_trains_resumes_and_exports(tmp_path: Path) -> None:
     assert 0 < len(masked) < 16
     assert metrics[0]["masked_fraction"] == metrics[0]["reward/short/failed_fraction"] == len(masked) / 16
     assert all("ValueError: unlucky" in s["failures"]["short"] and s["advantage"] == 0 for s in masked)
+    trained = [s for s in samples if s not in masked]
+    entropies = [x for s in trained for x in s["entropies"]]
+    assert len(entropies) == sum(len(s["token_ids"]) for s in trained)
+    assert sum(entropies) / len(entropies) == pytest.approx(metrics[0]["entropy"], rel=1e-3)
+    assert all(s["advantages"] == pytest.approx([s["advantage"]] * len(s["token_ids"]), abs=1e-4) for s in trained)
+    assert all(abs(x) < 1e-4 for s in trained for x in s["logprob_differences"])
     for group in range(4):
         assert sum(s["advantage"] for s in samples[4 * group : 4 * group + 4]) == pytest.approx(0, abs=1e-5)
     weights = (run / "hf" / "model.safetensors").read_bytes()
 
     shutil.rmtree(run / "checkpoints" / "step_000002")
     shutil.rmtree(run / "hf")
-    torchrun(2, *arguments)
+    ranks(2, *arguments, rollout=True)
     assert [steady(m) for m in lines(run / "metrics.jsonl")] == [steady(m) for m in metrics]
     assert (run / "hf" / "model.safetensors").read_bytes() == weights
+
+    replayed = [f"output={tmp_path / 'again'}", "algorithm.routing_replay=none", "data.validation=null"]
+    replayed += ["training.validate_every=null", "rollout.validation_samples=1", "checkpoint.best=null"]
+    ranks(2, *arguments, *replayed, "--replay", str(run / "rollouts"))
+    for record, first in zip(lines(tmp_path / "again" / "metrics.jsonl"), metrics, strict=True):
+        for name in ("loss", "grad_norm", "kl", "reward", "masked_fraction", "mismatch_p99"):
+            assert record[name] == pytest.approx(first[name], rel=1e-4, abs=1e-6), name
+        assert record["logprob_difference"] == pytest.approx(first["logprob_difference"], abs=1e-6)
+    logged = [lines(place / "rollouts" / "step_000002.jsonl") for place in (run, tmp_path / "again")]
+    for one, other in zip(*logged, strict=True):
+        assert one.keys() == other.keys()
+        assert [one[key] for key in ("token_ids", "rewards", "logprobs")] == [
+            other[key] for key in ("token_ids", "rewards", "logprobs")
+        ]
+    done = ranks(2, *arguments, *replayed, "training.steps=3", "--replay", str(run / "rollouts"), check=False)
+    assert done.returncode == 2
+    assert "step_000003.jsonl is not there; the run has 3 steps" in done.stderr
 
 
 def test_mistakes_in_rollout_settings(tmp_path: Path) -> None:

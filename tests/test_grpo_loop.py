@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import torchrun
+from tests.launch import forked
 from tests.models import make_assets
 
 
@@ -35,7 +35,7 @@ def test_first_on_policy_step_is_reinforce(tmp_path: Path) -> None:
     ours = ["-m", "megatron_posttrain", "grpo", "--config"]
     found = {}
     for name, words in (("grpo", ours), ("loop", ["examples/grpo_loop.py"])):
-        torchrun(1, *words, str(tmp_path / "config.yaml"), f"output={tmp_path / name}")
+        forked(*words, str(tmp_path / "config.yaml"), f"output={tmp_path / name}", rollout=True)
         (found[name],) = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
         assert found[name]["logprob_difference"] < 1e-4
         assert found[name]["grad_norm"] > 1e-3

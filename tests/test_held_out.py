@@ -95,7 +95,11 @@ def test_best_is_the_highest_or_the_lowest() -> None:
         ("sft", ["training.validate_every=2", "data.validation=null"], "training.validate_every=2 needs data"),
         ("sft", ["training.patience=2"], "training.patience=2 needs checkpoint.best"),
         ("sft", ["checkpoint.export=best"], "checkpoint.export=best needs checkpoint.best"),
-        ("grpo", ["training.validate_every=2", "data.validation=null"], "`grpo` looks at no held-out rows"),
+        (
+            "grpo",
+            ["training.validate_every=2", "data.validation=null"],
+            "training.validate_every=2 needs data.validation",
+        ),
         ("sft", ["optimizer.decay_steps=2"], "has no effect on schedule=constant; allowed: null, or wsd"),
         ("sft", ["logging.wandb=mine"], "logging.wandb=mine needs the package wandb: pip install wandb"),
         ("sft", ["logging.mlflow=mine"], "logging.mlflow=mine needs the package mlflow: pip install mlflow"),

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests import launch
@@ -30,23 +28,15 @@ def kill_somewhere(line: list[str], run: Path, chance: random.Random) -> bool:
     started = time.time()
     with contextlib.suppress(OSError):
         (run / "heartbeats" / "rank_0.json").unlink()
-    job = threading.Thread(target=launch.ranks, args=(2, *line), kwargs={"check": False})
-    job.start()
-    while not (run / "heartbeats" / "rank_0.json").exists():
-        assert job.is_alive()
-        time.sleep(0.02)
-    goal = len(lines(run)) + chance.randrange(6)
-    while len(lines(run)) < goal and job.is_alive():
-        time.sleep(0.01)
-    found = lines(run)
-    time.sleep(chance.random() * (json.loads(found[-1])["step_seconds"] if found else 1.0))
-    supervisors = psutil.Process(launch._warm().process.pid).children()
-    ranks = [rank for supervisor in supervisors for rank in supervisor.children()]
-    assert ranks, "the run ended before it could be killed"
-    for rank in ranks:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            rank.kill()
-    job.join()
+    with launch.killed(2, *line) as job:
+        while not (run / "heartbeats" / "rank_0.json").exists():
+            assert job.is_alive()
+            time.sleep(0.02)
+        goal = len(lines(run)) + chance.randrange(6)
+        while len(lines(run)) < goal and job.is_alive():
+            time.sleep(0.01)
+        found = lines(run)
+        time.sleep(chance.random() * (json.loads(found[-1])["step_seconds"] if found else 1.0))
     return any(path.stat().st_mtime > started for path in (run / "checkpoints").glob(".step_*.partial"))
 
 

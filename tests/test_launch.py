@@ -362,6 +362,21 @@ def test_a_wrong_chain_is_explained(tmp_path: Path, old: str, new: str, said: st
         recipes.chain(file, {"output": "x"})
 
 
+def test_a_pipeline_as_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    file, values = "examples/recipes/qwen3/many_nodes.yaml", [f"output={tmp_path}/out"]
+    name, stages = recipes.pipeline(file, values)
+    jobs = {stage.name: stage for stage in stages}
+    assert name == "many_nodes"
+    assert jobs["cold_rows"].words == ("pipeline", file, *values, "--only", "cold_rows")
+    assert (jobs["cold_rows"].after, jobs["cold_rows"].nodes) == (("candidates-end",), 1)
+    begin, sft, end = (jobs[f"cold_start{part}"] for part in ("-begin", "", "-end"))
+    assert begin.words == ("pipeline", file, *values, "--only", "cold_start", "--part", "begin")
+    assert (sft.words[0], sft.nodes, sft.processes_per_node) == ("sft", 4, 8)
+    assert f"output={tmp_path}/out/cold_start" in sft.words
+    assert (begin.after, sft.after, end.after) == (("cold_rows",), ("cold_start-begin",), ("cold_start",))
+
+
 # NeMo-Run
 
 

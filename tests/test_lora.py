@@ -20,7 +20,7 @@ from megatron_posttrain.checkpoint.hf_files import HfReader, HfWriter
 from megatron_posttrain.checkpoint.stream import StreamOptions
 from megatron_posttrain.models import registry
 from tests.family_configs import tiny_configs
-from tests.launch import ranks, torchrun
+from tests.launch import ranks
 from tests.lora import reference
 from tests.models import EXPERTS, SIZES, make_assets
 from tests.te import needs_transformer_engine
@@ -102,10 +102,7 @@ def run(models: dict[str, str], jobs: dict[int, list[Job]], out: Path) -> dict[s
         file = out / f"jobs{processes}.json"
         placed = [j | {"model": models[j["model"]], "out": str(out / name(processes, j))} for j in wanted]
         file.write_text(json.dumps(placed))
-        if any("transformer_engine" in j for j in wanted):
-            torchrun(processes, "-m", "tests.te", "tests.lora.worker", str(file))
-        else:
-            ranks(processes, "-m", "tests.lora.worker", str(file))
+        ranks(processes, "-m", "tests.lora.worker", str(file), te=any("transformer_engine" in j for j in wanted))
     names = [name(processes, j) for processes, wanted in jobs.items() for j in wanted]
     return {n: json.loads((out / n / "facts.json").read_text()) | {"out": out / n} for n in names}
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.launch import command, ranks
 from tests.models import make_assets, make_qwen3
 
+DTYPES = ("fp32", "bf16")
 FAULTS = ("loss", "activation", "gradient", "weight")
 LAYOUTS: dict[int, list[dict[str, int]]] = {1: [{}], 4: [{}, {"tensor": 2, "pipeline": 2}, {"context": 2}]}
 # Of the rank that is spoilt, under every layout: the second layer of the last stage's model of four layers.
@@ -27,7 +28,7 @@ CASES = [
     (processes, layout, dtype, fault)
     for processes, layouts in LAYOUTS.items()
     for layout in layouts
-    for dtype in ("fp32", "bf16")
+    for dtype in DTYPES
     for fault in FAULTS
 ]
 
@@ -36,19 +37,17 @@ CASES = [
 def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("not_finite")
     model = make_qwen3(out, "dense")
-    found = {}
     for processes in LAYOUTS:
         jobs = [
-            {"model": model, "layout": lay, "dtype": dtype, "fault": fault, "rank": processes - 1}
-            | {"out": str(out / f"{n}-{name(lay)}-{dtype}-{fault}.json")}
-            for n, lay, dtype, fault in CASES
-            if n == processes
+            {"model": model, "layout": layout, "dtype": dtype, "faults": FAULTS, "rank": processes - 1}
+            | {"out": str(out / f"{processes}-{name(layout)}-{dtype}")}
+            for layout in LAYOUTS[processes]
+            for dtype in DTYPES
         ]
         file = out / f"jobs{processes}.json"
         file.write_text(json.dumps(jobs))
         ranks(processes, "-m", "tests.not_finite_worker", str(file), timeout=150)
-        found |= {Path(job["out"]).stem: json.loads(Path(job["out"]).read_text()) for job in jobs}
-    return found
+    return {file.stem: json.loads(file.read_text()) for file in out.glob("*-*.json")}
 
 
 @pytest.mark.timeout(900)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -130,6 +131,14 @@ def test_stages_run_in_order_and_again_only_for_other_content(place: Place) -> N
     assert place.text("second") == "a\nc\ny\n"
 
 
+def test_a_list_of_values_is_several_words(place: Place) -> None:
+    place.content["values"]["words"] = ["${first.text}", "x y", 7]
+    place.content["stages"] = {"first": place.stage("a"), "second": place.stage("${values.words}")}
+    assert place.run() == 0
+    assert place.text("second") == "a\nx y\n7\n"
+    assert 0 < place.result("second")["cpu_seconds"] < 60
+
+
 def test_order_alone_runs_nothing_again(place: Place) -> None:
     place.content["stages"] = {"b": place.stage("b", after=["a"]), "a": place.stage("a")}
     assert place.run() == 0
@@ -246,6 +255,26 @@ def test_dry_run(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert "3. third: runs again if it gets something else from second" in said
 
 
+def test_one_stage_alone_and_one_that_a_job_runs(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    place.content["stages"]["second"] |= {"nodes": 2, "gates": [{"metric": "lines", "at_least": 4}]}
+    assert place.run("--only", "frist") == 2
+    assert place.run("--only", "second") == 2
+    assert place.run("--only", "first") == 0
+    assert place.ran() == ["first"]
+    assert place.run("--only", "second") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert "--only frist: no such stage; did you mean 'first'?" in said[0]
+    assert "stage second waits for first, not done yet" in said[1]
+    assert "stages.second.nodes=2: this machine is one" in said[2]
+    assert place.run("--only", "second", "--part", "begin") == 0
+    out = place.directory / "out"
+    subprocess.run([sys.executable, place.script, out / "second", "0", out / "first/text", "x"], check=True)
+    assert place.run("--only", "second", "--part", "end") == 1  # its gate
+    place.content["stages"]["second"]["gates"][0]["at_least"] = 3
+    assert place.run() == 0
+    assert place.ran() == ["second", "third"]
+
+
 def start(place: Place) -> subprocess.Popen[str]:
     line = [sys.executable, "-m", "megatron_posttrain", "pipeline", str(place.file)]
     return subprocess.Popen(
@@ -322,7 +351,20 @@ def test_stop_saves_and_the_next_run_goes_on(tmp_path: Path, capsys: pytest.Capt
     assert environment_file["versions"]["torch"]
 
 
-@pytest.mark.parametrize("name", ["classic", "deepseek_r1/toy"])
+@pytest.mark.parametrize("name", ["classic", "deepseek_r1/toy", "qwen3/toy"])
 def test_recipes_resolve(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert main(["pipeline", f"examples/recipes/{name}.yaml", "--dry-run", f"output={tmp_path}/out"]) == 0
+
+
+@pytest.mark.parametrize("recipe", ["qwen3", "deepseek_r1"])
+@pytest.mark.parametrize(("size", "cluster"), [("one_node", "8xH100"), ("many_nodes", "32xH100")])
+def test_recipes_fit_what_they_are_for(
+    recipe: str, size: str, cluster: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(["pipeline", f"examples/recipes/{recipe}/{size}.yaml", "--dry-run", "--assume", cluster]) == 0
+    said = capsys.readouterr().out
+    fits = re.findall(r"ok: memory: ([\d.]+) of (\d+) GiB", said)
+    assert len(fits) >= 5
+    assert all(float(used) <= 0.9 * float(of) for used, of in fits), "a tenth of the memory is to be spare"

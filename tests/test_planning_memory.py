@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +21,7 @@ from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.activations import Shapes, in_flight, layer_tensors, stage_activations
 from megatron_posttrain.planning.layouts import chunk_layers
 from megatron_posttrain.planning.parameters import chunk_parameters, rank_state, trained_elements
+from tests.launch import forked
 
 CONFIGS, SEED = 20, 4
 SMALL = Architecture("qwen3", 3, 64, 4, 2, 32, 160, 512, 256, qk_norm=True)
@@ -75,6 +74,8 @@ def random_case(rng: random.Random) -> tuple[Architecture, Layout, int, str]:
                 arch, qkv_bias=True, attention_output_bias=True, mlp_bias=True, attention_sinks=True,
                 activation="gpt_oss_glu", sliding_window=16, sliding_layers=tuple(range(0, layers, 2)),
             )  # fmt: skip
+        if rng.random() < 0.25:
+            arch = arch.with_scalar_head()
         pipeline = rng.choice([1, 2, 4])
         layout = Layout(
             rng.choice([4, 8, 16, 64]), rng.choice([1, 2, 4]), pipeline,
@@ -195,9 +196,7 @@ def measure() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
     """In a process of its own: megatron-core's state is global, and so is the fake process group."""
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(forked(__file__, timeout=280).stdout.splitlines()[-1])
 
 
 # ---- tests ---------------------------------------------------------------------------------------------

@@ -21,12 +21,13 @@ from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.layout_checks import problems
 from megatron_posttrain.models.registry import architecture_from_hf
 from megatron_posttrain.planning import rollout
+from megatron_posttrain.planning.flops import flops_per_token
 from megatron_posttrain.planning.gpus import GPUS, SPREADS
 from megatron_posttrain.planning.known_models import KNOWN_MODELS, load_architecture, published_name
 from megatron_posttrain.planning.layouts import enumerate_layouts, make_layout, parse_layout
-from megatron_posttrain.planning.planner import Workload, estimate, plan, plan_layout
+from megatron_posttrain.planning.planner import PAGEABLE_BYTES_PER_S, Workload, estimate, plan, plan_layout
 from megatron_posttrain.planning.recipe import command_of, config_of
-from megatron_posttrain.planning.rollout import weight_elements
+from megatron_posttrain.planning.rollout import GIB, weight_elements
 from megatron_posttrain.training.limits import rollout_problems
 from megatron_posttrain.training.prepare import batch_problems
 
@@ -183,11 +184,11 @@ def test_bubble_is_that_of_the_interleaved_schedule() -> None:
         assert e.seconds["bubble"] / steady == pytest.approx(3 / chunks / 32, rel=0.05)
 
 
-@pytest.mark.parametrize("task", ["sft", "lora", "dpo", "distill", "grpo"])
+@pytest.mark.parametrize("task", ["sft", "lora", "dpo", "reward-model", "distill", "grpo", "ppo"])
 def test_the_recipe_is_a_valid_config(tmp_path: Path, task: str) -> None:
     arch, gpu = KNOWN_MODELS["Qwen3-30B-A3B"], GPUS["H200"]
     teacher = KNOWN_MODELS["Qwen3-32B"] if task == "distill" else None
-    work = Workload(task, 4096, 256, teacher=teacher, teacher_path="Qwen/Qwen3-32B")
+    work = Workload(task, 4096, 256, beside=teacher, beside_path="Qwen/Qwen3-32B")
     best = plan(arch, 32, work, gpu)[0]
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump(config_of("model", best, work, gpu)))
@@ -195,7 +196,7 @@ def test_the_recipe_is_a_valid_config(tmp_path: Path, task: str) -> None:
     assert config.parallel.expert == best.layout.expert
     assert config.training.micro_batch_size == best.micro_batch
     assert not list(batch_problems(config, best.layout))
-    if task == "grpo":  # and the doctor, who reads it, finds the same layout and that it fits
+    if task in ("grpo", "ppo"):  # and the doctor, who reads it, finds the same layout and that it fits
         assert not list(rollout_problems(config, arch, "cuda"))
         again = plan_layout(arch, best.layout, workload(config), gpu)
         assert again.fits, again.reason
@@ -319,17 +320,47 @@ def test_pairs_are_two_sequences_and_a_teacher_is_weights_and_a_pass() -> None:
     assert dpo.seconds == sft.seconds
     teacher = KNOWN_MODELS["Qwen3-32B"]
     alone = estimate(arch, layout, 1, "none", Workload("sft", 2048, 64), gpu)
-    taught = estimate(arch, layout, 1, "none", Workload("distill", 2048, 64, teacher=teacher), gpu)
+    taught = estimate(arch, layout, 1, "none", Workload("distill", 2048, 64, beside=teacher), gpu)
     hidden = 64 // 4 * 2048 * teacher.hidden_size * 2 / 2**30  # of a step's tokens on one of 4 replicas
     assert taught.memory_gib["teacher"] == pytest.approx(32.76e9 / 2 * 2 / 2**30 + hidden, rel=0.01)
     assert taught.memory_gib["weights"] == alone.memory_gib["weights"]
     assert 0.9 < taught.seconds["teacher"] / alone.seconds["compute"] < 2  # four times the weights, a third of the work
 
 
+def test_a_critic_is_a_second_trained_model_with_one_output() -> None:
+    arch, gpu = KNOWN_MODELS["Qwen3-8B"], GPUS["H200"]
+    layout = parse_layout("tensor=4", 8)
+    options: dict[str, Any] = {"rollout_tensor": 4, "offload": False}
+    grpo, ppo = (estimate(arch, layout, 1, "full", Workload(t, 4096, 64, **options), gpu) for t in ("grpo", "ppo"))
+    head = 151936 * 4096 / 4  # of the policy, on one of 4 tensor ranks; the critic's is not divided
+    for name, size in {"weights": 2, "gradients": 4, "optimizer": 12 / 2}.items():
+        assert ppo.memory_gib[name] == grpo.memory_gib[name]
+        theirs = ppo.memory_gib[f"critic_{name}"]
+        assert theirs == pytest.approx(ppo.memory_gib[name] - size * (head - 4096) / GIB, rel=1e-6)
+    critic = sum(size for name, size in ppo.memory_gib.items() if name.startswith("critic_"))
+    assert ppo.memory_gib["total"] - grpo.memory_gib["total"] == pytest.approx(1.02 * critic)
+    assert ppo.memory_gib["activations"] == grpo.memory_gib["activations"]
+    steady = grpo.seconds["compute"] + grpo.seconds["exposed_communication"]
+    assert 0.8 < ppo.seconds.pop("critic") / steady < 1.1
+    assert ppo.seconds == grpo.seconds
+    options["offload"] = True  # vLLM is awake without the critic's gradients and states
+    moved = estimate(arch, layout, 1, "full", Workload("ppo", 4096, 64, **options), gpu)
+    states = ppo.memory_gib["optimizer"] + ppo.memory_gib["critic_optimizer"]
+    assert moved.seconds["offload"] * PAGEABLE_BYTES_PER_S / 2 == pytest.approx(states * GIB)
+    small = Workload("ppo", 4096, 64, beside=KNOWN_MODELS["Qwen3-0.6B"], **options)
+    assert estimate(arch, layout, 1, "full", small, gpu).memory_gib["critic_weights"] < 0.5
+    pairs = estimate(arch, layout, 1, "full", Workload("reward-model", 4096, 64), gpu)
+    assert pairs.memory_gib["logits"] < 1e-3
+    assert pairs.memory_gib["weights"] == ppo.memory_gib["critic_weights"]
+    flops = pairs.tflops_per_gpu * 1e12 / pairs.tokens_per_second_per_gpu
+    assert flops == pytest.approx(flops_per_token(arch, 4096) - 6 * 4096 * (151936 - 1))
+
+
 def test_a_teacher_belongs_to_distill(capsys: pytest.CaptureFixture[str]) -> None:
     for extra, said in (
         (["--task", "distill"], "no --teacher"),
         (["--task", "sft", "--teacher", "qwen3-32b"], "no other task has one"),
+        (["--task", "grpo", "--critic", "qwen3-8b"], "--critic has an effect with --task ppo only, found grpo"),
         (["--task", "distill", "--teacher", "qwen3-33b"], "--teacher qwen3-33b: neither a known name"),
     ):
         status, out, error = command(capsys, "--model", "qwen3-8b", *USUAL, *extra)

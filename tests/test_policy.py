@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_posttrain.algorithms.advantages import group_advantages
+from megatron_posttrain.algorithms.asked import held_out_figures
 from megatron_posttrain.algorithms.dynamic_sampling import replace_equal
 from megatron_posttrain.algorithms.grpo import set_advantages
 from megatron_posttrain.algorithms.losses import value_terms
@@ -32,6 +34,7 @@ from megatron_posttrain.data.batch import PackedBatch, filler, pack_batch
 from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.errors import UserError
+from megatron_posttrain.evaluation.statistics import clustered_interval
 from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.rollout.samples import Samples
 
@@ -231,7 +234,7 @@ def test_a_run_that_runs_away_ends() -> None:
     assert found.value.status == 1
 
 
-# ---- dynamic sampling --------------------------------------------------------------------------------------
+# ---- samples of a step, and of held-out prompts ---------------------------------------------------------------
 
 
 def drawn(prompts: Sequence[Prompt], size: int = 2) -> Samples:
@@ -278,6 +281,23 @@ def test_prompts_of_equal_rewards_are_replaced(count: int, most: int, useful: in
     assert found.metrics()["generated_batches"] == 1 + len(asked) <= most
     again = replace_equal(drawn(first), first, dataset, [0, 0], most, collect)
     assert [prompt.index for prompt in again.prompts[::2]] == kept
+
+
+def test_figures_of_held_out_prompts() -> None:
+    """Against every choice of k of a prompt's four responses."""
+    samples = drawn([Prompt(i, [1], None, {}, []) for i in range(9)], 4)
+    samples.masked[5] = True  # prompt 1's second one, which would have been right
+    found = held_out_figures({"few": samples}, 4)
+    right = [[k > 0 and i % 3 > 0 and (i, k) != (1, 1) for k in range(4)] for i in range(9)]
+    for k in (2, 4):
+        chosen = [any(each) for row in right for each in itertools.combinations(row, k)]
+        assert found[f"validation_pass_at_{k}"] == pytest.approx(np.mean(chosen))
+    assert found["validation_accuracy"] == pytest.approx(17 / 36)
+    shares = [sum(row) / 4 for row in right]
+    assert (found["validation_accuracy_low"], found["validation_accuracy_high"]) == clustered_interval(shares, 4)
+    both = held_out_figures({"few": samples, "none": drawn([Prompt(0, [1], None, {}, [])] * 2, 4)}, 4)
+    assert both["validation_accuracy"] == both["validation_accuracy/few"] / 2 == found["validation_accuracy"] / 2
+    assert both["validation_pass_at_4/none"] == 0
 
 
 def test_ppo_is_refused_with_what_it_would_ignore() -> None:

@@ -38,7 +38,7 @@ def test_ppo_trains_resumes_and_exports(tmp_path: Path) -> None:
         "algorithm.reference_every=2", "checkpoint.every=1", "checkpoint.keep=4", "logging.tensorboard=false",
         f"rewards=[{{name: short, file: {tmp_path / 'rewards.py'}}}]",
     ]  # fmt: skip
-    ranks(2, *arguments)
+    ranks(2, *arguments, rollout=True)
     metrics = lines(run / "metrics.jsonl")
     for record in metrics:
         assert record.keys() >= KEYS | {"value_loss", "critic_grad_norm", "entropy_coefficient"}
@@ -65,6 +65,6 @@ def test_ppo_trains_resumes_and_exports(tmp_path: Path) -> None:
     shutil.rmtree(run / "checkpoints" / "step_000004")
     for name in ("hf", "critic"):
         shutil.rmtree(run / name)
-    ranks(2, *arguments)
+    ranks(2, *arguments, rollout=True)
     assert [steady(m) for m in lines(run / "metrics.jsonl")] == [steady(m) for m in metrics]
     assert [(run / name / "model.safetensors").read_bytes() for name in ("hf", "critic")] == weights

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from tests.launch import ROOT, ranks, torchrun
+from tests.launch import forked, killed, ranks, torchrun
 from tests.models import make_assets
 
 STEPS = 8
@@ -41,35 +37,26 @@ def arguments(assets: Path, output: Path, dtype: str, *more: str) -> list[str]:
 
 
 def kill_after_step(step: int, line: list[str], run: Path) -> None:
-    """SIGKILL to every process of the job as soon as `step` is logged."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *line]
-    job = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and job.poll() is None:
-        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
-            break
-        time.sleep(0.02)
-    assert job.poll() is None, "the run ended before it could be killed"
-    # The ranks too: they would outlive torchrun.
-    for process in [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    job.wait()
+    """SIGKILL to every rank as soon as `step` is logged."""
+    with killed(2, *line) as job:
+        while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < step:
+            assert job.is_alive()
+            time.sleep(0.02)
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_killed_run_resumes_bitwise(assets: Path, tmp_path: Path, dtype: str) -> None:
-    torchrun(2, *arguments(assets, tmp_path / "whole", dtype))
-    killed = tmp_path / "killed"
-    kill_after_step(5, arguments(assets, killed, dtype), killed)
-    ranks(2, *arguments(assets, killed, dtype))
-    assert metrics(killed) == metrics(tmp_path / "whole")
-    left = sorted(p.name for p in (killed / "checkpoints").iterdir())
+    start = torchrun if dtype == "fp32" else ranks
+    start(2, *arguments(assets, tmp_path / "whole", dtype))
+    run = tmp_path / "killed"
+    kill_after_step(5, arguments(assets, run, dtype), run)
+    ranks(2, *arguments(assets, run, dtype))
+    assert metrics(run) == metrics(tmp_path / "whole")
+    left = sorted(p.name for p in (run / "checkpoints").iterdir())
     assert left == ["step_000006", "step_000008"]
     for file in (tmp_path / "whole" / "hf").glob("*.safetensors"):
-        assert file.read_bytes() == (killed / "hf" / file.name).read_bytes()
+        assert file.read_bytes() == (run / "hf" / file.name).read_bytes()
 
 
 @pytest.mark.timeout(900)
@@ -88,12 +75,12 @@ def test_resumes_under_another_layout(assets: Path, tmp_path: Path) -> None:
 def test_stop_file_saves_and_asks_to_be_run_again(assets: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     line = [*arguments(assets, run, "fp32", "training.steps=400"), "parallel.tensor=1", "parallel.expert=1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen([sys.executable, *line], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 100
-    while time.monotonic() < deadline and not ((run / "metrics.jsonl").exists() and metrics(run)):
-        time.sleep(0.05)
-    (run / ".stop").touch()
-    assert job.wait(timeout=60) == 75
+    with ThreadPoolExecutor() as pool:
+        job = pool.submit(forked, *line, check=False)
+        while not ((run / "metrics.jsonl").exists() and metrics(run)):
+            assert job.running()
+            time.sleep(0.05)
+        (run / ".stop").touch()
+        assert job.result().returncode == 75
     (whole,) = sorted((run / "checkpoints").glob("step_*"))[-1:]
     assert int(whole.name.removeprefix("step_")) == metrics(run)[-1]["step"]

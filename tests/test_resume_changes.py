@@ -18,7 +18,7 @@ from megatron_posttrain.errors import UserError
 from megatron_posttrain.training import disk
 from megatron_posttrain.training.checkpoints import damage
 from megatron_posttrain.training.resume import Origin, fingerprint_of_weights
-from tests.launch import ROOT, Done, command, environment, ranks
+from tests.launch import ROOT, Done, cold, environment, ranks
 from tests.models import make_assets
 
 
@@ -247,7 +247,10 @@ def test_a_template_that_writes_the_date_keeps_that_of_the_first_attempt(assets:
     line = [f"model.path={dated}", "checkpoint.every=1"]
     train(assets, output, *line, "training.steps=1")
     # A process of its own: those of `train` are forks of one, and so of one moment.
-    assert "resumed after step 1" in command(*arguments(assets, output, *line, "training.steps=2")).stdout
+    assert (
+        "resumed after step 1"
+        in cold("-m", "megatron_posttrain", *arguments(assets, output, *line, "training.steps=2")).stdout
+    )
     refused = train(assets, output, *line, "training.steps=3", "data.train=" + str(shorter(assets)), check=False)
     assert "the rows of data.train=" in refused.stderr
 

@@ -104,6 +104,11 @@ def test_ranks_of_a_replica_must_agree(results: dict[str, Any], kind: str, tenso
         assert results[kind]["disagree"].startswith("RuntimeError: the ranks of rollout replica 0")
 
 
+def test_nothing_is_compiled(results: dict[str, Any]) -> None:
+    """It would take seconds, and a C++ compiler, which not every machine has."""
+    assert results["compiled"] == 0
+
+
 def test_sampling(results: dict[str, Any]) -> None:
     found = results["sampling"]
     assert found["same seeds"]

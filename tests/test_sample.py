@@ -44,7 +44,7 @@ def arguments(place: Path, output: Path) -> list[str]:
 class Engine:
     """Stands in for vLLM: a response depends on its seed alone."""
 
-    replica, replicas, tensor = 0, 1, 1
+    replica, replicas, tensor, choices = 0, 1, 1, None
 
     def __init__(self) -> None:
         self.prompts = 0
@@ -80,7 +80,7 @@ def test_a_killed_run_goes_on_to_the_same_responses(place: Path, tmp_path: Path)
 
 
 def test_the_command(place: Path, tmp_path: Path) -> None:
-    said = command(*arguments(place, tmp_path)).stdout
+    said = command(*arguments(place, tmp_path), rollout=True).stdout
     assert "7 of 7 prompts" in said
     lines = (tmp_path / RESPONSES).read_bytes().splitlines()
     records = [json.loads(line) for line in lines]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_posttrain.algorithms.policy import Asked
+from megatron_posttrain.algorithms.asked import Asked
 from megatron_posttrain.config.algorithms import GrpoConfig
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.training.prepare import prepare

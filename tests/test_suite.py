@@ -145,7 +145,7 @@ def test_the_command(tmp_path: Path) -> None:
     sets = {"one": common | {"rewards": [{"name": "exact"}]}, "two": common | drawn}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"sets": sets}))
     arguments = ["evaluate", "--model", str(tmp_path / "model"), "--suite", str(tmp_path / "suite.yaml")]
-    said = command(*arguments, "--output", str(tmp_path / "out")).stdout
+    said = command(*arguments, "--output", str(tmp_path / "out"), rollout=True).stdout
     assert re.search(r"^one +2 +1 ", said, re.MULTILINE)
     found = json.loads((tmp_path / "out" / "two" / "evaluation.json").read_text())
     assert found["pass_at"].keys() == {"1", "2", "4"}

@@ -61,7 +61,7 @@ def test_grpo_with_a_calculator_and_a_reward_model(tmp_path: Path) -> None:
         tmp_path, "tensor2", parallel={"tensor": 2}, rollout=rollout, training=first["training"] | {"steps": 1}
     )
     (tmp_path / "jobs.json").write_text(json.dumps([["grpo", first], ["grpo", second]]))
-    ranks(2, "-m", "tests.preference_worker", str(tmp_path / "jobs.json"))
+    ranks(2, "-m", "tests.preference_worker", str(tmp_path / "jobs.json"), rollout=True)
 
     samples, metrics = lines(tmp_path / "data2/rollouts/step_000001.jsonl"), lines(tmp_path / "data2/metrics.jsonl")
     answered = [sample for sample in samples if "turns" in sample]
@@ -98,6 +98,6 @@ def test_grpo_with_a_calculator_and_a_reward_model(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "data2/checkpoints/step_000002")
     shutil.rmtree(tmp_path / "data2/hf")
     (tmp_path / "jobs.json").write_text(json.dumps([["grpo", first]]))
-    ranks(2, "-m", "tests.preference_worker", str(tmp_path / "jobs.json"))
+    ranks(2, "-m", "tests.preference_worker", str(tmp_path / "jobs.json"), rollout=True)
     assert [steady(m) for m in lines(tmp_path / "data2/metrics.jsonl")] == [steady(m) for m in metrics]
     assert (tmp_path / "data2/hf/model.safetensors").read_bytes() == weights

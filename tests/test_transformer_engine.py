@@ -15,7 +15,7 @@ import torch
 
 from tests.family_checks import tiny_model
 from tests.family_configs import tiny_configs
-from tests.launch import execute, torchrun
+from tests.launch import execute, ranks, torchrun
 from tests.layouts import reference
 from tests.models import make_assets, make_qwen3
 from tests.te import needs_transformer_engine
@@ -57,7 +57,7 @@ def facts(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> d
         job |= {"steps": 1 if name == "unmended" else STEPS, "score": False, "out": str(out / name)}
         job["model_options"] = {"implementation": "transformer_engine"}
     (out / "jobs.json").write_text(json.dumps(list(jobs.values())))
-    torchrun(2, "-m", "tests.te", "tests.layouts.worker", str(out / "jobs.json"))
+    ranks(2, "-m", "tests.layouts.worker", str(out / "jobs.json"), te=True)
     return {name: json.loads((out / name / "facts.json").read_text()) for name in jobs}
 
 

@@ -36,7 +36,7 @@ def tool_tokenizer(template: str = HERMES) -> Any:
 class Scripted:
     """A rollout engine's place: `say` maps the text so far and the seed to what the model says next."""
 
-    tensor, replica, replicas = 1, 0, 1
+    tensor, replica, replicas, choices = 1, 0, 1, None
 
     def __init__(self, tokenizer: Any, say: Callable[[str], str]) -> None:
         self.tokenizer, self.say = tokenizer, say

@@ -1,7 +1,9 @@
-"""Ranks that need not import anything: a process imports what trainers import, and forks them. For tests.
+"""Processes that need not import anything: one imports what trainers import, and forks them. For tests.
 
-Otherwise as torchrun: the same environment, a store in the parent, one rank's failure ends the others. A job is
-a line of JSON on stdin, its exit status a line on stdout.
+Ranks are otherwise torchrun's: the same environment, a store in the parent, one rank's failure ends the others. A
+process alone has nothing of that. A job is a line of JSON on stdin, its exit status a line on stdout.
+
+    python -m tests.warm [te]    # te: with Transformer Engine's layers on CPU
 """
 
 from __future__ import annotations
@@ -12,12 +14,17 @@ import runpy
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+STARTED_WITH = dict(os.environ)
 GRACE = 30  # seconds between SIGTERM and SIGKILL for ranks that are left, as in torchrun
 
 
 def warm_up() -> None:
+    if "te" in sys.argv:
+        from tests.te.install import install
+
+        install()
     import megatron_posttrain.algorithms.sft
     import megatron_posttrain.checkpoint.convert  # noqa: F401
     from megatron_posttrain.platform import platform
@@ -28,21 +35,43 @@ def warm_up() -> None:
     from transformers import AutoTokenizer  # noqa: F401
 
 
+def warm_up_vllm() -> None:
+    """And what an engine imports when it is made."""
+    import megatron_posttrain.rollout  # noqa: F401 - before vLLM: it sets what that reads from the environment
+
+    # isort: split
+    from vllm import LLM  # noqa: F401
+    from vllm.model_executor.models import qwen3, qwen3_moe  # noqa: F401
+    from vllm.v1.worker import cpu_worker  # noqa: F401
+
+
 def serve() -> None:
     for line in sys.stdin:
+        job = json.loads(line)
+        if job["rollout"]:
+            warm_up_vllm()
+        set_by_imports = {name: value for name, value in os.environ.items() if STARTED_WITH.get(name) != value}
+        job["environment"] |= set_by_imports
         child = os.fork()
         if child == 0:
-            os._exit(supervise(json.loads(line)))
+            os._exit(supervise(job))
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
 def supervise(job: dict[str, Any]) -> int:
+    os.environ.clear()
+    os.environ.update(job["environment"])
+    if not job["processes"]:
+        become(job)
     gates, ranks = [], []
     for rank in range(job["processes"]):
         gate = os.pipe()
         child = os.fork()
         if child == 0:
-            become_rank(job, rank, gate[0])
+            size, port = str(job["processes"]), os.read(gate[0], 16).decode()
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+            os.environ.update(place, MASTER_ADDR="localhost", MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True")
+            become(job)
         gates.append(gate[1])
         ranks.append(child)
     # After the forks: the store is a thread.
@@ -75,11 +104,8 @@ def wait_for(ranks: list[int]) -> int:
     return 1 if failed and len(ranks) > 1 else failed % 256
 
 
-def become_rank(job: dict[str, Any], rank: int, gate: int) -> None:
-    size = str(job["processes"])
-    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    port = os.read(gate, 16).decode()
-    os.environ.update(place, MASTER_ADDR="localhost", MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True")
+def become(job: dict[str, Any]) -> NoReturn:
+    """The program that the job names."""
     for name, descriptor in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
         os.dup2(os.open(job[name], os.O_RDWR | os.O_APPEND), descriptor)
     first, *arguments = job["line"]

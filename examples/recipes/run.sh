@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# A recipe from end to end, and its report: bash examples/recipes/run.sh classic | deepseek_r1 toy [key.sub=value ...]
+# A recipe from end to end, its table and its report: bash examples/recipes/run.sh classic | deepseek_r1 toy | qwen3 toy
+# [key.sub=value ...]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-name=${1:?which recipe: classic, deepseek_r1}
+name=${1:?which recipe: classic, deepseek_r1, qwen3}
 shift
 file=examples/recipes/$name.yaml
 if [ ! -f "$file" ]; then
-    file=examples/recipes/$name/${1:?which size of $name: toy}.yaml
+    file=examples/recipes/$name/${1:?which size of $name: toy, one_node, many_nodes}.yaml
     shift
 fi
 [ -x .venv/bin/python ] || bash tools/setup.sh
@@ -16,6 +17,8 @@ for word in "$@"; do [[ $word != output=* ]] || output=${word#output=}; done
 started=$SECONDS
 status=0
 .venv/bin/python -m megatron_posttrain pipeline "$file" "$@" || status=$?
+[ -f "$output/pipeline.json" ] || exit "$status"
+.venv/bin/python examples/recipes/table.py "$output"
 .venv/bin/python -m megatron_posttrain report "$output"
 printf '%s: status %d after %d min %d s\n' "$name" "$status" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60))
 exit "$status"

@@ -72,6 +72,36 @@ def chain(file: Path, values: Mapping[str, str]) -> tuple[str, list[Stage]]:
     return content.name, ordered(stages, file)
 
 
+def pipeline(file: str, overrides: Sequence[str]) -> tuple[str, list[Stage]]:
+    """The stages of a pipeline that are not done, each a job in which `pipeline` runs it alone on its first node.
+
+    One of several nodes has three: its beginning, itself on all of its nodes, and its end with the gates.
+    """
+    from megatron_posttrain.cli.pipeline import read
+    from megatron_posttrain.pipeline.hashes import Hashes
+    from megatron_posttrain.pipeline.run import RESULT, depends_on, reason_to_run
+    from megatron_posttrain.report.collect import read_json
+
+    found, jobs = read(file, overrides), dict[str, str]()  # stage: its last job
+    hashes, stages = Hashes(found.output / ".hashes.json"), list[Stage]()
+    for stage in found.stages.values():
+        result, after = read_json(stage.directory / RESULT), tuple(jobs[o] for o in stage.after if o in jobs)
+        ran = not after and result and not reason_to_run(stage, depends_on(found, stage, hashes), result, hashes)
+        if ran and result["status"] == "done":
+            continue
+        name, time, nodes = stage.name, stage.config.time, stage.config.nodes
+        alone = ("pipeline", file, *overrides, "--only", name)
+        if nodes == 1 or ran:  # what ran and stopped at a gate is only looked at again
+            stages.append(Stage(name, alone, after, 1, 1, time))
+        else:
+            words = (stage.command, *found.line(stage))
+            stages.append(Stage(f"{name}-begin", (*alone, "--part", "begin"), after, 1, 1))
+            stages.append(Stage(name, words, (f"{name}-begin",), nodes, stage.config.processes, time))
+            stages.append(Stage(f"{name}-end", (*alone, "--part", "end"), (name,), 1, 1))
+        jobs[name] = stages[-1].name
+    return found.name, stages
+
+
 def ordered(stages: Sequence[Stage], file: Path) -> list[Stage]:
     names = [stage.name for stage in stages]
     for stage in stages:

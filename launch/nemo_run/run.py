@@ -4,7 +4,10 @@
     python launch/nemo_run/run.py --cluster CLUSTER sft --config examples/sft.yaml key=value...
     python launch/nemo_run/run.py --cluster CLUSTER chain launch/chains/sft_then_grpo.yaml hf=DIR problems=FILE
 
-CLUSTER is a YAML file, or the name of one in launch/clusters/. A chain's stages depend on each other.
+    python launch/nemo_run/run.py --cluster CLUSTER pipeline FILE key=value...
+
+CLUSTER is a YAML file, or the name of one in launch/clusters/. The stages of a chain, and of a pipeline, are jobs that
+depend on each other.
 Exit status: 0 all stages succeeded (with --detach: were submitted), 1 one failed, 2 bad input.
 """
 
@@ -37,12 +40,16 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--name", help="of the experiment (default: the command's or chain's)")
     parser.add_argument("--dry-run", action="store_true", help="print the scripts, submit nothing")
     parser.add_argument("--detach", action="store_true", help="Slurm: submit and return")
-    parser.add_argument("command", help="a command of this package, a script, or `chain`")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments; of `chain`: FILE name=value...")
+    parser.add_argument("command", help="a command of this package, a script, `chain`, or `pipeline`")
+    parser.add_argument(
+        "arguments", nargs=argparse.REMAINDER, help="its arguments; of the last two: FILE name=value..."
+    )
     return parser.parse_args(argv)
 
 
 def stages_of(args: argparse.Namespace) -> tuple[str, list[Stage]]:
+    if args.command == "pipeline" and args.arguments:
+        return recipes.pipeline(args.arguments[0], args.arguments[1:])
     if args.command != "chain":
         return Path(args.command).stem, recipes.single([args.command, *args.arguments])
     if not args.arguments:

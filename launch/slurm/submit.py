@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 LAUNCH = Path(__file__).resolve().parent.parent
+# Run from a clone on a login node, where nothing is installed: these are scripts, started by their path.
 sys.path[1:1] = [str(LAUNCH), str(LAUNCH / "nemo_run"), str(LAUNCH.parent)]
 
 from cluster import Cluster, check, load  # noqa: E402

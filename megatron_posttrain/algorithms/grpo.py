@@ -6,8 +6,8 @@ The refit comes first in a step: a checkpoint is then saved while the trainer ha
 import torch
 
 from megatron_posttrain.algorithms.advantages import group_advantages
+from megatron_posttrain.algorithms.asked import Asked
 from megatron_posttrain.algorithms.policy import (
-    Asked,
     Rollouts,
     kl_in_reward,
     receive_samples,
@@ -32,8 +32,6 @@ def grpo(config: GrpoConfig) -> int:
     asked = Asked.of(config, prepared)
     with Run(prepared, asked.prompts) as run:
         engine = run.model(**reference_of(config))
-        if config.rollout.offload:
-            engine.offload()  # vLLM asks for its share of the memory when it is made
         rollouts = Rollouts.start(run, config, engine, asked)
         for step in run.steps():
             now = rollouts.config(step.index)

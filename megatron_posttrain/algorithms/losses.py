@@ -115,13 +115,10 @@ def policy_gradient_terms(
         log_ratio = _mean(log_ratio, mask).expand_as(logprobs)
     ratio = log_ratio.clamp(-RATIO_EXPONENT_LIMIT, RATIO_EXPONENT_LIMIT).exp()
     if objective == "cispo":
-        losses = -ratio.clamp(max=1 + clip_high).detach() * advantages * logprobs
-        was_clipped = (ratio > 1 + clip_high).to(mask.dtype)
+        losses, was_clipped = -ratio.clamp(max=1 + clip_high).detach() * advantages * logprobs, ratio > 1 + clip_high
     else:
-        unclipped = -ratio * advantages
-        clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-        losses = torch.maximum(unclipped, clipped)
-        was_clipped = (clipped > unclipped).to(mask.dtype)
+        unclipped, clipped = -ratio * advantages, -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+        losses, was_clipped = torch.maximum(unclipped, clipped), clipped > unclipped
     if dual_clip is not None:
         losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
     if importance:

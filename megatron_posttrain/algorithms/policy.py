@@ -17,32 +17,36 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_posttrain.algorithms.advantages import generalized_advantages
+from megatron_posttrain.algorithms.asked import Asked, held_out_figures
 from megatron_posttrain.algorithms.dynamic_sampling import replace_equal
 from megatron_posttrain.algorithms.losses import kl_estimate, policy_gradient_terms
-from megatron_posttrain.algorithms.model_reward import ModelReward
 from megatron_posttrain.config.algorithms import DistillConfig, GrpoConfig, PolicyAlgorithm
 from megatron_posttrain.config.schema import Config
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.data.batch import Sequence as TokenSequence
-from megatron_posttrain.data.dataset import Prompt, PromptDataset
-from megatron_posttrain.data.rows import read_rows
+from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.build import DTYPES
 from megatron_posttrain.platform import platform
-from megatron_posttrain.rewards.registry import Reward, load_rewards
-from megatron_posttrain.rollout.engine import RolloutEngine
+from megatron_posttrain.rollout.engine import RolloutEngine, Sampling
 from megatron_posttrain.rollout.refit import Refit, prove
-from megatron_posttrain.rollout.samples import Samples, collect_samples, save_samples
+from megatron_posttrain.rollout.replay import logged_file, read_logged
+from megatron_posttrain.rollout.routed_experts import choice_type
+from megatron_posttrain.rollout.samples import Samples, collect_samples, generate_samples, save_samples
 from megatron_posttrain.rollout.text import stop_message
-from megatron_posttrain.rollout.turns import Turns, load_turns
 from megatron_posttrain.training.batches import pack_share, to_rows, token_shares
 from megatron_posttrain.training.engine import Engine, StepResult
 from megatron_posttrain.training.export import export_adapter, full_tensors
 from megatron_posttrain.training.heads import LabelLogprobs, Output
-from megatron_posttrain.training.limits import prompts_of, rollout_problems
 from megatron_posttrain.training.prepare import Prepared
+from megatron_posttrain.training.routing import Action, routing
 from megatron_posttrain.training.run import Run, Step
-from megatron_posttrain.training.sequences import batch_logprobs, sequence_logprobs, sums_by_sequence
+from megatron_posttrain.training.sequences import (
+    batch_logprobs,
+    sequence_logprobs,
+    sums_by_sequence,
+    values_by_sequence,
+)
 from megatron_posttrain.training.totals import Mean, Totals
 
 RlConfig = GrpoConfig | DistillConfig  # what draws samples
@@ -63,30 +67,6 @@ class RunawayError(UserError):
 
 
 @dataclass
-class Asked:
-    """What the model is asked, what answers its turns, and what grades them."""
-
-    prompts: PromptDataset
-    turns: Turns
-    rewards: list[Reward]
-    model_reward: ModelReward | None
-
-    @classmethod
-    def of(cls, config: GrpoConfig, prepared: Prepared) -> Asked:
-        """Raises UserError for what only RL asks of a config."""
-        if wrong := list(rollout_problems(config, prepared.arch, platform().name)):
-            raise UserError("; ".join(wrong))
-        turns = load_turns(config.environment, config.rollout, prepared.tokenizer, unsafe=config.sandbox.unsafe)
-        rows = read_rows(config.data.sources, columns=config.data.columns)
-        return cls(
-            prompts_of(config, rows, prepared.tokenizer, turns.tools),
-            turns,
-            load_rewards(config.rewards, unsafe=config.sandbox.unsafe),
-            ModelReward.of(config, prepared),
-        )
-
-
-@dataclass
 class Rollouts:
     """The rollout engine of a run, and what its steps need beside a config."""
 
@@ -94,13 +74,17 @@ class Rollouts:
     whole_config: GrpoConfig  # of all steps
     engine: Engine
     asked: Asked
-    rollout: RolloutEngine
+    rollout: Any  # RolloutEngine; None where logged samples are replayed
 
     @classmethod
     def start(cls, run: Run, config: GrpoConfig, engine: Engine, asked: Asked) -> Rollouts:
         """Collective: once the trainer has what memory it needs."""
+        if config.rollout.replay is not None:
+            run.say(f"samples of {config.rollout.replay}; no rollout engine")
+            return Replay(run, config, engine, asked, None)
         if asked.model_reward is not None:
             asked.model_reward.load(run.groups)
+        _make_room(config, run, engine)
         rollout = run.closing(make_rollout_engine(config, run.prepared))
         run.say(f"{rollout.replicas} rollout replicas; {stop_message(run.prepared.tokenizer)}")
         return cls(run, config, engine, asked, rollout)
@@ -119,6 +103,9 @@ class Rollouts:
         every = config.algorithm.reference_every
         if every is not None and step and step % every == 0:
             self.engine.keep_weights(REFERENCE)
+        self._refit(config, step)
+
+    def _refit(self, config: GrpoConfig, step: int) -> None:
         refit(self.run, self.rollout, self.engine, config, self.asked.prompts.prompts, step)
 
     def draw(self, config: GrpoConfig, step: int, batches: int = 1) -> Samples:
@@ -144,6 +131,24 @@ class Rollouts:
         if self.whole_config.algorithm.mask_truncated:
             samples.masked = samples.masked | samples.truncated
 
+    def validate(self, step: Step) -> dict[str, float]:
+        """Collective: what the weights after a step say to held-out prompts, with the same seeds at every look."""
+        asked, config, tokenizer = self.asked, self.config(step.index), self.run.prepared.tokenizer
+        rollout = config.rollout
+        sampling = Sampling(rollout.validation_samples, rollout.max_tokens, rollout.temperature)
+        self._refit(config, step.number)
+
+        def draw(prompts: list[Prompt]) -> Samples:
+            seeds = range(len(prompts) * sampling.n)
+            return generate_samples(self.rollout, tokenizer, prompts, asked.rewards, sampling, seeds, asked.turns)
+
+        drawn = {name: draw(prompts) for name, prompts in asked.held_out.items()}
+        self.rollout.sleep()
+        if asked.model_reward is not None:
+            for samples in drawn.values():
+                asked.model_reward.add(samples, sampling.n)
+        return held_out_figures(drawn, sampling.n)
+
     def finish(self, step: Step, samples: Samples, figures: dict[str, float | Mean]) -> None:
         """Logs and saves what a step did. Raises RunawayError where trainer and engine have parted."""
         algorithm = self.whole_config.algorithm
@@ -159,6 +164,9 @@ class Rollouts:
             move *= 1 if entropy.value < algorithm.entropy_target else -1
             weight = max(0.0, self.run.checkpoints.state.get("entropy_coefficient", 0.0) + move)
             self.run.checkpoints.state["entropy_coefficient"] = figures["entropy_coefficient"] = weight
+        if self.asked.held_out and step.validates:
+            with step.phase("validation", apart=True):
+                figures |= self.validate(step)
         step.log(figures, samples.metrics())
         save_samples(self.run.directory / "rollouts" / f"step_{step.number:06d}.jsonl", samples)
 
@@ -167,8 +175,7 @@ def refit(
     run: Run, rollout: RolloutEngine, engine: Engine, config: RlConfig, prompts: Sequence[Prompt], step: int
 ) -> None:
     """Collective: the trainer's weights into the rollout engine, and the proof on the first `prompts`."""
-    if config.rollout.offload:
-        engine.offload()
+    _make_room(config, run, engine)
     if config.rollout.adapters == "ship":
         directory = run.directory / "rollouts" / "adapter"
         export_adapter(engine, run.prepared.model_path, directory)
@@ -177,6 +184,18 @@ def refit(
         Refit(rollout).update(full_tensors(engine), step)
     own = partial(_canary_logprobs, engine, token_budget(config))
     prove(rollout, [p.token_ids for p in prompts[:CANARY_PROMPTS]], own, config.rollout.proof_tolerance)
+
+
+class Replay(Rollouts):
+    """Logged samples in place of an engine's."""
+
+    def draw(self, config: GrpoConfig, step: int, batches: int = 1) -> Samples:
+        samples = read_logged(logged_file(str(config.rollout.replay), step + 1), config, self.engine.arch)
+        samples.advantages = torch.zeros(len(samples.prompts))
+        return samples
+
+    def _refit(self, config: GrpoConfig, step: int) -> None:
+        pass
 
 
 def reference_of(config: GrpoConfig) -> dict[str, Any]:
@@ -205,14 +224,16 @@ def score_samples(mini_batches: list[list[PackedBatch]], engine: Engine, config:
     KL."""
     algorithm = config.algorithm
 
-    def score(name: str) -> None:
+    def score(name: str, action: Action = None) -> None:
         for batches in mini_batches:
-            logprobs = batch_logprobs(engine, batches, config.rollout.temperature)
+            with routing(engine, action):
+                logprobs = batch_logprobs(engine, batches, config.rollout.temperature)
             for batch, values in zip(batches, logprobs, strict=True):
                 batch.extras[name] = values
 
     if len(mini_batches) > 1 or algorithm.kl_in == "reward":
-        score("old_logprobs")
+        replayed: dict[str, Action] = {"rollout": "replay", "old": "record"}
+        score("old_logprobs", replayed.get(algorithm.routing_replay))
     if algorithm.kl_coefficient:
         with engine.weights(REFERENCE):
             score("reference_logprobs")
@@ -231,39 +252,47 @@ def update(
     for number, batches in enumerate(mini_batches):
         if number and config.rollout.offload:
             engine.offload()  # as before the first: no update has states beside its activations
-        results.append(engine.train_step(batches, loss, over, lr, head, keep=len(mini_batches) == 1))
+        with routing(engine, None if config.algorithm.routing_replay == "none" else "replay"):
+            results.append(engine.train_step(batches, loss, over, lr, head, keep=len(mini_batches) == 1))
     everything = [batch for batches in mini_batches for batch in batches]
-    own = [output["logprobs"] for output in results[0].outputs] if len(mini_batches) == 1 else None
+    outputs = results[0].outputs if len(mini_batches) == 1 else None
     return (
         {
             "loss": sum(r.loss for r in results) / len(results),
             "grad_norm": sum(r.grad_norm for r in results) / len(results),
         }
         | {name: reduce(add, (r.metrics[name] for r in results)) for name in results[0].metrics}
-        | compare(engine, samples, everything, own, config)
+        | compare(engine, samples, everything, outputs, config)
     )
 
 
 def compare(
-    engine: Engine, samples: Samples, batches: list[PackedBatch], own: list[Tensor] | None, config: GrpoConfig
+    engine: Engine, samples: Samples, batches: list[PackedBatch], outputs: list[Output] | None, config: GrpoConfig
 ) -> dict[str, float]:
-    """Collective: how far the trainer's log-probs of the samples are from the engine's; sets `samples.differences`.
+    """Collective: how far the trainer's log-probs of the samples are from the engine's; sets `samples.differences`, and
+    `samples.by_token` where it is asked for.
 
     Args:
-        own: of the policy that sampled, on the last stage; None: as the batches have them.
+        outputs: of the policy that sampled, on the last stage; None: the batches have its log-probs.
 
     Returns:
         of the ratios trainer / engine of all tokens that count: percentiles 1 and 99, to 1%, and the share outside of
         `token_band`.
     """
     groups, low_high = engine.groups, config.algorithm.token_band or BAND
-    own = [batch.extras["old_logprobs"] for batch in batches] if own is None else own
+    own = [b.extras["old_logprobs"] for b in batches] if outputs is None else [o["logprobs"] for o in outputs]
     log_ratios = [
         (values[: len(batch.tokens)].cpu().double() - batch.extras["rollout_logprobs"]) * batch.loss_mask
         for batch, values in zip(batches, own, strict=False)  # none before the last stage
     ]
     differences = [values.abs() for values in log_ratios]
     samples.differences = sums_by_sequence(groups, batches, differences, len(samples.prompts)).numpy()
+    if config.rollout.token_figures:
+        found = {"logprob_differences": log_ratios, "advantages": [batch.extras["advantages"] for batch in batches]}
+        if outputs is not None:
+            found["entropies"] = [o["entropy"][: len(b.tokens)] for b, o in zip(batches, outputs, strict=False)]
+        sizes = [length - 1 for length in samples.total_lengths]
+        samples.by_token = {name: values_by_sequence(groups, batches, x, sizes) for name, x in found.items()}
     counts = torch.zeros(len(RATIO_BINS) + 2, dtype=torch.float64)
     if groups.last_stage and groups.tensor.rank() == 0 and groups.context.rank() == 0:
         counted = torch.cat([found[b.loss_mask != 0] for b, found in zip(batches, log_ratios, strict=True)])
@@ -318,6 +347,7 @@ def policy_loss(algorithm: PolicyAlgorithm, output: Output, batch: PackedBatch) 
 
 def make_rollout_engine(config: RlConfig, prepared: Prepared) -> RolloutEngine:
     cache, shipped = config.rollout.kv_cache_gib, config.rollout.adapters == "ship"
+    replays = isinstance(config, GrpoConfig) and config.algorithm.routing_replay == "rollout"
     return RolloutEngine(
         str(prepared.model_path),
         dtype=DTYPES[config.precision.dtype],
@@ -329,6 +359,7 @@ def make_rollout_engine(config: RlConfig, prepared: Prepared) -> RolloutEngine:
         quantization=config.rollout.quantization,
         lora_rank=config.lora.rank if shipped and config.lora else None,
         load_weights=shipped,
+        choices=choice_type(prepared.arch) if replays else None,
     )
 
 
@@ -382,6 +413,12 @@ def set_token_advantages(
         batch.extras["advantages"] = (batch.extras["advantages"] - mean) / (deviation + 1e-6) * batch.loss_mask
     sums = sums_by_sequence(engine.groups, batches, [b.extras["advantages"] for b in batches], len(samples.prompts))
     samples.advantages = sums / torch.tensor(samples.lengths).clamp(min=1)  # means over tokens, for the record
+
+
+def _make_room(config: RlConfig, run: Run, engine: Engine) -> None:
+    """Before vLLM asks for its share of the memory."""
+    for trained in (engine, *run.checkpoints.beside.values()) if config.rollout.offload else ():
+        trained.offload()
 
 
 def _canary_logprobs(engine: Engine, budget: int, sequences: list[list[int]]) -> list[torch.Tensor]:

@@ -9,9 +9,9 @@ from operator import add
 
 from torch import Tensor
 
+from megatron_posttrain.algorithms.asked import Asked
 from megatron_posttrain.algorithms.losses import value_terms
 from megatron_posttrain.algorithms.policy import (
-    Asked,
     Rollouts,
     receive_samples,
     reference_of,
@@ -46,15 +46,10 @@ def ppo(config: PpoConfig) -> int:
     with Run(prepared, asked.prompts) as run:
         critic = Engine.of(own, critic_arch, run.groups)
         engine = run.model(beside={CRITIC: critic}, **reference_of(config))
-        if config.rollout.offload:
-            engine.offload()
-            critic.offload()
         rollouts = Rollouts.start(run, config, engine, asked)
         for step in run.steps():
             now = rollouts.config(step.index)
             with step.phase("refit"):
-                if config.rollout.offload:
-                    critic.offload()
                 rollouts.refit(now, step.index)
             with step.phase("rollout"):
                 samples = rollouts.draw(now, step.index)

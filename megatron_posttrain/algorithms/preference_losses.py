@@ -1,5 +1,7 @@
 """Losses on preferences: of answers' log-probabilities (dpo and its relatives, kto) and of their rewards."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,21 +19,14 @@ def dpo_loss(
     reference_chosen: Tensor,
     reference_rejected: Tensor,
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    loss: PreferenceLoss = "sigmoid",
-    chosen_lengths: Tensor | None = None,
-    rejected_lengths: Tensor | None = None,
-    length_normalized: bool = False,
-    gamma: float = 0.0,
     denominator: Tensor | float | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Metrics]:
-    """Mean over pairs of a preference loss on answers' log-probs; `dpo_terms` has the formulas.
+    """Mean over pairs of a preference loss on answers' log-probs; `dpo_terms` has the formulas and all options.
 
     Args:
         chosen, rejected: [batch] summed log-probs of the answers under the policy, differentiable.
         reference_chosen, reference_rejected: [batch] under the reference; simpo and orpo do not read them.
-        chosen_lengths, rejected_lengths: [batch] tokens that count; needed by simpo, orpo and `length_normalized`.
         denominator: what the terms' sum is divided by, where these are a part of a larger batch; default: batch.
 
     Returns:
@@ -41,19 +36,7 @@ def dpo_loss(
     Raises:
         UserError: an option that the loss does not have, or lengths that it needs.
     """
-    terms, metrics = dpo_terms(
-        chosen,
-        rejected,
-        reference_chosen,
-        reference_rejected,
-        beta=beta,
-        label_smoothing=label_smoothing,
-        loss=loss,
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
-        length_normalized=length_normalized,
-        gamma=gamma,
-    )
+    terms, metrics = dpo_terms(chosen, rejected, reference_chosen, reference_rejected, **options)
     return _over_pairs(terms, metrics, denominator)
 
 
@@ -87,7 +70,8 @@ def dpo_terms(
                   without gradient: for pairs, one side estimates the divergence for the other; `kto_terms` is for rows
 
     a and b are the policy's mean log-probs of the answers' tokens. `length_normalized` divides w and l by the number
-    of tokens (arXiv 2411.15124, section 5). Rewards are beta w and beta l, without a reference beta a and beta b.
+    of tokens (arXiv 2411.15124, section 5); `chosen_lengths` and `rejected_lengths` [batch] count them. Rewards are
+    beta w and beta l, without a reference beta a and beta b.
     """
     for problem in preference_problems(loss, label_smoothing, length_normalized, gamma):
         raise UserError(problem)
@@ -101,28 +85,8 @@ def dpo_terms(
         w, l = w - reference_chosen, l - reference_rejected  # noqa: E741
     if per_token:
         w, l = w / chosen_lengths, l / rejected_lengths  # type: ignore[operator] # noqa: E741
-    d = w - l
-    if loss == "sigmoid":
-        terms = -(1 - label_smoothing) * F.logsigmoid(beta * d) - label_smoothing * F.logsigmoid(-beta * d)
-    elif loss == "robust":
-        terms = -(1 - label_smoothing) * F.logsigmoid(beta * d) + label_smoothing * F.logsigmoid(-beta * d)
-        terms = terms / (1 - 2 * label_smoothing)
-    elif loss == "ipo":
-        terms = (d - 1 / (2 * beta)).square()
-    elif loss == "apo_zero":
-        terms = torch.sigmoid(-beta * w) + torch.sigmoid(beta * l)
-    elif loss == "apo_down":
-        terms = torch.sigmoid(beta * w) + torch.sigmoid(-beta * d)
-    elif loss == "simpo":
-        terms = -F.logsigmoid(beta * d - gamma)
-    elif loss == "orpo":
-        terms = -w - beta * F.logsigmoid(log_odds(w) - log_odds(l))
-    else:
-        good, _ = kto_terms(w, torch.ones_like(w), l.detach().mean(), beta=beta)
-        bad, _ = kto_terms(l, torch.zeros_like(l), w.detach().mean(), beta=beta)
-        terms = (good + bad) / 2
     rewards = beta * w.detach(), beta * l.detach()
-    return terms, {
+    return _terms(loss, w, l, beta, label_smoothing, gamma), {
         "accuracy": (rewards[0] > rewards[1]).to(chosen.dtype),
         "margin": rewards[0] - rewards[1],
         "chosen_reward": rewards[0],
@@ -130,6 +94,27 @@ def dpo_terms(
         "chosen_logprobs": chosen.detach(),
         "rejected_logprobs": rejected.detach(),
     }
+
+
+def _terms(loss: PreferenceLoss, w: Tensor, l: Tensor, beta: float, smoothing: float, gamma: float) -> Tensor:  # noqa: E741
+    """The table of `dpo_terms`."""
+    d = w - l
+    if loss in ("sigmoid", "robust"):
+        right, wrong = -(1 - smoothing) * F.logsigmoid(beta * d), smoothing * F.logsigmoid(-beta * d)
+        return right - wrong if loss == "sigmoid" else (right + wrong) / (1 - 2 * smoothing)
+    if loss == "ipo":
+        return (d - 1 / (2 * beta)).square()
+    if loss == "apo_zero":
+        return torch.sigmoid(-beta * w) + torch.sigmoid(beta * l)
+    if loss == "apo_down":
+        return torch.sigmoid(beta * w) + torch.sigmoid(-beta * d)
+    if loss == "simpo":
+        return -F.logsigmoid(beta * d - gamma)
+    if loss == "orpo":
+        return -w - beta * F.logsigmoid(log_odds(w) - log_odds(l))
+    good, _ = kto_terms(w, torch.ones_like(w), l.detach().mean(), beta=beta)
+    bad, _ = kto_terms(l, torch.zeros_like(l), w.detach().mean(), beta=beta)
+    return (good + bad) / 2
 
 
 def kto_terms(

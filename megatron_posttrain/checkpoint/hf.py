@@ -16,17 +16,19 @@ from megatron_posttrain.models.weights import Read
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def check_directory(directory: Path | str) -> tuple[HfConfig, Architecture]:
+def check_directory(directory: Path | str, serving: bool = False) -> tuple[HfConfig, Architecture]:
     """The config and architecture of a directory whose tensors are all there, in the right shapes.
 
     Reads config.json and headers only. `UserError` names the first tensor that is missing, misshapen
-    or not part of the model.
+    or not part of the model. `serving`: what compressed-tensors packed (tools/quantize.py) is left to vLLM.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory")
     config = read_json(directory / "config.json")
     arch = registry.architecture_from_hf(config)
+    if serving and config.get(fp8.FIELD, {}).get("quant_method") == "compressed-tensors":
+        return config, arch
     try:
         fp8.block_size(config)
     except UserError as error:

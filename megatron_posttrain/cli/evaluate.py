@@ -1,10 +1,19 @@
 """`evaluate`: alone as one process, or under `torchrun`, where the engine's replicas share the prompts."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
-from megatron_posttrain.cli.generation import REWARD_OPTIONS, SET_OPTIONS, given, prepare, set_of, start_engine
+from megatron_posttrain.cli.generation import (
+    REWARD_OPTIONS,
+    SET_OPTIONS,
+    dtype_of,
+    given,
+    prepare,
+    set_of,
+    start_engine,
+)
 from megatron_posttrain.cli.generation import add_arguments as add_common
 from megatron_posttrain.cli.row_options import parsed
 from megatron_posttrain.errors import UserError
@@ -20,14 +29,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "config's section: '{name: search, args: {files: [a.txt]}}' (default: none)")  # fmt: skip
     add("--suite", metavar="FILE", help="YAML of several sets (see examples/suites); --data is then the directory that "
         "its file names start from (default: the suite's own)")  # fmt: skip
+    add("--perplexity", metavar="FILE", help="no prompts: the perplexity of texts in windows of --max-tokens (1024), "
+        "of a .txt file or of the rows' column text; --suite does it for other columns")  # fmt: skip
+    add("--lm-eval", metavar="TASKS", help="lm-evaluation-harness on these, with commas between, where it is "
+        "installed; --data is then a directory of further tasks; offline, one process")  # fmt: skip
+    add("--leaderboard", nargs="+", metavar="DIR", help="no model: a table of what `evaluate` wrote in directories")
     add("--compare", nargs="+", metavar="DIR", help="no model: the first directory's results against each other's, "
         "prompt by prompt")  # fmt: skip
     add("--output", default="runs/evaluation", metavar="DIR", help="default: runs/evaluation")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.compare:
+    if args.compare or args.leaderboard:
         return _compare(args)
+    if args.lm_eval:
+        return _lm_eval(args)
     # First, before torch: it sets what vLLM and OpenMP read from the environment at their import.
     from megatron_posttrain.rollout import RolloutEngine  # noqa: F401
 
@@ -35,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     import torch.distributed as dist
 
     from megatron_posttrain.evaluation.evaluate import evaluate, save, suite_table, table
+    from megatron_posttrain.evaluation.perplexity import perplexity
 
     sets, directory = _sets(args)
     output = Path(args.output)
@@ -43,18 +60,21 @@ def run(args: argparse.Namespace) -> int:
         check_output(place, "--output", FILES)
     job = prepare(args, sets, directory)
     engine = start_engine(args, job)
-    results = {}
+    results: dict[str, Any] = {}
     for task in job.tasks:
-        evaluation, records = evaluate(
-            engine, job.tokenizer, task.prompts, task.rewards, task.sampling, args.seed, task.turns
-        )
-        results[task.name] = evaluation
+        if task.texts:
+            size = min(task.sampling.max_tokens, job.max_model_len - 2)
+            results[task.name], records = perplexity(engine, job.tokenizer, task.texts, size), None
+        else:
+            results[task.name], records = evaluate(
+                engine, job.tokenizer, task.prompts, task.rewards, task.sampling, args.seed, task.turns
+            )
         if dist.get_rank() == 0:
             facts: dict[str, Any] = {"model": str(args.model), "data": task.data, "graded_by": task.graded_by}
-            save(evaluation, records, places[task.name], facts)
+            save(results[task.name], records, places[task.name], facts)
     if dist.get_rank() == 0:
-        print(suite_table(results) if args.suite else table(evaluation, facts))
-        print(f"\nwritten to {output}/{'SET/' if args.suite else ''}evaluation.json and responses.jsonl")
+        print(table(results["evaluation"], facts) if args.data and not args.suite else suite_table(results))
+        print(f"\nwritten to {output}/{'SET/' if args.suite else ''}{' and '.join(FILES[: 2 - bool(args.perplexity)])}")
     engine.close()
     dist.destroy_process_group()
     return 0
@@ -62,10 +82,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _sets(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     from megatron_posttrain.config.load import load_config
-    from megatron_posttrain.evaluation.suite import Suite
+    from megatron_posttrain.evaluation.suite import EvaluationSet, Suite
 
-    if missing := [name for name in ("model", *(() if args.suite else ("data",))) if not getattr(args, name)]:
-        raise UserError(f"--{missing[0]} is missing; evaluate needs --model with --data or --suite, or --compare")
+    if missing := [n for n in ("model", *(() if args.suite or args.perplexity else ("data",))) if not getattr(args, n)]:
+        raise UserError(
+            f"--{missing[0]} is missing; evaluate needs --model with --data, --suite or --perplexity, or --compare"
+        )
+    if args.perplexity:
+        if others := given(args, ("data", "suite", *SET_OPTIONS, *REWARD_OPTIONS)).keys() - {"max_tokens", "limit"}:
+            raise UserError(f"--{sorted(others)[0].replace('_', '-')} would be ignored beside --perplexity")
+        values = {"data": args.perplexity, "perplexity": "{{ text }}", **given(args, ("max_tokens", "limit"))}
+        return {"perplexity": EvaluationSet.model_validate(values)}, Path()
     if not args.suite:
         return {"evaluation": set_of(args)}, Path()
     if told := given(args, (*SET_OPTIONS, *REWARD_OPTIONS)):
@@ -75,13 +102,34 @@ def _sets(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from megatron_posttrain.evaluation.compare import compare, read_results
+    from megatron_posttrain.evaluation.compare import compare, leaderboard, read_results
 
-    if told := given(args, ("model", "data", "suite", *SET_OPTIONS, *REWARD_OPTIONS)):
-        raise UserError(f"--{next(iter(told)).replace('_', '-')} would be ignored beside --compare")
+    if told := given(args, ("model", "data", "suite", "perplexity", *SET_OPTIONS, *REWARD_OPTIONS)):
+        raise UserError(f"--{next(iter(told)).replace('_', '-')} would be ignored beside --compare and --leaderboard")
+    if args.leaderboard:
+        print(leaderboard(args.leaderboard))
+        return 0
     if len(args.compare) < 2:
         raise UserError(f"--compare {args.compare[0]}: two or more directories that `evaluate` wrote are compared")
     print(compare([read_results(Path(name)) for name in args.compare], args.compare))
+    return 0
+
+
+def _lm_eval(args: argparse.Namespace) -> int:
+    from megatron_posttrain.checkpoint.hf import check_directory
+    from megatron_posttrain.evaluation.harness import evaluate_with_harness
+
+    if told := given(args, ("suite", "perplexity", *SET_OPTIONS, *REWARD_OPTIONS)).keys() - {"limit"}:
+        raise UserError(f"--{sorted(told)[0].replace('_', '-')} would be ignored beside --lm-eval")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or args.tensor > 1:
+        raise UserError("--lm-eval runs in one process, without --tensor")
+    if not args.model:
+        raise UserError("--model is missing")
+    check_output(output := Path(args.output), "--output", ("lm_eval.json", "lm_eval_samples.jsonl"))
+    check_directory(args.model, serving=True)
+    tasks = args.lm_eval.split(",")
+    print(evaluate_with_harness(args.model, tasks, args.data, output, dtype_of(args), args.limit, args.seed))
+    print(f"\nwritten to {output}/lm_eval.json and lm_eval_samples.jsonl")
     return 0
 
 

@@ -68,6 +68,7 @@ class Task:
     rewards: list[Any]
     turns: Any
     sampling: Any
+    texts: list[str]  # whose perplexity is measured; then the others are empty
 
 
 def given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def prepare(args: argparse.Namespace, sets: dict[str, Any], directory: Path = Pa
 
     quiet_libraries()
     check_interfaces()
-    _, architecture = check_directory(args.model)
+    _, architecture = check_directory(args.model, serving=True)
     tokenizer = load_tokenizer(args.model)
     tasks, lengths = [], []
     for name, one in sets.items():
@@ -121,7 +122,7 @@ def prepare(args: argparse.Namespace, sets: dict[str, Any], directory: Path = Pa
         except UserError as error:
             raise UserError(f"set {name}: {error}" if len(sets) > 1 else str(error)) from None
         tasks.append(task)
-    dtype = _dtype(args)
+    dtype = dtype_of(args)
     _check_engine(args, architecture, max(lengths), dtype.itemsize)
     return Job(tokenizer, tasks, max(lengths), dtype)
 
@@ -145,17 +146,22 @@ def _task(name: str, one: Any, directory: Path, tokenizer: Any, omissions: Any) 
     from megatron_posttrain.rollout.turns import load_turns
     from megatron_posttrain.training.limits import check_answers, rows_with_tools
 
+    if one.perplexity is not None:
+        texts = one.texts(directory)
+        return Task(name, str(directory / one.data), one.graded_by, [], [], [], None, one.sampling, texts)
     rewards = load_rewards(one.rewards)
     rows = one.rows(directory)
     check_answers(rows, one.rewards)
     turns = load_turns(one.environment, RolloutConfig(), tokenizer)
     rows = rows_with_tools(rows, turns.tools)
     prompts = PromptDataset(rows, tokenizer, sys.maxsize, omissions=omissions).prompts
-    return Task(name, str(directory / one.data), one.graded_by, rows, prompts, rewards, turns, one.sampling)
+    return Task(name, str(directory / one.data), one.graded_by, rows, prompts, rewards, turns, one.sampling, [])
 
 
 def _length(task: Task, context_length: int) -> int:
-    """Tokens of the longest prompt with its response."""
+    """Tokens of the longest prompt with its response, or of a window of perplexity."""
+    if task.texts:
+        return min(task.sampling.max_tokens + 2, context_length)  # the token before it, and one that must be drawn
     longest = max(task.prompts, key=lambda prompt: len(prompt.token_ids))
     length = len(longest.token_ids) + task.sampling.max_tokens
     if length > context_length:
@@ -166,7 +172,7 @@ def _length(task: Task, context_length: int) -> int:
     return length
 
 
-def _dtype(args: argparse.Namespace) -> Any:
+def dtype_of(args: argparse.Namespace) -> Any:
     import torch
 
     from megatron_posttrain.checkpoint.hf import HfReader

@@ -21,6 +21,7 @@ from megatron_posttrain.planning.workload import Workload
 WIDE = 1.5  # highest / lowest published throughput from which a range is told
 FILE_WIDTH = 130  # columns, where the output is no terminal
 LABELS = dict(zip(LAYOUT_KEYS, ("TP", "PP", "VP", "CP", "EP", "ETP"), strict=True))
+TASKS = ("pretrain", "sft", "lora", "dpo", "reward-model", "distill", "grpo", "ppo")
 LAYOUT_HELP = "tensor=2,pipeline=1,virtual_pipeline=1,context=1,expert=8,expert_tensor=1"
 
 
@@ -31,12 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpu", required=True, help=f"one of {', '.join(GPUS)}")
     add("--gpus", required=True, help="how many, or several counts for a scaling table: 8,64,512")
     add("--sequence-length", type=int, required=True,
-        help="tokens of a row; dpo: of a conversation; grpo: of the longest sample")  # fmt: skip
-    add("--global-batch-size", type=int, required=True, help="rows an optimizer step; dpo: pairs; grpo: samples")
+        help="tokens of a row; pairs: of a conversation; RL: of the longest sample")  # fmt: skip
+    add("--global-batch-size", type=int, required=True, help="rows an optimizer step; or pairs; RL: samples")
     add("--micro-batch-size", type=int, help="rows a forward pass of one replica; left out: the best of 1, 2, 4, 8")
     add("--precision", choices=("bf16", "fp8", "mxfp8"), default="bf16", help="of matrix multiplications")
-    add("--task", choices=("pretrain", "sft", "lora", "dpo", "distill", "grpo"), default="sft", help="what is run")
+    add("--task", choices=TASKS, default="sft", help="what is run")
     add("--teacher", help="distill: as --model; frozen, in the student's layout")
+    add("--critic", help="ppo: as --model; left out: as the policy")
     add("--layout", help=f"one layout instead of a search; sizes left out are 1: {LAYOUT_HELP}")
     add("--recompute", choices=("auto", "none", "selective", "full"), default="auto",
         help="of activations; auto: none, and full where the search finds that nothing else fits")  # fmt: skip
@@ -44,10 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "balanced by force or by dropping some; auto: so for pretrain, natural else")  # fmt: skip
     add("--lora-rank", type=int, help="of adapters; left out: 16 for lora, no adapters for other tasks")
     add("--quantization", choices=("nf4",), help="of the frozen base beside adapters; left out: bf16")
-    add("--mean-length", type=int, help="grpo: mean tokens of a sample with its prompt; left out: 3/4 of the longest")
-    add("--rollout-tensor", type=int, help="grpo: GPUs of a vLLM engine; left out: the best")
+    add("--mean-length", type=int, help="RL: mean tokens of a sample with its prompt; left out: 3/4 of the longest")
+    add("--rollout-tensor", type=int, help="RL: GPUs of a vLLM engine; left out: the best")
     add("--offload", action=argparse.BooleanOptionalAction, default=None,
-        help="grpo: optimizer states in host memory while vLLM is awake; left out: the better")  # fmt: skip
+        help="RL: optimizer states in host memory while vLLM is awake; left out: the better")  # fmt: skip
     add("--domain", type=int, help="GPUs that share NVLink; left out: the GPU's usual system")
     add("--nvlink-gb-per-s", type=float, help="GB/s a GPU and direction inside it")
     add("--network-gb-per-s", type=float, help="GB/s a GPU and direction between them")
@@ -68,13 +70,13 @@ def run(args: argparse.Namespace) -> int:
         args.recompute, args.routing, args.lora_rank, args.quantization, args.mean_length, args.rollout_tensor,
         args.offload,
     )  # fmt: skip
-    if args.teacher is not None:
+    option = "critic" if args.critic else "teacher"
+    if (other := args.critic or args.teacher) is not None:
         try:
-            name_of_teacher, teacher = load_architecture(args.teacher)
+            name_of_other, beside = load_architecture(other)
         except UserError as error:
-            raise UserError(str(error).replace("--model", "--teacher", 1)) from None
-        path = args.teacher if "/" in args.teacher else published_name(name_of_teacher)
-        work = replace(work, teacher=teacher, teacher_path=path)
+            raise UserError(str(error).replace("--model", f"--{option}", 1)) from None
+        work = replace(work, beside=beside, beside_path=other if "/" in other else published_name(name_of_other))
     if len(counts) > 1 and args.layout:
         raise UserError("--layout: one layout belongs to one number of --gpus")
     considered = 1
@@ -109,9 +111,11 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             f"--task {args.task}: --lora-rank and --quantization are for lora, and with --lora-rank for dpo and distill"
         )
-    for option in ("mean_length", "rollout_tensor", "offload"):
-        if getattr(args, option) is not None and args.task != "grpo":
-            raise UserError(f"--{option.replace('_', '-')} has an effect with --task grpo only, found {args.task}")
+    only = dict.fromkeys(("mean_length", "rollout_tensor", "offload"), ("grpo", "ppo")) | {"critic": ("ppo",)}
+    for option, tasks in only.items():
+        if getattr(args, option) is not None and args.task not in tasks:
+            asked = f"--{option.replace('_', '-')} has an effect with --task {' or '.join(tasks)} only"
+            raise UserError(f"{asked}, found {args.task}")
 
 
 def _counts(text: str) -> list[int]:

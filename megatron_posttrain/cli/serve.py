@@ -6,7 +6,10 @@ import os
 import sys
 from pathlib import Path
 
+from megatron_posttrain.cli.serve_filter import FILE, SafetyFilter, SafetyMiddleware
+from megatron_posttrain.config.load import load_config
 from megatron_posttrain.errors import UserError, nearest_file
+from megatron_posttrain.rewards import load_rewards
 
 # What vLLM 0.32 needs on CPU: no compiler, no rewound generator (rollout/vllm_fixes.py), no binding to cores.
 CPU_OPTIONS = ("--enforce-eager", "--no-enable-chunked-prefill")
@@ -22,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--name", metavar="NAME", help="of the model in requests (default: the directory's)")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (default: 127.0.0.1)")
     add("--port", type=int, default=8000, help="default: 8000")
+    add("--filter", metavar="FILE", help="YAML of a safety filter on what is asked and answered, streams too: "
+        "patterns, classifier (a reward), hold (default: none)")  # fmt: skip
     add("--vllm", nargs=argparse.REMAINDER, default=[], metavar="OPTION", help="all that follows are options of vLLM's "
         "server, such as --max-model-len 8192 --enable-auto-tool-choice --tool-call-parser hermes")  # fmt: skip
 
@@ -34,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     if platform().name == "cpu":
         command += [option for option in CPU_OPTIONS if option not in args.vllm]
     sys.stdout.flush()
-    os.execve(sys.executable, command, ENVIRONMENT | os.environ)
+    os.execve(sys.executable, command, ENVIRONMENT | os.environ | ({FILE: args.filter} if args.filter else {}))
 
 
 def server_options(args: argparse.Namespace) -> list[str]:
@@ -55,4 +60,7 @@ def server_options(args: argparse.Namespace) -> list[str]:
         raise UserError(f"{run}: neither a Hugging Face directory nor a run with one in hf/{nearest_file(run)}")
     if args.thinking:
         options += ["--default-chat-template-kwargs", json.dumps({"enable_thinking": args.thinking == "on"})]
+    if args.filter:
+        load_rewards([rules.classifier] if (rules := load_config(SafetyFilter, args.filter)).classifier else [])
+        options += ["--middleware", f"{SafetyMiddleware.__module__}.{SafetyMiddleware.__name__}"]
     return ["--model", str(model), *options, "--host", args.host, "--port", str(args.port), *args.vllm]

@@ -11,6 +11,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file; its `defaults: [base.yaml]` are read first")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--profile", metavar="STEPS", help="the same as logging.profile=STEPS")
+    if ALGORITHMS[command].rows == "prompts":
+        parser.add_argument("--replay", metavar="DIR", help="the same as rollout.replay=DIR")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="take precedence over the file")
     parser.epilog = "\n".join(
         [
@@ -25,8 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     algorithm = ALGORITHMS[args.command]
-    profile = [] if args.profile is None else [f"logging.profile={args.profile}"]
-    config = load_config(algorithm.config, args.config, [*args.overrides, *profile])
+    options = {"logging.profile": args.profile, "rollout.replay": getattr(args, "replay", None)}
+    given = [f"{key}={value}" for key, value in options.items() if value is not None]
+    config = load_config(algorithm.config, args.config, [*args.overrides, *given])
     if args.print_config:
         print(to_yaml(config), end="")
         return 0

@@ -47,6 +47,11 @@ class PolicyAlgorithm(Section):
     stop_outside: Fraction | None = Field(
         None, description="share of tokens outside token_band (null: [0.5, 5.0]) above which the run ends; null: never"
     )
+    routing_replay: Literal["none", "rollout", "old"] = Field(
+        "none",
+        description="experts that training sends tokens to again: those that vLLM chose, or the policy that "
+        "the first of several updates begins with; their weights stay the router's",
+    )
     kl_coefficient: Scheduled[NonNegativeFloat] = Field(0.0, description="weight of the KL to the reference")
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
@@ -248,7 +253,10 @@ class DistillConfig(Config):
     algorithm: DistillAlgorithm = Field(default_factory=DistillAlgorithm)
     ignored = dict.fromkeys(
         ("rollout.prompts_per_step", "rollout.samples_per_prompt"), "the batch's conversations are answered, once each"
-    ) | dict.fromkeys(("rollout.thinking_tokens", "rollout.thinking_stop"), "the student ends its reasoning itself")
+    ) | dict.fromkeys(
+        ("rollout.thinking_tokens", "rollout.thinking_stop", "rollout.validation_samples", "rollout.token_figures",
+         "rollout.replay"), "the teacher grades what the student says, once"
+    )  # fmt: skip
 
     @property
     def samples(self) -> bool:
@@ -281,7 +289,6 @@ class DistillConfig(Config):
 class GrpoConfig(Config):
     command = "grpo"
     ignored: ClassVar[dict[str, str]] = CONVERSATIONS_ONLY | {
-        "data.validation": "held-out problems are graded by `evaluate`",
         "data.packing": "samples always share micro-batches",
         "data.overlong": "prompts that leave no room for rollout.max_tokens are dropped, responses end there",
     }
@@ -316,12 +323,20 @@ class GrpoConfig(Config):
                 f"rollout.prompts_per_step x samples_per_prompt = {samples}; for one update a step set it to {samples}"
             )
         yield from (f"algorithm.{problem}" for problem in self.algorithm.problems())
+        if samples == update and self.algorithm.routing_replay == "old":
+            yield "algorithm.routing_replay=old has no effect with one update a step; allowed: none, rollout"
         if rollout.samples_per_prompt < 2 and self.compares_samples:
             yield (
                 "rollout.samples_per_prompt=1: a sample is compared with the others of its prompt, so nothing would be "
                 "learned; allowed: 2 or more"
             )
         yield from engine_key_problems(rollout, length, world_size)
+        if rollout.validation_samples > 1 and self.data.validation is None:
+            yield f"rollout.validation_samples={rollout.validation_samples} needs data.validation"
+        if rollout.replay is not None and self.data.validation is not None:
+            yield "rollout.replay leaves no engine to answer data.validation; allowed: one of them"
+        if rollout.replay is not None and self.algorithm.routing_replay == "rollout":
+            yield "rollout.replay: logged samples have no experts; allowed: algorithm.routing_replay of none or old"
         if rollout.thinking_tokens is not None and rollout.thinking_tokens >= rollout.max_tokens:
             yield (
                 f"rollout.thinking_tokens={rollout.thinking_tokens} has no effect beside "
@@ -354,7 +369,7 @@ class Algorithm:
         help: one line.
         rows: what `data.train` holds.
         held_out: figures of held-out rows by which a best step can be chosen, logged as validation_*.
-        function: `module:function`; takes the config, returns an exit status. None: of its name, in `algorithms/`.
+        function: `module:function`; takes the config, returns an exit status; None: the one of the command's name.
     """
 
     config: type[Config]
@@ -374,15 +389,16 @@ class Algorithm:
         return getattr(importlib.import_module(module), name)
 
 
+LOSS, ACCURACY, REWARD = ("loss",), ("loss", "accuracy"), ("accuracy", "reward")
 ALGORITHMS = {
     row.name: row
     for row in (
-        Algorithm(SftConfig, "supervised fine-tuning", held_out=("loss",)),
-        Algorithm(GrpoConfig, "GRPO with vLLM in every trainer rank", "prompts"),
-        Algorithm(PpoConfig, "PPO with a critic, and vLLM in every trainer rank", "prompts"),
-        Algorithm(DpoConfig, "preferences: DPO and its relatives, KTO", "preferences", ("loss", "accuracy")),
-        Algorithm(RewardModelConfig, "a scalar reward from pairs", "preferences", ("loss", "accuracy")),
-        Algorithm(DistillConfig, "a student learns a teacher's distributions", held_out=("loss",)),
+        Algorithm(SftConfig, "supervised fine-tuning", held_out=LOSS),
+        Algorithm(GrpoConfig, "GRPO with vLLM in every trainer rank", "prompts", REWARD),
+        Algorithm(PpoConfig, "PPO with a critic, and vLLM in every trainer rank", "prompts", REWARD),
+        Algorithm(DpoConfig, "preferences: DPO and its relatives, KTO", "preferences", ACCURACY),
+        Algorithm(RewardModelConfig, "a scalar reward from pairs", "preferences", ACCURACY),
+        Algorithm(DistillConfig, "a student learns a teacher's distributions", held_out=LOSS),
         Algorithm(ScoreConfig, "log-probabilities of the tokens of conversations", "any"),
     )
 }

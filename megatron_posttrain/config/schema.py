@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
@@ -113,11 +113,15 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def check_columns(names: Iterable[str]) -> None:
+def check_columns(columns: dict[str, Any]) -> dict[str, Any]:
     """Raises ValueError for a name that is none of ours."""
-    for name in names:
+    for name in columns:
         if name not in COLUMNS:
             raise ValueError(f"no column {name!r}{nearest(str(name), COLUMNS)}; allowed: {', '.join(COLUMNS)}")
+    return columns
+
+
+ColumnNames = Annotated[dict[str, str | list[str]], AfterValidator(check_columns)]
 
 
 class DataConfig(Section):
@@ -126,9 +130,11 @@ class DataConfig(Section):
         "as many conversations as all sources have, of each in proportion to its weight (1 where there is none)"
     )
     validation: str | list[str] | None = Field(
-        None, description="as `train`; its loss is logged every training.validate_every steps and at the end"
+        None,
+        description="as `train`; its loss (RL: accuracy, by file where there are several) is logged every "
+        "training.validate_every steps and at the end",
     )
-    columns: dict[str, str | list[str]] = Field(
+    columns: ColumnNames = Field(
         default_factory=dict,
         description="our column names to the files': {prompt: question, answer: final_answer}; question.stem reaches "
         "into a column, a list joins several",
@@ -176,12 +182,6 @@ class DataConfig(Section):
             if not isinstance(entry, str) and not right:
                 raise ValueError(f"{entry!r} is no source; allowed: paths and {{path: FILE, weight: NUMBER above 0}}")
         return train
-
-    @field_validator("columns")
-    @classmethod
-    def _known_columns(cls, columns: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
-        check_columns(columns)
-        return columns
 
 
 class OptimizerConfig(Section):
@@ -286,6 +286,9 @@ class LoggingConfig(Section):
 class RolloutConfig(Section):
     prompts_per_step: PositiveInt = 32
     samples_per_prompt: PositiveInt = 8
+    validation_samples: PositiveInt = Field(
+        1, description="of each prompt of data.validation, drawn as in training: accuracy (mean@k) and pass@k"
+    )
     max_tokens: Scheduled[PositiveInt] = Field(
         1024,
         description="of a response, all turns of an environment and its answers; this and other numbers may be given "
@@ -298,6 +301,9 @@ class RolloutConfig(Section):
         "\nThe time for thinking is over, so I answer now.\n", description="text before the end of reasoning"
     )
     temperature: Scheduled[PositiveFloat] = Field(1.0, description="may be given by step")
+    replay: str | None = Field(
+        None, description="directory `rollouts` of a run, whose samples and rewards are trained on without an engine"
+    )
     tensor: PositiveInt = Field(1, description="tensor parallel ranks of a vLLM engine")
     kv_cache_gib: PositiveFloat | None = Field(
         None, description="cache of one engine rank, GiB; null: 0.25 on CPU, sized by vLLM on CUDA"
@@ -311,6 +317,9 @@ class RolloutConfig(Section):
     )
     adapters: Literal["merge", "ship"] = Field(
         "merge", description="with lora, what a refit brings: the merged model, or the adapter beside vLLM's own base"
+    )
+    token_figures: bool = Field(
+        False, description="each token's log-prob difference, advantage and, with one update, entropy into rollouts/"
     )
     proof_tolerance: PositiveFloat | None = Field(
         None, description="largest canary log-prob difference after a refit; null: 1e-3 in fp32, 0.25 (mean) in bf16"

@@ -40,11 +40,15 @@ class Rules(Section):
     ngram: PositiveInt = Field(8, description="words of a shared n-gram; in print: 8, 10 or 13")
     overlap: Fraction = Field(0.5, description="share of an evaluation prompt's words that lie in shared n-grams; 0: "
         "one n-gram is enough")  # fmt: skip
+    lcs: Fraction | None = Field(None, description="smallest share of its words in the longest common subsequence too")
     min_words: PositiveInt | None = Field(None, description="of a text")
     max_words: PositiveInt | None = Field(None, description="of a text")
     repetition: Fraction | None = Field(None, description="largest share of 5-word shingles that repeat one in it")
     language: str | None = Field(None, description="ISO 639-1 code")
     language_share: Fraction = Field(0.8, description="smallest share of words that are in sentences of it")
+    mixed: Fraction | None = Field(None, description="largest share of words in other languages than a text's main one")
+    domain: str | None = Field(None, description="column whose values are balanced")
+    per_domain: PositiveInt | None = Field(None, description="rows that stay of each value of it, the first ones")
     require: re.Pattern[str] | None = Field(None, description="regular expression that the last answer must match")
     refuse: re.Pattern[str] | None = Field(None, description="regular expression that the last answer must not match")
 
@@ -52,10 +56,15 @@ class Rules(Section):
     def _check(self) -> Rules:
         if self.language is not None and self.language not in LANGUAGES:
             raise ValueError(f"no language {self.language!r}{nearest(self.language, LANGUAGES)}; allowed: {LANGUAGES}")
-        for name, needed in (("ngram", "against"), ("overlap", "against"), ("language_share", "language")):
+        needs = {"ngram": "against", "overlap": "against", "lcs": "against", "language_share": "language"}
+        for name, needed in (needs | {"per_domain": "domain", "domain": "per_domain"}).items():
             if name in self.model_fields_set and not getattr(self, needed):
-                raise ValueError(f"--{name.replace('_', '-')} would be ignored without --{needed}")
+                raise ValueError(f"--{_option(name)} would be ignored without --{_option(needed)}")
         return self
+
+
+def _option(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def curate(
@@ -72,7 +81,7 @@ def curate(
     start = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
     part = output / (KEPT + ".part")
-    evaluation = Contamination(rules.against, rules.ngram, rules.overlap, evaluation_columns)
+    evaluation = Contamination(rules.against, rules.ngram, rules.overlap, rules.lcs, evaluation_columns)
     near = NearDuplicates(rules.near) if rules.near else None
     exact: dict[bytes, str] = {}
     counts: Counter[str] = Counter()
@@ -98,10 +107,7 @@ def curate(
             raise UserError("no rows to curate: the files are empty")
         twins = near.find() if near is not None else {}
         kept.flush()
-        _finish(part, output / KEPT, twins, dropped)
-    part.unlink()
-    if twins:
-        counts["near duplicate"] = len(twins)
+        counts |= _finish(part, output / KEPT, twins, dropped, rules)
     return {
         "rows": total,
         "kept": total - counts.total(),
@@ -111,20 +117,41 @@ def curate(
     }
 
 
-def _finish(part: Path, kept: Path, twins: dict[int, int], dropped: Any) -> None:
-    """The rows that stay, from the file of all that passed the other rules; near duplicates go aside."""
+def _finish(part: Path, kept: Path, twins: dict[int, int], dropped: Any, rules: Rules) -> Counter[str]:
+    """The rows that stay, from the file of all that passed the other rules; near duplicates and rows of domains that
+    have enough go aside, and are counted."""
     wanted = set(twins.values())
+    of_domain: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     sources: dict[int, str] = {}
     with part.open("rb") as lines, kept.open("wb") as file:
         for number, line in enumerate(lines):
             source, _, record = line.partition(b"\t")
+            reason = detail = ""
             if number in wanted:
                 sources[number] = source.decode()
             if number in twins:
-                detail = f"of {sources[twins[number]]}"
-                dropped.write(_dropped("near duplicate", detail, source.decode(), from_json(record)))
+                reason, detail = "near duplicate", f"of {sources[twins[number]]}"
+            elif rules.domain is not None and rules.per_domain is not None:
+                domain = _domain(rules.domain, record, source)
+                of_domain[domain] += 1
+                reason, detail = "domain" if of_domain[domain] > rules.per_domain else "", f"enough of {domain}"
+            if reason:
+                counts[reason] += 1
+                dropped.write(_dropped(reason, detail, source.decode(), from_json(record)))
             else:
                 file.write(record)
+    part.unlink()
+    return counts
+
+
+def _domain(column: str, record: bytes, source: bytes) -> str:
+    row = from_json(record)
+    if column not in row:
+        raise UserError(
+            f"{source.decode()}: --domain: no column {column}{nearest(column, row)}; found {', '.join(row)}"
+        )
+    return str(row[column])
 
 
 def _dropped(reason: str, detail: str, source: str, record: dict[str, Any]) -> bytes:
@@ -180,6 +207,8 @@ def _reasons(
             found[i] = "format", f"the answer matches {rules.refuse.pattern}: {match[0][:80]!r}"
         elif rules.language and (share := language_share(text, rules.language)) < rules.language_share:
             found[i] = "language", f"{share:.0%} of words in {rules.language}"
+        elif rules.mixed is not None and (others := 1 - language_share(text, None)) > rules.mixed:
+            found[i] = "mixed language", f"{others:.0%} of words in other languages than most"
     return found
 
 

@@ -26,6 +26,7 @@ class Sequence:
     loss_mask: Any  # [t] what the token's loss is multiplied by: 1 or a weight where it counts (an assistant's), else 0
     extras: dict[str, Any] = field(default_factory=dict)  # each [t], such as old log-probs and advantages
     index: int = 0  # the caller's number of this sequence; comes back in `PackedBatch.sequence_ids`
+    experts: Any = None  # [t - 1, layers, top-k] that every token but the last is to be sent to
     unit: int | None = None  # sequences of one unit stay in one micro-batch, in their order; None: it is its own
 
     def __post_init__(self) -> None:
@@ -52,6 +53,10 @@ class PackedBatch:
     sequence_ids: list[int]  # each sequence's `index`; FILLER counts nowhere
     units: list[list[int]]  # positions in `sequence_ids` that belong together, without fillers
     extras: dict[str, Tensor] = field(default_factory=dict)  # each [T] float32
+    experts: Tensor | None = None  # [T, layers, top-k] of the tokens themselves; zeros where there is no choice
+    routes: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # by layer: what this rank's routers chose in an earlier pass
 
     @property
     def counts(self) -> tuple[float, int, int]:
@@ -81,7 +86,7 @@ class PackedBatch:
             return self
 
         def longer(values: Tensor) -> Tensor:
-            return torch.cat([values, values.new_zeros(more)])
+            return torch.cat([values, values.new_zeros(more, *values.shape[1:])])
 
         last = int(self.cu_seqlens[-1] - self.cu_seqlens[-2]) + more
         cu_seqlens = self.cu_seqlens.clone()
@@ -95,6 +100,7 @@ class PackedBatch:
             cu_seqlens=cu_seqlens,
             max_seqlen=max(self.max_seqlen, last),
             extras={name: longer(values) for name, values in self.extras.items()},
+            experts=None if self.experts is None else longer(self.experts),
         )
 
     def per_sequence(self, values: Tensor) -> list[Tensor]:
@@ -131,10 +137,14 @@ def pack_batch(sequences: Seq[Sequence], *, multiple: int = 1, pad_token: int = 
     loss_mask = torch.zeros(total)
     names = sorted({name for sequence in sequences for name in sequence.extras})
     extras = {name: torch.zeros(total) for name in names}
+    routed = [torch.from_numpy(sequence.experts) for sequence in sequences if sequence.experts is not None]
+    experts = routed[0].new_zeros(total, *routed[0].shape[1:]) if routed else None
     for start, length, sequence in zip(starts, lengths, sequences, strict=False):
         token_ids = torch.as_tensor(sequence.token_ids, dtype=torch.int64)
         tokens[start : start + length] = token_ids
         labels[start : start + length - 1] = token_ids[1:]
+        if experts is not None and sequence.experts is not None:
+            experts[start : start + length - 1] = torch.from_numpy(sequence.experts)
         per_token = {"loss_mask": sequence.loss_mask, **sequence.extras}
         for name, values in per_token.items():
             if len(values) != length:
@@ -152,6 +162,7 @@ def pack_batch(sequences: Seq[Sequence], *, multiple: int = 1, pad_token: int = 
         sequence_ids=[sequence.index for sequence in sequences],
         units=_units(sequences),
         extras=extras,
+        experts=experts,
     )
 
 

@@ -54,6 +54,13 @@ def content(source: str) -> str:
     return total.hexdigest()
 
 
+def whole_text(path: Path) -> str:
+    try:
+        return b"".join(_lines(path)).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: no UTF-8 text: {error}") from None
+
+
 def lines_of(source: str) -> int | None:
     """How many records to expect, where that is quickly known."""
     path = Path(source)

@@ -44,30 +44,18 @@ def _text(record: Record, key: str, default: str | None = None) -> str:
     return value
 
 
-def _user(text: str) -> Message:
-    return {"role": "user", "content": text}
-
-
-def _assistant(text: str) -> Message:
-    return {"role": "assistant", "content": text}
+def _reply(value: Any, key: str, role: str = "assistant") -> list[Message]:
+    """An answer: a text, a message or messages."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if isinstance(value, list | dict):
+        return read_messages(value, key)
+    raise BadRow(f"{key} must be a string, found {kind(value)}")
 
 
 def _turns(value: Any, key: str) -> list[Message]:
     """A prompt: a text, a transcript or messages."""
-    if isinstance(value, str):
-        return transcript(value) or [_user(value)]
-    if isinstance(value, list | dict):
-        return read_messages(value, key)
-    raise BadRow(f"{key} must be a string, found {kind(value)}")
-
-
-def _reply(value: Any, key: str) -> list[Message]:
-    """An answer: a text, a message or messages."""
-    if isinstance(value, str):
-        return [_assistant(value)]
-    if isinstance(value, list | dict):
-        return read_messages(value, key)
-    raise BadRow(f"{key} must be a string, found {kind(value)}")
+    return (transcript(value) if isinstance(value, str) else []) or _reply(value, key, "user")
 
 
 TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
@@ -79,11 +67,8 @@ def transcript(text: str) -> list[Message]:
         return []
     pieces = TRANSCRIPT.split("\n\n" + text.lstrip())
     roles = {"Human": "user", "Assistant": "assistant"}
-    turns = [
-        {"role": roles[name], "content": said.strip()}
-        for name, said in zip(pieces[1::2], pieces[2::2], strict=True)
-    ]  # fmt: skip
-    return turns
+    pairs = zip(pieces[1::2], pieces[2::2], strict=True)
+    return [{"role": roles[name], "content": said.strip()} for name, said in pairs]
 
 
 def _from_text(record: Record) -> dict[str, Any]:
@@ -105,9 +90,9 @@ def _sharegpt(record: Record) -> dict[str, Any]:
     return {"messages": read_messages(turns, "conversations"), **_answer(record)}
 
 
-def _conversation(key: str) -> Callable[[Record], dict[str, Any]]:
+def _one(key: str, messages: Callable[[Any, str], list[Message]]) -> Callable[[Record], dict[str, Any]]:
     def read(record: Record) -> dict[str, Any]:
-        return {"messages": read_messages(record[key], key), **_answer(record)}
+        return {"messages": messages(record[key], key), **_answer(record)}
 
     return read
 
@@ -123,19 +108,12 @@ def _instruction(context: str, response: str) -> Callable[[Record], dict[str, An
     def read(record: Record) -> dict[str, Any]:
         parts = [_text(record, "instruction"), _text(record, context, "")]
         question = "\n\n".join(part for part in parts if part)
-        return {"messages": [_user(question), *_reply(record[response], response)]}
+        return {"messages": [{"role": "user", "content": question}, *_reply(record[response], response)]}
 
     return read
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------
-
-
-def _prompt(key: str) -> Callable[[Record], dict[str, Any]]:
-    def read(record: Record) -> dict[str, Any]:
-        return {"messages": _turns(record[key], key), **_answer(record)}
-
-    return read
 
 
 def _answer(record: Record) -> dict[str, Any]:
@@ -179,12 +157,10 @@ def _comparison(key: str | None) -> Callable[[Record], dict[str, Any]]:
 
     def read(record: Record) -> dict[str, Any]:
         prompt = _turns(record[key], key) if key else []
-        sides = {}
-        for name in ("chosen", "rejected"):
-            value = record[name]
-            turns = transcript(value) if isinstance(value, str) else []
-            sides[name] = turns or _reply(value, name)
-        chosen, rejected = sides["chosen"], sides["rejected"]
+        values = {name: record[name] for name in ("chosen", "rejected")}
+        chosen, rejected = (
+            (transcript(x) if isinstance(x, str) else []) or _reply(x, name) for name, x in values.items()
+        )
         # The answers may repeat the prompt (UltraFeedback); what both begin with belongs to the prompt.
         if prompt and chosen[: len(prompt)] == prompt and rejected[: len(prompt)] == prompt:
             prompt = []
@@ -240,28 +216,24 @@ def _judged(record: Record) -> dict[str, Any]:
 # The first form whose keys are all there is the row's.
 BESIDE = ("answer", "solution", "reward_model", "extra_info", "data_source", "ability")
 FORMS: tuple[Form, ...] = (
-    Form("comparison", "preference", ("prompt", "chosen", "rejected"), _comparison("prompt"), ("margin",)),
-    Form("comparison", "preference", ("messages", "chosen", "rejected"), _comparison("messages"), ("margin",)),
-    Form(
-        "comparison", "preference", ("conversations", "chosen", "rejected"), _comparison("conversations"), ("margin",)
+    *(
+        Form("comparison", "preference", (key, "chosen", "rejected"), _comparison(key), ("margin",))
+        for key in ("prompt", "messages", "conversations", "question")
     ),
-    Form("comparison", "preference", ("question", "chosen", "rejected"), _comparison("question"), ("margin",)),
     Form("comparison", "preference", ("chosen", "rejected"), _comparison(None), ("margin",)),
     Form("judged outputs", "preference", ("instruction", "output_1", "output_2"), _judged, ("preference",)),
     Form("labelled", "preference", ("prompt", "completion", "label"), _labelled("prompt", "completion")),
     Form("labelled", "preference", ("prompt", "response", "label"), _labelled("prompt", "response")),
     Form("labelled", "preference", ("messages", "response", "label"), _labelled("messages", "response")),
     Form("labelled", "preference", ("messages", "label"), _labelled("messages", None)),
-    Form("messages", "sft", ("messages",), _conversation("messages"), BESIDE),
+    Form("messages", "sft", ("messages",), _one("messages", read_messages), BESIDE),
     Form("ShareGPT", "sft", ("conversations",), _sharegpt, BESIDE),
     Form("prompt and response", "sft", ("prompt", "response"), _pair("prompt", "response"), BESIDE),
     Form("prompt and response", "sft", ("prompt", "completion"), _pair("prompt", "completion"), BESIDE),
     Form("Alpaca", "sft", ("instruction", "output"), _instruction("input", "output"), ("input",)),
     Form("GPTeacher", "sft", ("instruction", "input", "response"), _instruction("input", "response"), ("input",)),
     Form("Dolly", "sft", ("instruction", "response"), _instruction("context", "response"), ("context",)),
-    Form("prompt", "rl", ("prompt",), _prompt("prompt"), BESIDE),
-    Form("question", "rl", ("question",), _prompt("question"), BESIDE),
-    Form("problem", "rl", ("problem",), _prompt("problem"), BESIDE),
+    *(Form(key, "rl", (key,), _one(key, _turns), BESIDE) for key in ("prompt", "question", "problem")),
     Form("transcript", "sft", ("text",), _from_text),
 )
 # Read beside every form.

@@ -10,25 +10,11 @@ Message = dict[str, Any]
 
 CALL = "function_call"  # a turn that is a call, or several, as JSON text
 ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "developer": "developer",
-    "tool": "tool",
-    "ipython": "ipython",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-    "function": "tool",
-    "function_call": CALL,
-    "tool_call": CALL,
-}
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
+    "bard": "assistant", "model": "assistant", "assistant": "assistant", "system": "system", "developer": "developer",
+    "tool": "tool", "ipython": "ipython", "observation": "tool", "function_response": "tool", "tool_response": "tool",
+    "function": "tool", "function_call": CALL, "tool_call": CALL,
+}  # fmt: skip
 
 # Per turn: how much an assistant's text counts in the loss, in the names that public data uses; of `SWITCHES` whether.
 WEIGHTS = ("weight", "loss_weight", "loss_scale")

@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_posttrain.config.algorithms import ALGORITHMS, DistillConfig, DpoConfig, GrpoConfig, PpoConfig
+from megatron_posttrain.config.algorithms import (
+    ALGORITHMS,
+    DistillConfig,
+    DpoConfig,
+    GrpoConfig,
+    PpoConfig,
+    RewardModelConfig,
+)
 from megatron_posttrain.config.load import load_config
 from megatron_posttrain.config.schema import Config
 from megatron_posttrain.data.dataset import TokenizedDataset, read_conversations
@@ -169,7 +176,7 @@ class JobCheck:
     def _data(self) -> None:
         data = self.config.data
         self._source("data", data.sources)
-        if data.validation is not None and self.rows in ("conversations", "preferences"):
+        if data.validation is not None and self.rows != "any":
             self._source("validation", data.held_out)
         if isinstance(self.config, GrpoConfig):
             from megatron_posttrain.rewards.registry import load_rewards
@@ -246,9 +253,8 @@ class JobCheck:
         found = self.findings.attempt("memory", lambda: plan_layout(arch, layout, work, cluster.gpu))
         if found is None:
             return
-        absent = "the critic" if isinstance(config, PpoConfig) else "vLLM" if work.task == "distill" else ""
-        if absent and config.samples:
-            self.findings.add("warn", "memory", f"planned without {absent}, which comes on top")
+        if work.task == "distill" and config.samples:
+            self.findings.add("warn", "memory", "planned without vLLM, which comes on top")
         if config.precision.dtype == "fp32":
             self.findings.add("warn", "memory", "planned for bf16; fp32 weights and activations take twice the space",
                               "set precision.dtype=bf16 on GPUs")  # fmt: skip
@@ -265,7 +271,7 @@ class JobCheck:
             self.findings.add("warn", "plan", warning)
 
     def _what_fits(self, arch: Architecture, work: Workload, cluster: Cluster) -> str:
-        gpu, kept = cluster.gpu, ("task", "lora_rank", "quantization", "teacher", "teacher_path")
+        gpu, kept = cluster.gpu, ("task", "lora_rank", "quantization", "beside", "beside_path")
         free = Workload(sequence_length=work.sequence_length, global_batch=work.global_batch,
                         **{name: getattr(work, name) for name in kept})  # fmt: skip
         best = plan(arch, cluster.gpus, free, gpu)[0]
@@ -299,16 +305,21 @@ def workload(config: Config) -> Workload:
     )
     if isinstance(config, DpoConfig):
         return replace(work, task="dpo")
+    if isinstance(config, RewardModelConfig):
+        return replace(work, task="reward-model")
     if isinstance(config, DistillConfig):
         teacher = load_architecture(config.teacher.path)[1]
-        return replace(work, task="distill", teacher=teacher, teacher_path=config.teacher.path)
+        return replace(work, task="distill", beside=teacher, beside_path=config.teacher.path)
     if not isinstance(config, GrpoConfig):
         return work
     rollout = config.rollout
     samples = rollout.prompts_per_step * rollout.samples_per_prompt
+    critic = config.critic.path if isinstance(config, PpoConfig) else None
     return replace(
         work,
-        task="grpo",
+        task=config.command,
+        beside=load_architecture(critic)[1] if critic else None,
+        beside_path=critic or "",
         global_batch=samples,
         rollout_tensor=rollout.tensor,
         offload=rollout.offload,

@@ -48,3 +48,23 @@ def compare(results: Sequence[Shares], names: Sequence[str]) -> str:
             if left := len(first) + len(second) - 2 * len(common):
                 lines.append(f"  {left} prompts are in one of them only, and were left out")
     return "\n".join(lines)
+
+
+def leaderboard(names: Sequence[str]) -> str:
+    """A table: a line per directory that `evaluate` wrote, a column per set: accuracy and half its 95% interval, or
+    perplexity."""
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        files = sorted(Path(name).glob("evaluation.json")) or sorted(Path(name).glob("*/evaluation.json"))
+        if not files:
+            raise UserError(f"{name}: no evaluation.json in it or in a directory of it; `evaluate` writes one")
+        for file in files:
+            e = json.loads(file.read_text(encoding="utf-8"))
+            key = file.parent.name if len(files) > 1 or file.parent != Path(name) else Path(e["data"]).name
+            half = (e.get("accuracy_high", 0) - e.get("accuracy_low", 0)) / 2
+            figure = f"{e['accuracy']:.3f} +- {half:.3f}" if "accuracy" in e else f"{e['perplexity']:.3f} (perplexity)"
+            found.setdefault(name, {})[key] = figure
+    sets = list(dict.fromkeys(key for row in found.values() for key in row))
+    rows = [["run", *sets], *([name, *(row.get(key, "-") for key in sets)] for name, row in found.items())]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(f"{x:{w}}" for x, w in zip(row, widths, strict=True)).rstrip() for row in rows)

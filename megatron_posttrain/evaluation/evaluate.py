@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.errors import UserError
+from megatron_posttrain.evaluation.perplexity import Perplexity
 from megatron_posttrain.evaluation.statistics import clustered_interval, majority, pass_at_k, wilson_interval
 from megatron_posttrain.rewards import Reward
 from megatron_posttrain.rewards.extract import final_answer
@@ -41,6 +42,7 @@ class Evaluation:
     seconds: float  # of generation
     tokens_per_second: float  # generated, all replicas together
     pass_at: dict[str, float] = field(default_factory=dict)  # unbiased, by k; several samples a prompt only
+    corpus: float | None = None  # of all answers together, where the reward knows more of them than a mean
     majority: float | None = None  # accuracy of each prompt's most frequent answer; where the reward compares answers
 
 
@@ -83,6 +85,9 @@ def evaluate(
     facts = [{"reward": r, "tokens": n, "finish_reason": "length" if cut else "stop"} for r, n, cut in known]
     summary = _summary(facts, sampling, len(prompts), samples.seconds)
     vote = VOTES.get(rewards[0].name) if len(rewards) == 1 else None
+    if records and (corpus := getattr(rewards[0].function, "corpus", None)):
+        answers = [split_reasoning(r["response"])[1] for r in records]
+        summary = replace(summary, corpus=corpus(answers, [r["answer"] for r in records]))
     return replace(summary, **of_samples(records, vote)) if sampling.n > 1 and records else summary, records
 
 
@@ -158,14 +163,17 @@ def _summary(records: Sequence[dict[str, Any]], sampling: Sampling, prompts: int
     )
 
 
-def save(evaluation: Evaluation, records: Sequence[dict[str, Any]], output: Path, facts: dict[str, Any]) -> None:
-    """Writes OUTPUT/evaluation.json (`facts` first) and OUTPUT/responses.jsonl."""
+def save(
+    evaluation: Evaluation | Perplexity, records: Sequence[dict[str, Any]] | None, output: Path, facts: dict[str, Any]
+) -> None:
+    """Writes OUTPUT/evaluation.json (`facts` first) and, where there are records, OUTPUT/responses.jsonl."""
     output.mkdir(parents=True, exist_ok=True)
     summary = json.dumps(facts | asdict(evaluation), indent=2, ensure_ascii=False)
     (output / "evaluation.json").write_text(summary + "\n", encoding="utf-8")
-    with (output / "responses.jsonl").open("w", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    if records is not None:
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        with (output / "responses.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(lines)
 
 
 def table(evaluation: Evaluation, facts: dict[str, Any]) -> str:
@@ -178,7 +186,7 @@ def table(evaluation: Evaluation, facts: dict[str, Any]) -> str:
         "accuracy": f"{e.accuracy:.3f}   95% interval {e.accuracy_low:.3f} to {e.accuracy_high:.3f}",
         **{f"pass@{k}": f"{value:.3f}" for k, value in e.pass_at.items()},
         **({"majority": f"{e.majority:.3f}   most frequent of {e.samples} answers"} if e.majority is not None else {}),
-        "mean reward": f"{e.reward:.3f}",
+        "mean reward": f"{e.reward:.3f}" + (f", {e.corpus:.4f} of all together" if e.corpus is not None else ""),
         "mean response": f"{e.response_length:.1f} tokens, {e.truncated_fraction:.1%} truncated",
         "generation": f"{e.seconds:.1f} s, {e.tokens_per_second:,.0f} tokens/s",
     }
@@ -186,11 +194,14 @@ def table(evaluation: Evaluation, facts: dict[str, Any]) -> str:
     return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())
 
 
-def suite_table(results: Mapping[str, Evaluation]) -> str:
+def suite_table(results: Mapping[str, Evaluation | Perplexity]) -> str:
     """A line per set."""
     width = max(map(len, (*results, "set")))
     lines = [f"{'set':{width}} prompts   k  mean@k  95% interval     pass@k   maj@k  tokens  truncated"]
     for name, e in results.items():
+        if isinstance(e, Perplexity):
+            lines.append(f"{name:{width}} {e}")
+            continue
         best = f"{list(e.pass_at.values())[-1]:.3f}" if e.pass_at else "-"
         vote = f"{e.majority:.3f}" if e.majority is not None else "-"
         lines.append(

@@ -4,16 +4,17 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, PrivateAttr, model_validator
 
-from megatron_posttrain.config.schema import EnvironmentConfig, Fraction, RewardConfig, Section, check_columns
+from megatron_posttrain.config.schema import ColumnNames, EnvironmentConfig, Fraction, RewardConfig, Section
 from megatron_posttrain.data.columns import rename
-from megatron_posttrain.data.files import records
+from megatron_posttrain.data.files import records, whole_text
 from megatron_posttrain.data.messages import BadRow
 from megatron_posttrain.data.rows import Row, read_rows
 from megatron_posttrain.errors import UserError
@@ -33,13 +34,19 @@ class FewShot(Section):
     response: str = Field(description="template of an answer, from the row's columns")
 
 
+class Join(Section):
+    data: str = Field(description="file of rows whose columns are added")
+    on: str = Field(description="column of both files that says which rows belong together")
+
+
 class EvaluationSet(Section):
     data: str = Field(description="file of rows")
-    columns: dict[str, str | list[str]] = Field(default_factory=dict, description="as data.columns")
+    join: Join | None = Field(None, description="columns from a second file, such as of answers")
+    columns: ColumnNames = Field(default_factory=dict, description="as data.columns")
     prompt: str | None = Field(
         None,
         description="Jinja template of the question, from a row's columns; filters: shuffled (a list, always the same "
-        "way), letter (0 is A); null: the rows are in a form that training reads",
+        "way), letter (0 is A); text('FILE'): what stands in it; null: the rows are in a form that training reads",
     )
     answer: str | None = Field(None, description="template of the expected answer")
     metadata: dict[str, str] = Field(default_factory=dict, description="what rewards read: name to column")
@@ -49,7 +56,10 @@ class EvaluationSet(Section):
     environment: EnvironmentConfig | None = Field(None, description="what answers the model's turns; null: one turn")
     limit: PositiveInt | None = Field(None, description="only the first rows")
     samples: PositiveInt = Field(1, description="responses a prompt")
-    max_tokens: PositiveInt = Field(1024, description="of a response")
+    max_tokens: PositiveInt = Field(1024, description="of a response; of a window of perplexity")
+    perplexity: str | None = Field(
+        None, description="template of a text; its perplexity is measured, nothing asked. A .txt file is one text"
+    )
     preset: Literal["greedy", "qwen3-thinking", "qwen3-non-thinking"] = Field(
         "greedy", description="temperature, top_p, top_k, presence_penalty and thinking, where they are not given"
     )
@@ -59,11 +69,14 @@ class EvaluationSet(Section):
     presence_penalty: float | None = None
     thinking: bool | None = Field(None, description="the template's enable_thinking; null: its default")
 
-    @field_validator("columns")
-    @classmethod
-    def _known_columns(cls, columns: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
-        check_columns(columns)
-        return columns
+    _directory: Path = PrivateAttr(Path())
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> Self:
+        told = sorted(self.model_fields_set - {"data", "perplexity", "max_tokens", "limit"})
+        if self.perplexity is not None and told:
+            raise ValueError(f"{', '.join(told)} would be ignored beside perplexity")
+        return self
 
     @property
     def sampling(self) -> Sampling:
@@ -75,19 +88,27 @@ class EvaluationSet(Section):
 
     @property
     def graded_by(self) -> str:
-        return ", ".join(spec.name for spec in self.rewards)
+        return "perplexity" if self.perplexity is not None else ", ".join(spec.name for spec in self.rewards)
 
     def rows(self, directory: Path = Path()) -> list[Row]:
         """The set's rows; file names start from `directory`. Raises UserError with file and line."""
-        file = str(directory / self.data)
-        before = self._asked_before(directory)
-        found = list(self._rendered(file)) if self.prompt is not None else read_rows(file, columns=self.columns)
+        self._directory = directory
+        before, file = self._asked_before(directory), str(directory / self.data)
+        found = list(self._rendered(directory)) if self.prompt is not None else read_rows(file, columns=self.columns)
         thinking = self.thinking if self.thinking is not None else PRESETS[self.preset][1]
         options = {} if thinking is None else {"enable_thinking": thinking}
         return [
             replace(row, messages=[*before, *row.messages], template_options=row.template_options | options)
             for row in found[: self.limit]
         ]
+
+    def texts(self, directory: Path = Path()) -> list[str]:
+        """Of a set of perplexity."""
+        file = directory / self.data
+        if ".txt" in file.suffixes[-2:]:
+            return [whole_text(file)]
+        found = islice(records(str(file)), self.limit)
+        return [self._fill("perplexity", record, where) for where, record in found]
 
     def _asked_before(self, directory: Path) -> list[dict[str, Any]]:
         turns: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
@@ -105,8 +126,13 @@ class EvaluationSet(Section):
             turns.append({"role": "assistant", "content": self._fill("few_shot.response", record, where)})
         return turns
 
-    def _rendered(self, file: str) -> Iterator[Row]:
-        for where, record in records(file):
+    def _rendered(self, directory: Path) -> Iterator[Row]:
+        more = {row[self.join.on]: row for _, row in records(str(directory / self.join.data))} if self.join else {}
+        for where, record in records(str(directory / self.data)):
+            if self.join:
+                if (key := record.get(self.join.on)) not in more:
+                    raise UserError(f"{where}: join.on: {self.join.data} has no row of {self.join.on} {key!r}")
+                record = more[key] | record
             try:
                 named = rename(record, self.columns)
                 metadata = rename(record, self.metadata)
@@ -120,8 +146,9 @@ class EvaluationSet(Section):
     def _templates(self) -> Mapping[str, Any]:
         environment = SandboxedEnvironment(undefined=StrictUndefined)
         environment.filters |= {"shuffled": _shuffled, "letter": _letter}
+        environment.globals["text"] = lambda name: whole_text(self._directory / name)
         shot = self.few_shot.response if self.few_shot else None
-        texts = {"prompt": self.prompt, "answer": self.answer, "few_shot.response": shot}
+        texts = {"prompt": self.prompt, "answer": self.answer, "few_shot.response": shot, "perplexity": self.perplexity}
         try:
             return {name: environment.from_string(text) for name, text in texts.items() if text is not None}
         except TemplateError as error:
@@ -129,7 +156,8 @@ class EvaluationSet(Section):
 
     def _fill(self, name: str, record: Mapping[str, Any], where: str) -> str:
         try:
-            return str(self._templates[name].render(record)).strip()
+            text = str(self._templates[name].render(record))
+            return text if name == "perplexity" else text.strip()
         except KeyError:
             raise UserError("few_shot needs `prompt`, the template of its questions") from None
         except (TemplateError, ValueError, TypeError, IndexError) as error:

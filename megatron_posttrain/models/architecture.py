@@ -99,6 +99,11 @@ class Architecture:
         return replace(self, scalar_head=True, tied_embeddings=False)
 
     @property
+    def outputs(self) -> int:
+        """Columns of the output layer."""
+        return 1 if self.scalar_head else self.vocab_size
+
+    @property
     def context_length(self) -> int:
         """Positions that the rotary embedding covers, its scaling included; Llama 3's is part of `max_position`."""
         scaled = {"yarn": self.rope.original_max_position, "linear": self.max_position}.get(self.rope.scaling or "", 0)

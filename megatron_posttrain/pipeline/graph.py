@@ -40,14 +40,18 @@ class Gate(Section):
 
 class StageConfig(Section):
     run: str = Field(description="a command with its arguments, or a script; its output is the stage's directory")
-    processes: PositiveInt = Field(1, description="on this machine; more than one: under torchrun")
+    processes: PositiveInt = Field(1, description="on a node; more than one: under torchrun")
+    nodes: PositiveInt = Field(1, description="more than one: as a job of launch/nemo_run/run.py")
+    time: str | None = Field(None, description="of such a job, as Slurm writes it; null: the cluster's")
     after: list[str] = Field([], description="stages to wait for beside those that it takes something from")
     gates: list[Gate] = Field([], description="what must hold after it, or the pipeline stops")
 
 
 class PipelineConfig(Section):
     output: str = Field(description="directory; a stage's is NAME in it")
-    values: dict[str, Any] = Field({}, description="for ${values.NAME}; null: to be given on the command line")
+    values: dict[str, Any] = Field(
+        {}, description="for ${values.NAME}; a list: several words; null: to be given on the command line"
+    )
     stages: dict[str, StageConfig]
 
 
@@ -122,7 +126,10 @@ def _stage(file: str, name: str, content: PipelineConfig, commands: Any) -> Stag
         return match[0]
 
     try:
-        words = [REFERENCE.sub(fill, word) for word in shlex.split(config.run)]
+        several = {f"${{{VALUES}.{key}}}": value for key, value in content.values.items() if isinstance(value, list)}
+        words = [
+            REFERENCE.sub(fill, str(part)) for word in shlex.split(config.run) for part in several.get(word, [word])
+        ]
     except ValueError as error:
         raise UserError(f"{where}.run: {str(error).lower()}") from None
     if not words:
@@ -177,7 +184,7 @@ def _check_words(file: str, pipeline: Pipeline, stage: Stage, parse: Parse) -> N
             stage.words += (f"output=${{{OWN}}}",)
             overrides = [*args.overrides, f"output={stage.directory}"]
             stage.job = load_config(ALGORITHMS[stage.command].config, args.config, overrides)
-            if wrong := "; ".join(stage.job.problems(stage.config.processes)):
+            if wrong := "; ".join(stage.job.problems(stage.config.processes * stage.config.nodes)):
                 raise UserError(wrong)
         elif hasattr(args, "output") and not any(word.split("=")[0] == "--output" for word in stage.words):
             stage.words += ("--output", f"${{{OWN}}}")

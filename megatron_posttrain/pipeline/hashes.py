@@ -6,6 +6,8 @@ import os
 import time
 from pathlib import Path
 
+from megatron_posttrain.output import write_whole
+
 FRESH_SECONDS = 2.0  # a file that changed so lately may change again without another time stamp
 # What tells about a run and is no part of its result.
 PASSING = ("result.json", "log.txt", "heartbeats", "tensorboard", "environment.json")
@@ -48,12 +50,4 @@ class Hashes:
         return digest
 
     def save(self) -> None:
-        write(self.memory, json.dumps(self._known))
-
-
-def write(file: Path, text: str) -> None:
-    """A file that is whole or is what it was."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(file.name + ".new")
-    beside.write_text(text)
-    beside.replace(file)
+        write_whole(self.memory, json.dumps(self._known))

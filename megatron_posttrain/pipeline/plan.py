@@ -22,6 +22,7 @@ def show(pipeline: Pipeline, assume: str | None) -> int:
         if why:
             changed.add(stage.name)
         processes = f", {stage.config.processes} processes" if stage.config.processes > 1 else ""
+        processes += f" on each of {stage.config.nodes} nodes" if stage.config.nodes > 1 else ""
         print(f"{number}. {stage.name}: {why or 'done, nothing changed'}{processes}")
         print(f"   {shlex.join([stage.command, *pipeline.line(stage)])}")
         for gate in stage.config.gates:
@@ -41,7 +42,7 @@ def _checks(pipeline: Pipeline, stage: Stage, assume: str | None) -> Iterator[tu
     assert stage.job is not None
     cluster, findings = Cluster.parse(assume) if assume else None, Findings()
     unmade = [what for what in stage.takes if not pipeline.place(*what).exists()]
-    ranks = cluster.gpus if cluster else stage.config.processes
+    ranks = cluster.gpus if cluster else stage.config.processes * stage.config.nodes
     job = JobCheck(
         findings, stage.command, stage.job, ranks, cluster, _shapes(pipeline, stage.job) if cluster else None
     )

@@ -17,10 +17,10 @@ from typing import Any
 from megatron_posttrain.config.load import flat
 from megatron_posttrain.errors import UserError, nearest_file
 from megatron_posttrain.failure import die_with_parent
-from megatron_posttrain.output import check_output
+from megatron_posttrain.output import check_output, write_whole
 from megatron_posttrain.pipeline.gates import check, figures
 from megatron_posttrain.pipeline.graph import Pipeline, Stage
-from megatron_posttrain.pipeline.hashes import Hashes, write
+from megatron_posttrain.pipeline.hashes import Hashes
 from megatron_posttrain.report.collect import PIPELINE, read_json
 
 RESULT, LOG, REPLACED = "result.json", "log.txt", "replaced"
@@ -55,55 +55,81 @@ class Stop:
         return self.stage is not None and self.stage.job is not None and self.stage.config.processes > 1
 
 
-def run(pipeline: Pipeline) -> int:
-    """Exit status: 0 done, 75 stopped and saved, else that of the stage that failed; 1 for a gate."""
+def run(pipeline: Pipeline, only: str | None = None, part: str | None = None) -> int:
+    """Exit status: 0 done, 75 stopped and saved, else that of the stage that failed; 1 for a gate.
+
+    Args:
+        only: one stage, when those that it waits for are done; None: all of them.
+        part: of that stage, when a job of its own runs it: `begin` before that job, `end` after it.
+    """
     root = pipeline.output
     check_output(root, files=(PIPELINE,))
     root.mkdir(parents=True, exist_ok=True)
-    with _alone(root):
+    with _alone(root, shared=only is not None):
         about = [{"name": s.name, "run": s.config.run, "after": s.after} for s in pipeline.stages.values()]
-        write(root / PIPELINE, json.dumps({"name": pipeline.name, "stages": about}, indent=1))
+        write_whole(root / PIPELINE, json.dumps({"name": pipeline.name, "stages": about}, indent=1))
         hashes, stop = Hashes(root / ".hashes.json"), Stop()
-        for stage in pipeline.stages.values():
-            status = _finish(pipeline, stage, hashes, stop)
+        for stage in [pipeline.stages[only]] if only else pipeline.stages.values():
+            status = _finish(pipeline, stage, hashes, stop, part)
             hashes.save()
             if status or stop.asked:
                 return status or STOPPED
-    print(f"pipeline {pipeline.name}: done; `report {root}` shows it")
+    print(f"pipeline {pipeline.name}: {f'stage {only} ' if only else ''}done; `report {root}` shows it")
     return 0
 
 
-def _finish(pipeline: Pipeline, stage: Stage, hashes: Hashes, stop: Stop) -> int:
+def _finish(pipeline: Pipeline, stage: Stage, hashes: Hashes, stop: Stop, part: str | None) -> int:
     """Runs a stage unless it is done, then its gates."""
     file = stage.directory / RESULT
-    sources, result = depends_on(pipeline, stage, hashes), read_json(file)
-    if why := reason_to_run(stage, sources, result, hashes):
-        _say(stage, why)
-        if result and (result["sources"] != sources or result["status"] in FINISHED):  # not what is wanted
-            place = pipeline.output / REPLACED / stage.name
-            shutil.rmtree(place, ignore_errors=True)
-            place.parent.mkdir(exist_ok=True)
-            stage.directory.rename(place)
-            _say(stage, f"what it made before is in {place}")
-            result = {}
-        result = {"seconds": 0.0, "attempts": 0} | result | {"status": "started", "sources": sources, "reason": ""}
-        if status := _execute(pipeline, stage, result, stop):
+    if waits := [o for o in stage.after if read_json(pipeline.stages[o].directory / RESULT).get("status") != "done"]:
+        raise UserError(f"stage {stage.name} waits for {', '.join(waits)}, not done yet")
+    result = read_json(file) if part == "end" else _begin(pipeline, stage, hashes, part)
+    if part == "begin":
+        return 0
+    if result["status"] in FINISHED:
+        _say(stage, "done before, and nothing that it depends on has changed")
+    else:
+        if part is None and (status := _execute(pipeline, stage, result, stop)):
             return status
         result |= {"status": "done", "outputs": {}, "figures": figures(stage.directory)}
-    else:
-        _say(stage, "done before, and nothing that it depends on has changed")
     there = [name for name in sorted(stage.wanted) if (stage.directory / name).exists()]
     result["outputs"] = {name: hashes.of(stage.directory / name) for name in there}
-    write(file, json.dumps(result, indent=1))
+    write_whole(file, json.dumps(result, indent=1))
     if missing := next((stage.directory / name for name in sorted(stage.wanted) if name not in there), None):
         raise UserError(f"stage {stage.name} left no {missing}, which another one takes{nearest_file(missing)}")
     result["gates"] = check(pipeline, stage)
     failed = [gate["text"] for gate in result["gates"] if not gate["passed"]]
     result |= {"status": "gate" if failed else "done", "reason": "; ".join(failed)}
-    write(file, json.dumps(result, indent=1))
+    write_whole(file, json.dumps(result, indent=1))
     for gate in result["gates"]:
         _say(stage, f"gate {'passed' if gate['passed'] else 'NOT PASSED'}: {gate['text']}")
     return 1 if failed else 0
+
+
+def _begin(pipeline: Pipeline, stage: Stage, hashes: Hashes, part: str | None) -> dict[str, Any]:
+    """The stage's result; `started` where it has to run, with what is not wanted any more put aside."""
+    file = stage.directory / RESULT
+    sources, result = depends_on(pipeline, stage, hashes), read_json(file)
+    why = reason_to_run(stage, sources, result, hashes)
+    if not why:
+        return result
+    if stage.config.nodes > 1 and part is None:
+        raise UserError(
+            f"stages.{stage.name}.nodes={stage.config.nodes}: this machine is one; allowed here: 1; "
+            "`launch/nemo_run/run.py --cluster CLUSTER pipeline FILE` runs stages as jobs"
+        )
+    _say(stage, why)
+    if result and (result["sources"] != sources or result["status"] in FINISHED):
+        place = pipeline.output / REPLACED / stage.name
+        shutil.rmtree(place, ignore_errors=True)
+        place.parent.mkdir(exist_ok=True)
+        stage.directory.rename(place)
+        _say(stage, f"what it made before is in {place}")
+        result = {}
+    result = {"seconds": 0.0, "attempts": 0} | result | {"status": "started", "sources": sources, "reason": ""}
+    result["attempts"] += 1
+    write_whole(file, json.dumps(result, indent=1))
+    return result
 
 
 def depends_on(pipeline: Pipeline, stage: Stage, hashes: Hashes) -> dict[str, str]:
@@ -149,10 +175,7 @@ def reason_to_run(stage: Stage, sources: dict[str, str], result: dict[str, Any],
 
 def _execute(pipeline: Pipeline, stage: Stage, result: dict[str, Any], stop: Stop) -> int:
     """Runs the command, its output to the log and to this one's; the exit status for this process."""
-    stage.directory.mkdir(parents=True, exist_ok=True)
-    result["attempts"] += 1
-    file, start = stage.directory / RESULT, time.monotonic()
-    write(file, json.dumps(result, indent=1))
+    file, start, cpu_start = stage.directory / RESULT, time.monotonic(), _cpu_seconds()
     words, last = command_line(stage, pipeline.line(stage)), ""
     with (stage.directory / LOG).open("a", encoding="utf-8") as log:
         child = subprocess.Popen(
@@ -177,14 +200,21 @@ def _execute(pipeline: Pipeline, stage: Stage, result: dict[str, Any], stop: Sto
         status = child.wait()
         stop.child = None
     result["seconds"] += time.monotonic() - start
+    result["cpu_seconds"] = result.get("cpu_seconds", 0.0) + _cpu_seconds() - cpu_start
     if not status:
         return 0
     # A training stage that saved says 75; any other that was asked to end has nothing to say.
     stopped = status == STOPPED or (stop.asked > 0 and (stage.job is None or status < 0))
     result |= {"status": "stopped" if stopped else "failed", "reason": f"status {status}: {last}"}
-    write(file, json.dumps(result, indent=1))
+    write_whole(file, json.dumps(result, indent=1))
     _say(stage, f"{result['status']} with status {status}; its log is {stage.directory / LOG}")
     return STOPPED if stopped else max(status, 1)
+
+
+def _cpu_seconds() -> float:
+    """Of all processes that this one started and that have ended, and of theirs."""
+    used = os.times()
+    return used.children_user + used.children_system
 
 
 def command_line(stage: Stage, words: Sequence[str]) -> list[str]:
@@ -196,10 +226,11 @@ def command_line(stage: Stage, words: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def _alone(root: Path) -> Iterator[None]:
+def _alone(root: Path, shared: bool) -> Iterator[None]:
+    """`shared`: beside others that run one stage each, as jobs do."""
     with (root / ".lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"output={root}: another pipeline is at work there") from None
         yield

@@ -211,5 +211,5 @@ def stage_activations(
 
 def logits_bytes(arch: Architecture, layout: Layout, shapes: Shapes) -> float:
     """Logits of one micro batch on the last stage: themselves, their gradient, and three fp32 chunks at work."""
-    elements = shapes.tokens / layout.context * arch.vocab_size / layout.tensor
+    elements = shapes.tokens / layout.context * arch.outputs / layout.tensor
     return 2 * elements * shapes.dtype_bytes + 3 * 4 * min(elements, LOGPROB_CHUNK)

@@ -51,7 +51,7 @@ def training_flops(
     linear = 2.0 * tokens * sum(layer_weights(arch, layer) for layer in layers)
     pairs = sum(attention_pairs(lengths, window_of(arch, layer), causal) for layer in layers)
     attention = 2.0 * pairs * sum(attention_dims(arch))
-    output = 2.0 * tokens * arch.hidden_size * arch.vocab_size
+    output = 2.0 * tokens * arch.hidden_size * arch.outputs
     if lora_rank is None:
         return 3 * (linear + attention + output)
     used = arch.moe.top_k if arch.moe is not None else 1

@@ -106,7 +106,8 @@ def chunk_parameters(
     if chunk == chunks - 1:
         found.append(Parameter("decoder.final_layernorm.weight", arch.hidden_size))
         if not (arch.tied_embeddings and chunk == 0):
-            found.append(Parameter("output_layer.weight", embedding, shared_embedding=tied_apart))
+            head = arch.hidden_size if arch.scalar_head else embedding
+            found.append(Parameter("output_layer.weight", head, shared_embedding=tied_apart))
     return found
 
 
@@ -188,7 +189,8 @@ def stage_elements(arch: Architecture, layout: Layout, stage: int) -> tuple[int,
     for the padding of buckets, and fast enough for a search."""
     embedding = math.ceil(arch.vocab_size / layout.tensor) * arch.hidden_size
     first, last = stage == 0, stage == layout.pipeline - 1
-    dense = (first + last - (first and last and arch.tied_embeddings)) * embedding + last * arch.hidden_size
+    head = arch.hidden_size if arch.scalar_head else embedding
+    dense = first * embedding + (last and not (first and arch.tied_embeddings)) * head + last * arch.hidden_size
     experts = 0
     for layer, count in stage_kinds(arch, depth_of(layout))[stage]:
         a, b = _layer_elements(arch, layer, layout.tensor, layout.expert, layout.expert_tensor)

@@ -63,7 +63,7 @@ def estimate(
     arch: Architecture, layout: Layout, micro_batch: int, recompute: str, work: Workload, gpu: Gpu, exact: bool = False
 ) -> Estimate:
     """Memory and time of one layout. `exact`: count the padding of gradient buckets too, as a rank holds them."""
-    count = 2 if work.task == "dpo" else 1  # sequences a row
+    count, arch = work.sequences, work.trained(arch)
     work = replace(work, micro_batch=count * micro_batch, global_batch=count * work.global_batch, recompute=recompute)
     if work.lora:
         trained = max((_adapters(arch, layout, stage, work.rank) for stage in range(layout.pipeline)), key=sum)
@@ -83,12 +83,15 @@ def estimate(
                 times[part] *= 1 + LOGPROB_PASS
             times |= {"rollout": rollout.seconds, "refit": refit}
         if work.task == "dpo":  # each row once; no memory, for its log-probs are kept
-            times["reference"] = LOGPROB_PASS * (times["compute"] + times["exposed_communication"] + times["bubble"])
-        if work.teacher is not None:
-            theirs, _ = step_time(work.teacher, layout, work, gpu, (0, 0))
-            times["teacher"] = LOGPROB_PASS * (theirs["compute"] + theirs["exposed_communication"] + theirs["bubble"])
+            times["reference"] = LOGPROB_PASS * _passes(times)
+        if (critic := work.critic(arch)) is not None:  # values before the update, and an update
+            theirs, _ = step_time(critic, layout, work, gpu, trained_elements(critic, layout))
+            times["critic"] = theirs["optimizer"] + (1 + LOGPROB_PASS) * _passes(theirs)
+        elif work.beside is not None:
+            times["teacher"] = LOGPROB_PASS * _passes(step_time(work.beside, layout, work, gpu, (0, 0))[0])
         if offload:
-            times["offload"] = 2 * memory["optimizer"] / PAGEABLE_BYTES_PER_S
+            moved = memory["optimizer"] + memory.get("critic_optimizer", 0.0)
+            times["offload"] = 2 * moved / PAGEABLE_BYTES_PER_S
         memory = {name: size / GIB for name, size in memory.items()}
         tokens = work.global_batch * work.row_length / layout.world_size / sum(times.values())
         fits = memory["total"] <= gpu.memory_gib and (rollout is None or rollout.cache_bytes >= rollout.longest_bytes)
@@ -96,12 +99,17 @@ def estimate(
             layout, micro_batch, recompute, times, memory, tokens, tokens * flops / 1e12, fits, rollout, offload
         )
 
-    if work.task != "grpo":
+    if not work.rollouts:
         return of(None, False)
     rollouts = plan_rollouts(arch, layout.world_size, gpu, rollout_part(work))
     refit = refit_seconds(arch, layout, gpu)
     offloads = (False, True) if work.offload is None else (work.offload,)
     return min((of(rollout, offload) for rollout in rollouts for offload in offloads), key=_order)
+
+
+def _passes(seconds: dict[str, float]) -> float:
+    """Forward and backward."""
+    return seconds["compute"] + seconds["exposed_communication"] + seconds["bubble"]
 
 
 def _with_engine(memory: dict[str, float], rollout: RolloutPlan | None, offload: bool) -> dict[str, float]:
@@ -113,7 +121,8 @@ def _with_engine(memory: dict[str, float], rollout: RolloutPlan | None, offload:
     passing, states = memory["activations"] + memory["logits"], memory["optimizer"]
     kept = sum(memory.values()) - passing - states
     training = kept + (max(passing, states) if offload else passing + states)  # back for the optimizer's step only
-    generating = kept + (-memory["gradients"] if offload else states) + sum(awake.values())
+    given_back = sum(memory.get(name, 0.0) for name in ("gradients", "critic_gradients", "critic_optimizer"))
+    generating = kept + (-given_back if offload else states) + sum(awake.values())
     total = max(training, generating)
     return memory | awake | {"total": total}
 
@@ -136,46 +145,54 @@ def _stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int
     """Bytes by part of a stage's first rank."""
     fp8 = work.precision != "bf16"
     tokens = work.micro_batch * work.sequence_length
-    shapes = Shapes(tokens, work.sequence_length, fp8=fp8, recompute=work.recompute)
+    last, shapes = stage == layout.pipeline - 1, Shapes(tokens, work.sequence_length, fp8=fp8, recompute=work.recompute)
     microbatches = max(1, work.global_batch // work.micro_batch // layout.data)
-    dense, experts = stage_elements(arch, layout, stage)
-    replicas = layout.data * layout.context
-    memory = {
-        "weights": 2.0 * (dense + experts),
-        "gradients": 4.0 * (dense + experts),
-        "optimizer": 12.0 * (dense / replicas + experts / expert_data(layout)),
-    }
+    memory = _states(arch, layout, stage, exact)
     if work.lora:
         adapters = _adapters(arch, layout, stage, work.rank)
-        states = adapters[0] / replicas + adapters[1] / expert_data(layout)
-        memory["weights"] += 2 * sum(adapters)
+        states = adapters[0] / (layout.data * layout.context) + adapters[1] / expert_data(layout)
+        memory["weights"] = 2.0 * sum(stage_elements(arch, layout, stage)) + 2 * sum(adapters)
         if work.quantization is not None:
             linears = sum(_of_linears(arch, layout, stage, _local_weights))
             layers = sum(count for _, count in stage_kinds(arch, depth_of(layout))[stage])
             memory["weights"] -= (2 - NF4_BYTES) * linears
             memory["dequantised"] = 2 * linears / max(1, layers)  # one layer at a time
         memory |= {"gradients": 4 * sum(adapters), "optimizer": 12 * states}
-    elif exact:
-        state = rank_state(arch, layout, stage * (layout.world_size // layout.pipeline))
-        memory = {"weights": state.weights, "gradients": state.gradients, "optimizer": state.optimizer}
-    if fp8:
-        memory["fp8_weights"] = 2.0 * (dense + experts)  # copies of the weights, in both orientations
+    if fp8:  # copies of the weights, in both orientations
+        memory["fp8_weights"] = 2.0 * sum(stage_elements(arch, layout, stage))
     memory["activations"] = sum(stage_activations(arch, layout, shapes, stage, microbatches).values())
-    memory["logits"] = logits_bytes(arch, layout, shapes) if stage == layout.pipeline - 1 else 0.0
-    if work.teacher is not None:
-        memory["teacher"] = 2.0 * sum(stage_elements(work.teacher, layout, stage))
-        if stage == layout.pipeline - 1:
+    memory["logits"] = logits_bytes(arch, layout, shapes) if last else 0.0
+    if (critic := work.critic(arch)) is not None:
+        memory |= {f"critic_{name}": size for name, size in _states(critic, layout, stage, exact).items()}
+        if fp8:
+            memory["fp8_weights"] += 2.0 * sum(stage_elements(critic, layout, stage))
+        theirs = sum(stage_activations(critic, layout, shapes, stage, microbatches).values())
+        memory["activations"] = max(memory["activations"], theirs - memory["logits"])  # one is trained after the other
+    elif work.beside is not None:
+        memory["teacher"] = 2.0 * sum(stage_elements(work.beside, layout, stage))
+        if last:
             # Its last hidden states of a whole step, and its logits beside the student's.
             of_step = microbatches * tokens / layout.context
-            memory["teacher"] += 2.0 * of_step * work.teacher.hidden_size
-            memory["logits"] += logits_bytes(work.teacher, layout, shapes)
+            memory["teacher"] += 2.0 * of_step * work.beside.hidden_size
+            memory["logits"] += logits_bytes(work.beside, layout, shapes)
     rows = tokens / layout.context * arch.hidden_size * 2
     gathered = rows if layout.sequence_parallel else 0.0
     routed = 2 * rows / layout.tensor * arch.moe.top_k if arch.moe is not None and layout.expert > 1 else 0.0
-    memory["allocator"] = ALLOCATOR_SHARE * (memory["weights"] + memory["gradients"] + memory["optimizer"])
+    lasting = sum(size for name, size in memory.items() if name.endswith(("weights", "gradients", "optimizer")))
+    memory["allocator"] = ALLOCATOR_SHARE * (lasting - memory.get("fp8_weights", 0.0))
     libraries = LIBRARIES_GIB + COMMUNICATOR_GIB * _communicators(layout)
     memory["communication"] = libraries * GIB + gathered + routed
     return memory
+
+
+def _states(arch: Architecture, layout: Layout, stage: int, exact: bool) -> dict[str, float]:
+    """Bytes of a trained model on a stage's first rank."""
+    if exact:
+        state = rank_state(arch, layout, stage * (layout.world_size // layout.pipeline))
+        return {"weights": state.weights, "gradients": state.gradients, "optimizer": state.optimizer}
+    dense, experts = stage_elements(arch, layout, stage)
+    states = dense / (layout.data * layout.context) + experts / expert_data(layout)
+    return {"weights": 2.0 * (dense + experts), "gradients": 4.0 * (dense + experts), "optimizer": 12.0 * states}
 
 
 def _adapters(arch: Architecture, layout: Layout, stage: int, rank: int) -> tuple[float, float]:
@@ -271,7 +288,7 @@ def _search(arch: Architecture, gpus: int, work: Workload, gpu: Gpu) -> list[Est
             found = estimate(arch, layout, micro_batch, recompute, work, gpu)
             if split not in best or _order(found) < _order(best[split]):
                 best[split] = found
-            if found.fits and work.task != "grpo":  # there, recomputation may spare an offload
+            if found.fits and not work.rollouts:  # there, recomputation may spare an offload
                 break
     return sorted(best.values(), key=_order)
 

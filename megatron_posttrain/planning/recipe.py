@@ -15,7 +15,7 @@ PROMPT_TOKENS = 1024  # left for a prompt in a sequence, or a quarter of a short
 
 def command_of(task: str) -> str:
     """The training command of a task; pre-training runs on the same rows as SFT."""
-    return task if task in ("grpo", "dpo", "distill") else "sft"
+    return "sft" if task in ("pretrain", "lora") else task
 
 
 def config_of(model: str, e: Estimate, work: Workload, gpu: Gpu) -> dict[str, Any]:
@@ -31,9 +31,9 @@ def config_of(model: str, e: Estimate, work: Workload, gpu: Gpu) -> dict[str, An
     }
     if work.lora:
         tree["lora"] = {"rank": work.rank} | ({"quantization": work.quantization} if work.quantization else {})
-    if work.task == "distill":
-        tree["teacher"] = {"path": work.teacher_path}
-    if work.task == "grpo" and e.rollout is not None:
+    if work.beside is not None:
+        tree["critic" if work.rollouts else "teacher"] = {"path": work.beside_path}
+    if e.rollout is not None:
         samples = next((n for n in SAMPLES_PER_PROMPT if work.global_batch % n == 0), work.global_batch)
         tree["rollout"] = {
             "prompts_per_step": work.global_batch // samples,
@@ -48,7 +48,8 @@ def rollout_of(e: Estimate, gpu: Gpu) -> dict[str, Any]:
     is free then."""
     assert e.rollout is not None
     wanted = (e.rollout.weights_bytes + e.rollout.cache_bytes) / GIB + ENGINE_GIB
-    kept = ["weights", "fp8_weights", "communication", "allocator"] + ([] if e.offload else ["gradients", "optimizer"])
+    kept = ["weights", "critic_weights", "fp8_weights", "communication", "allocator"]
+    kept += [] if e.offload else ["gradients", "critic_gradients", "optimizer", "critic_optimizer"]
     free = gpu.memory_gib - sum(e.memory_gib.get(name, 0.0) for name in kept) - ENGINE_COMMUNICATORS * COMMUNICATOR_GIB
     share = min(math.ceil(wanted / gpu.memory_gib * 20) / 20, math.floor(free / gpu.memory_gib * 100) / 100)
     return {"tensor": e.rollout.tensor, "offload": e.offload, "gpu_memory_fraction": max(share, 0.0)}

@@ -138,7 +138,7 @@ def _stage_work(arch: Architecture, layout: Layout, job: Workload, gpu: Gpu, sta
         work += count * _layer_work(arch, layer, split, job, gpu)
     tokens = job.micro_batch * job.row_length / layout.context
     if stage == layout.pipeline - 1:
-        vocabulary = arch.vocab_size // layout.tensor
+        vocabulary = -(-arch.outputs // layout.tensor)
         work[MATMUL] += (2 if job.lora else 3) * matmul_seconds(tokens, arch.hidden_size, vocabulary, gpu, "bf16")
         work[MEMORY] += 26 * tokens * vocabulary / (gpu.memory_tb_per_s * 1e12)  # loss in fp32, several passes
     return work

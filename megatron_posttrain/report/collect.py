@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from megatron_posttrain.config.load import flat
 from megatron_posttrain.errors import UserError, nearest_file
 
 METRICS, EVALUATION, CURATION, PIPELINE = "metrics.jsonl", "evaluation.json", "curation.json", "pipeline.json"
-MARKS = (METRICS, EVALUATION, CURATION, PIPELINE)  # a directory with one of them is told about
 CLOSED = ("checkpoints", "hf", "adapter", "critic", "heartbeats", "tensorboard", "rollouts", "profile", "replaced")
 DIGITS = 7  # of a figure: more than fp32 has
 
@@ -60,21 +59,21 @@ def run(directory: Path) -> dict[str, Any]:
     }
 
 
-def evaluation(directory: Path) -> dict[str, Any]:
-    return flat(read_json(directory / EVALUATION))
-
-
-def curation(directory: Path) -> dict[str, Any]:
-    """What `curate` kept and dropped, and why."""
-    return flat(read_json(directory / CURATION))
-
-
 def pipeline(directory: Path) -> dict[str, Any]:
     """The stages of a pipeline in order, each with what it left in `result.json`."""
     plan = read_json(directory / PIPELINE)
     for stage in plan["stages"]:
         stage |= {"status": "not started"} | read_json(directory / stage["name"] / "result.json")
     return plan
+
+
+# A directory with one of these files is told about: under which heading, and what of it.
+MARKS: dict[str, tuple[str, Callable[[Path], dict[str, Any]]]] = {
+    METRICS: ("runs", run),
+    EVALUATION: ("evaluations", lambda directory: flat(read_json(directory / EVALUATION))),
+    CURATION: ("evaluations", lambda directory: flat(read_json(directory / CURATION))),
+    PIPELINE: ("pipelines", pipeline),
+}
 
 
 def json_lines(file: Path) -> Iterator[dict[str, Any]]:

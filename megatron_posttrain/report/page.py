@@ -24,12 +24,7 @@ def build(roots: Sequence[Path]) -> str:
         if (found := samples.read(directory)) is not None:
             about["chunk"] = len(chunks) + 1
             chunks.append(_script(about["chunk"], found))
-        for kind, mark, read in (
-            ("runs", collect.METRICS, collect.run),
-            ("evaluations", collect.EVALUATION, collect.evaluation),
-            ("evaluations", collect.CURATION, collect.curation),
-            ("pipelines", collect.PIPELINE, collect.pipeline),
-        ):
+        for mark, (kind, read) in collect.MARKS.items():
             if (directory / mark).is_file():
                 content[kind].append(about | read(directory))
     title = ", ".join(root.absolute().name for root in roots)

@@ -88,14 +88,15 @@ def _evidence(word: str, words: Counter[str], letters: Counter[str]) -> float:
     return _LETTERS / 2 * words[word] if word.isascii() else _LETTERS * letters[word] + words[word]
 
 
-def language_share(text: str, language: str) -> float:
-    """Share of a text's words that are in sentences of `language`; code and formulas, and sentences that no word
-    gives away, are left out. 1.0 where nothing is left. Chinese and Japanese are counted by characters."""
+def language_share(text: str, language: str | None) -> float:
+    """Share of a text's words that are in sentences of `language`, or of the one that most are in; code and formulas,
+    and sentences that no word gives away, are left out. 1.0 where nothing is left. Chinese and Japanese are counted by
+    characters."""
     found: Counter[str] = Counter()
     for segment in _SEGMENT.findall(_CODE.sub(" ", text)):
         if (name := detect(segment)) is not None:
             found[name] += len(re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\d_]+", segment))
-    return found[language] / found.total() if found else 1.0
+    return (found[language] if language else max(found.values())) / found.total() if found else 1.0
 
 
 @reward("language")

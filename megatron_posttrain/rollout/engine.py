@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_posttrain.parallel.groups import broadcast_object, start_distributed
@@ -19,6 +21,7 @@ from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout import vllm_fixes
 from megatron_posttrain.rollout.isolation import Isolation
 from megatron_posttrain.rollout.limits import CPU_CACHE_BYTES, RANKS, explained
+from megatron_posttrain.rollout.routed_experts import RoutedExperts
 from megatron_posttrain.upstream.gloo import shared_device
 
 CPU_BLOCK_SIZE = 32  # the attention kernel wants multiples of 32; vLLM's 128 shares no prefix of a short prompt
@@ -48,6 +51,7 @@ class Completion:
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: Literal["stop", "length"]
+    experts: NDArray[Any] | None = None  # [prompt + completion - 1, layers, top-k] chosen for all tokens but the last
 
 
 class RolloutEngine:
@@ -68,6 +72,7 @@ class RolloutEngine:
         quantization: vLLM's name of what its linear layers are quantised to at every refit; CUDA only.
         lora_rank: of the adapter that `ship` brings; None: there is none.
         load_weights: False where a refit brings them before anything is generated: nothing is read.
+        choices: of the experts of a token (`choice_type`), which completions then have; None: they have none.
 
     Raises:
         ValueError: `tensor` does not divide the world.
@@ -88,11 +93,12 @@ class RolloutEngine:
         quantization: str | None = None,
         lora_rank: int | None = None,
         load_weights: bool = True,
+        choices: np.dtype[Any] | None = None,
     ) -> None:
         start_distributed()  # in a process without torchrun: a world of one
         if dist.get_world_size() % tensor:
             raise ValueError(f"rollout.tensor: {tensor} does not divide the {dist.get_world_size()} ranks")
-        self.dtype, self.tensor, self.max_model_len = dtype, tensor, max_model_len
+        self.dtype, self.tensor, self.max_model_len, self.choices = dtype, tensor, max_model_len, choices
         self.replica, self.replicas = dist.get_rank() // tensor, dist.get_world_size() // tensor
         self._cpu = platform().name == "cpu"
         options: dict[str, Any] = {
@@ -110,6 +116,7 @@ class RolloutEngine:
             "logprobs_mode": "processed_logprobs",  # after temperature and top-p
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
+            "enable_return_routed_experts": choices is not None and not self._cpu,
         }
         self._adapter: Any = None  # vLLM's request for it
         self._keeps_base = lora_rank is not None
@@ -140,6 +147,8 @@ class RolloutEngine:
                 raise told from error
         # vLLM would destroy the trainer's process groups when this engine is collected, or at exit.
         self._llm.llm_engine.engine_core._finalizer.detach()
+        if choices is not None and self._cpu:
+            RoutedExperts(self._llm.llm_engine.engine_core.engine_core, choices)
 
     def _start(self, make: Any, options: dict[str, Any], token: str) -> Any:
         if not self._cpu:
@@ -203,7 +212,21 @@ class RolloutEngine:
                 for seed, limit in zip(seeds, limits, strict=True)
             ]
             outputs = self._llm.generate(requests, params, use_tqdm=False, lora_request=self._adapter)
-        return [_completion(output.outputs[0]) for output in outputs]
+        return [_completion(output.outputs[0], self.choices) for output in outputs]
+
+    def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """log p of every token of each prompt but its first, given those before it; one more fits `max_model_len`."""
+        self._check_replica_agrees(prompts)
+        if not prompts:
+            return []
+        with self._isolated():
+            from vllm import SamplingParams
+
+            # A token must be drawn, and is not looked at.
+            params = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
+            requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+            outputs = self._llm.generate(requests, params, use_tqdm=False)
+        return [list(output.prompt_logprobs.logprobs) for output in outputs]
 
     def greedy(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Completion]:
         """The likeliest token at every position; log-probs at temperature 1."""
@@ -296,7 +319,7 @@ class RolloutEngine:
 
 def _cpu_options(kv_cache_bytes: int | None) -> dict[str, Any]:
     return vllm_fixes.CPU_OPTIONS | {
-        "enforce_eager": True,  # no Inductor, no C++ compiler
+        "enforce_eager": True,  # no Inductor, no C++ compiler; see Isolation for functions beside the model
         "kv_cache_memory_bytes": kv_cache_bytes or CPU_CACHE_BYTES,
         "block_size": CPU_BLOCK_SIZE,
     }
@@ -315,9 +338,10 @@ def _cuda_options(kv_cache_bytes: int | None, gpu_memory_utilization: float) -> 
     }
 
 
-def _completion(output: Any) -> Completion:
+def _completion(output: Any, choices: np.dtype[Any] | None) -> Completion:
     reason = output.finish_reason
     if reason not in ("stop", "length"):
         raise RuntimeError(f"vLLM ended a completion with '{reason}' after {len(output.token_ids)} tokens")
     # logprobs=0 asks for the sampled token alone: one value a position
-    return Completion(list(output.token_ids), list(output.logprobs.logprobs), reason)
+    experts = None if choices is None else output.routed_experts.astype(choices.base, copy=False)
+    return Completion(list(output.token_ids), list(output.logprobs.logprobs), reason, experts)

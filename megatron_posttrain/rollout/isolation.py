@@ -32,7 +32,9 @@ class Isolation:
         precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
         os.environ.update(self._environment)
         try:
-            yield
+            # vLLM has small functions compiled even where the model is not: seconds, and a C++ compiler on CPU.
+            with contextlib.nullcontext() if torch.cuda.is_available() else torch.compiler.set_stance("force_eager"):
+                yield
         finally:
             self._environment = {k: v for k, v in os.environ.items() if trainer.get(k) != v}
             for name in self._environment:

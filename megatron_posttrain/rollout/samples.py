@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,8 +54,13 @@ class Samples:
     logged: dict[str, float]  # by rewards and environments, means over the samples
     ranks_per_replica: int
     replica_of: NDArray[np.int64]  # [n] that drew it
+    choices: np.dtype[Any] | None = None  # of a token's experts, where they are replayed
+    experts: list[NDArray[Any]] = field(default_factory=list)  # of each drawn sample: of all tokens but its last
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # [n]
     differences: Floats = field(default_factory=lambda: np.empty(0))  # [n] sums of |trainer - engine| log-probs, nats
+    by_token: dict[str, list[Tensor]] = field(
+        default_factory=dict
+    )  # of each sample, figures of all tokens but the first
 
     @property
     def total_lengths(self) -> list[int]:
@@ -100,6 +106,8 @@ class Samples:
             the training sequence of a sample that this rank wanted.
         """
         rank, world = dist.get_rank(), dist.get_world_size()
+        row = 0 if self.choices is None else self.choices.itemsize
+        words = -(-(np.array(self.total_lengths) - 1) * row // 4)  # int32 of each sample's experts
         data_ranks = gather_rows(torch.tensor([data_rank])).flatten().tolist()
         sent = [[i for i in wanted[data_ranks[r]] if self._source(i, r) == rank] for r in range(world)]
         received: list[list[int]] = [[] for _ in range(world)]
@@ -109,18 +117,24 @@ class Samples:
         place = {sample: k for k, sample in enumerate(self.drawn)}
         for k in (place[i] for to_rank in sent for i in to_rank):
             parts += [self.token_ids[k], self.logprobs[k].view(np.int32)]
-        sizes = [[2 * int(self.lengths[items].sum()) for items in way] for way in (sent, received)]
+            if self.choices is not None:
+                parts.append(
+                    np.frombuffer(self.experts[k].tobytes().ljust(4 * int(words[self.drawn[k]]), b"\0"), np.int32)
+                )
+        sizes = [[int((2 * self.lengths + words)[items].sum()) for items in way] for way in (sent, received)]
         flat = exchange(torch.from_numpy(np.concatenate(parts)), *sizes).numpy()
         order = [i for from_rank in received for i in from_rank]
-        ends = np.cumsum(2 * self.lengths[order])
-        responses = {i: flat[end - 2 * self.lengths[i] : end] for i, end in zip(order, ends.tolist(), strict=True)}
-        return lambda i: self._sequence(i, *np.split(responses[i], 2))
+        ends = np.cumsum((2 * self.lengths + words)[order])[:-1]
+        responses = dict(zip(order, np.split(flat, ends), strict=False))
+        return lambda i: self._sequence(i, *np.split(responses[i], [self.lengths[i], 2 * self.lengths[i]]))
 
     def _source(self, sample: int, rank: int) -> int:
         """The rank that sends a sample to `rank`: the ranks of its replica share the work."""
         return int(self.replica_of[sample]) * self.ranks_per_replica + rank % self.ranks_per_replica
 
-    def _sequence(self, sample: int, token_ids: NDArray[np.int32], logprobs: NDArray[np.int32]) -> TokenSequence:
+    def _sequence(
+        self, sample: int, token_ids: NDArray[np.int32], logprobs: NDArray[np.int32], experts: NDArray[np.int32]
+    ) -> TokenSequence:
         """Prompt and response; what the model drew counts, but nothing of a masked sample."""
         prompt = np.asarray(self.prompts[sample].token_ids, np.int32)
         drawn = np.concatenate([np.full(len(prompt), np.nan, np.float32), logprobs.view(np.float32)])
@@ -129,7 +143,10 @@ class Samples:
             "rollout_logprobs": np.nan_to_num(drawn),
             "advantages": counts * np.float32(self.advantages[sample]),
         }
-        return TokenSequence(np.concatenate([prompt, token_ids]), counts, extras, index=sample)
+        chosen = None
+        if self.choices is not None:
+            chosen = np.frombuffer(experts.tobytes(), self.choices, count=len(drawn) - 1)
+        return TokenSequence(np.concatenate([prompt, token_ids]), counts, extras, index=sample, experts=chosen)
 
     def to_first_rank(self, records: Iterable[Any]) -> Iterator[bytes | memoryview]:
         """Collective: JSON lines of the drawn samples' records, as the first rank of each replica gives them, in
@@ -219,6 +236,8 @@ def generate_samples(
         logged=_means({f"reward/{name}": pair for name, pair in metric_sums(grades).items()} | turn_sums),
         ranks_per_replica=rollout.tensor,
         replica_of=np.arange(len(of_sample)) // max(1, share),
+        choices=rollout.choices,
+        experts=[np.concatenate(e.experts) for e in episodes if e.experts],
     )
 
 
@@ -236,27 +255,22 @@ def join(taken: Sequence[tuple[Samples, int]], metrics: dict[str, float]) -> Sam
     def of_all(values: Callable[[Samples], NDArray[Any]]) -> NDArray[Any]:
         return np.array([values(part)[number] for part, number in taken])
 
+    everywhere = ("lengths", "sampled", "truncated", "rewards", "masked", "replica_of")
+    on_replica = ("token_ids", "logprobs", "messages", "texts", "grades", "experts")
+    values: dict[str, Any] = {name: of_all(attrgetter(name)) for name in everywhere}
+    values |= {name: [getattr(part, name)[k] for _, part, k in mine if getattr(part, name)] for name in on_replica}
     return Samples(
         prompts=[part.prompts[number] for part, number in taken],
-        lengths=of_all(lambda part: part.lengths),
-        sampled=of_all(lambda part: part.sampled),
-        truncated=of_all(lambda part: part.truncated),
-        rewards=of_all(lambda part: part.rewards),
         rewards_by_name={
             name: of_all(lambda part, name=name: part.rewards_by_name[name])  # type: ignore[misc]
             for name in first.rewards_by_name
         },
-        masked=of_all(lambda part: part.masked),
         seconds=sum(part.seconds for part in parts.values()),
         drawn=[new for new, _, _ in mine],
-        token_ids=[part.token_ids[k] for _, part, k in mine],
-        logprobs=[part.logprobs[k] for _, part, k in mine],
-        messages=[part.messages[k] for _, part, k in mine if part.messages],
-        texts=[part.texts[k] for _, part, k in mine if part.texts],
-        grades=[part.grades[k] for _, part, k in mine if part.grades],
         logged=first.logged | metrics,
         ranks_per_replica=first.ranks_per_replica,
-        replica_of=of_all(lambda part: part.replica_of),
+        choices=first.choices,
+        **values,
     )
 
 
@@ -318,22 +332,25 @@ def _worth(samples: Samples, k: int) -> dict[str, Any]:
 
 def _record(samples: Samples, k: int, mine: int) -> dict[str, Any]:
     """Of sample `k`, the replica's number `mine`."""
-    prompt, failures = samples.prompts[k], samples.grades[mine].failures
+    prompt, failures, n = samples.prompts[k], samples.grades[mine].failures, int(samples.lengths[k])
     drawn = ~np.isnan(samples.logprobs[mine])
     turns = {} if drawn.all() else {"turns": samples.messages[mine], "mask": drawn.astype(int).tolist()}
     masked = bool(samples.masked[k])
     failed = {"failures": failures, "masked": masked} if failures or masked else {}
     return (
         {
+            "sample": k,
             "index": prompt.index,
             "prompt": prompt.messages,
             "answer": prompt.answer,
             "response": samples.texts[mine],
             "prompt_token_ids": prompt.token_ids,
             "token_ids": samples.token_ids[mine].tolist(),
+            "logprobs": np.nan_to_num(samples.logprobs[mine].astype(np.float64)).round(6).tolist(),  # the engine's
             "finish_reason": samples.finish_reason(k),
         }
         | (_worth(samples, k) if samples.rewards_by_name else {})
+        | {name: [round(x, 4) for x in of[k][-n:].tolist()] for name, of in samples.by_token.items()}
         | turns
         | failed
     )

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from megatron_posttrain.config.schema import EnvironmentConfig, RolloutConfig
 from megatron_posttrain.data.dataset import Prompt
@@ -65,6 +66,7 @@ class Episode:
     seed: int
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # the engine's; NaN of a token that the model did not draw
+    experts: list[NDArray[Any]] = field(default_factory=list)  # of the tokens that each round computed first
     finish_reason: Literal["stop", "length"] = "stop"
     messages: list[Message] = field(default_factory=list)  # on the first rank of a replica, with an environment
     reward: float = 0.0
@@ -160,6 +162,8 @@ class _Rounds:
             e.token_ids += completion.token_ids
             e.logprobs += completion.logprobs
             e.finish_reason = completion.finish_reason
+            if completion.experts is not None:
+                e.experts.append(completion.experts[sum(map(len, e.experts)) :])
 
     def stop_thinking(self, e: Episode) -> bool:
         """Ends the reasoning of a turn that is at its limit; whether the turn goes on."""

@@ -26,6 +26,10 @@ PROCESSES = 64  # and threads, at a time
 FILE_MIB = 64  # of one file, and of all files together
 _START_SECONDS = 60.0  # that building the sandbox may take on a busy machine
 _LOOK_SECONDS = 0.1  # between looks at the memory of all processes
+_ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
+    "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+}  # fmt: skip
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")  # what the interpreter needs of the machine
 _MEMORY_ERROR = re.compile(r"^[\w.]*MemoryError\b.*\Z", re.MULTILINE)
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE if os.name == "posix" else 0
@@ -75,10 +79,7 @@ def run(
     job = {
         # The interpreter's directory without links, for that is bound; its own link makes it a venv.
         "command": [str(python.parent.resolve() / python.name), "-s", "-B", "main.py"],
-        "environment": {
-            "PATH": "/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
-            "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-        },
+        "environment": _ENVIRONMENT,
         "files": {**(files or {}), "main.py": code},
         "limits": _limits(seconds, memory_mib),
         "isolate": not unsafe,
@@ -86,7 +87,7 @@ def run(
         "root": tempfile.gettempdir() + "/megatron_posttrain_sandbox",  # a place to mount on; nothing is written there
         "scratch": f"size={FILE_MIB}m,nr_inodes=8192",
         "directory": "/tmp",
-    }  # fmt: skip
+    }
     if not sys.platform.startswith("linux"):
         return Result("unavailable", None, "", f"needs Linux, this is {sys.platform}", 0.0)
     if not unsafe:

@@ -28,7 +28,7 @@ from megatron_posttrain.parallel.groups import Groups
 from megatron_posttrain.platform import platform
 from megatron_posttrain.training import average
 from megatron_posttrain.training.finite import Recorder, anywhere, refuse
-from megatron_posttrain.training.forward import ForwardStep, LossFunction, Metrics
+from megatron_posttrain.training.forward import Around, ForwardStep, LossFunction, Metrics
 from megatron_posttrain.training.heads import Head, LabelLogprobs, Output
 from megatron_posttrain.training.optimizer import make_optimizer, overlaps, set_learning_rate, wrap_for_data_parallel
 from megatron_posttrain.training.timing import PhaseTimer
@@ -88,6 +88,7 @@ class Engine:
         self._seed, self._step, self._calls = seed, 0, 0
         self.ema: float | None = None  # decay of the average that is the weight set `ema`
         self.may_skip, self.skipped = 0, 0  # steps in a row that are not finite
+        self.around: Around | None = None  # of forward passes, such as `routing`'s
         if lora is not None:
             self.adapters = adapters.find_adapters(arch, lora, fused=experts_are_fused(model, arch))
             with platform().megatron():
@@ -285,7 +286,7 @@ class Engine:
         self.optimizer.zero_grad()
 
     def _work(self, head: Head, loss_function: LossFunction, denominator: float = 1.0) -> ForwardStep:
-        return ForwardStep(self.arch, self.groups, head, loss_function, denominator)
+        return ForwardStep(self.arch, self.groups, head, loss_function, denominator, self.around)
 
     def _again(self, micro_batches: Sequence[PackedBatch], work: ForwardStep, recorder: Recorder) -> None:
         """The forward passes of a step, whose outputs and losses the recorder sees too."""

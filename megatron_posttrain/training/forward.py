@@ -1,6 +1,7 @@
 """One micro-batch through a rank's chunk of the model, for megatron-core's schedules."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +21,8 @@ Metrics = Mapping[str, Mean]
 # (a head's output, batch) -> a term of the loss for every token, sequence or unit of the micro-batch, never their sum
 # or mean; what is logged, as sums that know their counts
 LossFunction = Callable[[Output, PackedBatch], tuple[Tensor, Metrics]]
+# (chunk of the model, batch, this context rank's positions in it) -> what a forward pass is in
+Around = Callable[[Any, PackedBatch, Tensor], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class ForwardStep:
     head: Head
     loss_function: LossFunction
     denominator: float
+    around: Around | None
 
     def __call__(
         self, count: int, batches: Iterator[PackedBatch], model: Any
@@ -54,7 +58,8 @@ class ForwardStep:
         chosen = self.head.positions(batch)[mine].nonzero()[:, 0]
         chosen = chosen if len(chosen) else chosen.new_zeros(1)  # kernels need not take none
         local = chosen.to(device)
-        with output_rows(model, local):
+        around = nullcontext() if self.around is None else self.around(model, batch, mine)
+        with output_rows(model, local), around:
             output = model(
                 tokens[None],
                 positions[None],

@@ -19,6 +19,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_posttrain.output import write_whole
+
 FACTOR, FLOOR = 20.0, 600.0  # a phase may take so many times the longest recent step, and at least so many seconds
 UNKNOWN = 1500.0  # seconds for first steps, checkpoints and exports; below torch.distributed's own 30 minutes
 WRITE_EVERY = 0.5  # seconds; quick steps would otherwise load a shared file system
@@ -124,7 +126,7 @@ class Heartbeat:
                 "time": time.time() - (self._written - self._since),
                 "thread": f"0x{threading.main_thread().ident:016x}",
             }
-            _write_whole(self.directory / f"rank_{self.rank}.json", json.dumps(facts))
+            write_whole(self.directory / f"rank_{self.rank}.json", json.dumps(facts))
 
     # ---- watching --------------------------------------------------------------------------------------------
 
@@ -161,7 +163,7 @@ class Heartbeat:
             f"HANG: rank {self.rank} has been in step {self.current_step}, {self._place}, for {spent:.0f} s "
             f"(steps took {usual}; allowed {self.limit:.0f} s)\n{diagnosis(self.directory, self.ranks)}"
         )
-        _write_whole(self.directory / "hang.txt", text)
+        write_whole(self.directory / "hang.txt", text)
         self._end(text)
 
     def _follow(self) -> None:
@@ -177,13 +179,6 @@ class Heartbeat:
     def _end(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
         os._exit(1)  # the main thread hangs, and would wait for ever in an orderly end
-
-
-def _write_whole(file: Path, text: str) -> None:
-    """So that who reads the file finds all of it at any time."""
-    part = file.with_name(f".{file.name}")
-    part.write_text(text + "\n")
-    part.replace(file)
 
 
 def diagnosis(directory: Path, ranks: int, *, stacks: bool = True) -> str:

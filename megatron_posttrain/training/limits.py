@@ -66,6 +66,10 @@ def rollout_problems(config: GrpoConfig | DistillConfig, arch: Architecture | No
     if rollout.adapters == "ship":
         yield from _shipping_problems(config, arch, device)
     if arch is not None:
+        if config.algorithm.routing_replay != "none" and arch.moe is None:
+            yield f"algorithm.routing_replay={config.algorithm.routing_replay}: the model has no experts; allowed: none"
+        if rollout.replay is not None:
+            return
         cache = rollout.kv_cache_gib
         yield from engine_problems(
             arch,

@@ -8,13 +8,12 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_posttrain.config.load import to_yaml
 from megatron_posttrain.config.schema import Config
-from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.describe import describe_environment
+from megatron_posttrain.training.finite import anywhere
 from megatron_posttrain.training.heartbeat import Heartbeat, last_words
 from megatron_posttrain.training.trackers import open_trackers
 
@@ -34,7 +33,7 @@ class Record:
         self._stop = False
         self._started = time.perf_counter()
         self._first_step = first_step
-        self._step = first_step + 1  # in work
+        self.current_step = first_step + 1  # in work, from 1
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
         self._metrics: Any = None
@@ -56,11 +55,8 @@ class Record:
         (self.directory / "config.yaml").write_text(to_yaml(self.config))
         path = self.directory / "metrics.jsonl"
         # Steps after the checkpoint that is resumed from are run again: their lines go.
-        kept = []
-        if first_step and path.exists():
-            for line in path.read_text().splitlines():
-                if line.endswith("}") and json.loads(line)["step"] <= first_step:
-                    kept.append(line + "\n")
+        lines = path.read_text().splitlines() if first_step and path.exists() else []
+        kept = [f"{line}\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step]
         path.write_text("".join(kept))
         self._metrics = path.open("a", buffering=1)
         self._trackers = open_trackers(self.config, first_step)
@@ -76,7 +72,7 @@ class Record:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One object a step; a progress line every `logging.every` steps."""
-        self._step = step + 1
+        self.current_step = step + 1
         self._heartbeat.step(min(step + 1, self.total_steps))
         if not self.is_main:
             return
@@ -91,14 +87,8 @@ class Record:
     def _line(self, step: int, metrics: dict[str, float]) -> str:
         done = step - self._first_step
         left = (time.perf_counter() - self._started) / max(1, done) * (self.total_steps - step)
-        names = {
-            "reward": ".3f",
-            "loss": ".4f",
-            "validation_loss": ".4f",
-            "grad_norm": ".3f",
-            "response_length": ".1f",
-            "truncated_fraction": ".0%",
-        }
+        names = {"reward": ".3f", "loss": ".4f", "validation_loss": ".4f", "grad_norm": ".3f"}
+        names |= {"response_length": ".1f", "truncated_fraction": ".0%"}
         shown = [f"{n.replace('_', ' ')} {metrics[n]:{f}}" for n, f in names.items() if n in metrics]
         if "learning_rate" in metrics:
             shown.append(f"lr {metrics['learning_rate']:.2e}")
@@ -115,15 +105,7 @@ class Record:
 
     def stop_requested(self, *, also: bool = False) -> bool:
         """Collective: whether any rank was asked to stop, or has a reason of its own: `also`."""
-        asked = also or self._stop or (self.is_main and (self.directory / STOP_FILE).exists())
-        flag = torch.tensor([int(asked)], device=platform().device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
-
-    @property
-    def current_step(self) -> int:
-        """In work, from 1."""
-        return self._step
+        return anywhere(also or self._stop or (self.is_main and (self.directory / STOP_FILE).exists()))
 
     def close(self, error: BaseException | None = None) -> None:
         """`error`: why the run ends before its time."""

@@ -25,7 +25,7 @@ WRITTEN_BY_ANYONE = ("transformers_version", "_name_or_path", "torch_dtype", "dt
 WITHOUT_EFFECT = (
     "output", "parallel", "checkpoint", "logging", "training.micro_batch_size", "model.implementation",
     "model.recompute", "data.validation", "rollout.tensor", "rollout.kv_cache_gib", "rollout.gpu_memory_fraction",
-    "rollout.offload", "rollout.proof_tolerance", "teacher.offload", "teacher.cache",
+    "rollout.offload", "rollout.proof_tolerance", "rollout.validation_samples", "teacher.offload", "teacher.cache",
     # Fingerprints tell whether other names are other weights and rows.
     "model.path", "model.tokenizer", "data.train", "data.columns", "data.cache",
 )  # fmt: skip

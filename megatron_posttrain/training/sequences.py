@@ -28,15 +28,7 @@ def sequence_logprobs(
     batches = rank_token_batches(numbered, engine.groups, engine.arch, token_budget)
     outputs = batch_logprobs(engine, batches, temperature)
     sizes = [len(sequence.token_ids) - 1 for sequence in sequences]
-    everything = torch.zeros(sum(sizes))
-    found = list(everything.split(sizes))
-    for index, values in _real(batches, outputs):
-        found[index].copy_(values)
-    if engine.groups.data.size() > 1:
-        flat = everything.to(platform().device)
-        dist.all_reduce(flat, group=engine.groups.data)  # each rank's zeros but for its own
-        everything.copy_(flat)
-    return found
+    return values_by_sequence(engine.groups, batches, outputs, sizes)
 
 
 def batch_logprobs(engine: Engine, batches: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
@@ -62,10 +54,29 @@ def sums_by_sequence(groups: Groups, batches: Sequence[PackedBatch], values: Seq
         [count] fp64 on the host of every rank.
     """
     totals = torch.zeros(count, dtype=torch.float64)
-    if groups.last_stage and groups.tensor.rank() == 0 and groups.context.rank() == 0:
-        for index, part in _real(batches, values):
-            totals[index] = part.double().sum()
-    everywhere = totals.to(platform().device)
+    for index, part in _real(batches, values) if _tells(groups) else ():
+        totals[index] = part.double().sum()
+    return _of_all_ranks(totals)
+
+
+def values_by_sequence(
+    groups: Groups, batches: Sequence[PackedBatch], values: Sequence[Tensor], sizes: Sequence[int]
+) -> list[Tensor]:
+    """As `sums_by_sequence`, but the values themselves: fp32, `sizes` of each sequence."""
+    flat = torch.zeros(sum(sizes))
+    for index, part in _real(batches, values) if _tells(groups) else ():
+        flat.split(list(sizes))[index].copy_(part)
+    return list(_of_all_ranks(flat).split(list(sizes)))
+
+
+def _tells(groups: Groups) -> bool:
+    """Whether this rank's outputs count, of those that have the same."""
+    return groups.last_stage and groups.tensor.rank() == 0 and groups.context.rank() == 0
+
+
+def _of_all_ranks(own: Tensor) -> Tensor:
+    """Collective: each rank has zeros but for its own."""
+    everywhere = own.to(platform().device)
     dist.all_reduce(everywhere)
     return everywhere.cpu()
 

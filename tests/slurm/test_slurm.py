@@ -133,6 +133,45 @@ def test_failed_stage_ends_the_chain(slurm: Slurm, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "second").exists()
 
 
+def test_a_pipeline_is_a_job_a_stage(slurm: Slurm, tmp_path: Path) -> None:
+    """One of a node, one of two with a gate that does not hold, and one that is then not begun."""
+    gate = {"metric": "world", "at_least": 3}
+    stages = {
+        "first": {
+            "run": f"{COUNTER} output=${{output}}",
+            "processes": 2,
+            "gates": [{"metric": "world", "at_least": 2}],
+        },
+        "second": {"run": f"{COUNTER} output=${{output}} from=${{first}}", "nodes": 2, "gates": [gate]},
+        "third": {"run": f"{COUNTER} output=${{output}}", "after": ["second"]},
+    }
+    file, out = tmp_path / "stages.yaml", tmp_path / "out"
+    file.write_text(json.dumps({"output": str(out), "stages": stages}))
+    line = ["--cluster", "slurm_cpu", "--set", f"directory={tmp_path}/jobs", "pipeline", str(file)]
+    done = slurm.python("launch/nemo_run/run.py", *line, timeout=400)
+    assert done.returncode == 1, done.stdout + done.stderr
+    for stage, state in (
+        ("first", "SUCCEEDED"),
+        ("second", "SUCCEEDED"),
+        ("second-end", "FAILED"),
+        ("third", "CANCELLED"),
+    ):
+        assert f"launch: {stage}: {state}" in done.stdout
+    results = {name: json.loads((out / name / "result.json").read_text()) for name in ("first", "second")}
+    assert [result["status"] for result in results.values()] == ["done", "gate"]
+    assert results["second"]["gates"][0]["text"] == "world 2, at least 3"
+    assert not (out / "third").exists()
+
+    gate["at_least"] = 2
+    stages["third"]["run"] = "data " + str(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    file.write_text(json.dumps({"output": str(out), "stages": stages}))
+    done = slurm.python("launch/nemo_run/run.py", *line, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "launch: third: SUCCEEDED" in done.stdout
+    assert "launch: first" not in done.stdout  # it was done
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

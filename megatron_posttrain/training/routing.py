@@ -1,0 +1,90 @@
+"""Routing replay: experts that were chosen before are chosen again; their weights are the router's own, with gradient.
+
+The choice of the old policy (arXiv 2507.18071, section 5.3) or of the rollout engine (R3, arXiv 2510.11370).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_posttrain.data.batch import PackedBatch
+from megatron_posttrain.training.engine import Engine
+
+Action = Literal["record", "replay"] | None
+
+
+@contextmanager
+def routing(engine: Engine, action: Action) -> Iterator[None]:
+    """Meanwhile the routers of `engine` write down in every micro-batch which experts they choose, or choose again
+    what is written there, else what its sequences bring along; None: as ever."""
+    if action is None:
+        yield
+        return
+    from megatron.core.transformer.moe.router_replay import RouterReplay
+
+    routers = [router for module in engine.modules for router in _routers(module)]
+    for router in routers:
+        router.router_replay = RouterReplay()
+    engine.around = _record if action == "record" else _Replay(engine)
+    try:
+        yield
+    finally:
+        engine.around = None
+        RouterReplay.clear_global_router_replay_instances()
+        for router in routers:
+            router.router_replay = None
+
+
+def _routers(module: torch.nn.Module) -> list[Any]:
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    return [part for part in module.modules() if isinstance(part, TopKRouter)]
+
+
+@contextmanager
+def _record(model: torch.nn.Module, batch: PackedBatch, mine: Tensor) -> Iterator[None]:
+    from megatron.core.transformer.moe.router_replay import RouterReplayAction
+
+    routers = _routers(model)
+    for router in routers:
+        router.router_replay.set_router_replay_action(RouterReplayAction.RECORD)
+    yield
+    for router in routers:
+        batch.routes[router.layer_number] = router.router_replay.get_recorded_indices()
+
+
+class _Replay:
+    def __init__(self, engine: Engine) -> None:
+        self.parts = engine.groups.layout.sequence_split
+        self.part = engine.groups.tensor.rank() % self.parts
+        self.recomputes = engine.model_config.recompute_granularity == "full"
+
+    @contextmanager
+    def __call__(self, model: torch.nn.Module, batch: PackedBatch, mine: Tensor) -> Iterator[None]:
+        from megatron.core.transformer.moe.router_replay import RouterReplayAction
+
+        replays = [(router, router.router_replay) for router in _routers(model)]
+        for router, replay in replays:
+            replay.set_target_indices(self._chosen(router, batch, mine))
+            replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+        yield
+        for _, replay in replays:
+            if self.recomputes and torch.is_grad_enabled():
+                # A call outside of this scope is backward's, which takes micro-batches in the order of forward
+                replay.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
+            else:
+                replay.replay_backward_list.clear()
+
+    def _chosen(self, router: Any, batch: PackedBatch, mine: Tensor) -> Tensor:
+        """[t, top-k] of this rank's tokens. Those without a choice (padding, a sequence's last) are seen by no other
+        and have no loss: any experts do, and all of them are others."""
+        if router.layer_number in batch.routes:
+            return batch.routes[router.layer_number]
+        known = torch.zeros(len(mine), router.topk, dtype=torch.int64)
+        if batch.experts is not None:
+            known = batch.experts[mine, router.layer_number - 1].long()
+        known = torch.where(known.any(-1, keepdim=True), known, torch.arange(router.topk))
+        return known.chunk(self.parts)[self.part]
