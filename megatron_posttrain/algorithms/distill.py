@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_posttrain.algorithms.policy import make_rollout_engine, refit, token_budget
+from megatron_posttrain.algorithms.refit import refit, start_engine, token_budget
 from megatron_posttrain.algorithms.sft import read_dataset
 from megatron_posttrain.algorithms.teacher import DivergenceHead, Teacher
 from megatron_posttrain.config.algorithms import DistillConfig
@@ -45,7 +45,7 @@ def distill(config: DistillConfig) -> int:
     with Run(prepared, dataset) as run:
         engine = run.model()
         teacher = Teacher(teacher_arch, engine, config)
-        student = Student(run, engine, run.closing(make_rollout_engine(config, prepared))) if config.samples else None
+        student = Student(run, engine, start_engine(config, run, engine)) if config.samples else None
         loss, head = divergence_loss, DivergenceHead(teacher)
         if config.algorithm.estimator == "policy_gradient":
             loss, head = reverse_kl_loss, teacher.label_head  # type: ignore[assignment]

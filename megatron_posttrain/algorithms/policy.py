@@ -6,7 +6,6 @@ SPMD: every rank holds its shard of the trainer and a rank of a vLLM engine; the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
@@ -20,37 +19,28 @@ from megatron_posttrain.algorithms.advantages import generalized_advantages
 from megatron_posttrain.algorithms.asked import Asked, held_out_figures
 from megatron_posttrain.algorithms.dynamic_sampling import replace_equal
 from megatron_posttrain.algorithms.losses import kl_estimate, policy_gradient_terms
-from megatron_posttrain.config.algorithms import DistillConfig, GrpoConfig, PolicyAlgorithm
-from megatron_posttrain.config.schema import Config
+from megatron_posttrain.algorithms.refit import refit, start_engine, token_budget
+from megatron_posttrain.config.algorithms import GrpoConfig, PolicyAlgorithm
 from megatron_posttrain.data.batch import PackedBatch
-from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.errors import UserError
-from megatron_posttrain.models.build import DTYPES
 from megatron_posttrain.platform import platform
-from megatron_posttrain.rollout.engine import RolloutEngine, Sampling
-from megatron_posttrain.rollout.refit import Refit, prove
+from megatron_posttrain.rollout.engine import Sampling
 from megatron_posttrain.rollout.replay import logged_file, read_logged
-from megatron_posttrain.rollout.routed_experts import choice_type
 from megatron_posttrain.rollout.samples import Samples, collect_samples, generate_samples, save_samples
 from megatron_posttrain.rollout.text import stop_message
 from megatron_posttrain.training.batches import pack_share, to_rows, token_shares
 from megatron_posttrain.training.engine import Engine, StepResult
-from megatron_posttrain.training.export import export_adapter, full_tensors
 from megatron_posttrain.training.heads import LabelLogprobs, Output
-from megatron_posttrain.training.prepare import Prepared
 from megatron_posttrain.training.routing import Action, routing
 from megatron_posttrain.training.run import Run, Step
 from megatron_posttrain.training.sequences import (
     batch_logprobs,
-    sequence_logprobs,
     sums_by_sequence,
     values_by_sequence,
 )
 from megatron_posttrain.training.totals import Mean, Totals
 
-RlConfig = GrpoConfig | DistillConfig  # what draws samples
-CANARY_PROMPTS = 4
 REFERENCE = "reference"
 BAND = (0.5, 5.0)  # of ratios that are no sign of a fault (arXiv 2512.16144)
 RATIO_BINS = 1e-5 * torch.linspace(-15.0, 15.0, 3001, dtype=torch.float64).sinh()  # of log-ratios; 1% wide
@@ -84,8 +74,7 @@ class Rollouts:
             return Replay(run, config, engine, asked, None)
         if asked.model_reward is not None:
             asked.model_reward.load(run.groups)
-        _make_room(config, run, engine)
-        rollout = run.closing(make_rollout_engine(config, run.prepared))
+        rollout = start_engine(config, run, engine)
         run.say(f"{rollout.replicas} rollout replicas; {stop_message(run.prepared.tokenizer)}")
         return cls(run, config, engine, asked, rollout)
 
@@ -169,21 +158,6 @@ class Rollouts:
                 figures |= self.validate(step)
         step.log(figures, samples.metrics())
         save_samples(self.run.directory / "rollouts" / f"step_{step.number:06d}.jsonl", samples)
-
-
-def refit(
-    run: Run, rollout: RolloutEngine, engine: Engine, config: RlConfig, prompts: Sequence[Prompt], step: int
-) -> None:
-    """Collective: the trainer's weights into the rollout engine, and the proof on the first `prompts`."""
-    _make_room(config, run, engine)
-    if config.rollout.adapters == "ship":
-        directory = run.directory / "rollouts" / "adapter"
-        export_adapter(engine, run.prepared.model_path, directory)
-        rollout.ship(directory)
-    else:
-        Refit(rollout).update(full_tensors(engine), step)
-    own = partial(_canary_logprobs, engine, token_budget(config))
-    prove(rollout, [p.token_ids for p in prompts[:CANARY_PROMPTS]], own, config.rollout.proof_tolerance)
 
 
 class Replay(Rollouts):
@@ -318,11 +292,6 @@ def denominator(config: GrpoConfig, totals: Totals) -> float:
     }[config.algorithm.aggregation]
 
 
-def token_budget(config: Config) -> int:
-    """Tokens of a micro-batch; samples share it."""
-    return config.data.sequence_length * config.training.micro_batch_size
-
-
 def policy_loss(algorithm: PolicyAlgorithm, output: Output, batch: PackedBatch) -> tuple[Tensor, dict[str, Mean]]:
     """The update's terms; where the batch has no old log-probs, they are those of this pass."""
     rows = partial(to_rows, cu_seqlens=batch.cu_seqlens)
@@ -343,24 +312,6 @@ def policy_loss(algorithm: PolicyAlgorithm, output: Output, batch: PackedBatch) 
     count = batch.loss_mask.sum()
     sums["entropy"] = (output["entropy"].detach() * batch.loss_mask).sum()
     return terms, {name: Mean(total, count) for name, total in sums.items()}
-
-
-def make_rollout_engine(config: RlConfig, prepared: Prepared) -> RolloutEngine:
-    cache, shipped = config.rollout.kv_cache_gib, config.rollout.adapters == "ship"
-    replays = isinstance(config, GrpoConfig) and config.algorithm.routing_replay == "rollout"
-    return RolloutEngine(
-        str(prepared.model_path),
-        dtype=DTYPES[config.precision.dtype],
-        tensor=config.rollout.tensor,
-        max_model_len=config.data.sequence_length,
-        kv_cache_bytes=None if cache is None else int(cache * 2**30),
-        seed=config.training.seed,
-        gpu_memory_utilization=config.rollout.gpu_memory_fraction,
-        quantization=config.rollout.quantization,
-        lora_rank=config.lora.rank if shipped and config.lora else None,
-        load_weights=shipped,
-        choices=choice_type(prepared.arch) if replays else None,
-    )
 
 
 def spread(batch: PackedBatch, values: Tensor) -> Tensor:
@@ -413,14 +364,3 @@ def set_token_advantages(
         batch.extras["advantages"] = (batch.extras["advantages"] - mean) / (deviation + 1e-6) * batch.loss_mask
     sums = sums_by_sequence(engine.groups, batches, [b.extras["advantages"] for b in batches], len(samples.prompts))
     samples.advantages = sums / torch.tensor(samples.lengths).clamp(min=1)  # means over tokens, for the record
-
-
-def _make_room(config: RlConfig, run: Run, engine: Engine) -> None:
-    """Before vLLM asks for its share of the memory."""
-    for trained in (engine, *run.checkpoints.beside.values()) if config.rollout.offload else ():
-        trained.offload()
-
-
-def _canary_logprobs(engine: Engine, budget: int, sequences: list[list[int]]) -> list[torch.Tensor]:
-    whole = [TokenSequence(ids, [1] * len(ids)) for ids in sequences]
-    return sequence_logprobs(engine, whole, budget, temperature=1.0)

@@ -252,10 +252,9 @@ class DistillConfig(Config):
     rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="with algorithm.student_fraction")
     algorithm: DistillAlgorithm = Field(default_factory=DistillAlgorithm)
     ignored = dict.fromkeys(
-        ("rollout.prompts_per_step", "rollout.samples_per_prompt"), "the batch's conversations are answered, once each"
-    ) | dict.fromkeys(
-        ("rollout.thinking_tokens", "rollout.thinking_stop", "rollout.validation_samples", "rollout.token_figures",
-         "rollout.replay"), "the teacher grades what the student says, once"
+        ("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.thinking_tokens", "rollout.thinking_stop",
+         "rollout.validation_samples", "rollout.token_figures", "rollout.replay"),
+        "the student answers the batch's conversations once, and the teacher grades that",
     )  # fmt: skip
 
     @property
@@ -276,14 +275,11 @@ class DistillConfig(Config):
             yield "rollout has no effect without algorithm.student_fraction; leave it out"
         if a.estimator == "policy_gradient":
             needed = {"student_fraction": 1.0, "divergence": "reverse_kl", "top_k": None}
+            if self.rollout.temperature != a.temperature:  # samples of what it trains
+                needed["temperature"] = self.rollout.temperature
             for name, value in needed.items():
                 if getattr(a, name) != value:
                     yield f"algorithm.{name}={getattr(a, name)}: estimator=policy_gradient needs {name}={value}"
-            if self.rollout.temperature != a.temperature:
-                yield (
-                    f"rollout.temperature={self.rollout.temperature} differs from algorithm.temperature="
-                    f"{a.temperature}, and estimator=policy_gradient needs samples of what it trains"
-                )
 
 
 class GrpoConfig(Config):
