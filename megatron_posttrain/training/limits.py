@@ -66,7 +66,7 @@ def rollout_problems(config: GrpoConfig | DistillConfig, arch: Architecture | No
     if rollout.adapters == "ship":
         yield from _shipping_problems(config, arch, device)
     if arch is not None:
-        if config.algorithm.routing_replay != "none" and arch.moe is None:
+        if isinstance(config, GrpoConfig) and config.algorithm.routing_replay != "none" and arch.moe is None:
             yield f"algorithm.routing_replay={config.algorithm.routing_replay}: the model has no experts; allowed: none"
         if rollout.replay is not None:
             return
