@@ -79,6 +79,8 @@ class RolloutEngine:
         UserError: vLLM cannot run the model so.
     """
 
+    _adapter: Any = None  # vLLM's request for what was shipped
+
     def __init__(
         self,
         model_path: str,
@@ -118,11 +120,7 @@ class RolloutEngine:
             "use_tqdm_on_load": False,
             "enable_return_routed_experts": choices is not None and not self._cpu,
         }
-        self._adapter: Any = None  # vLLM's request for it
-        self._keeps_base = lora_rank is not None
-        if lora_rank is not None:
-            room = next(rank for rank in RANKS if rank >= lora_rank)
-            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
+        options |= _lora_options(lora_rank)
         options |= _cpu_options(kv_cache_bytes) if self._cpu else _cuda_options(kv_cache_bytes, gpu_memory_utilization)
         rank = dist.get_rank()
         local = os.environ.get("LOCAL_RANK", str(torch.cuda.current_device() if not self._cpu else rank))
@@ -274,7 +272,7 @@ class RolloutEngine:
         """
         if not self._cpu:
             with self._isolated():
-                self._llm.sleep(level=1 if self._keeps_base else 2)
+                self._llm.sleep(level=2 if self._adapter is None else 1)
 
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
         """Maps memory that `sleep` gave away; what is in it is undefined."""
@@ -315,6 +313,12 @@ class RolloutEngine:
         dist.all_gather_object(digests, digest, group=get_tp_group().cpu_group)
         if len(set(digests)) > 1:
             raise RuntimeError(f"the ranks of rollout replica {self.replica} were given different prompts or seeds")
+
+
+def _lora_options(rank: int | None) -> dict[str, Any]:
+    if rank is None:
+        return {}
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(room for room in RANKS if room >= rank)}
 
 
 def _cpu_options(kv_cache_bytes: int | None) -> dict[str, Any]:
