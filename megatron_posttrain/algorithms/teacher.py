@@ -4,6 +4,7 @@ Of a step it leaves its last hidden states, hidden size x 2 bytes a token in bf1
 at a time, when the student's are there. Of its `top_k` tokens it leaves these and their log-probs.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -67,10 +68,9 @@ class Teacher:
         self._hidden = inputs[0][:, 0]
 
     def _forward(self, micro_batches: Sequence[PackedBatch], head: Head) -> list[Output]:
-        if self._host is None:
-            return self.engine.forward(micro_batches, head)
-        with self._host.present():
-            return self.engine.forward(micro_batches, head)
+        engine = self.engine  # which makes `_host`
+        with contextlib.nullcontext() if self._host is None else self._host.present():
+            return engine.forward(micro_batches, head)
 
     def look_at(self, micro_batches: Sequence[PackedBatch]) -> None:
         """Collective: of these micro-batches, and no longer of those before."""
