@@ -40,7 +40,8 @@ def _check(pipeline: Pipeline, stage: Stage, gate: Gate, words: str, bound: floa
     if isinstance(bound, str):
         other = _figure(pipeline.stages[bound], gate)
         text, bound = f" ({bound} has {other:.4g}, margin {gate.margin:g})", other - sign * gate.margin
-    return {"text": f"{gate.metric} {value:.4g}, {words} {bound:.4g}{text}", "passed": sign * (value - bound) >= -ROUNDING}
+    passed = sign * (value - bound) >= -ROUNDING
+    return {"text": f"{gate.metric} {value:.4g}, {words} {bound:.4g}{text}", "passed": passed}
 
 
 def _figure(stage: Stage, gate: Gate) -> float:
