@@ -16,7 +16,7 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,7 +53,7 @@ def long(sample):
 class Drawn:
     """Completions that are there already, as an engine of one rank returns them."""
 
-    tensor, choices = 1, None
+    tensor, version, choices = 1, 0, None
 
     def __init__(self, samples: int, vocabulary: int) -> None:
         self.replica, self.replicas = dist.get_rank(), dist.get_world_size()
@@ -64,9 +64,12 @@ class Drawn:
             for n in lengths
         ]
 
-    def generate(self, prompts: Sequence[Any], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
-        found, self.completions = self.completions[: len(prompts)], []
-        return found
+        self.at_once = len(self.completions)
+
+    def run(self, feed: Any, take: Any, sampling: Sampling, enough: Any) -> None:
+        for name, completion in zip(feed(self.at_once, True), self.completions, strict=True):
+            take(name, completion)
+        self.completions = []
 
 
 class Meter:

@@ -11,6 +11,9 @@ the time of a request to a TCPStore on this machine. Nothing is said about a net
 from __future__ import annotations
 
 import argparse
+import bisect
+import itertools
+import math
 import sys
 import threading
 import time
@@ -23,9 +26,14 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "launch"))
 
 import roll_call
+import torch
 import torch.distributed as dist
 
-from megatron_posttrain.parallel.layout import Layout
+from megatron_posttrain.models import registry
+from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.models.shares import Box, Schedule, Slot
+from megatron_posttrain.models.weights import QKV, Replicated, Vocabulary
+from megatron_posttrain.parallel.layout import Layout, stage_layers
 from megatron_posttrain.planning.known_models import KNOWN_MODELS
 from megatron_posttrain.planning.layouts import expert_data
 from megatron_posttrain.planning.parameters import rank_state
@@ -36,6 +44,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "Qwen3-235B-A22B": {"tensor": 4, "pipeline": 4, "expert": 8},
 }
 NODE = 8  # ranks
+QWEN, DEEPSEEK = {"tensor": 4, "pipeline": 4, "expert": 8}, {"pipeline": 4, "expert": 64}
+REFITS: list[tuple[str, dict[str, Any], int, int, bool]] = [
+    ("Qwen3-30B-A3B", MODELS["Qwen3-30B-A3B"], 8, 1, False),
+    ("Qwen3-235B-A22B", QWEN, 64, 8, False),
+    ("Qwen3-235B-A22B", QWEN, 64, 8, True),
+    ("Qwen3-235B-A22B", QWEN, 64, 16, True),
+    ("DeepSeek-V3", DEEPSEEK, 256, 16, False),
+    ("DeepSeek-V3", DEEPSEEK, 256, 32, True),
+]
 OPTIMIZER, WEIGHTS = 12.0, 2.0  # bytes a parameter
 BASE_FILES = 60  # of a rank before any group: libraries, logs, its store
 
@@ -156,7 +173,6 @@ class Costs:
     writers: tuple[float, float]  # ranks that write a checkpoint
     start_tb: tuple[float, float]  # read of the Hugging Face directory, by all ranks, trainer and vLLM
     resume_tb: tuple[float, float]  # read of a checkpoint, by all ranks
-    refit_gb: tuple[float, float]  # received by a rank
     heartbeats: tuple[float, float]  # writes a second
     failure_reads: tuple[float, float]  # of heartbeats when all ranks fail together
 
@@ -179,10 +195,90 @@ def costs(name: str, ranks: int, calls: dict[int, int]) -> Costs:
         writers=(layout.pipeline * max(layout.tensor, layout.expert * layout.expert_tensor), ranks),
         start_tb=(ranks * WEIGHTS * (shard + model) / 1e12, WEIGHTS * model / 1e12),
         resume_tb=(ranks * (OPTIMIZER + WEIGHTS) * shard / 1e12, OPTIMIZER * model / 1e12),
-        refit_gb=(WEIGHTS * model / 1e9, WEIGHTS * model / 1e9),
         heartbeats=(ranks / WRITE_EVERY, ranks / max(WRITE_EVERY, ranks / WRITES_PER_S)),
         failure_reads=(ranks * ranks * 2, ranks * 2 + ranks),
     )
+
+
+def slots_of(arch: Architecture, layout: Layout) -> list[Slot]:
+    """The weight table's rows on their stages, without weights."""
+    ends = list(itertools.accumulate(stage_layers(layout, arch.num_layers)))
+    slots = []
+    for _, plans in itertools.groupby(registry.tensors(arch), key=lambda plan: (id(plan.mapping), plan.layer)):
+        slot = Slot(list(plans), dtype=torch.bfloat16)
+        first = slot.plans[0]
+        slot.whole = isinstance(first.mapping, Replicated)
+        last = "output" in first.name or "final" in first.name
+        slot.stage = bisect.bisect_right(ends, first.layer) if first.layer is not None else last * (layout.pipeline - 1)
+        size = layout.expert_tensor if first.expert is not None else layout.tensor
+        slot.shape = first.local_shape(1 if slot.whole else size)
+        slots.append(slot)
+    return slots
+
+
+def engine_boxes(arch: Architecture, position: int, size: int, expert: bool) -> dict[str, Box]:
+    """What rank `position` of a vLLM engine of `size` ranks copies, by vLLM's rules: tests compare it with vLLM's own
+    loading of small models."""
+    boxes: dict[str, Box] = {}
+    for plan in registry.tensors(arch):
+        for name, shape in zip(plan.hf, plan.shapes, strict=True):
+            cuts, dim = size, plan.mapping.dim
+            at = position
+            if plan.expert is not None and expert:
+                assert arch.moe is not None
+                if plan.expert * size // arch.moe.num_experts != position:
+                    continue
+                cuts, at = 1, 0
+            elif isinstance(plan.mapping, Replicated) or "_a_proj" in name:
+                cuts, at = 1, 0
+            elif isinstance(plan.mapping, QKV) and name != plan.hf[0]:  # no smaller than a group
+                cuts = min(size, plan.mapping.groups)
+                at = position * cuts // size
+            rows = shape[dim]
+            if isinstance(plan.mapping, Vocabulary):
+                rows = -(-rows // 64) * 64  # as vLLM pads it
+            start, stop = at * rows // cuts, min((at + 1) * rows // cuts, shape[dim])
+            boxes[name] = tuple((start, stop) if d == dim else (0, n) for d, n in enumerate(shape))
+    return boxes
+
+
+def refit_row(name: str, sizes: dict[str, Any], ranks: int, tensor: int, expert: bool) -> dict[str, float]:
+    """Gigabytes of a refit that a rank receives: as it was (the model), now at most, and what an engine rank holds."""
+    arch, layout = KNOWN_MODELS[name], Layout(world_size=ranks, **sizes)
+    wanted = [engine_boxes(arch, position, tensor, expert) for position in range(tensor)]
+    schedule = Schedule(slots_of(arch, layout), layout, wanted, NODE)
+    whole = rank_state(arch, Layout(), 0)
+    node_ranks = range(0, ranks, NODE)
+    return {
+        "before": WEIGHTS * (whole.dense_elements + whole.expert_elements) / 1e9,
+        "now": max(schedule.received(rank) for rank in range(tensor)) / 1e9,
+        "held": max(sum(WEIGHTS * math.prod(b - a for a, b in box) for box in w.values()) for w in wanted) / 1e9,
+        "from_other_nodes": max(_from_others(schedule, rank) for rank in (0, node_ranks[-1])) / 1e9,
+        "messages": len(schedule.buckets) * (2 if schedule.copies > 1 else 1),
+    }
+
+
+def _from_others(schedule: Schedule, rank: int) -> int:
+    """Bytes that `rank` fetches from ranks of other nodes."""
+    ranges = (
+        schedule.overlap(bucket, source, rank)
+        for bucket in schedule.buckets
+        for source in schedule.block_ranks(rank)
+        if source // NODE != rank // NODE
+    )
+    return sum(stop - start for start, stop in ranges)
+
+
+def print_refits() -> None:
+    print(f"\nRefit, GB a rank{'':<46}before -> now (held)   of it from other nodes   messages")
+    for name, sizes, ranks, tensor, expert in REFITS:
+        row = refit_row(name, sizes, ranks, tensor, expert)
+        engine = f"engine of {tensor}{', whole experts' if expert else ''}"
+        label = f"{name} {' '.join(f'{k}={v}' for k, v in sizes.items())}, {ranks} ranks, {engine}"
+        print(
+            f"{label:<84} {row['before']:.0f} -> {row['now']:.1f} ({row['held']:.1f})   "
+            f"{row['from_other_nodes']:.1f}   {row['messages']:.0f}"
+        )
 
 
 def old_roll_call(nodes: int) -> int:
@@ -211,13 +307,13 @@ def main() -> None:
             ("ranks that write a checkpoint", [c.writers for c in found], 1.0),
             ("model read at start, TB in all", [c.start_tb for c in found], 1.0),
             ("checkpoint read by a resume, TB in all", [c.resume_tb for c in found], 1.0),
-            ("refit, GB received by a rank", [c.refit_gb for c in found], 1.0),
             ("heartbeat writes a second", [c.heartbeats for c in found], 1.0),
             ("heartbeats read when all ranks fail", [c.failure_reads for c in found], 1.0),
         ]
         for label, pairs, factor in rows:
             cells = [f"{_short(old * factor)} -> {_short(new * factor)}" for old, new in pairs]
             print(f"{label:<44}" + "".join(f"{cell:>24}" for cell in cells))
+    print_refits()
 
 
 def _short(value: float) -> str:

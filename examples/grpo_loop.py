@@ -14,7 +14,7 @@ import megatron_posttrain.rollout  # noqa: F401 - before torch: it sets what vLL
 # isort: split
 import torch
 
-from megatron_posttrain.algorithms.policy import make_rollout_engine, receive_samples
+from megatron_posttrain.algorithms.policy import make_rollout_engine, receive_samples, refit
 from megatron_posttrain.config.algorithms import GrpoConfig
 from megatron_posttrain.config.load import load_config
 from megatron_posttrain.data.batch import PackedBatch
@@ -22,7 +22,6 @@ from megatron_posttrain.data.rows import read_rows
 from megatron_posttrain.rewards.registry import load_rewards
 from megatron_posttrain.rollout.refit import Refit
 from megatron_posttrain.rollout.samples import collect_samples
-from megatron_posttrain.training.export import full_tensors
 from megatron_posttrain.training.heads import LabelLogprobs, Output
 from megatron_posttrain.training.limits import prompts_of
 from megatron_posttrain.training.prepare import prepare
@@ -47,9 +46,10 @@ def main(file: str, *overrides: str) -> int:
     with Run(prepared, prompts) as run:
         engine = run.model()
         rollout = run.closing(make_rollout_engine(config, prepared))
+        refits = Refit(rollout, engine.exporter)
         for step in run.steps():
             with step.phase("refit"):
-                Refit(rollout).update(full_tensors(engine), version=step.index)
+                refit(engine, refits, version=step.index)
             with step.phase("rollout"):
                 batch = prompts.batch(step.index, config.rollout.prompts_per_step)
                 samples = collect_samples(rollout, prepared.tokenizer, batch, rewards, config, step.index)

@@ -100,9 +100,9 @@ def command(*arguments: str, check: bool = True, rollout: bool = False) -> Done:
     return forked("-m", "megatron_posttrain", *arguments, check=check, rollout=rollout)
 
 
-def cold(*arguments: str, check: bool = True, timeout: int = 600) -> Done:
+def cold(*arguments: str) -> Done:
     """`python ARGUMENTS` as a user starts it."""
-    return execute([sys.executable, *arguments], check=check, timeout=timeout)
+    return execute([sys.executable, *arguments], check=True, timeout=600)
 
 
 def environment() -> dict[str, str]:

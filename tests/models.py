@@ -43,7 +43,7 @@ def make_assets(directory: Path) -> Path:
 def _assets() -> TemporaryDirectory[str]:
     directory = TemporaryDirectory()
     line = ["examples/quickstart/make_assets.py", f"{directory.name}/assets", "--train", "300", "--rl", "64"]
-    forked(*line, "--heldout", "16", timeout=120)
+    forked(*line, "--heldout", "16")
     return directory
 
 

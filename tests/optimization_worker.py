@@ -18,11 +18,11 @@ from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.config.schema import CheckpointConfig
 from megatron_posttrain.errors import NotFiniteError
 from megatron_posttrain.models.sharded import unwrap
+from megatron_posttrain.platform import platform
 from megatron_posttrain.training.average import AVERAGE
 from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.checkpoints import Checkpoints
 from megatron_posttrain.training.engine import Engine
-from megatron_posttrain.training.export import full_tensors
 from megatron_posttrain.training.totals import per_token
 from tests.jobs import engine_of, run_jobs
 from tests.layouts.worker import batch
@@ -39,7 +39,9 @@ def train(engine: Engine, step: int, *, bad: bool = False) -> Any:
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in full_tensors(engine)}
+    engine.gather_weights()
+    with platform().megatron():
+        return {name: tensor.clone() for name, tensor in engine.exporter.hf_tensors()}
 
 
 def digest(engine: Engine) -> str:

@@ -27,6 +27,7 @@ from megatron_posttrain.evaluation import evaluate
 from megatron_posttrain.parallel.groups import broadcast_object, start_distributed
 from megatron_posttrain.rewards import Reward
 from megatron_posttrain.rollout import Completion, Refit, RolloutEngine, Sampling, prove, vllm_fixes
+from megatron_posttrain.rollout.engine import Request
 from tests.rollout_models import KINDS, VOCAB, make_tokenizer
 
 Model = Any
@@ -197,6 +198,8 @@ def check_sampling(directory: Path, rank: int) -> dict[str, Any]:
     others = engine.generate(said, sampling, list(range(10, 20)))
     stop = completions[0].token_ids[3]
     stopped = engine.generate(said[:1], dataclasses.replace(sampling, n=1, stop_token_ids=(stop,)), [0])[0]
+    loop = dataclasses.replace(sampling, n=1, max_tokens=100, temperature=0.0, repetitions=3)
+    repeated = [engine.generate([prompt], loop, [0])[0] for prompt in said]
     rows = [Row([{"role": "user", "content": f"{i} + {i}"}], str(2 * i), source=f"x:{i}") for i in range(5)]
     questions = PromptDataset(rows, tokenizer, 100).prompts
     length = Reward("length", 1.0, lambda sample: float(len(sample.response) % 2))
@@ -206,6 +209,9 @@ def check_sampling(directory: Path, rank: int) -> dict[str, Any]:
         "other seeds": [c.token_ids for c in completions] == [c.token_ids for c in others],
         "stopped": [stopped.token_ids, stopped.finish_reason, completions[0].token_ids[:4]],
         "length": completions[0].finish_reason,
+        "repeated": [[c.token_ids, c.finish_reason] for c in repeated],
+        "cut": check_cut(engine, said[:3]),
+        "cached": cached_tokens(engine, said[3], 4),
         "empty": engine.generate([], sampling, []),
         "too long": outcome(lambda: engine.generate([[1] * 121], sampling, [0, 1])),
         "seeds": outcome(lambda: engine.generate([[1]], sampling, [0])),
@@ -214,6 +220,36 @@ def check_sampling(directory: Path, rank: int) -> dict[str, Any]:
     }
     engine.close()
     return results
+
+
+def check_cut(engine: RolloutEngine, said: list[list[int]]) -> list[Any]:
+    """Work that has enough with its shortest completion: reasons and tokens, and those of the same without a cut."""
+
+    def drawn(cut: bool) -> list[Any]:
+        waiting = [{i: Request(prompt, i, 5 + 10 * i) for i, prompt in enumerate(said)}]
+        done: dict[int, Completion] = {}
+        feed = lambda room, idle: waiting.pop() if waiting else {}  # noqa: E731
+        engine.run(feed, done.__setitem__, Sampling(), lambda: cut and bool(done))
+        return [(done[i].finish_reason, done[i].token_ids) for i in range(len(said))]
+
+    return [drawn(True), drawn(False)]
+
+
+def cached_tokens(engine: RolloutEngine, prompt: list[int], n: int) -> list[int]:
+    """Of each of `n` samples of a prompt, tokens that were not computed for it."""
+    counts: list[int] = []
+    prompt = [(token + 7) % VOCAB for token in prompt[::-1]]  # no request had it before
+    step = engine._llm.llm_engine.step
+
+    def stepping() -> Any:
+        outputs = step()
+        counts.extend(output.num_cached_tokens for output in outputs)
+        return outputs
+
+    engine._llm.llm_engine.step = stepping
+    engine.generate([prompt], Sampling(n, 4), range(n))
+    engine._llm.llm_engine.step = step
+    return counts
 
 
 def check_unfixed_start(directory: Path) -> dict[str, Any]:

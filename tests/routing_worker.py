@@ -17,9 +17,9 @@ from torch import Tensor
 from megatron_posttrain.algorithms.losses import cross_entropy
 from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.data.batch import Sequence
+from megatron_posttrain.platform import platform
 from megatron_posttrain.training.batches import rank_token_batches
 from megatron_posttrain.training.engine import Engine
-from megatron_posttrain.training.export import full_tensors
 from megatron_posttrain.training.routing import routing
 from megatron_posttrain.training.sequences import batch_logprobs, sequence_logprobs
 from megatron_posttrain.training.totals import per_token
@@ -70,7 +70,9 @@ def run(job: dict[str, Any]) -> None:
 
 
 def routers(engine: Engine) -> list[Tensor]:
-    return [tensor.clone() for name, tensor in full_tensors(engine) if name.endswith("mlp.gate.weight")]
+    engine.gather_weights()
+    with platform().megatron():
+        return [tensor.clone() for name, tensor in engine.exporter.hf_tensors() if name.endswith("mlp.gate.weight")]
 
 
 if __name__ == "__main__":

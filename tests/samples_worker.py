@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,30 +18,33 @@ from megatron_posttrain.config.schema import RewardConfig
 from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.rewards import load_rewards
-from megatron_posttrain.rollout.engine import Completion, Sampling
-from megatron_posttrain.rollout.samples import Samples, generate_samples, join, save_samples
+from megatron_posttrain.rollout.engine import Completion, Request, Sampling
+from megatron_posttrain.rollout.regroup import deal, join
+from megatron_posttrain.rollout.samples import Samples, generate_samples, save_samples
+from tests.stand_in import StandIn
 
 CHOICES = np.dtype((np.uint8, (3, 2)))
 
 
-@dataclass
-class Replayed:
-    """A rollout engine's place, and completions that depend on the seed alone."""
+class Replayed(StandIn):
+    """Completions that depend on the seed alone; few at once, so that replicas ask for more."""
 
-    tensor: int
-    choices: Any = CHOICES
+    choices = CHOICES
 
-    @property
-    def replica(self) -> int:
-        return dist.get_rank() // self.tensor
+    def __init__(self, tensor: int) -> None:
+        self.tensor, self.at_once, self.version = tensor, 4, 7
+        self.replica, self.replicas = dist.get_rank() // tensor, dist.get_world_size() // tensor
+        groups = [dist.new_group(range(r * tensor, (r + 1) * tensor)) for r in range(self.replicas)]
+        self.group = groups[self.replica]
 
-    @property
-    def replicas(self) -> int:
-        return dist.get_world_size() // self.tensor
+    def share(self, value: object) -> object:
+        box = [value]
+        dist.broadcast_object_list(box, src=self.replica * self.tensor, group=self.group)
+        return box[0]
 
-    def generate(self, prompts: list[list[int]], sampling: Sampling, seeds: Any) -> list[Completion]:
-        pairs = zip(prompts, map(completion, seeds), seeds, strict=True)
-        return [replace(said, experts=experts(seed, len(prompt + said.token_ids))) for prompt, said, seed in pairs]
+    def answer(self, request: Request, sampling: Sampling) -> Completion:
+        said = completion(request.seed)
+        return replace(said, experts=experts(request.seed, len(request.prompt + said.token_ids)))
 
 
 def experts(seed: int, tokens: int) -> Any:
@@ -78,6 +82,33 @@ def check(samples: Samples, wanted: list[list[int]], data_rank: int, seeds: list
         raise AssertionError(f"rank {dist.get_rank()} holds sample {i}, which it does not train on")
 
 
+def check_cut_off(engine: Any, tokenizer: Any, rewards: Any, wanted: int) -> None:
+    """A step that ends with `wanted` of its prompts, and the next one, which completes the others."""
+    asked, sampling, n = prompts(wanted + 2), Sampling(3, 64), 3 * (wanted + 2)
+    first = generate_samples(engine, tokenizer, asked, rewards, sampling, range(n), wanted=wanted)
+    begun = {(e.prompt.index, e.seed): list(e.token_ids) for e in first.left}
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, begun)
+    assert all(each == begun for each in everywhere)
+    assert len(begun) == 6
+    assert sorted([p.index for p in first.prompts] + [e.prompt.index for e in first.left]) == [i // 3 for i in range(n)]
+    assert all(ids == completion(seed).token_ids[: len(ids)] for (_, seed), ids in begun.items())
+    engine.version = 8
+    later = [replace(prompt, index=10 + prompt.index) for prompt in asked[:wanted]]
+    seeds = range(100, 100 + 3 * wanted)
+    second = generate_samples(
+        engine, tokenizer, later, rewards, sampling, seeds, carried=first.left, wanted=max(2, wanted)
+    )
+    assert [p.index for p in second.prompts[:6]] == [index for index, _ in begun]
+    second.advantages = torch.zeros(len(second.prompts))
+    sequence = second.receive([list(range(len(second.prompts)))] * 4, dist.get_rank())
+    for i, ((_, seed), ids) in enumerate(begun.items()):
+        said = sequence(i).token_ids.tolist()[len(second.prompts[i].token_ids) :]
+        assert said[: len(ids)] == ids
+        assert said == completion(seed).token_ids or ids
+        assert second.versions[i] == (7 if ids else 8)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     start_distributed()
@@ -100,11 +131,18 @@ def main() -> None:
         seeds = [*kept[0], *(1000 + i for i in kept[1])]
         assert joined.lengths.tolist() == [len(completion(seed).token_ids) for seed in seeds]
         check(joined, [order[rank::data] for rank in range(data)], dist.get_rank() % data, seeds)
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, joined)
+        other = SimpleNamespace(tensor=(size := {1: 2, 2: 4, 4: 1}[tensor]), replicas=4 // size)
+        other.replica = dist.get_rank() // size
+        dealt: Samples = deal(parts[::tensor], other)  # type: ignore[arg-type]
+        check(dealt, [order[rank::data] for rank in range(data)], dist.get_rank() % data, seeds)
         save_samples(Path(job["out"]) / f"{number}.jsonl", samples)
         facts: list[Any] = [None] * dist.get_world_size()
         known = [samples.lengths.tolist(), samples.truncated.tolist(), samples.rewards.tolist(), samples.metrics()]
         dist.all_gather_object(facts, known)
         assert all(fact == known for fact in facts)
+        check_cut_off(engine, tokenizer, rewards, count)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -189,9 +189,15 @@ def test_subsequences_domains_and_mixed_languages(tmp_path: Path) -> None:
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = write(tmp_path / "rows.jsonl", [{"prompt": "?", "response": "!"}])
+    file = write(tmp_path / "rows.jsonl", [{"prompt": "Who?", "response": "I."}])
     assert main(["curate", str(file), "--output", str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_nothing_stays(tmp_path: Path) -> None:
+    row = {"prompt": "?", "response": "!"}
+    kept, dropped = curate(tmp_path / "out", write(tmp_path / "rows.jsonl", [row]))
+    assert (kept, dropped[0]["reason"]) == ([], "empty")
 
 
 def test_its_own_output_is_no_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

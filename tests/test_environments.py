@@ -16,7 +16,6 @@ from megatron_posttrain.config.schema import EnvironmentConfig
 from megatron_posttrain.environments import Call, Done, Turn, load_environment
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.parallel.groups import start_distributed
-from megatron_posttrain.rollout import turns as turns_module
 from megatron_posttrain.rollout.engine import Sampling
 from megatron_posttrain.rollout.turns import Episode, Turns, converse, load_turns
 from tests.chat_tokenizers import CHATML
@@ -41,7 +40,15 @@ def talk(environment: Any, say: Any, questions: list[str], limit: int = 400, **r
     prompts = [prompt_of(tokenizer, question, environment.tools) for question in questions]
     ends = (tokenizer.convert_tokens_to_ids(END),)
     sampling = Sampling(max_tokens=limit, stop_token_ids=ends)
-    return engine, converse(engine, tokenizer, prompts, sampling, list(range(len(prompts))), turns)
+    return engine, conversed(engine, tokenizer, prompts, sampling, range(len(prompts)), turns)
+
+
+def conversed(
+    engine: Any, tokenizer: Any, prompts: list[Any], sampling: Any, seeds: Any, turns: Turns
+) -> list[Episode]:
+    episodes = [Episode(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    assert converse(engine, tokenizer, episodes, sampling, turns) == list(range(len(episodes)))
+    return episodes
 
 
 def calculating(text: str) -> str:
@@ -55,7 +62,7 @@ def calculating(text: str) -> str:
 def test_turns_are_the_templates_and_only_the_models_tokens_count() -> None:
     engine, (short, long) = talk(load_environment(spec("calculator")), calculating, ["2+3", "17*(4+5)"])
     tokenizer = engine.tokenizer
-    assert [len(batch) for batch in engine.rounds] == [2, 2]  # both conversations a round
+    assert len(engine.asked) == 4  # two turns each
     for episode, result in ((short, "5"), (long, "153")):
         asked = episode.prompt.messages[0]["content"]
         messages = [
@@ -72,7 +79,7 @@ def test_turns_are_the_templates_and_only_the_models_tokens_count() -> None:
         assert tokenizer.decode(whole[len(ids) :]) == "\n"  # which templates write behind a turn
         drawn = [token for token, p in zip(episode.token_ids, episode.logprobs, strict=True) if not math.isnan(p)]
         assert tokenizer.decode(drawn) == f"{messages[1]['content']}{END}{messages[3]['content']}{END}"
-        assert any(prompt == ids[: len(prompt)] for prompt in engine.rounds[1])  # no token was made anew
+        assert any(prompt == ids[: len(prompt)] for prompt in engine.asked[2:])  # no token was made anew
         assert episode.metrics["environment/tool_calls"] == 1
     assert short.logprobs[0] != short.logprobs[-1]  # each round has its own seed
 
@@ -166,11 +173,10 @@ def mine(tmp_path: Path) -> Path:
     return tmp_path / "mine.py"
 
 
-def test_a_slow_tool_holds_up_nobody_else(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns_module, "PATIENCE", 0.2)
+def test_a_slow_tool_holds_up_nobody_else(mine: Path) -> None:
     environment = load_environment(spec("slow", mine, args={"seconds": 1.5}))
     engine, episodes = talk(environment, calculating, ["slow", "quick"])
-    assert [len(batch) for batch in engine.rounds] == [2, 1, 1]
+    assert ["quick" in engine.tokenizer.decode(prompt) for prompt in engine.asked[2:]] == [True, False]
     assert [episode.messages[-1]["content"] for episode in episodes] == ["It is slow.", "It is quick."]
 
 
@@ -220,14 +226,14 @@ def test_reasoning_is_ended_at_its_limit() -> None:
     prompts = [prompt_of(tokenizer, question, []) for question in ("long", "quick")]
     turns = Turns(thinking_tokens=10, thinking_stop=" stop ")
     sampling = Sampling(max_tokens=60, stop_token_ids=(tokenizer.convert_tokens_to_ids(END),))
-    long, quick = converse(engine, tokenizer, prompts, sampling, [1, 2], turns)
+    long, quick = conversed(engine, tokenizer, prompts, sampling, [1, 2], turns)
     assert tokenizer.decode(long.token_ids) == f"<think>{'x' * 9} stop </think>\n\nbbb{END}"
     inserted = [token for token, p in zip(long.token_ids, long.logprobs, strict=True) if math.isnan(p)]
     assert tokenizer.decode(inserted) == " stop </think>\n\n"
     assert not any(map(math.isnan, quick.logprobs))  # its reasoning had ended
     assert (long.metrics["thinking_stopped"], quick.metrics["thinking_stopped"]) == (1, 0)
     sampling = Sampling(max_tokens=19, stop_token_ids=sampling.stop_token_ids)
-    cut, _ = converse(engine, tokenizer, prompts, sampling, [1, 2], turns)
+    cut, _ = conversed(engine, tokenizer, prompts, sampling, [1, 2], turns)
     assert (cut.finish_reason, len(cut.token_ids)) == ("length", 10)
 
 

@@ -24,7 +24,7 @@ from megatron_posttrain.models.modules import kernels
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.known_models import KNOWN_MODELS
 from megatron_posttrain.platform.cuda import CudaPlatform, fp8_recipes
-from tests.launch import EXAMPLES, ROOT, forked
+from tests.launch import EXAMPLES, ROOT, forked, ranks
 
 # Where the path is an earlier stage's output, or the quickstart's own small model
 MODELS = dict.fromkeys(("grpo.yaml", "dapo.yaml", "ppo.yaml"), "Qwen3-8B") | {
@@ -202,6 +202,16 @@ def test_gpu_check_toy_runs(tmp_path: Path) -> None:
     ):
         assert status[name] == "passed"
     assert all(r["reason"] for r in found["results"] if r["status"] == "skipped")
+
+
+def test_gpu_check_of_several_ranks(tmp_path: Path) -> None:
+    ranks(2, "tools/gpu_check.py", "--toy", "--output", str(tmp_path / "results.json"))
+    status = {r["name"]: r["status"] for r in json.loads((tmp_path / "results.json").read_text())["results"]}
+    assert set(status.values()) == {"passed", "skipped"}
+    assert [name for name, s in status.items() if s == "skipped"] == [
+        "ranks: layout tensor=2 pipeline=2 expert=2", "ranks: layout tensor=2 context=2 expert=4",
+        "ranks: layout expert=8",
+    ]  # fmt: skip
 
 
 def test_gpu_check_refuses_unknown_items() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.launch import ranks
 from tests.models import make_assets
+from tests.rollout_models import EVEN
 
 KEYS = {
     "step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "step_seconds", "reward",
@@ -106,6 +107,53 @@ def test_grpo_trains_resumes_and_exports(tmp_path: Path) -> None:
     assert "step_000003.jsonl is not there; the run has 3 steps" in done.stderr
 
 
+def small(place: Path, *more: str) -> list[str]:
+    """A run of three steps of 4 x 4 samples, in `place`."""
+    assets = make_assets(place)
+    (place / "rewards.py").write_text(EVEN)
+    return [
+        "-m", "megatron_posttrain", "grpo", f"model.path={assets / 'model'}", f"data.train={assets / 'rl.jsonl'}",
+        "precision.dtype=fp32", "data.sequence_length=64", "rollout.max_num_seqs=6", "rollout.prompts_per_step=4",
+        "rollout.samples_per_prompt=4", "rollout.max_tokens=12", "training.steps=3", "training.global_batch_size=16",
+        "training.micro_batch_size=4", "optimizer.lr=1e-3", "checkpoint.every=1", "checkpoint.keep=9",
+        "logging.tensorboard=false", f"rewards=[{{name: even, file: {place / 'rewards.py'}}}]",
+        f"output={place / 'run'}", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.timeout(900)
+def test_drawn_ahead_resumes_bitwise(tmp_path: Path) -> None:
+    """With a curriculum, whose state is that of later draws."""
+    run, ahead = tmp_path / "run", small(tmp_path, "rollout.ahead=1", "curriculum={revisit: 2}")
+    ranks(2, *ahead)
+    metrics = lines(run / "metrics.jsonl")
+    assert [m["staleness"] for m in metrics] == [0, 1, 1]
+    files = [run / "rollouts" / f"step_00000{n}.jsonl" for n in (1, 2, 3)]
+    assert [{sample["version"] for sample in lines(file)} for file in files] == [{0}, {0}, {1}]
+    assert metrics[0]["logprob_difference"] < 1e-4 < metrics[1]["logprob_difference"]
+    assert metrics[1]["clip_fraction"] > 0  # the ratio is to the log-probs that were recorded
+    rates = json.loads((run / "checkpoints/step_000003/trainer_state.json").read_text())["loop"]["curriculum"]["rates"]
+    assert len(rates) == 12
+    weights = (run / "hf" / "model.safetensors").read_bytes()
+    for step in (2, 3):
+        shutil.rmtree(run / "checkpoints" / f"step_00000{step}")
+    shutil.rmtree(run / "hf")
+    ranks(2, *ahead)
+    assert [steady(m) for m in lines(run / "metrics.jsonl")] == [steady(m) for m in metrics]
+    assert (run / "hf" / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.timeout(900)
+def test_the_next_step_completes_what_one_cut_off(tmp_path: Path) -> None:
+    """Though the run was stopped between them."""
+    run, parts = tmp_path / "run", small(tmp_path, "rollout.oversample=2", "rollout.partial=true")
+    ranks(2, *parts, "training.steps=1")
+    ranks(2, *parts, "training.steps=2")
+    first, second = ([s["index"] for s in lines(run / "rollouts" / f"step_00000{n}.jsonl")[::4]] for n in (1, 2))
+    assert len({*first, *second[:2]}) == 6  # what the second step completes is what was asked first
+    assert lines(run / "metrics.jsonl")[1]["staleness"] > 0
+
+
 def test_mistakes_in_rollout_settings(tmp_path: Path) -> None:
     assets = make_assets(tmp_path)
     base = ["grpo", f"model.path={assets / 'model'}", f"data.train={assets / 'rl.jsonl'}", f"output={tmp_path / 'run'}"]
@@ -115,6 +163,7 @@ def test_mistakes_in_rollout_settings(tmp_path: Path) -> None:
         (["rollout.max_tokens=64", "rollout.quantization=fp8"], "fp8 runs on CUDA only; allowed here: null"),
         (["rollout.max_tokens=64", "rollout.offload=true", "precision.dtype=fp32"], "needs precision.dtype bf16"),
         (["rollout.max_tokens=64", "training.global_batch_size=100"], "does not divide the samples"),
+        (["rollout.max_tokens=64", "rollout.partial=true"], "rollout.partial with rollout.oversample=0"),
         (["rollout.max_tokens=64", "rewards=[{name: maths}]"], "did you mean 'math'"),
     ):
         done = ranks(1, "-m", "megatron_posttrain", *base, *extra, check=False)

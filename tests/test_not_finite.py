@@ -46,7 +46,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ]
         file = out / f"jobs{processes}.json"
         file.write_text(json.dumps(jobs))
-        ranks(processes, "-m", "tests.not_finite_worker", str(file), timeout=150)
+        ranks(processes, "-m", "tests.not_finite_worker", str(file))
     return {file.stem: json.loads(file.read_text()) for file in out.glob("*-*.json")}
 
 

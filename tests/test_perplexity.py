@@ -38,7 +38,7 @@ def test_replicas_of_a_suite(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     }
     (tmp_path / "suite.yaml").write_text(json.dumps({"sets": suite}))
     line = ["evaluate", "--model", str(tmp_path / "model"), "--suite", str(tmp_path / "suite.yaml")]
-    ranks(2, "-m", "megatron_posttrain", *line, "--output", str(tmp_path / "out"))
+    ranks(2, "-m", "megatron_posttrain", *line, "--output", str(tmp_path / "out"), rollout=True)
     loss, tokens = 0.0, 0
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     for text in TEXTS:

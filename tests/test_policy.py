@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_posttrain.algorithms.advantages import group_advantages
 from megatron_posttrain.algorithms.asked import held_out_figures
+from megatron_posttrain.algorithms.curriculum import Curriculum
 from megatron_posttrain.algorithms.dynamic_sampling import replace_equal
 from megatron_posttrain.algorithms.grpo import set_advantages
 from megatron_posttrain.algorithms.losses import value_terms
@@ -27,12 +29,12 @@ from megatron_posttrain.algorithms.policy import (
     policy_loss,
     set_token_advantages,
 )
-from megatron_posttrain.config.algorithms import GrpoAlgorithm, GrpoConfig, PpoConfig
+from megatron_posttrain.config.algorithms import CurriculumConfig, GrpoAlgorithm, GrpoConfig, PpoConfig
 from megatron_posttrain.config.load import load_config, to_yaml
 from megatron_posttrain.config.presets import PRESETS
 from megatron_posttrain.data.batch import PackedBatch, filler, pack_batch
 from megatron_posttrain.data.batch import Sequence as TokenSequence
-from megatron_posttrain.data.dataset import Prompt
+from megatron_posttrain.data.dataset import Epochs, Prompt, PromptDataset
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.evaluation.statistics import clustered_interval
 from megatron_posttrain.parallel.groups import start_distributed
@@ -259,6 +261,7 @@ def drawn(prompts: Sequence[Prompt], size: int = 2) -> Samples:
         sampled=np.ones(n, np.int64),
         ranks_per_replica=1,
         replica_of=np.zeros(n, np.int64),
+        versions=np.zeros(n, np.int64),
     )
 
 
@@ -281,6 +284,37 @@ def test_prompts_of_equal_rewards_are_replaced(count: int, most: int, useful: in
     assert found.metrics()["generated_batches"] == 1 + len(asked) <= most
     again = replace_equal(drawn(first), first, dataset, [0, 0], most, collect)
     assert [prompt.index for prompt in again.prompts[::2]] == kept
+
+
+def test_curriculum_sets_aside_and_revisits() -> None:
+    dataset: Any = PromptDataset.__new__(PromptDataset)
+    known = [{}, {}, {}, {"difficulty": 1.0}, {"difficulty": 5}, {"difficulty": 0.5}]
+    dataset.seed, dataset.prompts = 0, [Prompt(i, [1], None, known[i], []) for i in range(6)]
+    Epochs.__init__(dataset, dataset._make_rows)
+    state: dict[str, Any] = {}
+    curriculum = Curriculum(CurriculumConfig(revisit=2), dataset, state)
+    right = {0: 0.0, 1: 1.0, 2: 1.0, 3: 0.0, 4: 1.0, 5: 1.0}  # reward of every second sample; of 2 of all
+
+    def epoch(count: int) -> list[int]:
+        asked = curriculum.take(count)
+        samples = drawn(asked)
+        samples.rewards = np.array([right[p.index] if k or p.index == 2 else 0.0 for p in asked for k in range(2)])
+        curriculum.see(samples, 2)
+        assert samples.logged == {
+            "curriculum/solved": sum(rate >= 0.9 for rate, _ in state["rates"].values()) / 6,
+            "curriculum/hopeless": sum(rate <= 0 for rate, _ in state["rates"].values()) / 6,
+        }
+        return sorted(p.index for p in asked)
+
+    assert epoch(5) == [0, 1, 2, 4, 5]  # 3 is known to be hopeless
+    assert state["rates"]["1"][0] == 0.5
+    assert (state["rates"]["0"][0], state["rates"]["2"][0]) == (0.0, 1.0)
+    assert epoch(3) == [1, 4, 5]
+    copied = json.loads(json.dumps(state))
+    assert epoch(6) == [0, 1, 2, 3, 4, 5]  # two epochs later
+    again = Curriculum(CurriculumConfig(revisit=2), dataset, copied)
+    assert sorted(p.index for p in again.take(6)) == [0, 1, 2, 3, 4, 5]
+    assert {p.index for p in curriculum.prompts} == {1, 4, 5}
 
 
 def test_figures_of_held_out_prompts() -> None:

@@ -78,7 +78,7 @@ def test_stop_file_saves_and_asks_to_be_run_again(assets: Path, tmp_path: Path) 
     with ThreadPoolExecutor() as pool:
         job = pool.submit(forked, *line, check=False)
         while not ((run / "metrics.jsonl").exists() and metrics(run)):
-            assert job.running()
+            assert not job.done()
             time.sleep(0.05)
         (run / ".stop").touch()
         assert job.result().returncode == 75

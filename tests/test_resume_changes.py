@@ -247,10 +247,8 @@ def test_a_template_that_writes_the_date_keeps_that_of_the_first_attempt(assets:
     line = [f"model.path={dated}", "checkpoint.every=1"]
     train(assets, output, *line, "training.steps=1")
     # A process of its own: those of `train` are forks of one, and so of one moment.
-    assert (
-        "resumed after step 1"
-        in cold("-m", "megatron_posttrain", *arguments(assets, output, *line, "training.steps=2")).stdout
-    )
+    again = cold("-m", "megatron_posttrain", *arguments(assets, output, *line, "training.steps=2"))
+    assert "resumed after step 1" in again.stdout
     refused = train(assets, output, *line, "training.steps=3", "data.train=" + str(shorter(assets)), check=False)
     assert "the rows of data.train=" in refused.stderr
 

@@ -121,6 +121,23 @@ def test_sampling(results: dict[str, Any]) -> None:
     assert found["seeds"].startswith("ValueError: 1 seeds for 1 prompts x 2 completions")
 
 
+def test_repeated_cut_off_and_cached(results: dict[str, Any]) -> None:
+    found = results["sampling"]
+    (short, *cut), (same, *whole) = found["cut"]
+    assert short == same
+    assert short[0] == "length"
+    for (reason, ids), (_, all_ids) in zip(cut, whole, strict=True):
+        assert reason == "cut"
+        assert ids == all_ids[: len(ids)]
+        assert 0 < len(ids) < len(all_ids)
+    repeated = [ids for ids, reason in found["repeated"] if reason == "repetition"]
+    assert repeated
+    for ids in repeated:
+        assert any(ids[-k:] == ids[-2 * k : -k] == ids[-3 * k : -2 * k] for k in range(1, 34))
+        assert len(ids) < 100
+    assert found["cached"] == [0, 64, 64, 64]  # whole blocks of 32 of a prompt of 70 tokens are computed once
+
+
 def test_evaluation_on_two_replicas(results: dict[str, Any], directory: Path) -> None:
     from transformers import AutoModelForCausalLM
 

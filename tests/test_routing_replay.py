@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_posttrain.config.algorithms import GrpoConfig
+from megatron_posttrain.config.load import load_config
+from megatron_posttrain.planning.known_models import KNOWN_MODELS
+from megatron_posttrain.training.limits import rollout_problems
 from tests.launch import ranks
 from tests.models import EXPERTS, SIZES, make_qwen3
 from tests.routing_worker import sequences
@@ -81,8 +85,28 @@ def test_routers_learn_what_weight_a_choice_has(facts: dict[str, Any]) -> None:
     assert all(moved > 1e-3 for moved in (*facts["1"][0]["moved"], *facts["2"][3]["moved"]))
 
 
+def test_what_has_no_effect_is_refused() -> None:
+    def problems(*overrides: str, model: str = "Qwen3-30B-A3B") -> str:
+        config = load_config(GrpoConfig, None, ["model.path=x", "data.train=x", "output=x", *overrides])
+        found = [*config.problems(1), *rollout_problems(config, KNOWN_MODELS[model], "cuda")]
+        return "; ".join(found)
+
+    size = "training.global_batch_size"
+    assert not problems("algorithm.routing_replay=old", f"{size}=128")
+    assert problems("algorithm.routing_replay=rollout", f"{size}=256", model="Qwen3-8B") == (
+        "algorithm.routing_replay=rollout: the model has no experts; allowed: none"
+    )
+    for overrides, said in (
+        (["algorithm.routing_replay=old"], "routing_replay=old has no effect with one update a step"),
+        (["algorithm.routing_replay=rollout", "rollout.replay=runs"], "logged samples have no experts"),
+        (["data.validation=x", "rollout.replay=runs"], "no engine to answer data.validation"),
+        (["rollout.validation_samples=4"], "rollout.validation_samples=4 needs data.validation"),
+    ):
+        assert said in problems(f"{size}=256", *overrides)
+
+
 def test_log_probs_are_as_near_to_the_engine_as_a_dense_models() -> None:
-    said = ranks(1, "-m", "benchmarks.routing_replay", "--dtypes", "bf16").stdout
+    said = ranks(1, "-m", "benchmarks.routing_replay", "--dtypes", "bf16", rollout=True).stdout
     rows = [line.split("|") for line in said.splitlines() if "bf16" in line]
     mean = {(name.strip(), routed.strip()): float(mean) for _, name, _, routed, mean, *_ in rows}
     assert mean["experts", "replay"] < mean["dense", "own"] < mean["experts", "own"]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from megatron_posttrain.cli.main import main
@@ -18,8 +22,10 @@ from megatron_posttrain.evaluation.sample import RESPONSES, sample, write_rows
 from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.rewards import Reward
 from megatron_posttrain.rollout import Completion, Sampling
-from tests.launch import command
+from megatron_posttrain.rollout.engine import Request
+from tests.launch import ROOT, command, environment, ranks, torchrun
 from tests.rollout_models import EVEN, make_model, make_tokenizer
+from tests.stand_in import StandIn
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +47,16 @@ def arguments(place: Path, output: Path) -> list[str]:
     ]  # fmt: skip
 
 
-class Engine:
-    """Stands in for vLLM: a response depends on its seed alone."""
-
-    replica, replicas, tensor, choices = 0, 1, 1, None
+class Engine(StandIn):
+    """A response depends on its seed alone."""
 
     def __init__(self) -> None:
         self.prompts = 0
 
-    def generate(self, prompts: Any, sampling: Sampling, seeds: Any) -> list[Completion]:
-        self.prompts += len(prompts)
-        drawn = [np.random.default_rng(seed).integers(30, 90, sampling.max_tokens).tolist() for seed in seeds]
-        return [Completion(ids, [0.0] * len(ids), "length") for ids in drawn]
+    def answer(self, request: Request, sampling: Sampling) -> Completion:
+        self.prompts += 1
+        ids = np.random.default_rng(request.seed).integers(30, 90, sampling.max_tokens).tolist()
+        return Completion(ids, [0.0] * len(ids), "length")
 
 
 def test_a_killed_run_goes_on_to_the_same_responses(place: Path, tmp_path: Path) -> None:
@@ -80,13 +84,39 @@ def test_a_killed_run_goes_on_to_the_same_responses(place: Path, tmp_path: Path)
 
 
 def test_the_command(place: Path, tmp_path: Path) -> None:
-    said = command(*arguments(place, tmp_path), rollout=True).stdout
-    assert "7 of 7 prompts" in said
+    """Two processes, an engine each."""
+    said = ranks(2, "-m", "megatron_posttrain", *arguments(place, tmp_path), rollout=True).stdout
+    assert said.count("7 of 7 prompts") == 1
     lines = (tmp_path / RESPONSES).read_bytes().splitlines()
     records = [json.loads(line) for line in lines]
     assert [(r["index"], r["sample"]) for r in records] == [(i, k) for i in range(7) for k in range(4)]
     assert len({r["response"] for r in records[:4]}) > 1  # drawn, not greedy
     assert json.loads((tmp_path / "sample.json").read_text())["sampling"]["temperature"] == 1
+
+
+@pytest.mark.slow
+def test_killed_at_ten_moments(place: Path, tmp_path: Path) -> None:
+    """Two processes killed at ten random moments leave, in the end, what one process leaves alone."""
+    start = time.monotonic()
+    command(*arguments(place, tmp_path / "whole"))
+    seconds = time.monotonic() - start
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    line += ["-m", "megatron_posttrain", *arguments(place, tmp_path / "killed")]
+    random, status = np.random.default_rng(0), 1
+    for _ in range(10):
+        job = psutil.Popen(line, cwd=ROOT, env=environment())
+        with contextlib.suppress(psutil.TimeoutExpired):
+            status = job.wait(random.uniform(0.2, 1.3) * seconds)
+        if job.is_running():
+            for process in [*job.children(recursive=True), job]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            job.wait()
+    if status:
+        torchrun(2, "-m", "megatron_posttrain", *arguments(place, tmp_path / "killed"))
+    for name in ("responses", "sft", "dpo", "grpo"):
+        whole, killed = ((tmp_path / run / f"{name}.jsonl").read_bytes() for run in ("whole", "killed"))
+        assert killed == whole
 
 
 def test_other_settings_are_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

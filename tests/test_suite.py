@@ -24,7 +24,10 @@ EXAMPLES = Path(__file__).parents[1] / "examples" / "suites"
 DATA = Path(__file__).parents[2] / "shared" / "data" / "datasets"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")
 ROWS = {"gsm8k": 1319, "gsm8k_5_shot": 1319, "math_500": 500, "aime_2025": 30, "human_eval": 164, "mbpp": 973,
-        "truthfulqa_mc1": 817, "hellaswag": 2000, "openbookqa": 500, "mmlu_stem": 3018, "ifeval": 540}  # fmt: skip
+        "truthfulqa_mc1": 817, "hellaswag": 2000, "openbookqa": 500, "mmlu_stem": 3018, "ifeval": 540,
+        "bfcl_simple": 400, "bfcl_multiple": 200,
+        "bfcl_parallel": 200, "bfcl_parallel_multiple": 200, "bfcl_live_simple": 258, "bfcl_irrelevance": 240,
+        "bbh_causal_judgement": 187, "bbh_penguins_in_a_table": 146, "bbh_snarks": 178}  # fmt: skip
 # Published answers, from the files' own columns: what graders must call right.
 RIGHT = {
     "gsm8k": lambda r: r["answer"],
@@ -39,12 +42,26 @@ RIGHT = {
 }
 
 
+def calls_of(answer: str | None) -> str:
+    """Python calls with the first value that is accepted of each argument."""
+    calls = [next(iter(call.items())) for call in json.loads(answer or "")]
+    said = [
+        f"{f}({', '.join(f'{k}={first_value(v)!r}' for k, v in given.items() if v[0] != '')})" for f, given in calls
+    ]
+    return f"```python\n[{', '.join(said)}]\n```" if said else "None of them fits."
+
+
+def first_value(accepted: list[Any]) -> Any:
+    found = accepted[0]
+    return {k: first_value(v) for k, v in found.items()} if isinstance(found, dict) else found
+
+
 @needs_data
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda file: file.stem)
 def test_examples_on_the_public_files(file: Path) -> None:
     for name, one in load_config(Suite, file).sets.items():
         rows = one.rows(DATA)
-        assert len(rows) == ROWS[name]
+        assert len(rows) == ROWS.get(name, 250)  # BBH's others
         rewards = load_rewards(one.rewards)
         first = rows[:12]
         if name == "truthfulqa_mc1":  # the best answer stands first in the file, and anywhere in the prompt
@@ -58,7 +75,14 @@ def test_examples_on_the_public_files(file: Path) -> None:
             assert not any(grade.failures for grade in grades)
             continue
         public = [r for _, r in records(str(DATA / one.data))][:12]
-        for answers, expected in (([RIGHT[name](r) for r in public], 1.0), (["I do not know."] * 12, 0.0)):
+        if name.startswith("bbh"):
+            RIGHT[name] = lambda r: f"If the answer is X, no.\nSo the answer is {r['target']}."
+            assert first[0].messages[0]["content"].count("Let's think step by step.") == 4
+        if name.startswith("bfcl"):
+            right, wrong = [calls_of(row.answer) for row in first], ["[other(a=1)]"] * 12
+        else:
+            right, wrong = [RIGHT[name](r) for r in public], ["I do not know."] * 12
+        for answers, expected in ((right, 1.0), (wrong, 0.0)):
             samples = [Sample(r.messages, a, r.answer, r.metadata) for r, a in zip(first, answers, strict=True)]
             assert {grade.total for grade in compute_rewards(samples, rewards)} == {expected}, name
         if one.few_shot:

@@ -29,7 +29,7 @@ from megatron_posttrain.models.weights import (
     expand,
     padded_vocab_size,
 )
-from tests.family_checks import split
+from tests.family_checks import join, split
 
 small = st.integers(1, 4)
 
@@ -46,7 +46,7 @@ def check_round_trip(mapping: Mapping, tensors: list[Tensor], size: int) -> list
     source = dict(zip(mapping.hf, tensors, strict=True))
     shards = [split(plan, source.__getitem__, rank, size) for rank in range(size)]
     assert {tuple(shard.shape) for shard in shards} == {plan.local_shape(size)}
-    for name, tensor in plan.join(shards).items():
+    for name, tensor in join(plan, shards).items():
         assert torch.equal(tensor, source[name])
     return shards
 
@@ -143,7 +143,7 @@ def test_whole_model_split_and_joined(
     whole = (
         item
         for plan in registry.tensors(arch)
-        for item in plan.join([split(plan, read, rank, size) for rank in range(size)]).items()
+        for item in join(plan, [split(plan, read, rank, size) for rank in range(size)]).items()
     )
     back = dict(layout.assemble(whole))
     assert back.keys() == disk.keys()

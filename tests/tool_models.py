@@ -12,8 +12,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.data.tokenize import encode_conversation, encode_prompt
-from megatron_posttrain.rollout.engine import Completion, Sampling
+from megatron_posttrain.rollout.engine import Completion, Request, Sampling
 from tests.chat_tokenizers import byte_tokenizer
+from tests.stand_in import StandIn
 
 HERMES = (
     "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t.function.name }} {% endfor %}<|im_end|>\n{% endif %}"
@@ -33,29 +34,18 @@ def tool_tokenizer(template: str = HERMES) -> Any:
     return tokenizer
 
 
-class Scripted:
-    """A rollout engine's place: `say` maps the text so far and the seed to what the model says next."""
-
-    tensor, replica, replicas, choices = 1, 0, 1, None
+class Scripted(StandIn):
+    """`say` maps the text so far to what the model says next."""
 
     def __init__(self, tokenizer: Any, say: Callable[[str], str]) -> None:
         self.tokenizer, self.say = tokenizer, say
-        self.rounds: list[list[list[int]]] = []  # prompts of every call
+        self.asked: list[list[int]] = []  # prompts in their order
 
-    def share(self, value: Any) -> Any:
-        return value
-
-    def generate(
-        self, prompts: list[list[int]], sampling: Sampling, seeds: Any, limits: Any = None
-    ) -> list[Completion]:
-        self.rounds.append([list(prompt) for prompt in prompts])
-        limits = limits or [sampling.max_tokens] * len(prompts)
-        return [self._completion(*each) for each in zip(prompts, limits, seeds, strict=True)]
-
-    def _completion(self, prompt: list[int], limit: int, seed: int) -> Completion:
-        ids = self.tokenizer(self.say(self.tokenizer.decode(prompt)), add_special_tokens=False)["input_ids"]
-        cut = ids[:limit]
-        return Completion(cut, [-1.0 / (seed % 97 + 1)] * len(cut), "length" if len(ids) > limit else "stop")
+    def answer(self, request: Request, sampling: Sampling) -> Completion:
+        self.asked.append(request.prompt)
+        ids = self.tokenizer(self.say(self.tokenizer.decode(request.prompt)), add_special_tokens=False)["input_ids"]
+        cut, logprob = ids[: request.limit], -1.0 / (request.seed % 97 + 1)
+        return Completion(cut, [logprob] * len(cut), "length" if len(ids) > request.limit else "stop")
 
 
 def prompt_of(tokenizer: Any, question: str, tools: list[Any], answer: str | None = None) -> Prompt:
@@ -71,8 +61,12 @@ def sums(count: int, seed: int, largest: int) -> list[tuple[str, str]]:
     return [(f"{a}*{b}", str(a * b)) for a, b in pairs]
 
 
-def make_tool_model(directory: Path, steps: int, tools: list[Any], largest: int = 9, rows: int = 16) -> None:
-    """A tiny Qwen3 that has seen, for `steps`, conversations which ask the calculator for a product and repeat it."""
+def make_tool_model(
+    directory: Path, steps: int, tools: list[Any], largest: int = 9, rows: int = 16, guesses: float = 0.0
+) -> None:
+    """A tiny Qwen3 that has seen, for `steps`, conversations which ask the calculator for a product and repeat it; a
+    share `guesses` of them answer at once, with some number."""
+    draw = random.Random(0)
     tokenizer = tool_tokenizer()
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "head_dim": 32}
@@ -82,7 +76,9 @@ def make_tool_model(directory: Path, steps: int, tools: list[Any], largest: int 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 20, 2 - 2 * step / steps))
     for step in range(steps):
-        pairs = [_asking(*pair) for pair in sums(rows, step, largest)]
+        pairs = [
+            _guessing(draw, *pair) if draw.random() < guesses else _asking(*pair) for pair in sums(rows, step, largest)
+        ]
         found = [encode_conversation(tokenizer, messages, options={"tools": tools}) for messages in pairs]
         longest = max(len(row.token_ids) for row in found)
         ids = torch.tensor([row.token_ids + [0] * (longest - len(row.token_ids)) for row in found])
@@ -105,3 +101,7 @@ def _asking(question: str, answer: str) -> list[dict[str, Any]]:
         {"role": "tool", "content": answer},
         {"role": "assistant", "content": answer},
     ]
+
+
+def _guessing(draw: random.Random, question: str, answer: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": str(draw.randint(4, 81))}]

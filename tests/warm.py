@@ -8,6 +8,8 @@ process alone has nothing of that. A job is a line of JSON on stdin, its exit st
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import runpy
@@ -49,9 +51,10 @@ def serve() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         if job["rollout"]:
-            warm_up_vllm()
-        set_by_imports = {name: value for name, value in os.environ.items() if STARTED_WITH.get(name) != value}
-        job["environment"] |= set_by_imports
+            with contextlib.redirect_stdout(sys.stderr):  # ours is for statuses
+                warm_up_vllm()
+        gc.freeze()  # megatron-core and vLLM collect garbage often; of what was imported it would take 0.4 s each time
+        job["environment"] |= {name: x for name, x in os.environ.items() if STARTED_WITH.get(name) != x}  # by imports
         child = os.fork()
         if child == 0:
             os._exit(supervise(job))

@@ -1,6 +1,7 @@
 """Checks and measures the GPU path on this machine: one line an item, passed, failed or skipped with the reason.
 
     python tools/gpu_check.py [--output results.json] [--only layer,peaks] [--model HF_DIR] [--toy]
+    torchrun --nproc-per-node 8 tools/gpu_check.py [...]      # what a node's ranks do together, and nothing else
 
 Needs torch and megatron-core; what needs Transformer Engine or vLLM is skipped without them. Without a GPU all is
 skipped, unless with --toy, whose sizes show only that the code runs: its figures say nothing about speed.
@@ -12,13 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu_check.harness import Outcome, Setting, report, run_all
+from benchmarks.gpu_check.harness import FIRST, Outcome, Setting, report, run_all
 from megatron_posttrain.errors import UserError, nearest
 
 
@@ -37,7 +39,10 @@ def main() -> int:
     from benchmarks.gpu_check.measure import MEASURES
     from benchmarks.gpu_check.memory import MEMORY
 
-    items = (*CHECKS, *MEMORY, *MEASURES)
+    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if together:
+        from benchmarks.gpu_check.ranks import RANKS
+    items = RANKS if together else (*CHECKS, *MEMORY, *MEASURES)
     wanted = options.only.split(",")
     chosen = [(name, check) for name, check in items if any(part in name for part in wanted)]
     try:
@@ -49,12 +54,13 @@ def main() -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    if options.toy:
+    if options.toy and FIRST:
         print("toy sizes: shows that the code runs; the figures say nothing about speed")
     setting = Setting(options.toy, options.model)
     outcomes = run_all(chosen, setting)
-    print(_summary(outcomes))
-    if options.output is not None:
+    if FIRST:
+        print(_summary(outcomes))
+    if options.output is not None and FIRST:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(report(outcomes, setting), indent=1) + "\n")
     return int(any(outcome.status == "failed" for outcome in outcomes))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -96,7 +97,7 @@ def card(args: argparse.Namespace, files: list[Path]) -> str:
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {args.run.resolve().name}",
         f"Trained from `{Path(base).name if Path(base).exists() else base}` with {versions}.",
-        f"## Training\n\n{figures(args.run)}\n\n```yaml\n{file.read_text(encoding='utf-8').strip()}\n```",
+        f"## Training\n\n{figures(args.run)}\n\n```yaml\n{recipe(file)}\n```",
         f"## Data\n\n{table(['file', 'bytes', 'SHA-256'], data(config))}",
     ]
     if args.evaluation:
@@ -105,6 +106,11 @@ def card(args: argparse.Namespace, files: list[Path]) -> str:
         )
     rows = [[str(f.name), f"{f.stat().st_size:,}", digest(f)] for f in files]
     return "\n\n".join([*parts, f"## Files\n\n{table(['file', 'bytes', 'SHA-256'], rows)}"]) + "\n"
+
+
+def recipe(file: Path) -> str:
+    """The resolved config without the directories of the machine that it ran on."""
+    return re.sub(r"(?<![\w./])/(?:[^\s/]+/)+", ".../", file.read_text(encoding="utf-8")).strip()
 
 
 def data(config: dict[str, Any]) -> list[list[str]]:

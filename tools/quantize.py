@@ -9,13 +9,15 @@ fp8: weights by output channel, activations by token as they come; no data. int8
 int4 (weights in groups of 128, or of 64 or 32 where those do not divide a layer's inputs) are rounded by GPTQ
 (arXiv 2210.17323), which needs rows of conversations: some hundred of what the model will be used for. Embeddings,
 output layer and routers stay as they are. --suite evaluates both directories: a table of sizes, accuracy, perplexity.
-Which formats a device runs is vLLM's matter: its CPU build ran fp8 and int8 with AVX2 here, int4 needs AVX-512.
+Which formats a device runs is vLLM's matter: on a CPU with AVX2, 0.32 loaded fp8 and int8 of a dense model; it has no
+int8 kernel for experts there, and none for int4 without AVX-512.
 Exit status: 0 done, 1 failed, 2 bad input.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 from itertools import islice
@@ -48,10 +50,13 @@ def main() -> int:
         check(args)
         sys.path.insert(0, args.packages)
         quantize(args)
-        print(compare(args))
+        compare(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except subprocess.CalledProcessError as error:
+        print(f"error: {args.output} is written, but this failed, see above: {shlex.join(error.cmd)}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -108,20 +113,19 @@ def quantize(args: argparse.Namespace) -> None:
     AutoTokenizer.from_pretrained(args.model).save_pretrained(args.output)
 
 
-def compare(args: argparse.Namespace) -> str:
+def compare(args: argparse.Namespace) -> None:
     """Sizes of both directories; with --suite what `evaluate` finds, in processes that see vLLM's own packages."""
     directories = (Path(args.model), args.output)
     sizes = [sum(file.stat().st_size for file in place.glob("*.safetensors")) for place in directories]
-    lines = [f"{place}: {size / 1e6:,.1f} MB" for place, size in zip(directories, sizes, strict=True)]
-    if not args.suite:
-        return "\n".join(lines)
     found = [args.output / "evaluation" / name for name in ("before", "after")]
     start = [sys.executable, "-m", "megatron_posttrain", "evaluate"]
-    for place, output in zip(directories, found, strict=True):
+    for place, output in zip(directories, found, strict=True) if args.suite else ():
         line = [*start, "--model", str(place), "--suite", args.suite, "--output", str(output)]
         subprocess.run([*line, *(("--data", args.suite_data) if args.suite_data else ())], check=True)
-    subprocess.run([*start, "--leaderboard", *map(str, found)], check=True)
-    return "\n".join(lines)
+    for place, size in zip(directories, sizes, strict=True):
+        print(f"{place}: {size / 1e6:,.2f} MB", flush=True)
+    if args.suite:
+        subprocess.run([*start, "--leaderboard", *map(str, found)], check=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gc
 import importlib.metadata
+import os
 import platform as host
 import statistics
 import time
@@ -14,8 +15,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_posttrain.platform import platform
+
+FIRST = os.environ.get("RANK", "0") == "0"
 
 
 class Skip(Exception):
@@ -75,12 +79,23 @@ def run_all(checks: Sequence[tuple[str, Check]], setting: Setting) -> list[Outco
             where = traceback.extract_tb(error.__traceback__)[-1]
             outcome = Outcome(name, "failed", f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})")
         outcome.seconds = time.perf_counter() - start
-        outcomes.append(outcome)
-        print(row(outcome), flush=True)
+        outcomes.append(outcome := _of_all_ranks(outcome))
+        if FIRST:
+            print(row(outcome), flush=True)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return outcomes
+
+
+def _of_all_ranks(outcome: Outcome) -> Outcome:
+    """This rank's, or that of the first one that failed. A rank that fails while others wait for it ends the job when
+    their collective has waited long enough."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return outcome
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, outcome)
+    return next((each for each in found if each.status == "failed"), outcome)
 
 
 def row(outcome: Outcome) -> str:

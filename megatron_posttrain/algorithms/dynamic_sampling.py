@@ -6,14 +6,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from megatron_posttrain.algorithms.curriculum import Curriculum
 from megatron_posttrain.data.dataset import Prompt, PromptDataset
-from megatron_posttrain.rollout.samples import Samples, join
+from megatron_posttrain.rollout.regroup import join
+from megatron_posttrain.rollout.samples import Samples
 
 
 def replace_equal(
     samples: Samples,
     prompts: Sequence[Prompt],
-    dataset: PromptDataset,
+    dataset: PromptDataset | Curriculum,
     seed: Sequence[int],
     batches: int,
     collect: Callable[[list[Prompt], int], Samples],

@@ -6,7 +6,8 @@ SPMD: every rank holds its shard of the trainer and a rank of a vLLM engine; the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from functools import partial, reduce
 from operator import add
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from megatron_posttrain.algorithms.advantages import generalized_advantages
 from megatron_posttrain.algorithms.asked import Asked, held_out_figures
-from megatron_posttrain.algorithms.dynamic_sampling import replace_equal
+from megatron_posttrain.algorithms.draws import Draws, Logged
 from megatron_posttrain.algorithms.losses import kl_estimate, policy_gradient_terms
 from megatron_posttrain.config.algorithms import GrpoConfig, PolicyAlgorithm
 from megatron_posttrain.data.batch import PackedBatch
@@ -28,13 +29,12 @@ from megatron_posttrain.models.build import DTYPES
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout.engine import RolloutEngine, Sampling
 from megatron_posttrain.rollout.refit import Refit, prove
-from megatron_posttrain.rollout.replay import logged_file, read_logged
+from megatron_posttrain.rollout.replay import logged_file
 from megatron_posttrain.rollout.routed_experts import choice_type
-from megatron_posttrain.rollout.samples import Samples, collect_samples, generate_samples, save_samples
+from megatron_posttrain.rollout.samples import Samples, generate_samples, save_samples
 from megatron_posttrain.rollout.text import stop_message
 from megatron_posttrain.training.batches import pack_share, to_rows, token_shares
 from megatron_posttrain.training.engine import Engine, StepResult
-from megatron_posttrain.training.export import full_tensors
 from megatron_posttrain.training.heads import LabelLogprobs, Output
 from megatron_posttrain.training.prepare import Prepared
 from megatron_posttrain.training.routing import Action, routing
@@ -72,19 +72,23 @@ class Rollouts:
     engine: Engine
     asked: Asked
     rollout: Any  # RolloutEngine; None where logged samples are replayed
+    draws: Draws | Logged
+    refits: Any = None  # Refit of `rollout`
+    figures: dict[str, float] = field(default_factory=dict)  # of the last refit
 
     @classmethod
     def start(cls, run: Run, config: GrpoConfig, engine: Engine, asked: Asked) -> Rollouts:
         """Collective: once the trainer has what memory it needs."""
         if config.rollout.replay is not None:
             run.say(f"samples of {config.rollout.replay}; no rollout engine")
-            return Replay(run, config, engine, asked, None)
+            return cls(run, config, engine, asked, None, Logged(engine))
         if asked.model_reward is not None:
             asked.model_reward.load(run.groups)
         _make_room(config, run, engine)
         rollout = run.closing(make_rollout_engine(config, run.prepared))
         run.say(f"{rollout.replicas} rollout replicas; {stop_message(run.prepared.tokenizer)}")
-        return cls(run, config, engine, asked, rollout)
+        draws = Draws.start(run, config, asked, rollout)
+        return cls(run, config, engine, asked, rollout, draws, Refit(rollout, engine.exporter))
 
     def config(self, step: int) -> GrpoConfig:
         """The run's, with the numbers of this step."""
@@ -103,24 +107,22 @@ class Rollouts:
         self._refit(config, step)
 
     def _refit(self, config: GrpoConfig, step: int) -> None:
+        if self.rollout is None:
+            return
         _make_room(config, self.run, self.engine)
-        Refit(self.rollout).update(full_tensors(self.engine), step)
+        seconds = refit(self.engine, self.refits, step)
+        start = time.perf_counter()
         canary = [p.token_ids for p in self.asked.prompts.prompts[:CANARY_PROMPTS]]
         own = partial(_canary_logprobs, self.engine, token_budget(config))
         prove(self.rollout, canary, own, config.rollout.proof_tolerance)
+        proof = time.perf_counter() - start + self.refits.digest_seconds
+        self.figures = self.refits.figures(seconds) | {"proof_seconds": proof}
 
     def draw(self, config: GrpoConfig, step: int, batches: int = 1) -> Samples:
-        """The step's samples; where all of a prompt have one reward they are replaced, out of at most `batches`."""
-        asked, tokenizer = self.asked, self.run.prepared.tokenizer
-        batch = asked.prompts.batch(step, config.rollout.prompts_per_step)
-
-        def collect(prompts: list[Prompt], number: int) -> Samples:
-            return collect_samples(self.rollout, tokenizer, prompts, asked.rewards, config, step, number, asked.turns)
-
-        samples = collect(batch, 0)
-        if batches > 1:
-            samples = replace_equal(samples, batch, asked.prompts, [config.training.seed, step], batches, collect)
-        self.rollout.sleep()
+        """The step's samples; see `Draws`."""
+        samples = self.draws.take(config, step, batches)
+        if self.rollout is not None:
+            self.rollout.sleep()
         samples.advantages = torch.zeros(len(samples.prompts))  # known when they were scored
         return samples
 
@@ -136,7 +138,9 @@ class Rollouts:
         """Collective: what the weights after a step say to held-out prompts, with the same seeds at every look."""
         asked, config, tokenizer = self.asked, self.config(step.index), self.run.prepared.tokenizer
         rollout = config.rollout
-        sampling = Sampling(rollout.validation_samples, rollout.max_tokens, rollout.temperature)
+        sampling = Sampling(
+            rollout.validation_samples, rollout.max_tokens, rollout.temperature, repetitions=rollout.repetitions
+        )
         self._refit(config, step.number)
 
         def draw(prompts: list[Prompt]) -> Samples:
@@ -168,20 +172,15 @@ class Rollouts:
         if self.asked.held_out and step.validates:
             with step.phase("validation", apart=True):
                 figures |= self.validate(step)
-        step.log(figures, samples.metrics())
-        save_samples(self.run.directory / "rollouts" / f"step_{step.number:06d}.jsonl", samples)
+        step.log(figures | self.figures, samples.metrics())
+        save_samples(logged_file(self.run.directory / "rollouts", step.number), samples)
 
 
-class Replay(Rollouts):
-    """Logged samples in place of an engine's."""
-
-    def draw(self, config: GrpoConfig, step: int, batches: int = 1) -> Samples:
-        samples = read_logged(logged_file(str(config.rollout.replay), step + 1), config, self.engine.arch)
-        samples.advantages = torch.zeros(len(samples.prompts))
-        return samples
-
-    def _refit(self, config: GrpoConfig, step: int) -> None:
-        pass
+def refit(engine: Engine, refits: Refit, version: int) -> float:
+    """Collective: the trainer's weights into a rollout engine; returns seconds."""
+    engine.gather_weights()
+    with platform().megatron():
+        return refits.from_trainer(version)
 
 
 def reference_of(config: GrpoConfig) -> dict[str, Any]:
@@ -217,8 +216,11 @@ def score_samples(mini_batches: list[list[PackedBatch]], engine: Engine, config:
             for batch, values in zip(batches, logprobs, strict=True):
                 batch.extras[name] = values
 
-    if len(mini_batches) > 1 or algorithm.kl_in == "reward":
-        replayed: dict[str, Action] = {"rollout": "replay", "old": "record"}
+    replayed: dict[str, Action] = {"rollout": "replay", "old": "record"}
+    if config.recorded:
+        for batch in (batch for batches in mini_batches for batch in batches):
+            batch.extras["old_logprobs"] = batch.extras["rollout_logprobs"]
+    elif len(mini_batches) > 1 or algorithm.kl_in == "reward":
         score("old_logprobs", replayed.get(algorithm.routing_replay))
     if algorithm.kl_coefficient:
         with engine.weights(REFERENCE):
@@ -230,18 +232,19 @@ def update(
 ) -> dict[str, float | Mean]:
     """An optimizer step for each mini-batch.
 
-    Log-probs of the first one are those of the policy that sampled: a single one needs no pass for them before it.
+    A single one needs no pass for the old log-probs before it, where its own are those of the policy that sampled.
     """
     head = LabelLogprobs(config.rollout.temperature)
     loss, over = partial(policy_loss, config.algorithm), partial(denominator, config)
     results: list[StepResult] = []
+    keep = len(mini_batches) == 1 or config.recorded
     for number, batches in enumerate(mini_batches):
         if number and config.rollout.offload:
             engine.offload()  # as before the first: no update has states beside its activations
         with routing(engine, None if config.algorithm.routing_replay == "none" else "replay"):
-            results.append(engine.train_step(batches, loss, over, lr, head, keep=len(mini_batches) == 1))
+            results.append(engine.train_step(batches, loss, over, lr, head, keep=keep))
     everything = [batch for batches in mini_batches for batch in batches]
-    outputs = results[0].outputs if len(mini_batches) == 1 else None
+    outputs = [output for result in results for output in result.outputs] if keep else None
     return (
         {
             "loss": sum(r.loss for r in results) / len(results),
@@ -337,8 +340,10 @@ def make_rollout_engine(config: GrpoConfig, prepared: Prepared) -> RolloutEngine
         str(prepared.model_path),
         dtype=DTYPES[config.precision.dtype],
         tensor=config.rollout.tensor,
+        expert=config.rollout.expert,
         max_model_len=config.data.sequence_length,
         kv_cache_bytes=None if cache is None else int(cache * 2**30),
+        max_num_seqs=config.rollout.max_num_seqs,
         seed=config.training.seed,
         gpu_memory_utilization=config.rollout.gpu_memory_fraction,
         quantization=config.rollout.quantization,

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_posttrain.cli.row_options import add_columns
-from megatron_posttrain.curation.curate import DROPPED, KEPT, Rules, curate
+from megatron_posttrain.curation.curate import DROPPED, KEPT, Rules, curate, option
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.output import check_output
 
@@ -22,11 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_columns(parser, "--against-columns", "of evaluation files, as data.columns")
     for name, info in Rules.model_fields.items():
         what = f"{info.description} (default: {info.default or 'none'})"
-        add(_option(name), nargs="+" if name == "against" else None, metavar="X", help=what)
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+        add(option(name), nargs="+" if name == "against" else None, metavar="X", help=what)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         rules = Rules.model_validate({f: x for f in Rules.model_fields if (x := getattr(args, f)) is not None})
     except ValidationError as error:
         first = error.errors()[0]
-        where = f"{_option(str(first['loc'][0]))} {first['input']}: " if first["loc"] else ""
+        where = f"{option(str(first['loc'][0]))} {first['input']}: " if first["loc"] else ""
         raise UserError(where + first["msg"].removeprefix("Value error, ")) from None
     report = curate(args.files, output, rules, args.columns, args.against_columns)
     (output / "curation.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

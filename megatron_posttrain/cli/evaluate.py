@@ -21,6 +21,11 @@ from megatron_posttrain.output import check_output
 
 FILES = ("evaluation.json", "responses.jsonl")  # that it writes
 
+MODES: dict[str, tuple[str, ...]] = {  # what is done instead of answering the prompts of --data, with which options
+    "suite": ("model", "data"), "perplexity": ("model", "max_tokens", "limit"), "lm_eval": ("model", "data", "limit"),
+    "compare": (), "leaderboard": (),
+}  # fmt: skip
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -40,9 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.compare or args.leaderboard:
+    mode = _mode(args)
+    if mode in ("compare", "leaderboard"):
         return _compare(args)
-    if args.lm_eval:
+    if mode == "lm_eval":
         return _lm_eval(args)
     # First, before torch: it sets what vLLM and OpenMP read from the environment at their import.
     from megatron_posttrain.rollout import RolloutEngine  # noqa: F401
@@ -80,32 +86,33 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _mode(args: argparse.Namespace) -> str:
+    """The one of MODES that is asked for, or data. Raises UserError for options that it would ignore, or lacks."""
+    mode = next((name for name in MODES if getattr(args, name)), "data")
+    takes = MODES.get(mode, ("model", *SET_OPTIONS, *REWARD_OPTIONS))
+    if told := given(args, ("model", "data", *MODES, *SET_OPTIONS, *REWARD_OPTIONS)).keys() - {mode, *takes}:
+        raise UserError(f"--{min(told).replace('_', '-')} would be ignored beside --{mode.replace('_', '-')}")
+    if missing := [name for name in ("model", mode) if name in (*takes, mode) and not getattr(args, name)]:
+        others = ", ".join(f"--{name.replace('_', '-')}" for name in MODES)
+        raise UserError(f"--{missing[0]} is missing; evaluate needs --model with --data, or one of {others}")
+    return mode
+
+
 def _sets(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     from megatron_posttrain.config.load import load_config
     from megatron_posttrain.evaluation.suite import EvaluationSet, Suite
 
-    if missing := [n for n in ("model", *(() if args.suite or args.perplexity else ("data",))) if not getattr(args, n)]:
-        raise UserError(
-            f"--{missing[0]} is missing; evaluate needs --model with --data, --suite or --perplexity, or --compare"
-        )
     if args.perplexity:
-        if others := given(args, ("data", "suite", *SET_OPTIONS, *REWARD_OPTIONS)).keys() - {"max_tokens", "limit"}:
-            raise UserError(f"--{sorted(others)[0].replace('_', '-')} would be ignored beside --perplexity")
         values = {"data": args.perplexity, "perplexity": "{{ text }}", **given(args, ("max_tokens", "limit"))}
         return {"perplexity": EvaluationSet.model_validate(values)}, Path()
     if not args.suite:
         return {"evaluation": set_of(args)}, Path()
-    if told := given(args, (*SET_OPTIONS, *REWARD_OPTIONS)):
-        raise UserError(f"--{next(iter(told)).replace('_', '-')} would be ignored: each set of --suite says its own")
-    suite = load_config(Suite, args.suite)
-    return suite.sets, Path(args.data) if args.data else Path(args.suite).parent
+    return load_config(Suite, args.suite).sets, Path(args.data) if args.data else Path(args.suite).parent
 
 
 def _compare(args: argparse.Namespace) -> int:
     from megatron_posttrain.evaluation.compare import compare, leaderboard, read_results
 
-    if told := given(args, ("model", "data", "suite", "perplexity", *SET_OPTIONS, *REWARD_OPTIONS)):
-        raise UserError(f"--{next(iter(told)).replace('_', '-')} would be ignored beside --compare and --leaderboard")
     if args.leaderboard:
         print(leaderboard(args.leaderboard))
         return 0
@@ -119,17 +126,13 @@ def _lm_eval(args: argparse.Namespace) -> int:
     from megatron_posttrain.checkpoint.hf import check_directory
     from megatron_posttrain.evaluation.harness import evaluate_with_harness
 
-    if told := given(args, ("suite", "perplexity", *SET_OPTIONS, *REWARD_OPTIONS)).keys() - {"limit"}:
-        raise UserError(f"--{sorted(told)[0].replace('_', '-')} would be ignored beside --lm-eval")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or args.tensor > 1:
         raise UserError("--lm-eval runs in one process, without --tensor")
-    if not args.model:
-        raise UserError("--model is missing")
-    check_output(output := Path(args.output), "--output", ("lm_eval.json", "lm_eval_samples.jsonl"))
+    check_output(output := Path(args.output), "--output", ("lm_eval.json",))
     check_directory(args.model, serving=True)
     tasks = args.lm_eval.split(",")
     print(evaluate_with_harness(args.model, tasks, args.data, output, dtype_of(args), args.limit, args.seed))
-    print(f"\nwritten to {output}/lm_eval.json and lm_eval_samples.jsonl")
+    print(f"\nwritten to {output}/lm_eval.json")
     return 0
 
 

@@ -19,6 +19,7 @@ Message = dict[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 # Fields of requests and replies that are no text of a user or a model.
 NAMES = {"id", "model", "object", "role", "type", "finish_reason", "system_fingerprint", "item_id", "request_id"}
+ANSWER = "the answer was refused by the safety filter"
 NO_TEXT = {"token_ids", "prompt_token_ids", "prompt_embeds"}  # what cannot be read is refused
 
 
@@ -99,12 +100,12 @@ class SafetyMiddleware:
 
 
 class _Reply:
-    """`send` of a reply: a whole one waits for its end, a stream's events for `hold` characters more."""
+    """`send` of a reply: a whole one waits for its end, a stream's events for `hold` characters after them."""
 
     def __init__(self, middleware: SafetyMiddleware, send: Send) -> None:
         self._middleware, self._send = middleware, send
-        self._start: Message = {}
-        self._rest, self._refused = b"", False
+        self._start: Message = {}  # until it is sent
+        self._rest, self._stream, self._refused = b"", False, False
         self._said: dict[tuple[Any, ...], str] = defaultdict(str)
         self._events: list[tuple[bytes, int]] = []  # that wait, and the characters up to the end of each
         self._length = self._checked = 0
@@ -113,41 +114,39 @@ class _Reply:
         if message["type"] == "http.response.start":
             self._start = message
             self._stream = b"text/event-stream" in dict(message["headers"]).get(b"content-type", b"")
-            return await self._send(message) if self._stream else None
+            return
         self._rest += message.get("body", b"")
-        last = not message.get("more_body", False)
-        if self._stream and not self._refused:
-            await self._pass_on(last)
-        elif last and not self._refused:
-            await self._whole()
-
-    async def _whole(self) -> None:
-        try:
-            said = [text for _, text in texts(json.loads(self._rest))] if self._rest else []
-        except ValueError:
-            said = [self._rest.decode("utf-8", "replace")]
-        if await self._middleware.finds("\n".join(said), "output"):
-            return await _refuse(self._send, "the answer was refused by the safety filter")
-        await self._send(self._start)
-        await self._send({"type": "http.response.body", "body": self._rest})
-
-    async def _pass_on(self, last: bool) -> None:
-        *events, self._rest = self._rest.split(b"\n\n")
-        for event in [*events, *([self._rest] if last and self._rest else [])]:
-            data = event.partition(b"data:")[2].strip()
-            for path, text in texts(json.loads(data)) if data.startswith((b"{", b"[{")) else ():
+        last, hold = not message.get("more_body", False), self._middleware.rules.hold
+        if self._refused or not (self._stream or last):
+            return
+        *events, self._rest = self._rest.split(b"\n\n") if self._stream else (self._rest, b"")
+        for event in filter(None, [*events, *([self._rest] if last else [])]):
+            for path, text in texts(_document(event.partition(b"data:")[2] if self._stream else event)):
                 self._said[path] += text
                 self._length += len(text)
-            self._events.append((event + b"\n\n", self._length))
-        hold = self._middleware.rules.hold
+            self._events.append((event + b"\n\n" if self._stream else event, self._length))
         if not last and self._length < self._checked + 2 * hold:
             return
         self._refused = await self._middleware.finds("\n".join(self._said.values()), "output")
         ready = [event for event, end in self._events if last or end <= self._length - hold]
         self._events, self._checked = self._events[len(ready) :], self._length - hold
+        if self._refused and self._start:  # nothing was sent
+            return await _refuse(self._send, ANSWER)
+        if self._start and (ready or last):
+            await self._send(self._start)
+            self._start = {}
         if self._refused:
-            ready, last = [b"data: " + _error("the answer was refused by the safety filter") + b"\n\n"], True
-        await self._send({"type": "http.response.body", "body": b"".join(ready), "more_body": not last})
+            ready, last = [b"data: " + _error(ANSWER) + b"\n\n"], True
+        if ready or last:
+            await self._send({"type": "http.response.body", "body": b"".join(ready), "more_body": not last})
+
+
+def _document(data: bytes) -> Any:
+    """What JSON says, else the text; nothing of the mark that ends a stream."""
+    try:
+        return json.loads(data)
+    except ValueError:
+        return None if data.strip() == b"[DONE]" else data.decode("utf-8", "replace")
 
 
 def _error(message: str) -> bytes:

@@ -244,6 +244,12 @@ class DistillConfig(Config):
             yield f"algorithm.student_fraction={a.student_fraction}: no samples of the student yet; allowed: 0"
 
 
+class CurriculumConfig(Section):
+    solved: Fraction = Field(0.9, description="running pass rate (reward above 0.5) from which a prompt is set aside")
+    hopeless: Fraction = Field(0.0, description="pass rate down to which it is set aside")
+    revisit: int = Field(3, ge=2, description="epochs after which it is asked again")
+
+
 class GrpoConfig(Config):
     command = "grpo"
     ignored: ClassVar[dict[str, str]] = CONVERSATIONS_ONLY | {
@@ -256,12 +262,28 @@ class GrpoConfig(Config):
         description="the sum of weight x reward; `file`: Python file that defines it with @reward(name)",
     )
     environment: EnvironmentConfig | None = Field(None, description="what answers the model's turns; null: one turn")
+    curriculum: CurriculumConfig | None = Field(
+        None, description="sets prompts aside that the policy nearly always or never solves; null: all are asked"
+    )
     sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
     algorithm: GrpoAlgorithm = Field(default_factory=GrpoAlgorithm)
 
     @property
     def rows_per_step(self) -> int:
-        return self.rollout.prompts_per_step
+        rollout = self.rollout
+        return rollout.prompts_per_step + (0 if rollout.partial else rollout.oversample)
+
+    @property
+    def stale(self) -> bool:
+        """Whether samples may be of older weights than those that they train."""
+        return self.rollout.ahead > 0 or self.rollout.partial
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the old policy is what drew a sample, by the log-probs that were recorded: of stale samples, unless
+        the algorithm corrects for the difference to them."""
+        a = self.algorithm
+        return self.stale and (a.importance_cap, a.token_band, a.sequence_band) == (None, None, None)
 
     @property
     def compares_samples(self) -> bool:
@@ -297,6 +319,7 @@ class GrpoConfig(Config):
                 f"rollout.thinking_tokens={rollout.thinking_tokens} has no effect beside "
                 f"rollout.max_tokens={rollout.max_tokens}; allowed: fewer, or null"
             )
+        yield from self._cut_off_problems()
         yield from self._reward_problems()
         if rollout.max_tokens >= length:
             yield (
@@ -304,15 +327,35 @@ class GrpoConfig(Config):
                 f"rollout.max_tokens={rollout.max_tokens}"
             )
 
+    def _cut_off_problems(self) -> Iterator[str]:
+        extra, prompts, partial = self.rollout.oversample, self.rollout.prompts_per_step, self.rollout.partial
+        if extra and getattr(self.algorithm, "dynamic_sampling", None):
+            yield f"rollout.oversample={extra} cuts off what algorithm.dynamic_sampling counts; unset one of them"
+        if self.rollout.replay is not None and (extra or self.curriculum is not None):
+            yield "rollout.replay: logged samples are not drawn; rollout.oversample and curriculum have no effect"
+        if self.recorded and self.algorithm.routing_replay == "old":
+            yield (
+                "algorithm.routing_replay=old: of stale samples the old policy is what drew them, so there is no pass "
+                "that records its choice; allowed: none, rollout"
+            )
+        if partial and not 0 < extra <= prompts:
+            yield (
+                f"rollout.partial with rollout.oversample={extra}: the next step completes what was cut off; allowed: "
+                f"1 to prompts_per_step={prompts}, or partial=false"
+            )
+        if partial and self.environment is not None:
+            yield "rollout.partial: the state of an environment is not carried on; allowed: false"
+
     def _reward_problems(self) -> Iterator[str]:
         if self.environment is None and any(r.name == "environment" and r.file is None for r in self.rewards):
             yield "rewards: 'environment' is what an environment gives, and there is none; set `environment`"
-        sampled = getattr(self.algorithm, "dynamic_sampling", None)
-        if sampled is not None and any(r.name == "reward_model" for r in self.rewards):
-            yield (
-                f"algorithm.dynamic_sampling={sampled} looks at rewards before a reward_model gives its own; "
-                "allowed: null"
-            )
+        early = {
+            "algorithm.dynamic_sampling": getattr(self.algorithm, "dynamic_sampling", None),
+            "curriculum": self.curriculum,
+        }
+        for key, value in early.items():
+            if value is not None and any(r.name == "reward_model" for r in self.rewards):
+                yield f"{key} looks at rewards before a reward_model gives its own; allowed: null"
 
 
 class PpoConfig(GrpoConfig):

@@ -292,10 +292,34 @@ class RolloutConfig(Section):
         "\nThe time for thinking is over, so I answer now.\n", description="text before the end of reasoning"
     )
     temperature: Scheduled[PositiveFloat] = Field(1.0, description="may be given by step")
+    repetitions: int | None = Field(
+        None,
+        ge=2,
+        description="of up to 64 tokens, one behind the other, that end a response as max_tokens does; null: none do",
+    )
+    oversample: NonNegativeInt = Field(
+        0, description="prompts that are begun beside prompts_per_step; when so many are complete the step ends"
+    )
+    partial: bool = Field(
+        False,
+        description="prompts that oversample cut off go on in the next step, which waits for them; else they are "
+        "dropped, and long responses are seen more rarely",
+    )
+    ahead: NonNegativeInt = Field(
+        0,
+        description="steps for which samples are drawn before they are trained on; without importance_cap and bands "
+        "their recorded log-probs are then the old policy's, as with partial",
+    )
     replay: str | None = Field(
         None, description="directory `rollouts` of a run, whose samples and rewards are trained on without an engine"
     )
     tensor: PositiveInt = Field(1, description="tensor parallel ranks of a vLLM engine")
+    max_num_seqs: PositiveInt = Field(
+        256, description="samples that an engine runs at once; others are handed to the first that has room"
+    )
+    expert: bool = Field(
+        False, description="an engine's ranks hold whole experts each, instead of a slice of every one"
+    )
     kv_cache_gib: PositiveFloat | None = Field(
         None, description="cache of one engine rank, GiB; null: 0.25 on CPU, sized by vLLM on CUDA"
     )

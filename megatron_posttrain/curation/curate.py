@@ -59,12 +59,13 @@ class Rules(Section):
         needs = {"ngram": "against", "overlap": "against", "lcs": "against", "language_share": "language"}
         for name, needed in (needs | {"per_domain": "domain", "domain": "per_domain"}).items():
             if name in self.model_fields_set and not getattr(self, needed):
-                raise ValueError(f"--{_option(name)} would be ignored without --{_option(needed)}")
+                raise ValueError(f"{option(name)} would be ignored without {option(needed)}")
         return self
 
 
-def _option(name: str) -> str:
-    return name.replace("_", "-")
+def option(name: str) -> str:
+    """Of the command line."""
+    return "--" + name.replace("_", "-")
 
 
 def curate(

@@ -31,9 +31,11 @@ class NearDuplicates:
 
     def add(self, shingles: Hashes, offsets: Offsets) -> None:
         """Texts of at least one word; `shingles[offsets[i]:offsets[i + 1]]` are text i's."""
+        if len(offsets) == 1:  # nothing of a batch passed the other rules
+            return
         short = (shingles >> np.uint64(32)).astype(np.uint32)
         minima = np.empty((PERMUTATIONS, len(offsets) - 1), np.uint32)
-        for k in range(PERMUTATIONS if len(offsets) > 1 else 0):
+        for k in range(PERMUTATIONS):
             np.minimum.reduceat(short * self._factors[k] + self._terms[k], offsets[:-1], out=minima[k])
         bands = minima[: PERMUTATIONS // self._rows * self._rows].reshape(-1, self._rows, len(offsets) - 1)
         keys = np.zeros((len(bands), len(offsets) - 1), np.uint64)
@@ -44,6 +46,8 @@ class NearDuplicates:
 
     def find(self) -> dict[int, int]:
         """Each text that repeats an earlier one that stays, by number, and that one."""
+        if not self._keys:
+            return {}
         keys, low = np.concatenate(self._keys, axis=1), np.concatenate(self._low)
         twin: dict[int, int] = {}
         for earlier, later in self._pairs(keys).tolist():

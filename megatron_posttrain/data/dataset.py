@@ -65,8 +65,9 @@ class Epochs:
             self._sizes.append(self._sizes[0] if self._equal else len(self.epoch_rows(len(self._sizes))))
         return self._sizes[epoch]
 
-    def take(self, step: int, count: int) -> list[Any]:
-        epoch, place = 0, step * count
+    def take(self, place: int, count: int) -> list[Any]:
+        """Of all epochs' rows the ones from number `place` on."""
+        epoch = 0
         taken: list[Any] = []
         while len(taken) < count:
             if place < self._size(epoch):
@@ -180,7 +181,7 @@ class TokenizedDataset(Epochs):
 
     def batch(self, step: int, global_batch_size: int) -> list[list[Conversation]]:
         """The rows of optimizer step `step`, counted from 0: `global_batch_size` lists of conversations."""
-        return [[self[i] for i in row] for row in self.take(step, global_batch_size)]
+        return [[self[i] for i in row] for row in self.take(step * global_batch_size, global_batch_size)]
 
 
 class SftDataset(TokenizedDataset):
@@ -265,4 +266,8 @@ class PromptDataset(Epochs):
 
     def batch(self, step: int, prompts_per_step: int) -> list[Prompt]:
         """The prompts of rollout step `step`, counted from 0."""
-        return [self.prompts[i] for i in self.take(step, prompts_per_step)]
+        return self.at(step * prompts_per_step, prompts_per_step)
+
+    def at(self, place: int, count: int) -> list[Prompt]:
+        """Of all epochs' prompts the ones from number `place` on."""
+        return [self.prompts[i] for i in self.take(place, count)]

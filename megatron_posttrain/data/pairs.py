@@ -103,7 +103,7 @@ class PreferenceDataset(Epochs):
 
     def batch(self, step: int, count: int) -> list[int]:
         """Which of `preferences` optimizer step `step`, counted from 0, takes."""
-        return self.take(step, count)
+        return self.take(step * count, count)
 
     # ---- rows to tokens ----------------------------------------------------------------------------------------
 

@@ -12,15 +12,18 @@ from megatron_posttrain.evaluation.statistics import paired_difference
 Shares = Mapping[str, Mapping[str, float]]  # set -> prompt -> share of correct responses
 
 
+def _files(directory: Path, name: str) -> dict[str, Path]:
+    """By set, "" where `evaluate` ran without --suite. Raises UserError where there is none."""
+    found = [directory / name] if (directory / name).is_file() else sorted(directory.glob(f"*/{name}"))
+    if not found:
+        raise UserError(f"{directory}: no {name} in it or in a directory of it; `evaluate` writes one")
+    return {"" if file.parent == directory else file.parent.name: file for file in found}
+
+
 def read_results(directory: Path) -> Shares:
-    """Of a directory that `evaluate` wrote, with or without --suite. Raises UserError where there is none."""
-    files = {"": directory / "responses.jsonl"}
-    if not files[""].is_file():
-        files = {file.parent.name: file for file in sorted(directory.glob("*/responses.jsonl"))}
-    if not files:
-        raise UserError(f"{directory}: no responses.jsonl in it or in a directory of it; `evaluate` writes one")
+    """Of a directory that `evaluate` wrote, with or without --suite."""
     found = {}
-    for name, file in files.items():
+    for name, file in _files(directory, "responses.jsonl").items():
         with file.open(encoding="utf-8") as lines:
             groups = by_prompt(json.loads(line) for line in lines)
         found[name] = {
@@ -53,17 +56,13 @@ def compare(results: Sequence[Shares], names: Sequence[str]) -> str:
 def leaderboard(names: Sequence[str]) -> str:
     """A table: a line per directory that `evaluate` wrote, a column per set: accuracy and half its 95% interval, or
     perplexity."""
-    found: dict[str, dict[str, str]] = {}
-    for name in names:
-        files = sorted(Path(name).glob("evaluation.json")) or sorted(Path(name).glob("*/evaluation.json"))
-        if not files:
-            raise UserError(f"{name}: no evaluation.json in it or in a directory of it; `evaluate` writes one")
-        for file in files:
+    found: dict[str, dict[str, str]] = {name: {} for name in names}
+    for name, row in found.items():
+        for set_, file in _files(Path(name), "evaluation.json").items():
             e = json.loads(file.read_text(encoding="utf-8"))
-            key = file.parent.name if len(files) > 1 or file.parent != Path(name) else Path(e["data"]).name
             half = (e.get("accuracy_high", 0) - e.get("accuracy_low", 0)) / 2
             figure = f"{e['accuracy']:.3f} +- {half:.3f}" if "accuracy" in e else f"{e['perplexity']:.3f} (perplexity)"
-            found.setdefault(name, {})[key] = figure
+            row[set_ or Path(e["data"]).name] = figure
     sets = list(dict.fromkeys(key for row in found.values() for key in row))
     rows = [["run", *sets], *([name, *(row.get(key, "-") for key in sets)] for name, row in found.items())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_posttrain.errors import UserError, nearest
+from megatron_posttrain.platform import platform
 
 
 def evaluate_with_harness(
@@ -14,7 +15,7 @@ def evaluate_with_harness(
     """Its table of `tasks`, through transformers, with the model's chat template where it has one.
 
     Nothing is fetched: what a task reads must be local, as with `dataset_path: json` and `data_files` in a task's YAML
-    of `directory`. Writes OUTPUT/lm_eval.json (figures and versions) and lm_eval_samples.jsonl.
+    of `directory`. Writes OUTPUT/lm_eval.json: figures, versions, samples.
 
     Raises:
         UserError: it is not installed, does not know a task, or a task's data are not there.
@@ -31,7 +32,7 @@ def evaluate_with_harness(
     for task in tasks:
         if task not in manager.all_tasks:
             raise UserError(f"--lm-eval {task}: no task of that name{nearest(task, manager.all_tasks)}")
-    harness = HFLM(model, dtype=str(dtype).removeprefix("torch."), batch_size=8)
+    harness = HFLM(model, dtype=str(dtype).removeprefix("torch."), device=platform().name, batch_size=8)
     template = harness.tokenizer.chat_template is not None
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     try:
@@ -41,10 +42,5 @@ def evaluate_with_harness(
     except (ConnectionError, FileNotFoundError) as error:
         raise UserError(f"--lm-eval {','.join(tasks)}: a task's data are not on this machine: {error}") from None
     output.mkdir(parents=True, exist_ok=True)
-    samples = found.pop("samples")
-    (output / "lm_eval.json").write_text(json.dumps(found, indent=2, default=str) + "\n", encoding="utf-8")
-    with (output / "lm_eval_samples.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(
-            json.dumps({"task": task, **row}, default=str) + "\n" for task, rows in samples.items() for row in rows
-        )
+    (output / "lm_eval.json").write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
     return str(make_table(found))

@@ -36,7 +36,7 @@ class FewShot(Section):
 
 class Join(Section):
     data: str = Field(description="file of rows whose columns are added")
-    on: str = Field(description="column of both files that says which rows belong together")
+    key: str = Field(description="column of both files that says which rows belong together")
 
 
 class EvaluationSet(Section):
@@ -107,8 +107,10 @@ class EvaluationSet(Section):
         file = directory / self.data
         if ".txt" in file.suffixes[-2:]:
             return [whole_text(file)]
-        found = islice(records(str(file)), self.limit)
-        return [self._fill("perplexity", record, where) for where, record in found]
+        found = [self._fill("perplexity", row, where) for where, row in islice(records(str(file)), self.limit)]
+        if not found:
+            raise UserError(f"{file}: no rows in it")
+        return found
 
     def _asked_before(self, directory: Path) -> list[dict[str, Any]]:
         turns: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
@@ -127,11 +129,11 @@ class EvaluationSet(Section):
         return turns
 
     def _rendered(self, directory: Path) -> Iterator[Row]:
-        more = {row[self.join.on]: row for _, row in records(str(directory / self.join.data))} if self.join else {}
+        more = {row[self.join.key]: row for _, row in records(str(directory / self.join.data))} if self.join else {}
         for where, record in records(str(directory / self.data)):
             if self.join:
-                if (key := record.get(self.join.on)) not in more:
-                    raise UserError(f"{where}: join.on: {self.join.data} has no row of {self.join.on} {key!r}")
+                if (key := record.get(self.join.key)) not in more:
+                    raise UserError(f"{where}: join.key: {self.join.data} has no row of {self.join.key} {key!r}")
                 record = more[key] | record
             try:
                 named = rename(record, self.columns)

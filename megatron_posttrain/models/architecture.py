@@ -89,6 +89,10 @@ class Architecture:
     padding_token: int | None = None  # whose word embedding is not trained
     scalar_head: bool = False  # one value a token in place of the vocabulary's: reward models, critics
 
+    def __hash__(self) -> int:
+        """Of what tells models apart: planning looks results up by architecture a million times."""
+        return hash((self.num_layers, self.hidden_size, self.vocab_size))
+
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer number `layer` (from 0) has experts."""
         moe = self.moe

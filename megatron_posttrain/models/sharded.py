@@ -1,9 +1,8 @@
 """Weights between Hugging Face tensors and the shards of a parallel Megatron model."""
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -13,7 +12,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.models.modules.nf4 import logical_shape, values
+from megatron_posttrain.models.modules.nf4 import logical_shape
+from megatron_posttrain.models.shares import Shares, Slot, Wanted, all_of
 from megatron_posttrain.models.weights import Replicated, TensorPlan, unmerged
 from megatron_posttrain.parallel.groups import Groups
 
@@ -21,8 +21,6 @@ from megatron_posttrain.parallel.groups import Groups
 GROUPED_EXPERT = re.compile(r"(?<=mlp\.experts\.)(linear_fc[12])\.(weight|bias)(\d+)$")
 GROUPED_ADAPTER = re.compile(r"(?<=mlp\.experts\.)(linear_fc[12])\.lora\.(\d+)\.([ab])$")
 ADAPTER = ".lora."  # in the names of adapters' parameters
-ALIGNMENT = 16  # bytes; a view of bytes as a wider dtype has to start at a multiple of its size
-BUCKET_BYTES = 1 << 30  # of a gathered bucket; one larger tensor makes a bucket by itself
 LAYER = re.compile(r"^(.*\blayers)\.(\d+)(?=\.|$)")
 EXPERT = re.compile(r"(?<=\.local_experts\.)(\d+)(?=\.)")
 
@@ -103,41 +101,6 @@ def partition(plan: TensorPlan, local: Tensor, rank: int, size: int) -> tuple[in
     )
 
 
-def merged(weight: Tensor) -> Tensor:
-    """A rank's shard of a weight with its adapter's change, added in fp32."""
-    adapter = getattr(weight, "adapter", None)
-    if adapter is None or not adapter.enabled:
-        return values(weight)
-    return (values(weight).float() + adapter.change()).to(weight.dtype)
-
-
-@dataclass
-class Slot:
-    """A row of the weight table in one layer, with all its experts: what one pipeline stage owns."""
-
-    plans: list[TensorPlan]
-    local: list[Tensor] = field(default_factory=list)  # this rank's shards, by expert; empty on other stages
-    dtype: torch.dtype = torch.float32
-    whole: bool = False  # every tensor parallel rank has all of it
-    stage: int = -1
-    shape: tuple[int, ...] = ()  # of a shard
-
-    @property
-    def kind(self) -> str:
-        if self.plans[0].expert is not None:
-            return "expert"
-        return "whole" if self.whole else "tensor"
-
-    @property
-    def nbytes(self) -> int:
-        """Of a shard, padded."""
-        return -(-math.prod(self.shape) * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT
-
-
-# One gather within a bucket: a tensor, or the experts that have one local number (0 without experts) on all ranks
-Unit = tuple[Slot, int]
-
-
 class Exporter:
     """Knows once and for all which rank holds what; `hf_tensors()` can then be called at every refit.
 
@@ -191,93 +154,38 @@ class Exporter:
             size = 1 if slot.whole else self.expert_tensor[1] if slot.kind == "expert" else self.tensor[1]
             slot.shape = slot.plans[0].local_shape(size)
 
-    def _buckets(self) -> Iterator[list[Unit]]:
-        """In an order that is the same on every rank; a bucket is of one stage and one kind."""
-        ordered = sorted(self.slots, key=lambda slot: (slot.stage, slot.kind))
-        for (_, kind), slots in groupby(ordered, key=lambda slot: (slot.stage, slot.kind)):
-            copies = math.prod(group.size() for group in self._gathers(kind))
-            ranks = self.expert[1] if kind == "expert" else 1
-            bucket: list[Unit] = []
-            filled = 0
-            for unit in [(slot, number) for slot in slots for number in range(len(slot.plans) // ranks)]:
-                nbytes = unit[0].nbytes * copies
-                if bucket and filled + nbytes > BUCKET_BYTES:
-                    yield bucket
-                    bucket, filled = [], 0
-                bucket.append(unit)
-                filled += nbytes
-            yield bucket
-
-    def _gathers(self, kind: str) -> list[ProcessGroup]:
-        if kind == "whole":
-            return []
-        groups = [self.groups.expert_tensor, self.groups.expert] if kind == "expert" else [self.groups.tensor]
-        return [group for group in groups if group.size() > 1]
-
-    def hf_tensors(self, *, of_stage: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """All tensors, whole, under the names that `transformers` and vLLM know, in the same order on every rank.
-
-        Experts come one by one, but for families that only have them fused. Collective: every rank has to run
-        through it. A rank holds one gathered bucket and one tensor more. `of_stage`: on every rank only those of
-        its pipeline stage, which the stages do not tell each other.
-        """
-        return registry.layout(self.arch).assemble(self.tensors(of_stage))
-
     @property
     def writer_of(self) -> int | None:
         """The pipeline stage whose tensors this rank, the first one of it, is to write; None on all others."""
-        groups = self.groups
-        inside = (groups.tensor, groups.context, groups.data, groups.expert, groups.expert_tensor)
-        return self.stage if not any(group.rank() for group in inside) else None
+        return self.stage if dist.get_rank() % (dist.get_world_size() // self.stages) == 0 else None
 
     def stage_of(self) -> dict[str, int]:
         """The pipeline stage that owns a tensor of the weight table."""
         return {name: slot.stage for slot in self.slots for plan in slot.plans for name in plan.hf}
 
-    @torch.no_grad()
-    def tensors(self, of_stage: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """As `hf_tensors`, of the table's names."""
-        group = self.groups.pipeline
-        for bucket in self._buckets():
-            owner = bucket[0][0].stage
-            if of_stage and owner != self.stage:
-                continue
-            gathered = self._gather(bucket, owner == self.stage)
-            if self.stages > 1 and not of_stage:
-                dist.broadcast(gathered, src=dist.get_global_rank(group, owner), group=group)
-            yield from self._join(bucket, gathered)
+    def shares(self, wanted: Sequence[Wanted], *, by_stage: bool = False) -> Shares:
+        """What ranks want: rank r number r % len(wanted), or the first rank of each stage the stage's."""
+        disk, layout = registry.layout(self.arch), self.groups.layout
+        return Shares(self.slots, self.plans, disk, layout, wanted, self.device, by_stage)
 
-    def _gather(self, bucket: list[Unit], own: bool) -> Tensor:
-        """[shards, bytes]: this bucket from every rank that has a part of it; empty memory if not `own`."""
-        length = sum(slot.nbytes for slot, _ in bucket)
-        groups = self._gathers(bucket[0][0].kind)
-        if not own:
-            shards = math.prod(group.size() for group in groups)
-            return torch.empty(shards, length, dtype=torch.uint8, device=self.device)
-        flat = torch.empty(1, length, dtype=torch.uint8, device=self.device)
-        start = 0
-        for slot, number in bucket:
-            _as(flat[0, start:], slot).copy_(merged(slot.local[number]))
-            start += slot.nbytes
-        for group in groups:
-            wider = torch.empty(group.size() * flat.shape[0], length, dtype=torch.uint8, device=self.device)
-            dist.all_gather_into_tensor(wider, flat, group=group)
-            flat = wider
-        return flat
+    @cached_property
+    def _everywhere(self) -> Shares:
+        return self.shares([{name: all_of(shape) for plan in self.plans for name, shape in plan.named_shapes()}])
 
-    def _join(self, bucket: list[Unit], gathered: Tensor) -> Iterator[tuple[str, Tensor]]:
-        start = 0
-        for slot, number in bucket:
-            shards = [_as(row[start:], slot) for row in gathered]
-            start += slot.nbytes
-            ranks = self.expert[1] if slot.kind == "expert" else 1  # ranks with experts of their own
-            per_expert = len(shards) // ranks
-            for rank in range(ranks):
-                plan = slot.plans[rank * (len(slot.plans) // ranks) + number]
-                mine = shards[rank * per_expert : (rank + 1) * per_expert]
-                yield from plan.join(mine[:1] if slot.whole else mine).items()
+    @cached_property
+    def _at_writers(self) -> Shares:
+        wanted: list[Wanted] = [{} for _ in range(self.stages)]
+        for slot in self.slots:
+            for plan in slot.plans:
+                wanted[slot.stage] |= {name: all_of(shape) for name, shape in plan.named_shapes()}
+        return self.shares(wanted, by_stage=True)
 
+    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Collective: all tensors, whole, under the names that `transformers` and vLLM know, in the same order on
+        every rank, a bucket at a time. Experts come one by one, but for families that only have them fused."""
+        return self._everywhere.hf_tensors()
 
-def _as(data: Tensor, slot: Slot) -> Tensor:
-    """The first bytes of `data` as a shard."""
-    return data[: math.prod(slot.shape) * slot.dtype.itemsize].view(slot.dtype).view(slot.shape)
+    def tensors(self, *, of_stage: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """As `hf_tensors`, of the table's names. `of_stage`: only to the first rank of each pipeline stage, the
+        stage's."""
+        return (self._at_writers if of_stage else self._everywhere).tensors()

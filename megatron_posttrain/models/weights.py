@@ -154,6 +154,10 @@ class TensorPlan:
         """Of the Hugging Face tensors."""
         return self.mapping.shapes
 
+    def named_shapes(self) -> Iterator[tuple[str, Shape]]:
+        """Of the Hugging Face tensors, with their names."""
+        return zip(self.hf, self.shapes, strict=True)
+
     def local_shape(self, size: int) -> Shape:
         return self.mapping.local_shape(size)
 
@@ -191,19 +195,6 @@ class TensorPlan:
             if number == source and low < high:
                 yield tensor[position : position + high - low]
             position += high - low
-
-    def join(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The Hugging Face tensors, whole, from the shards of all tensor-parallel ranks."""
-        out = [torch.empty(shape, dtype=shards[0].dtype, device=shards[0].device) for shape in self.shapes]
-        dim = self.mapping.dim
-        for rank, shard in enumerate(shards):
-            position = 0
-            for source, start, stop in self.mapping.segments(rank, len(shards)):
-                if source is not None:
-                    part = shard.narrow(dim, position, stop - start)
-                    out[source].narrow(dim, start, stop - start).copy_(part)
-                position += stop - start
-        return dict(zip(self.hf, out, strict=True))
 
 
 def on(layers: Sequence[int], mappings: Sequence[Mapping], **changes: Any) -> list[Mapping]:

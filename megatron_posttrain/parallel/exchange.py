@@ -37,7 +37,9 @@ def to_first_rank(own: bytes, sources: Iterable[int]) -> Iterator[bytes | memory
             yield own
         elif rank == source and own:
             dist.send(torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device), 0)
-        elif rank == 0 and sizes[source]:
+        elif rank == 0 and not sizes[source]:
+            yield b""
+        elif rank == 0:
             box = torch.empty(sizes[source], dtype=torch.uint8, device=device)
             dist.recv(box, source)
             yield box.cpu().numpy().data

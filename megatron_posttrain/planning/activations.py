@@ -150,12 +150,16 @@ def _layer_tensors(arch: Architecture, layer: int, split: Layout, shapes: Shapes
     return {name: size * tokens for name, size in per_token.items() if name not in left_out}
 
 
-def layer_tensors(arch: Architecture, layer: int, layout: Layout, shapes: Shapes) -> dict[str, float]:
-    """Bytes that one layer keeps for one micro batch on one rank, by tensor."""
-    split = Layout(
+def _split(layout: Layout) -> Layout:
+    """What of a layout the activations of a layer depend on."""
+    return Layout(
         tensor=layout.tensor, context=layout.context, expert_tensor=layout.expert_tensor, sequence=layout.sequence
     )
-    return _layer_tensors(arch, layer, split, shapes)
+
+
+def layer_tensors(arch: Architecture, layer: int, layout: Layout, shapes: Shapes) -> dict[str, float]:
+    """Bytes that one layer keeps for one micro batch on one rank, by tensor."""
+    return _layer_tensors(arch, layer, _split(layout), shapes)
 
 
 def in_flight(pipeline: int, chunks: int, stage: int, microbatches: int) -> list[int]:
@@ -174,15 +178,15 @@ def in_flight(pipeline: int, chunks: int, stage: int, microbatches: int) -> list
 
 
 @lru_cache(maxsize=65536)
-def _layers_in_flight(arch: Architecture, depth: Layout, stage: int, microbatches: int) -> dict[int, int]:
-    """How many times a stage holds a layer's activations, by a layer that stands for its kind."""
+def _layers_in_flight(arch: Architecture, depth: Layout, stage: int, microbatches: int) -> tuple[tuple[int, int], ...]:
+    """(a layer that stands for its kind, how many times a stage holds the activations of such) pairs."""
     counts: Counter[int] = Counter()
     kinds = layer_kinds(arch)
     layers = chunk_layers(depth, arch.num_layers)[stage :: depth.pipeline]
     for chunk, held in zip(layers, in_flight(depth.pipeline, depth.chunks, stage, microbatches), strict=True):
         for layer in chunk:
             counts[kinds[layer]] += held
-    return counts
+    return tuple(counts.items())
 
 
 def stage_activations(
@@ -190,22 +194,29 @@ def stage_activations(
 ) -> dict[str, float]:
     """Peak bytes of a stage's rank by tensor: all its layers in flight, the last norm, and with full recomputation
     the layer at work. Logits are apart, see `logits_bytes`."""
+    layers = _layers_in_flight(arch, depth_of(layout), stage, microbatches)
+    return _activations(arch, _split(layout), shapes, layers, stage == layout.pipeline - 1)
+
+
+@lru_cache(maxsize=65536)
+def _activations(
+    arch: Architecture, split: Layout, shapes: Shapes, layers: tuple[tuple[int, int], ...], last: bool
+) -> dict[str, float]:
     total: defaultdict[str, float] = defaultdict(float)
 
     def add(tensors: dict[str, float], times: float = 1.0) -> None:
         for name, size in tensors.items():
             total[name] += times * size
 
-    layers = _layers_in_flight(arch, depth_of(layout), stage, microbatches)
-    for layer, count in layers.items():
-        add(layer_tensors(arch, layer, layout, shapes), count)
+    for layer, count in layers:
+        add(_layer_tensors(arch, layer, split, shapes), count)
     if shapes.recompute == "full":
         whole = replace(shapes, recompute="none")
-        add(max((layer_tensors(arch, n, layout, whole) for n in layers), key=lambda t: sum(t.values())))
+        add(max((_layer_tensors(arch, n, split, whole) for n, _ in layers), key=lambda t: sum(t.values())))
         add({"rotary_tables": shapes.tokens * (arch.mla.qk_rope_dim if arch.mla else arch.head_dim) * 4.0})
-    if stage == layout.pipeline - 1:
+    if last:
         per_token = _norm(arch.hidden_size, shapes) + arch.hidden_size * shapes.dtype_bytes
-        add({"final_norm": per_token * shapes.tokens / layout.context / layout.sequence_split})
+        add({"final_norm": per_token * shapes.tokens / split.context / split.sequence_split})
     return total
 
 

@@ -1,8 +1,9 @@
 """Memory and time of a workload under a layout, and the ranking of all layouts that training accepts."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
@@ -38,24 +39,37 @@ LOGPROB_PASS = 1 / 3  # GRPO's forward pass for the old log-probs, against forwa
 
 @dataclass
 class Estimate:
-    """One layout's memory (GiB of the fullest rank) and time (seconds of a step), by part."""
+    """One layout's memory (GiB of the fullest rank) and time (seconds of a step), by part. The time is found when it is
+    asked for: of the many layouts that do not fit only the one that lacks least is shown."""
 
     layout: Layout
     micro_batch: int
     recompute: str
-    seconds: dict[str, float]
+    timed: Callable[[], dict[str, float]]
     memory_gib: dict[str, float]
-    tokens_per_second_per_gpu: float
-    tflops_per_gpu: float
+    tokens: float  # of a step, a GPU
+    flops_per_token: float
     fits: bool
     rollout: RolloutPlan | None = None
     offload: bool = False
     reason: str = ""
     warnings: list[str] = field(default_factory=list)
 
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        return self.timed()
+
     @property
     def step_seconds(self) -> float:
         return sum(self.seconds.values())
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        return self.tokens / self.step_seconds
+
+    @property
+    def tflops_per_gpu(self) -> float:
+        return self.tokens_per_second_per_gpu * self.flops_per_token / 1e12
 
 
 def estimate(
@@ -64,46 +78,77 @@ def estimate(
     """Memory and time of one layout. `exact`: count the padding of gradient buckets too, as a rank holds them."""
     count, arch = work.sequences, work.trained(arch)
     work = replace(work, micro_batch=count * micro_batch, global_batch=count * work.global_batch, recompute=recompute)
-    if work.lora:
-        trained = max((_adapters(arch, layout, stage, work.lora_rank) for stage in range(layout.pipeline)), key=sum)
-    else:
-        trained = trained_elements(arch, layout)
-    seconds, _ = step_time(arch, layout, work, gpu, trained)
     stages = sorted({0, min(1, layout.pipeline - 1), layout.pipeline - 1})
     memories = [_stage_memory(arch, layout, work, stage, exact) for stage in stages]
+    if work.rollouts:
+        memories = [m | {"engine": (ENGINE_GIB + ENGINE_COMMUNICATORS * COMMUNICATOR_GIB) * GIB} for m in memories]
+    tokens = work.global_batch * work.row_length / layout.world_size
     flops = flops_per_token(arch, work.row_length, work.lora_rank if work.lora else None)
-    refit = 0.0
 
     def of(rollout: RolloutPlan | None, offload: bool) -> Estimate:
         memory = max((_with_engine(m, rollout, offload) for m in memories), key=lambda m: m["total"])
-        times = dict(seconds)
-        if rollout is not None:
-            for part in ("compute", "exposed_communication", "bubble"):
-                times[part] *= 1 + LOGPROB_PASS
-            times |= {"rollout": rollout.seconds, "refit": refit}
-        if work.task == "dpo":  # each row once; no memory, for its log-probs are kept
-            times["reference"] = LOGPROB_PASS * _passes(times)
-        if (critic := work.critic(arch)) is not None:  # values before the update, and an update
-            theirs, _ = step_time(critic, layout, work, gpu, trained_elements(critic, layout))
-            times["critic"] = theirs["optimizer"] + (1 + LOGPROB_PASS) * _passes(theirs)
-        elif work.beside is not None:
-            times["teacher"] = LOGPROB_PASS * _passes(step_time(work.beside, layout, work, gpu, (0, 0))[0])
-        if offload:
-            moved = memory["optimizer"] + memory.get("critic_optimizer", 0.0)
-            times["offload"] = 2 * moved / PAGEABLE_BYTES_PER_S
-        memory = {name: size / GIB for name, size in memory.items()}
-        tokens = work.global_batch * work.row_length / layout.world_size / sum(times.values())
-        fits = memory["total"] <= gpu.memory_gib and (rollout is None or rollout.cache_bytes >= rollout.longest_bytes)
-        return Estimate(
-            layout, micro_batch, recompute, times, memory, tokens, tokens * flops / 1e12, fits, rollout, offload
-        )
+
+        def timed() -> dict[str, float]:
+            times = dict(_training_seconds(arch, layout, work, gpu))
+            if rollout is not None:
+                times |= {"rollout": rollout.seconds, "refit": refit_seconds(arch, layout, gpu, rollout)}
+            if work.task == "dpo":  # each row once; no memory, for its log-probs are kept
+                times["reference"] = LOGPROB_PASS * _passes(times)
+            if (critic := work.critic(arch)) is not None:  # values before the update, and an update
+                theirs, _ = step_time(critic, layout, work, gpu, trained_elements(critic, layout))
+                times["critic"] = theirs["optimizer"] + (1 + LOGPROB_PASS) * _passes(theirs)
+            elif work.beside is not None:
+                times["teacher"] = LOGPROB_PASS * _passes(step_time(work.beside, layout, work, gpu, (0, 0))[0])
+            if offload:
+                moved = memory["optimizer"] + memory.get("critic_optimizer", 0.0)
+                times["offload"] = 2 * moved / PAGEABLE_BYTES_PER_S
+            return times
+
+        gib = {name: size / GIB for name, size in memory.items()}
+        fits = _fits(memory["total"], rollout, gpu)
+        return Estimate(layout, micro_batch, recompute, timed, gib, tokens, flops, fits, rollout, offload)
 
     if not work.rollouts:
         return of(None, False)
     rollouts = plan_rollouts(arch, layout.world_size, gpu, rollout_part(work))
-    refit = refit_seconds(arch, layout, gpu)
     offloads = (False, True) if work.offload is None else (work.offload,)
-    return min((of(rollout, offload) for rollout in rollouts for offload in offloads), key=_order)
+    phases = [_phases(memories, offload) for offload in offloads]
+    options = {
+        (rollout, offload): max(training, generating + (rollout.weights_bytes + rollout.cache_bytes))
+        for rollout in rollouts
+        for offload, (training, generating) in zip(offloads, phases, strict=True)
+    }
+    fitting = [of(*option) for option, total in options.items() if _fits(total, option[0], gpu)]
+    return min(fitting, key=_order) if fitting else of(*min(options, key=lambda option: options[option]))
+
+
+def _fits(total: float, rollout: RolloutPlan | None, gpu: Gpu) -> bool:
+    return total / GIB <= gpu.memory_gib and (rollout is None or rollout.cache_bytes >= rollout.longest_bytes)
+
+
+@lru_cache(maxsize=1)  # of the layout's options
+def _training_seconds(arch: Architecture, layout: Layout, work: Workload, gpu: Gpu) -> dict[str, float]:
+    """Of a step by part, an engine's apart."""
+    if work.lora:
+        trained = max((_adapters(arch, layout, stage, work.lora_rank) for stage in range(layout.pipeline)), key=sum)
+    else:
+        trained = trained_elements(arch, layout)
+    times, _ = step_time(arch, layout, work, gpu, trained)
+    if work.rollouts:
+        times |= {part: times[part] * (1 + LOGPROB_PASS) for part in ("compute", "exposed_communication", "bubble")}
+    return times
+
+
+def _phases(memories: Sequence[dict[str, float]], offload: bool) -> tuple[float, float]:
+    """Bytes of the fullest stage while it trains, and while an engine generates, that one's weights and cache apart."""
+    training, generating = [], []
+    for memory in memories:
+        passing, states = memory["activations"] + memory["logits"], memory["optimizer"]
+        kept = sum(memory.values()) - passing - states
+        training.append(kept + (max(passing, states) if offload else passing + states))  # back for the optimizer's step
+        given_back = sum(memory.get(name, 0.0) for name in ("gradients", "critic_gradients", "critic_optimizer"))
+        generating.append(kept + (-given_back if offload else states))
+    return max(training), max(generating)
 
 
 def _passes(seconds: dict[str, float]) -> float:
@@ -115,15 +160,9 @@ def _with_engine(memory: dict[str, float], rollout: RolloutPlan | None, offload:
     """Bytes by part, and `total`: of the fuller phase where the trainer and an engine take turns."""
     if rollout is None:
         return memory | {"total": sum(memory.values())}
-    memory = memory | {"engine": (ENGINE_GIB + ENGINE_COMMUNICATORS * COMMUNICATOR_GIB) * GIB}
+    training, generating = _phases([memory], offload)
     awake = {"rollout_weights": rollout.weights_bytes, "rollout_cache": rollout.cache_bytes}
-    passing, states = memory["activations"] + memory["logits"], memory["optimizer"]
-    kept = sum(memory.values()) - passing - states
-    training = kept + (max(passing, states) if offload else passing + states)  # back for the optimizer's step only
-    given_back = sum(memory.get(name, 0.0) for name in ("gradients", "critic_gradients", "critic_optimizer"))
-    generating = kept + (-given_back if offload else states) + sum(awake.values())
-    total = max(training, generating)
-    return memory | awake | {"total": total}
+    return memory | awake | {"total": max(training, generating + sum(awake.values()))}
 
 
 def _communicators(layout: Layout) -> int:

@@ -106,22 +106,14 @@ def _plan_rollout(arch: Architecture, gpus: int, gpu: Gpu, work: Workload, tenso
     return RolloutPlan(tensor, seconds, weights / tensor, cache, needed, longest_bytes=work.sequence_length * per_token)
 
 
-@lru_cache(maxsize=4096)
-def refit_seconds(arch: Architecture, layout: Layout, gpu: Gpu) -> float:
-    """Every rank gets the whole model, whatever share its engine keeps: bucket by bucket, gathered from the shards of
-    the stage that owns it, then broadcast to the other stages (models/sharded.py)."""
-    dense, experts = _elements(arch)
-    parts = ((dense, layout.tensor), (experts, layout.expert * layout.expert_tensor))
-    seconds = sum(2.0 * elements * (1 - 1 / size) / _link(gpu, size) for elements, size in parts)
-    if layout.pipeline > 1:
-        seconds += 2.0 * sum(elements for elements, _ in parts) / _link(gpu, layout.world_size)
+def refit_seconds(arch: Architecture, layout: Layout, gpu: Gpu, rollout: RolloutPlan) -> float:
+    """A rank receives what its engine's rank holds; GPUs of a node that hold the same fetch a part each and gather
+    (models/shares.py)."""
+    copies = max(1, gpu.group // rollout.tensor)
+    far = 1 / copies if layout.pipeline > 1 and layout.world_size > gpu.domain else 0.0
+    seconds = rollout.weights_bytes * (far / gpu.network_gb_per_s + (1 - far) / gpu.nvlink_gb_per_s) / 1e9
     tensors = 3 * _experts(arch) + 12 * arch.num_layers  # of the Hugging Face directory, about
     return REFIT_SECONDS + seconds * COLLECTIVE_LOSS + TENSOR_SECONDS * tensors
-
-
-def _link(gpu: Gpu, span: int) -> float:
-    """Bytes a second of a GPU within `span` GPUs."""
-    return 1e9 * (gpu.nvlink_gb_per_s if span <= gpu.domain else gpu.network_gb_per_s)
 
 
 def _experts(arch: Architecture) -> int:

@@ -5,8 +5,9 @@ import logging
 import os
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_posttrain.models.shares import Box
 from megatron_posttrain.parallel.groups import broadcast_object, start_distributed
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout import vllm_fixes
@@ -23,6 +25,7 @@ from megatron_posttrain.rollout.limits import CPU_CACHE_BYTES, explained
 from megatron_posttrain.rollout.routed_experts import RoutedExperts
 from megatron_posttrain.upstream.gloo import shared_device
 
+REPEATED_TOKENS = 64
 CPU_BLOCK_SIZE = 32  # the attention kernel wants multiples of 32; vLLM's 128 shares no prefix of a short prompt
 
 
@@ -41,6 +44,7 @@ class Sampling:
     top_k: int = 0  # 0: all
     presence_penalty: float = 0.0  # its counts do not survive `sleep`: for engines that never do
     stop_token_ids: tuple[int, ...] = ()  # end a completion and are its last token
+    repetitions: int | None = None  # of up to `REPEATED_TOKENS` tokens, one behind the other, end a completion
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,17 @@ class Completion:
 
     token_ids: list[int]
     logprobs: list[float]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "repetition", "cut"]  # cut: there was enough
     experts: NDArray[Any] | None = None  # [prompt + completion - 1, layers, top-k] chosen for all tokens but the last
+
+
+@dataclass(frozen=True)
+class Request:
+    """A completion of at most `limit` tokens."""
+
+    prompt: list[int]
+    seed: int
+    limit: int
 
 
 class RolloutEngine:
@@ -64,9 +77,10 @@ class RolloutEngine:
         model_path: Hugging Face directory; its tokenizer is not read.
         dtype: of weights, activations and cache.
         tensor: ranks of a replica; divides the world size.
+        expert: each of them holds whole experts, its share of them; False: a slice of every one.
         max_model_len: longest prompt plus completion, tokens.
         kv_cache_bytes: cache of this rank; None: 256 MiB on CPU, on CUDA by `gpu_memory_utilization`.
-        max_num_seqs: requests that run at once; more of them wait.
+        max_num_seqs: requests that run at once (`at_once`); more of them wait.
         gpu_memory_utilization: fraction of the GPU for weights and cache together; CUDA only.
         quantization: vLLM's name of what its linear layers are quantised to at every refit; CUDA only.
         load_weights: False where a refit brings them before anything is generated: nothing is read.
@@ -84,6 +98,7 @@ class RolloutEngine:
         dtype: torch.dtype,
         max_model_len: int,
         tensor: int = 1,
+        expert: bool = False,
         kv_cache_bytes: int | None = None,
         max_num_seqs: int = 256,
         seed: int = 0,
@@ -96,12 +111,14 @@ class RolloutEngine:
         if dist.get_world_size() % tensor:
             raise ValueError(f"rollout.tensor: {tensor} does not divide the {dist.get_world_size()} ranks")
         self.dtype, self.tensor, self.max_model_len, self.choices = dtype, tensor, max_model_len, choices
+        self.at_once, self.version = max_num_seqs, 0
         self.replica, self.replicas = dist.get_rank() // tensor, dist.get_world_size() // tensor
         self._cpu = platform().name == "cpu"
         options: dict[str, Any] = {
             "model": str(model_path),
             "dtype": dtype,
             "tensor_parallel_size": tensor,
+            "enable_expert_parallel": expert,
             "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,
             "load_format": "auto" if load_weights else "dummy",
@@ -145,25 +162,20 @@ class RolloutEngine:
     def _start(self, make: Any, options: dict[str, Any], token: str) -> Any:
         if not self._cpu:
             return make(**options)
+        if options["enable_expert_parallel"]:
+            vllm_fixes.map_experts()
         with vllm_fixes.private_shared_memory(token), vllm_fixes.unbound_memory():
             llm = make(**options)
             dist.barrier()  # every rank has mapped the memory before its names go
         return llm
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        seeds: Sequence[int],
-        limits: Sequence[int] | None = None,
-    ) -> list[Completion]:
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
         """`sampling.n` completions of every prompt: completion j of prompt i is number i * n + j.
 
         Args:
             prompts: token ids, not empty; prompt plus `max_tokens` within `max_model_len`.
-            seeds: one per completion. Equal prompt, seed and weights give equal tokens, up to rounding that
+            seeds: one per completion. Equal prompt, seed and weights give equal tokens; on CUDA up to rounding that
                 depends on what else is in the batch.
-            limits: tokens of each completion, in place of `max_tokens`.
 
         Raises:
             ValueError: a prompt is empty or too long, or the number of seeds is not len(prompts) * n.
@@ -171,40 +183,83 @@ class RolloutEngine:
         """
         if len(seeds) != len(prompts) * sampling.n:
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts x {sampling.n} completions")
-        limits = limits or [sampling.max_tokens] * len(seeds)
         for i, prompt in enumerate(prompts):
-            most = max(limits[i * sampling.n : (i + 1) * sampling.n])
-            if not prompt or len(prompt) + most > self.max_model_len:
+            if not prompt or len(prompt) + sampling.max_tokens > self.max_model_len:
                 raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens, with max_tokens {most}: "
+                    f"prompt {i} has {len(prompt)} tokens, with max_tokens {sampling.max_tokens}: "
                     f"wanted is 1 to max_model_len ({self.max_model_len}) together"
                 )
-        self._check_replica_agrees((prompts, sampling, seeds, limits))
-        if not prompts:
-            return []
+        self._check_replica_agrees((prompts, sampling, seeds))
+        of_seed = [(list(prompts[k // sampling.n]), seed, sampling.max_tokens) for k, seed in enumerate(seeds)]
+        waiting = [{k: Request(*each) for k, each in enumerate(of_seed)}]
+        done: dict[int, Completion] = {}
+        self.run(lambda room, idle: waiting.pop() if waiting else {}, done.__setitem__, sampling)
+        return [done[k] for k in range(len(seeds))]
+
+    def run(
+        self,
+        feed: Callable[[int, bool], Mapping[int, Request]],
+        take: Callable[[int, Completion], None],
+        sampling: Sampling,
+        enough: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Collective over a replica, on whose ranks the functions give the same: generates until there is no more.
+
+        Args:
+            feed: asked before every step for requests that join those that run, by names of the caller's. It is told
+                for how many there is room, and whether nothing runs: then it may wait, and no request is the end.
+            take: is given every completion.
+            enough: asked after every step: whether what still runs is cut off.
+        """
+        running: dict[str, tuple[str, int]] = {}  # by vLLM's number: its longer number, and the caller's name
         with self._isolated():
             from vllm import SamplingParams
+            from vllm.sampling_params import RepetitionDetectionParams
 
-            requests = [{"prompt_token_ids": list(p)} for p in prompts for _ in range(sampling.n)]
-            params = [
-                SamplingParams(
-                    max_tokens=limit,
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    top_k=sampling.top_k,
-                    presence_penalty=sampling.presence_penalty,
-                    stop_token_ids=list(sampling.stop_token_ids),
-                    ignore_eos=True,  # ends are the caller's `stop_token_ids`, not the directory's
-                    seed=seed,
-                    logprobs=0,
-                    flat_logprobs=True,
-                    detokenize=False,
-                    skip_clone=True,
-                )
-                for seed, limit in zip(seeds, limits, strict=True)
-            ]
-            outputs = self._llm.generate(requests, params, use_tqdm=False)
-        return [_completion(output.outputs[0], self.choices) for output in outputs]
+            options: dict[str, Any] = {
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+                "presence_penalty": sampling.presence_penalty,
+                "ignore_eos": True,  # ends are the caller's `stop_token_ids`, not the directory's
+                "logprobs": 0,
+                "flat_logprobs": True,
+                "detokenize": False,
+                "skip_clone": True,
+            }
+            if sampling.repetitions is not None:
+                detection = RepetitionDetectionParams(REPEATED_TOKENS, 1, sampling.repetitions)
+                options["repetition_detection"] = detection
+            engine = self._llm.llm_engine
+            scheduler = engine.engine_core.engine_core.scheduler
+            while True:
+                # Where the cache has no room for what it has, vLLM lets requests wait
+                room = 0 if scheduler.get_request_counts()[1] else self.at_once - len(running)
+                if new := feed(room, not running):
+                    prompts = [{"prompt_token_ids": request.prompt} for request in new.values()]
+                    params = [
+                        SamplingParams(
+                            max_tokens=r.limit, seed=r.seed, stop_token_ids=list(sampling.stop_token_ids), **options
+                        )
+                        for r in new.values()
+                    ]
+                    for number, name in zip(self._llm.enqueue(prompts, params, use_tqdm=False), new, strict=True):
+                        running[number.partition("-")[0]] = number, name
+                if not running:
+                    return
+                for output in engine.step():
+                    take(running.pop(output.request_id)[1], _completion(output.outputs[0], self.choices))
+                if enough():
+                    self._cut(dict(running.values()), take)
+                    return
+
+    def _cut(self, running: Mapping[str, int], take: Callable[[int, Completion], None]) -> None:
+        engine = self._llm.llm_engine
+        for number, name in running.items():
+            state = engine.output_processor.request_states[number]
+            logprobs = state.logprobs_processor.logprobs
+            take(name, Completion(list(state.detokenizer.output_token_ids), list(logprobs.logprobs), "cut"))
+        engine.abort_request(list(running), internal=True)
 
     def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """log p of every token of each prompt but its first, given those before it; one more fits `max_model_len`."""
@@ -234,8 +289,26 @@ class RolloutEngine:
         dist.broadcast_object_list(box, src=self.replica * self.tensor, group=get_tp_group().cpu_group)
         return box[0]
 
+    def taken(self, shapes: dict[str, tuple[int, ...]]) -> list[dict[str, Box]]:
+        """Collective: what each rank of the replica copies out of tensors of these shapes, by name, when it loads them;
+        not while it sleeps. Nothing is loaded."""
+        with self._isolated():
+            from vllm.config import set_current_vllm_config
+            from vllm.distributed.parallel_state import get_tp_group
+
+            from megatron_posttrain.rollout import transfer
+
+            tensors = {name: torch.empty(shape, dtype=self.dtype, device="meta") for name, shape in shapes.items()}
+            with set_current_vllm_config(self._llm.llm_engine.vllm_config):
+                (boxes,) = self._llm.apply_model(partial(transfer.taken, tensors=tensors))
+            found: list[Any] = [boxes] * self.tensor
+            if self.tensor > 1:
+                dist.all_gather_object(found, boxes, group=get_tp_group().cpu_group)
+        return found
+
     def update_weights(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
         """Replaces all weights and drops the prefix cache; see `Refit`, which is what to call."""
+        self.version = version
         with self._isolated():
             self._llm.start_weight_update()
             self._llm.update_weights({"update_info": {"tensors": tensors}})
@@ -316,7 +389,7 @@ def _cuda_options(kv_cache_bytes: int | None, gpu_memory_utilization: float) -> 
 
 def _completion(output: Any, choices: np.dtype[Any] | None) -> Completion:
     reason = output.finish_reason
-    if reason not in ("stop", "length"):
+    if reason not in ("stop", "length", "repetition"):
         raise RuntimeError(f"vLLM ended a completion with '{reason}' after {len(output.token_ids)} tokens")
     # logprobs=0 asks for the sampled token alone: one value a position
     experts = None if choices is None else output.routed_experts.astype(choices.base, copy=False)

@@ -28,6 +28,7 @@ def engine_problems(
     device: str,
     *,
     tensor: int,
+    expert: bool = False,
     length: int,
     cache_bytes: int | None,
     dtype_bytes: int,
@@ -44,10 +45,16 @@ def engine_problems(
     for name, size in (("attention heads", arch.num_heads), ("MLP width", arch.ffn_size)):
         if size % tensor:
             yield f"{keys.tensor}={tensor} does not divide the model's {name} ({size})"
-    if arch.moe is not None and arch.moe.expert_ffn_size % tensor:
-        yield f"{keys.tensor}={tensor} does not divide the experts' width ({arch.moe.expert_ffn_size})"
+    if expert and arch.moe is None:
+        yield "rollout.expert=true: the model has no experts"
+    if arch.moe is not None:
+        name, size = (
+            ("number of experts", arch.moe.num_experts) if expert else ("experts' width", arch.moe.expert_ffn_size)
+        )
+        if size % tensor:
+            yield f"{keys.tensor}={tensor} does not divide the {name} ({size})"
     if device == "cpu":
-        yield from _cpu_problems(arch, tensor)
+        yield from _cpu_problems(arch, 1 if expert else tensor)
         cache_bytes = cache_bytes or CPU_CACHE_BYTES
     needed = length * cache_bytes_per_token(arch, tensor, dtype_bytes)
     if cache_bytes is not None and needed > cache_bytes:

@@ -3,11 +3,15 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_posttrain.models import registry
+from megatron_posttrain.models.sharded import Exporter
+from megatron_posttrain.models.shares import Shares, Wanted, all_of, bounds
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout.engine import Completion, RolloutEngine
 
@@ -24,35 +28,77 @@ class RefitError(RuntimeError):
 
 
 class Refit:
-    """Owns the life of a weight update: wake, stream, finish, forget what the old weights computed."""
+    """Owns the life of a weight update: wake, stream, finish, forget what the old weights computed.
 
-    def __init__(self, engine: RolloutEngine) -> None:
-        self.engine = engine
+    Args:
+        engine: whose weights are replaced.
+        exporter: of the trainer's weights, for `from_trainer`.
+    """
+
+    def __init__(self, engine: RolloutEngine, exporter: Exporter | None = None) -> None:
+        self.engine, self.exporter, self.digest_seconds = engine, exporter, 0.0
+
+    @cached_property
+    def shares(self) -> Shares:
+        """Collective, while the engine is awake."""
+        assert self.exporter is not None
+        disk = registry.layout(self.exporter.arch)
+        shapes = registry.shapes(self.exporter.arch)
+        wanted: list[Wanted] = []
+        for boxes in self.engine.taken(disk.shapes):
+            wanted.append({})
+            for stored, box in boxes.items():
+                for name in disk.table_names(stored):  # of fused tensors all
+                    mine = box if disk.places[name].fusion is None else all_of(shapes[name])
+                    wanted[-1][name] = bounds(wanted[-1].get(name, mine), mine)
+        return self.exporter.shares(wanted)
+
+    def from_trainer(self, version: int) -> float:
+        """As `update`, with the trainer's weights as they are now: a rank receives what its engine rank copies, and
+        all that it hands over is compared with what the trainer holds."""
+        self.engine.wake("weights")
+        return self.update(self.shares.hf_tensors(), version)
 
     def update(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> float:
-        """Replaces every weight of the engine; returns seconds.
+        """Replaces every weight of the engine; returns seconds. Collective where `exporter` is given.
 
         Args:
-            tensors: whole (unsharded) Hugging Face tensors under their names, on every rank; the engine takes
-                its shard. It keeps each until its module is complete, so order them by layer to bound memory,
-                and do not write to what was yielded before `update` returns.
+            tensors: in the shape of unsharded Hugging Face tensors, under their names; the engine takes its shard. It
+                keeps each until its module is complete, so order them by layer to bound memory, and do not write to
+                what was yielded before `update` returns.
             version: of the weights, counted by the caller.
 
         Raises:
-            RefitError: a tensor of the model did not come, or one came that the model does not have.
+            RefitError: a tensor of the model did not come, one came that the model does not have, or, on all ranks,
+                one is not what the trainer holds.
         """
         platform().synchronize()
         start = time.perf_counter()
         # On CUDA in this order: writing to weights before they are mapped touches unmapped memory, and the
         # cache comes last because the tensors in flight need its room.
         self.engine.wake("weights")
+        problem, cause = None, None
         try:
-            self.engine.update_weights(tensors, version)
+            self.engine.update_weights(tensors if self.exporter is None else self.shares.noted(tensors), version)
         except (KeyError, ValueError) as error:
-            raise RefitError(f"refit {version}: {error}") from error
+            problem, cause = str(error), error
         self.engine.wake("kv_cache")
         platform().synchronize()
-        return time.perf_counter() - start
+        end = time.perf_counter()
+        if self.exporter is not None:
+            for _ in tensors:  # where it failed: all ranks send to each other
+                pass
+            problems: list[str | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(problems, self.shares.problem() or problem)
+            problem = problem or next(filter(None, problems), None)
+        if problem:
+            raise RefitError(f"refit {version}: {problem}") from cause
+        self.digest_seconds = time.perf_counter() - end
+        return end - start
+
+    def figures(self, seconds: float) -> dict[str, float]:
+        """Of a refit from the trainer that took so long: gigabytes that this rank received, and those a second."""
+        return {"refit_gb": self.shares.received / 1e9, "refit_gb_per_s": self.shares.received / 1e9 / seconds}
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def _samples(rows: list[dict[str, Any]]) -> Samples:
         rewards=np.array([row["reward"] for row in rows], np.float64),
         rewards_by_name={name: np.array([row["rewards"].get(name, np.nan) for row in rows]) for name in names},
         masked=np.array([row.get("masked", False) for row in rows]),
-        seconds=0.0,
+        versions=np.array([row["version"] for row in rows]),
         drawn=drawn,
         token_ids=[np.array(row["token_ids"], np.int32) for row in mine],
         logprobs=[np.where(masks[k], np.array(rows[k]["logprobs"], np.float32), np.float32(np.nan)) for k in drawn],

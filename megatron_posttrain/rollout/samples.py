@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +19,11 @@ from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.data.messages import Message
 from megatron_posttrain.environments.dialogue import read_calls
 from megatron_posttrain.parallel.exchange import exchange, gather_rows, to_first_rank
+from megatron_posttrain.platform import platform
 from megatron_posttrain.rewards.grading import Grade, compute_rewards, metric_sums
 from megatron_posttrain.rewards.registry import Reward, Sample
 from megatron_posttrain.rollout.engine import RolloutEngine, Sampling
+from megatron_posttrain.rollout.handout import Handout
 from megatron_posttrain.rollout.text import response_text, split_response, stop_token_ids
 from megatron_posttrain.rollout.turns import ONE_TURN, Episode, Turns, converse
 
@@ -44,7 +45,6 @@ class Samples:
     rewards: Floats  # [n]; a masked sample's: the mean of its prompt's others, which moves no baseline
     rewards_by_name: dict[str, Floats]  # each [n]; NaN where a sample could not be graded
     masked: NDArray[np.bool_]  # [n] does not train, since a reward could not grade it
-    seconds: float  # of generation, the slowest replica's
     drawn: Sequence[int]
     token_ids: list[NDArray[np.int32]]  # of each drawn sample: its response
     logprobs: list[NDArray[np.float32]]  # of each drawn sample, the engine's; NaN where the model drew no token
@@ -54,6 +54,9 @@ class Samples:
     logged: dict[str, float]  # by rewards and environments, means over the samples
     ranks_per_replica: int
     replica_of: NDArray[np.int64]  # [n] that drew it
+    versions: NDArray[np.int64]  # [n] of the oldest weights that drew a token of it
+    seconds: float = 0.0  # of generation, the slowest replica's
+    left: list[Episode] = field(default_factory=list)  # samples of other prompts, not complete; the same on every rank
     choices: np.dtype[Any] | None = None  # of a token's experts, where they are replayed
     experts: list[NDArray[Any]] = field(default_factory=list)  # of each drawn sample: of all tokens but its last
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # [n]
@@ -148,13 +151,19 @@ class Samples:
             chosen = np.frombuffer(experts.tobytes(), self.choices, count=len(drawn) - 1)
         return TokenSequence(np.concatenate([prompt, token_ids]), counts, extras, index=sample, experts=chosen)
 
-    def to_first_rank(self, records: Iterable[Any]) -> Iterator[bytes | memoryview]:
-        """Collective: JSON lines of the drawn samples' records, as the first rank of each replica gives them, in
-        the samples' order on rank 0; replica after replica, so that it never holds those of all."""
-        lines = b""
+    def to_first_rank(self, records: Iterable[Any]) -> Iterator[bytes]:
+        """Collective: JSON lines of the drawn samples' records, as the first rank of each replica gives them, on rank 0
+        in the samples' order; replica after replica, so that it never holds more than that order needs."""
+        own = b""
         if dist.get_rank() % self.ranks_per_replica == 0:
-            lines = b"".join(to_json(record) + b"\n" for record in records)  # three times as fast as json
-        return to_first_rank(lines, range(0, dist.get_world_size(), self.ranks_per_replica))
+            own = b"".join(to_json(record) + b"\n" for record in records)  # three times as fast as json
+        received = to_first_rank(own, range(0, dist.get_world_size(), self.ranks_per_replica))
+        lines: list[Iterator[bytes]] = []
+        for replica in self.replica_of.tolist() if dist.get_rank() == 0 else ():
+            while len(lines) <= replica:
+                lines.append(iter(bytes(next(received)).splitlines(keepends=True)))
+            yield next(lines[replica])
+        yield from map(bytes, received)  # nothing, but other ranks must send
 
 
 def collect_samples(
@@ -166,12 +175,17 @@ def collect_samples(
     step: int,
     batch: int = 0,
     turns: Turns = ONE_TURN,
+    **options: Any,
 ) -> Samples:
-    """Of a rollout step: a sample's seed depends on the run's seed, the step, the batch in it, and its number."""
-    sampling = Sampling(config.rollout.samples_per_prompt, config.rollout.max_tokens, config.rollout.temperature)
+    """Of a rollout step: a sample's seed depends on the run's seed, the step, the batch in it, and its number.
+
+    `options` are those of `generate_samples`.
+    """
+    asked = config.rollout
+    sampling = Sampling(asked.samples_per_prompt, asked.max_tokens, asked.temperature, repetitions=asked.repetitions)
     sequence = np.random.SeedSequence([config.training.seed, step, batch])
     seeds = sequence.generate_state(len(prompts) * sampling.n, np.uint32) >> 1
-    return generate_samples(rollout, tokenizer, prompts, rewards, sampling, seeds.tolist(), turns)
+    return generate_samples(rollout, tokenizer, prompts, rewards, sampling, seeds.tolist(), turns, **options)
 
 
 def generate_samples(
@@ -182,95 +196,104 @@ def generate_samples(
     sampling: Sampling,
     seeds: Sequence[int],
     turns: Turns = ONE_TURN,
+    *,
+    carried: Sequence[Episode] = (),
+    wanted: int | None = None,
 ) -> Samples:
-    """Collective: every replica generates and grades its share; lengths and rewards go to every rank.
+    """Collective: replicas generate as they have room and grade what they drew; facts of it go to every rank.
 
     Args:
         sampling: `n` samples a prompt; they stop at the tokenizer's own tokens.
-        seeds: one a sample, so that they do not depend on the number of replicas.
+        seeds: one a sample, which are all that it depends on beside its prompt and the weights.
+        carried: samples of other prompts, begun before, which come first and are completed.
+        wanted: prompts, carried ones among them, after which the others are `left` as they are; None: all.
     """
     of_sample = [prompt for prompt in prompts for _ in range(sampling.n)]
+    episodes = [*carried, *(Episode(*each) for each in zip(of_sample, seeds, strict=True))]
     unit = 1 if all(item.per == "sample" for item in rewards) else sampling.n  # groups graded whole are never parted
-    share = -(-len(of_sample) // unit // rollout.replicas) * unit
-    drawn = range(len(of_sample))[rollout.replica * share : (rollout.replica + 1) * share]
-    mine = of_sample[drawn.start : drawn.stop]
+    handout = Handout(rollout, len(episodes), unit, sampling.n, len(carried) // sampling.n, wanted)
     single = replace(sampling, n=1, stop_token_ids=stop_token_ids(tokenizer))
     start = time.perf_counter()
-    episodes = converse(rollout, tokenizer, mine, single, seeds[drawn.start : drawn.stop], turns)
-    seconds = time.perf_counter() - start
-    logprobs = [np.array(e.logprobs, np.float32) for e in episodes]
+    own = converse(rollout, tokenizer, episodes, single, turns, handout)
+    seconds = float(gather_rows(torch.tensor(time.perf_counter() - start, dtype=torch.float32)).max())
+    handout.forget()
+    left: list[Episode] = []
+    if wanted is not None:
+        numbers, left = _complete(rollout, episodes, own, sampling.n, wanted)
+        place = {number: k for k, number in enumerate(numbers)}
+        episodes, own = [episodes[i] for i in numbers], [place[i] for i in own if i in place]
+    samples = _grade(rollout, tokenizer, episodes, own, rewards, turns, sampling.n)
+    samples.seconds, samples.left = seconds, left
+    return samples
+
+
+def _complete(
+    rollout: RolloutEngine, episodes: Sequence[Episode], own: Sequence[int], group: int, wanted: int
+) -> tuple[list[int], list[Episode]]:
+    """Collective: numbers of the samples of the first `wanted` prompts that are complete, and all other samples."""
+    mine = {i: episodes[i] for i in own} if dist.get_rank() % rollout.tensor == 0 else {}
+    ended = torch.zeros(len(episodes), dtype=torch.int32)
+    ended[[i for i, e in mine.items() if e.finish_reason != "cut"]] = 1
+    everywhere = gather_rows(ended).sum(0).view(-1, group)
+    chosen = everywhere.all(1).nonzero().flatten()[:wanted].tolist()
+    kept = {number for prompt in chosen for number in range(prompt * group, (prompt + 1) * group)}
+    parts: list[dict[int, Episode]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, {i: e for i, e in mine.items() if i not in kept})
+    begun = {i: e for part in parts for i, e in part.items()}
+    return sorted(kept), [begun.get(i, e) for i, e in enumerate(episodes) if i not in kept]
+
+
+def _grade(
+    rollout: RolloutEngine,
+    tokenizer: Any,
+    episodes: Sequence[Episode],
+    own: Sequence[int],
+    rewards: Sequence[Reward],
+    turns: Turns,
+    group: int,
+) -> Samples:
+    """Collective: grades the replica's `own` episodes; facts of all go to every rank."""
+    mine = [episodes[i] for i in own]
+    logprobs = [np.array(e.logprobs, np.float32) for e in mine]
     sampled = [int((~np.isnan(values)).sum()) for values in logprobs]
     said: list[Sample] = []
-    grades: list[Grade] = []
+    facts = torch.zeros(len(episodes), 7 + len(rewards), dtype=torch.float64)  # each from one rank
     if dist.get_rank() % rollout.tensor == 0:
-        said = [_said(tokenizer, *each, turns) for each in zip(episodes, sampled, strict=True)]
-        grades = list(map(_graded, episodes, compute_rewards(said, rewards)))
-    facts = np.zeros((share + 1, 5 + len(rewards)))
-    facts[-1, 0] = seconds
-    for k, episode in enumerate(episodes):
-        facts[k, :3] = len(episode.token_ids), sampled[k], episode.finish_reason == "length"
-    for k, grade in enumerate(grades):
-        facts[k, 3:] = grade.total, grade.masked, *(grade.rewards.get(r.name, np.nan) for r in rewards)
-    everywhere = gather_rows(torch.from_numpy(facts)).numpy()[:: rollout.tensor]
-    known = everywhere[:, :-1].reshape(-1, facts.shape[1])[: len(of_sample)].T
-    counted = turns.metrics if said else []  # nothing of a replica's other ranks, which know no text
-    turn_sums = {name: (float(sum(e.metrics[name] for e in episodes)), len(episodes)) for name in counted}
+        said = [_said(tokenizer, *each, turns) for each in zip(mine, sampled, strict=True)]
+    grades = list(map(_graded, mine, compute_rewards(said, rewards))) if said else []
+    for i, e, count, grade in zip(own, mine, sampled, grades, strict=False):
+        counts = len(e.token_ids), count, e.finish_reason == "length", rollout.replica, e.version
+        named = (grade.rewards.get(r.name, np.nan) for r in rewards)
+        facts[i] = torch.tensor([*counts, grade.total, grade.masked, *named], dtype=torch.float64)
+    facts = facts.to(platform().device)
+    dist.all_reduce(facts)
+    known = facts.cpu().numpy().T
+    lengths, counted, truncated, replicas, versions = known[:5].astype(np.int64)
+    named_turns = turns.metrics if said else []  # nothing of a replica's other ranks, which know no text
+    turn_sums = {name: (float(sum(e.metrics[name] for e in mine)), len(mine)) for name in named_turns}
     return Samples(
-        prompts=of_sample,
-        lengths=known[0].astype(np.int64),
-        sampled=known[1].astype(np.int64),
-        truncated=known[2].astype(bool),
-        rewards=mask(known[3], known[4].astype(bool), sampling.n),
-        rewards_by_name={r.name: values for r, values in zip(rewards, known[5:], strict=True)},
-        masked=known[4].astype(bool),
-        seconds=float(everywhere[:, -1, 0].max()),
-        drawn=drawn,
-        token_ids=[np.array(e.token_ids, np.int32) for e in episodes],
+        prompts=[e.prompt for e in episodes],
+        lengths=lengths,
+        sampled=counted,
+        truncated=truncated.astype(bool),
+        rewards=mask(known[5], known[6].astype(bool), group),
+        rewards_by_name={r.name: values for r, values in zip(rewards, known[7:], strict=True)},
+        masked=known[6].astype(bool),
+        drawn=own,
+        token_ids=[np.array(e.token_ids, np.int32) for e in mine],
         logprobs=logprobs,
-        messages=[e.messages for e in episodes] if said else [],
+        messages=[e.messages for e in mine] if said else [],
         texts=[
             response_text(tokenizer, e.token_ids) if e.begun else x.response
-            for e, x in zip(episodes, said, strict=bool(said))
+            for e, x in zip(mine, said, strict=bool(said))
         ],
         grades=grades,
         logged=_means({f"reward/{name}": pair for name, pair in metric_sums(grades).items()} | turn_sums),
         ranks_per_replica=rollout.tensor,
-        replica_of=np.arange(len(of_sample)) // max(1, share),
+        replica_of=replicas,
+        versions=versions,
         choices=rollout.choices,
-        experts=[np.concatenate(e.experts) for e in episodes if e.experts],
-    )
-
-
-def join(taken: Sequence[tuple[Samples, int]], metrics: dict[str, float]) -> Samples:
-    """One batch from several, each sample by its batch and number in it.
-
-    Args:
-        metrics: what is logged beside the samples' own; rewards' and environments' are of the first sample's batch.
-    """
-    first, parts = taken[0][0], {id(part): part for part, _ in taken}
-    places = {(key, sample): k for key, part in parts.items() for k, sample in enumerate(part.drawn)}
-    found = [(new, part, places.get((id(part), number))) for new, (part, number) in enumerate(taken)]
-    mine = [(new, part, k) for new, part, k in found if k is not None]
-
-    def of_all(values: Callable[[Samples], NDArray[Any]]) -> NDArray[Any]:
-        return np.array([values(part)[number] for part, number in taken])
-
-    everywhere = ("lengths", "sampled", "truncated", "rewards", "masked", "replica_of")
-    on_replica = ("token_ids", "logprobs", "messages", "texts", "grades", "experts")
-    values: dict[str, Any] = {name: of_all(attrgetter(name)) for name in everywhere}
-    values |= {name: [getattr(part, name)[k] for _, part, k in mine if getattr(part, name)] for name in on_replica}
-    return Samples(
-        prompts=[part.prompts[number] for part, number in taken],
-        rewards_by_name={
-            name: of_all(lambda part, name=name: part.rewards_by_name[name])  # type: ignore[misc]
-            for name in first.rewards_by_name
-        },
-        seconds=sum(part.seconds for part in parts.values()),
-        drawn=[new for new, _, _ in mine],
-        logged=first.logged | metrics,
-        ranks_per_replica=first.ranks_per_replica,
-        choices=first.choices,
-        **values,
+        experts=[np.concatenate(e.experts) for e in mine if e.experts],
     )
 
 
@@ -341,6 +364,7 @@ def _record(samples: Samples, k: int, mine: int) -> dict[str, Any]:
             "rewards": {name: float(x[k]) for name, x in samples.rewards_by_name.items() if not np.isnan(x[k])},
             "advantage": float(samples.advantages[k]),
             "finish_reason": samples.finish_reason(k),
+            "version": int(samples.versions[k]),
             "logprob_difference": float(samples.differences[k]) / max(1, int(samples.sampled[k])),
         }
         | {name: [round(x, 4) for x in of[k][-n:].tolist()] for name, of in samples.by_token.items()}

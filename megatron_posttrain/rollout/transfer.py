@@ -6,9 +6,11 @@ vLLM's layerwise reload packs a layer as soon as its last tensor has come, so a 
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -17,6 +19,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.layerwise import (
     finalize_layerwise_reload,
     get_layerwise_info,
@@ -25,6 +28,8 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 from vllm.platforms import current_platform
 
+from megatron_posttrain.models.shares import Box, bounds
+from megatron_posttrain.platform.scope import replaced
 from megatron_posttrain.rollout import vllm_fixes
 
 NAME = "in_process"
@@ -67,6 +72,52 @@ class InProcessTransfer(WeightTransferEngine[InProcessInit, InProcessUpdate]):
 
     def shutdown(self) -> None:
         pass  # nothing is held
+
+
+class _Taken(TorchDispatchMode):
+    """Notes what of `tensors` is copied, and copies nothing."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.names = {tensor.untyped_storage()._cdata: name for name, tensor in tensors.items()}
+        self.tensors = tensors
+        self.boxes: dict[str, Box] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.copy_.default:
+            return func(*args, **(kwargs or {}))
+        name = self.names.get(args[1].untyped_storage()._cdata)
+        if name is not None:
+            box = _box(args[1], self.tensors[name])
+            self.boxes[name] = bounds(self.boxes.get(name, box), box)
+        return args[0]
+
+
+def _box(part: Tensor, whole: Tensor) -> Box:
+    """Where a view lies in a contiguous tensor; all of it for one that is not a box."""
+    strides = whole.stride()
+    starts = [part.storage_offset() // stride % size for stride, size in zip(strides, whole.shape, strict=True)]
+    ends = [start + 1 for start in starts]
+    for size, stride in zip(part.shape, part.stride(), strict=True):
+        dims = [d for d, other in enumerate(strides) if other == stride and starts[d] + size <= whole.shape[d]]
+        if size > 1 and not dims:
+            return tuple((0, size) for size in whole.shape)
+        if size > 1:
+            ends[dims[-1]] = starts[dims[-1]] + size
+    return tuple(zip(starts, ends, strict=True))
+
+
+def taken(model: Any, tensors: dict[str, Tensor]) -> dict[str, Box]:
+    """What the engine copies out of `tensors` (on the meta device) when it loads them; nothing is loaded."""
+    initialize_layerwise_reload(model)
+    with replaced([(layerwise, "_layerwise_process", lambda layer, info: None)]), _Taken(tensors) as mode:
+        model.load_weights(iter(tensors.items()))
+    model._do_torchao_reload = model._original_do_torchao_reload
+    for module in model.modules():
+        info = get_layerwise_info(module)
+        layerwise._place_kernel_tensors(module, info)
+        info.reset()
+    return mode.boxes
 
 
 def _incomplete(model: torch.nn.Module, tied: Collection[torch.nn.Module]) -> list[str]:

@@ -1,10 +1,11 @@
 """Conversations of several turns: the engine's tokens and an environment's, one behind the other.
 
-A round generates for all conversations whose environment has answered. Those that wait for it join a later one, so
-that none holds up the others. Tokens of the model are the engine's own and are never made anew from text.
+A conversation whose environment has answered joins those that the engine runs, so that none holds up the others. Tokens
+of the model are the engine's own and are never made anew from text.
 """
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -24,10 +25,9 @@ from megatron_posttrain.errors import UserError
 from megatron_posttrain.rewards.grading import in_thread
 from megatron_posttrain.rewards.registry import last_line
 from megatron_posttrain.rewards.response import REASONING
-from megatron_posttrain.rollout.engine import RolloutEngine, Sampling
+from megatron_posttrain.rollout.engine import Completion, Request, RolloutEngine, Sampling
+from megatron_posttrain.rollout.handout import Handout
 from megatron_posttrain.rollout.text import response_text, split_response, stop_token_ids
-
-PATIENCE = 2.0  # seconds without any answer after which a round goes on without those that are missing
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Turns:
     seconds: float = math.inf
     thinking_tokens: int | None = None
     thinking_stop: str = ""
+    repetitions: int | None = None  # of the same tokens that end a turn
 
     @property
     def tools(self) -> list[dict[str, Any]]:
@@ -50,8 +51,8 @@ class Turns:
     def metrics(self) -> list[str]:
         """Names of what episodes count."""
         counted = ("turns", "tool_calls", "tool_errors", "late", "out_of_turns", "failed") if self.environment else ()
-        stopped = ["thinking_stopped"] if self.thinking_tokens else []
-        return [*stopped, *(f"environment/{name}" for name in counted)]
+        stopped = {"thinking_stopped": self.thinking_tokens, "repetition_stopped": self.repetitions}
+        return [*(name for name, limit in stopped.items() if limit), *(f"environment/{name}" for name in counted)]
 
 
 ONE_TURN = Turns()
@@ -67,12 +68,13 @@ class Episode:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # the engine's; NaN of a token that the model did not draw
     experts: list[NDArray[Any]] = field(default_factory=list)  # of the tokens that each round computed first
-    finish_reason: Literal["stop", "length"] = "stop"
+    finish_reason: Literal["stop", "length", "cut"] = "cut"  # cut: it has no end yet
     messages: list[Message] = field(default_factory=list)  # on the first rank of a replica, with an environment
     reward: float = 0.0
     failure: str = ""  # of the environment: the sample must not train
     metrics: Counter[str] = field(default_factory=Counter)
     state: Any = None
+    version: int = sys.maxsize  # of the oldest weights that drew a token of it
     begun: int = 0  # where in `token_ids` the model's present turn begins
     turn: int = 1
     rounds: int = 0
@@ -107,63 +109,89 @@ class Episode:
 def converse(
     rollout: RolloutEngine,
     tokenizer: Any,
-    prompts: Sequence[Prompt],
+    episodes: Sequence[Episode],
     sampling: Sampling,
-    seeds: Sequence[int],
     turns: Turns = ONE_TURN,
-) -> list[Episode]:
-    """Collective over a replica: a sample for each prompt and seed; `sampling.max_tokens` bounds all of its turns."""
-    episodes = [Episode(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-    rounds = _Rounds(rollout, tokenizer, sampling, turns)
-    active = list(range(len(episodes)))
-    pending: dict[int, Future[Any] | None] = {}  # a future on the first rank of the replica
-    first = dist.get_rank() % rollout.tensor == 0
-    while active or pending:
-        rounds.generate([episodes[i] for i in active])
-        stopped = [i for i in active if episodes[i].finish_reason == "stop"] if turns.environment else []
-        active = [i for i in active if episodes[i].finish_reason == "length" and rounds.stop_thinking(episodes[i])]
-        pending |= {i: rounds.ask(episodes[i]) if first else None for i in stopped}
-        if not pending:
-            continue
-        ready = _ready(pending, wait_for_one=not active) if first else {}
-        answers = rollout.share({i: rounds.answer(episodes[i], future) for i, future in ready.items()})
-        pending = {i: future for i, future in pending.items() if i not in answers}
-        active = sorted([*active, *(i for i, answer in answers.items() if rounds.go_on(episodes[i], *answer))])
-    return episodes
+    handout: Handout | None = None,
+) -> list[int]:
+    """Collective over a replica: carries `episodes` on to their ends; `sampling.max_tokens` bounds all turns of one.
+
+    Args:
+        handout: which of them are this replica's; None: an equal share, and of what is left as many as it has room for.
+
+    Returns:
+        numbers of the episodes that it has had, in their order. Some were cut off where the handout had enough.
+    """
+    handout = handout or Handout(rollout, len(episodes), 1)
+    conversations = _Conversations(rollout, tokenizer, episodes, sampling, turns, handout)
+    rollout.run(conversations.feed, conversations.take, sampling, handout.enough)
+    return sorted(conversations.own)
 
 
-def _ready(pending: dict[int, Any], *, wait_for_one: bool) -> dict[int, Any]:
-    missing = set(pending.values())
-    while missing:
-        patience = None if wait_for_one and len(missing) == len(pending) else PATIENCE
-        done, missing = wait(missing, patience, FIRST_COMPLETED)
-        if not done:
-            break
-    return {i: future for i, future in sorted(pending.items()) if future not in missing}
-
-
-@dataclass(frozen=True)
-class _Rounds:
-    """What is done with a conversation in a round."""
+@dataclass
+class _Conversations:
+    """The work of an engine: conversations that it draws the next turn of, or that wait for their environment."""
 
     rollout: RolloutEngine
     tokenizer: Any
+    episodes: Sequence[Episode]
     sampling: Sampling
     turns: Turns
+    handout: Handout
+    own: list[int] = field(default_factory=list)
+    ready: list[int] = field(default_factory=list)
+    pending: dict[int, Future[Any] | None] = field(default_factory=dict)  # a future on the first rank of the replica
 
-    def generate(self, episodes: Sequence[Episode]) -> None:
-        if not episodes:
-            return
-        most, thinking = self.sampling.max_tokens, self.turns.thinking_tokens
-        limits = [min(most - len(e.token_ids), thinking if thinking and e.thinks else most) for e in episodes]
-        uneven = {"limits": limits} if set(limits) - {most} else {}
-        asked, seeds = [e.prompt.token_ids + e.token_ids for e in episodes], [e.next_seed() for e in episodes]
-        for e, completion in zip(episodes, self.rollout.generate(asked, self.sampling, seeds, **uneven), strict=True):
-            e.token_ids += completion.token_ids
-            e.logprobs += completion.logprobs
-            e.finish_reason = completion.finish_reason
-            if completion.experts is not None:
-                e.experts.append(completion.experts[sum(map(len, e.experts)) :])
+    def feed(self, room: int, idle: bool) -> dict[int, Request]:
+        while taken := self.handout.take(room - len(self.ready)):
+            self.own += taken
+            for i in taken:
+                if self.episodes[i].finish_reason == "cut":
+                    self.ready.append(i)
+                else:  # it has ended in an earlier step, as the rest of its prompt had not
+                    self.handout.complete(i)
+        while self.pending:
+            self._hear(wait_for_one=idle and not self.ready)
+            if self.ready or not idle:
+                break
+        now, self.ready = self.ready[:room], self.ready[room:]
+        return {i: self._request(self.episodes[i]) for i in now}
+
+    def take(self, name: int, completion: Completion) -> None:
+        e = self.episodes[name]
+        e.token_ids += completion.token_ids
+        e.logprobs += completion.logprobs
+        e.version = min(e.version, self.rollout.version)
+        if completion.experts is not None:
+            e.experts.append(completion.experts[sum(map(len, e.experts)) :])
+        repeats = completion.finish_reason == "repetition"
+        e.metrics["repetition_stopped"] += repeats
+        e.finish_reason = "length" if completion.finish_reason == "repetition" else completion.finish_reason
+        if e.finish_reason == "stop" and self.turns.environment is not None:
+            self.pending[name] = self.ask(e) if dist.get_rank() % self.rollout.tensor == 0 else None
+        elif e.finish_reason == "length" and not repeats and self.stop_thinking(e):
+            self.ready.append(name)
+        elif e.finish_reason != "cut":
+            self.handout.complete(name)
+
+    def _request(self, e: Episode) -> Request:
+        left, thinking = self.sampling.max_tokens - len(e.token_ids), self.turns.thinking_tokens
+        limit = min(left, max(1, thinking - len(e.said))) if thinking and e.thinks else left
+        return Request(e.prompt.token_ids + e.token_ids, e.next_seed(), limit)
+
+    def _hear(self, *, wait_for_one: bool) -> None:
+        """What environments have answered; conversations that wait for theirs hold up no others."""
+        first = dist.get_rank() % self.rollout.tensor == 0
+        if wait_for_one and first:
+            wait(set(self.pending.values()), return_when=FIRST_COMPLETED)  # type: ignore[arg-type]
+        done = {i: future for i, future in self.pending.items() if future is not None and future.done()}
+        answers = self.rollout.share({i: self.answer(self.episodes[i], future) for i, future in sorted(done.items())})
+        for i, answer in answers.items():
+            del self.pending[i]
+            if self.go_on(self.episodes[i], *answer):
+                self.ready.append(i)
+            else:
+                self.handout.complete(i)
 
     def stop_thinking(self, e: Episode) -> bool:
         """Ends the reasoning of a turn that is at its limit; whether the turn goes on."""
@@ -241,7 +269,7 @@ def load_turns(
             f"begin reasoning; known: {', '.join(begin for begin, _ in REASONING)}"
         )
     if spec is None:
-        return Turns(thinking_tokens=limit, thinking_stop=stop)
+        return Turns(thinking_tokens=limit, thinking_stop=stop, repetitions=rollout.repetitions)
     environment = load_environment(spec, unsafe=unsafe)
     form = check_dialogue(tokenizer, environment, stop_token_ids(tokenizer))
-    return Turns(environment, form, spec.max_turns, spec.seconds, limit, stop)
+    return Turns(environment, form, spec.max_turns, spec.seconds, limit, stop, rollout.repetitions)

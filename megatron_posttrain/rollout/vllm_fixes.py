@@ -5,6 +5,7 @@ edited; the patches (`private_shared_memory`, `unbound_memory`) last only while 
 """
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,25 @@ def counted_nodes(on_node: int) -> contextlib.AbstractContextManager[None]:
         return len({rank // on_node for rank in dist.get_process_group_ranks(group)})
 
     return replaced([(parallel_state, "_node_count", count)])
+
+
+def map_experts() -> None:
+    """For engines with expert parallelism, from their start on: CPUUnquantizedExperts.apply is handed the map from the
+    model's experts to this rank's and looks no further: another rank's experts are read past the end of this one's."""
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    original = CPUUnquantizedExperts.apply
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def apply(self: Any, *, topk_ids: Any, topk_weights: Any, expert_map: Any, **others: Any) -> Any:
+        if expert_map is not None:
+            here = expert_map[topk_ids.long()].to(topk_ids.dtype)
+            topk_ids, topk_weights = here.clamp(min=0), topk_weights * (here >= 0)
+        return original(self, topk_ids=topk_ids, topk_weights=topk_weights, expert_map=None, **others)
+
+    CPUUnquantizedExperts.apply = apply
 
 
 @contextlib.contextmanager

@@ -1,10 +1,11 @@
 """Training checkpoints: megatron-core's distributed format, written beside and renamed when whole."""
 
 import contextlib
+import copy
 import json
 import pickle
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from megatron_posttrain.upstream.megatron import optimizer_can_resume, written_b
 
 # Any layout can read what any other wrote. A constant: megatron-core writes into the dict that it is given.
 SHARDING = (("distrib_optim_sharding_type", "fully_reshardable"),)
+CARRIED_FILE = "carried.pkl"
 UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError)
 
 
@@ -44,7 +46,9 @@ class Checkpoints:
         self.config, self.origin, self.best = config, origin, Best(config)
         self.beside: dict[str, Engine] = {}  # what is saved and loaded with the model, in a directory of this name
         self.weight_set: str | None = None  # so is a weight set of the model
-        self.state: dict[str, float] = {}  # and what a loop carries from step to step
+        self.state: dict[str, Any] = {}  # and what a loop carries from step to step, plain values
+        self.carried: Callable[[], bytes] | None = None  # collective: what else it carries, as rank 0 gives it
+        self.loaded: Path | None = None  # that the run goes on from
         self._writing: Writing | None = None
         self._deadline: Deadline | None = None
         self._changes: list[str] = []
@@ -87,11 +91,14 @@ class Checkpoints:
         """
         self.finish()
         partial, kept, requests = self._paths(step)[1], self.weight_set, []
+        carried = b"" if self.carried is None else self.carried()
         with self._failing_together(step):
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 for name in (*self._engines(engine), *([] if kept is None else [kept])):
                     (partial / name).mkdir(parents=True)
+                if carried:
+                    (partial / CARRIED_FILE).write_bytes(carried)
         for name, each in self._engines(engine).items():
             each.gather_weights()
             with self._failing_together(step):
@@ -100,7 +107,7 @@ class Checkpoints:
             with self._failing_together(step), engine.weights(kept):
                 requests.append(_request(engine, partial / kept, weights_only=True))
         state = {"step": step} if self.origin is None else self.origin.state(step)
-        state |= {"loop": dict(self.state), "best": self.best.state(), "skipped": engine.skipped}
+        state |= {"loop": copy.deepcopy(self.state), "best": self.best.state(), "skipped": engine.skipped}
         with self._failing_together(step), platform().megatron():
             self._writing = Writing(requests, state)
         if not self.config.asynchronous:
@@ -210,6 +217,7 @@ class Checkpoints:
             raise UserError(
                 f"{'; '.join(unreadable)}; no other checkpoint is there. checkpoint.resume=never trains anew"
             )
+        self.loaded = path
         state = {} if path is None else broadcast_object(read_state(path))
         self.best.load(state.get("best"))
         engine.skipped = state.get("skipped", 0)

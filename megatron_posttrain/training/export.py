@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_posttrain.checkpoint.hf import directory_writer, model_directory
 from megatron_posttrain.checkpoint.hf_files import custom_code
@@ -17,13 +16,6 @@ from megatron_posttrain.training.checkpoints import Checkpoints
 from megatron_posttrain.training.disk import agree, cause
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.record import Record
-
-
-def full_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """Collective: every Hugging Face tensor, whole, in one order on every rank; a bucket in memory at a time."""
-    engine.gather_weights()
-    with platform().megatron():
-        yield from engine.exporter.hf_tensors()
 
 
 def export(engine: Engine, source: Path, directory: Path, tokenizer: str | None = None) -> None:
@@ -48,7 +40,7 @@ def export(engine: Engine, source: Path, directory: Path, tokenizer: str | None 
             writer.begin()
     try:
         with _failing_together(directory), platform().megatron():
-            tensors = exporter.hf_tensors(of_stage=True)
+            tensors = exporter.tensors(of_stage=True)
             try:
                 if writer is not None:
                     writer.open(here)

@@ -73,6 +73,7 @@ def rollout_problems(config: GrpoConfig, arch: Architecture | None, device: str)
             arch,
             device,
             tensor=rollout.tensor,
+            expert=rollout.expert,
             length=config.data.sequence_length,
             cache_bytes=None if cache is None else int(cache * 2**30),
             dtype_bytes=4 if precision == "fp32" else 2,

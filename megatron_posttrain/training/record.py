@@ -87,8 +87,8 @@ class Record:
     def _line(self, step: int, metrics: dict[str, float]) -> str:
         done = step - self._first_step
         left = (time.perf_counter() - self._started) / max(1, done) * (self.total_steps - step)
-        names = {"reward": ".3f", "loss": ".4f", "validation_loss": ".4f", "grad_norm": ".3f"}
-        names |= {"response_length": ".1f", "truncated_fraction": ".0%"}
+        names = {"reward": ".3f", "loss": ".4f", "validation_loss": ".4f", "validation_accuracy": ".3f"}
+        names |= {"grad_norm": ".3f", "response_length": ".1f", "truncated_fraction": ".0%"}
         shown = [f"{n.replace('_', ' ')} {metrics[n]:{f}}" for n, f in names.items() if n in metrics]
         if "learning_rate" in metrics:
             shown.append(f"lr {metrics['learning_rate']:.2e}")

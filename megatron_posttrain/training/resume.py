@@ -25,7 +25,7 @@ WRITTEN_BY_ANYONE = ("transformers_version", "_name_or_path", "torch_dtype", "dt
 WITHOUT_EFFECT = (
     "output", "parallel", "checkpoint", "logging", "training.micro_batch_size", "model.implementation",
     "model.recompute", "data.validation", "rollout.tensor", "rollout.kv_cache_gib", "rollout.gpu_memory_fraction",
-    "rollout.offload", "rollout.proof_tolerance", "rollout.validation_samples",
+    "rollout.offload", "rollout.proof_tolerance", "rollout.max_num_seqs", "rollout.validation_samples",
     # Fingerprints tell whether other names are other weights and rows.
     "model.path", "model.tokenizer", "data.train", "data.columns", "data.cache",
 )  # fmt: skip
@@ -34,6 +34,7 @@ FROM_NOW_ON = (
     "optimizer", "algorithm", "critic.lr", "critic.warmup_steps", "rewards", "model.moe",
     "training.steps", "training.epochs", "training.validate_every", "training.patience", "training.skip_not_finite",
     "rollout.samples_per_prompt", "rollout.max_tokens", "rollout.temperature", "rollout.quantization",
+    "rollout.repetitions", "rollout.ahead", "curriculum",
 )  # fmt: skip
 IN_RL = ("training.global_batch_size",)  # there it cuts a step's samples into updates, and moves no row
 

@@ -28,7 +28,7 @@ def routing(engine: Engine, action: Action) -> Iterator[None]:
     routers = [router for module in engine.modules for router in _routers(module)]
     for router in routers:
         router.router_replay = RouterReplay()
-    engine.around = _record if action == "record" else _Replay(engine)
+    engine.around = _Routing(engine, action)
     try:
         yield
     finally:
@@ -44,20 +44,9 @@ def _routers(module: torch.nn.Module) -> list[Any]:
     return [part for part in module.modules() if isinstance(part, TopKRouter)]
 
 
-@contextmanager
-def _record(model: torch.nn.Module, batch: PackedBatch, mine: Tensor) -> Iterator[None]:
-    from megatron.core.transformer.moe.router_replay import RouterReplayAction
-
-    routers = _routers(model)
-    for router in routers:
-        router.router_replay.set_router_replay_action(RouterReplayAction.RECORD)
-    yield
-    for router in routers:
-        batch.routes[router.layer_number] = router.router_replay.get_recorded_indices()
-
-
-class _Replay:
-    def __init__(self, engine: Engine) -> None:
+class _Routing:
+    def __init__(self, engine: Engine, action: Action) -> None:
+        self.records = action == "record"
         self.parts = engine.groups.layout.sequence_split
         self.part = engine.groups.tensor.rank() % self.parts
         self.recomputes = engine.model_config.recompute_granularity == "full"
@@ -68,11 +57,15 @@ class _Replay:
 
         replays = [(router, router.router_replay) for router in _routers(model)]
         for router, replay in replays:
-            replay.set_target_indices(self._chosen(router, batch, mine))
-            replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+            if not self.records:
+                replay.set_target_indices(self._chosen(router, batch, mine))
+            action = RouterReplayAction.RECORD if self.records else RouterReplayAction.REPLAY_FORWARD
+            replay.set_router_replay_action(action)
         yield
-        for _, replay in replays:
-            if self.recomputes and torch.is_grad_enabled():
+        for router, replay in replays:
+            if self.records:
+                batch.routes[router.layer_number] = replay.get_recorded_indices()
+            elif self.recomputes and torch.is_grad_enabled():
                 # A call outside of this scope is backward's, which takes micro-batches in the order of forward
                 replay.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
             else:
