@@ -21,7 +21,7 @@ status=0
 evaluated=("$output"/evaluate*/)
 [ ! -d "${evaluated[0]}" ] || .venv/bin/python -m megatron_posttrain evaluate --leaderboard "${evaluated[@]%/}"
 .venv/bin/python -m megatron_posttrain report "$output"
-printf '%s: status %d after %d min %d s; CPU time, user and system: ' "$name" "$status" $(((SECONDS - started) / 60)) \
+printf '%s: status %d after %d min %d s; CPU time, user and system, of this shell and of all else:\n' "$name" "$status" $(((SECONDS - started) / 60)) \
     $(((SECONDS - started) % 60))
-times | tail -n 1
+times
 exit "$status"

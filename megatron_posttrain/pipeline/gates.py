@@ -9,6 +9,7 @@ from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.pipeline.graph import Gate, Pipeline, Stage
 from megatron_posttrain.report.collect import EVALUATION, METRICS, json_lines, read_json
 
+ROUNDING = 1e-9  # 0.7466... - 0.1 is more than 0.6466...
 NO_FIGURES = ("result.json", "environment.json")
 
 
@@ -39,7 +40,8 @@ def _check(pipeline: Pipeline, stage: Stage, gate: Gate, words: str, bound: floa
     if isinstance(bound, str):
         other = _figure(pipeline.stages[bound], gate)
         text, bound = f" ({bound} has {other:.4g}, margin {gate.margin:g})", other - sign * gate.margin
-    return {"text": f"{gate.metric} {value:.4g}, {words} {bound:.4g}{text}", "passed": sign * value >= sign * bound}
+    passed = sign * (value - bound) >= -ROUNDING
+    return {"text": f"{gate.metric} {value:.4g}, {words} {bound:.4g}{text}", "passed": passed}
 
 
 def _figure(stage: Stage, gate: Gate) -> float:

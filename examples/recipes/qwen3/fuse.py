@@ -3,8 +3,8 @@
     python examples/recipes/qwen3/fuse.py SAMPLES.jsonl OUT_DIR --seed 0
 
 SAMPLES.jsonl is what `sample --keep correct` left as sft.jsonl. OUT_DIR/rows.jsonl gets of each: the response as it is,
-with /think or without a flag; the same question with /no_think and the answer after an empty block; and of a third, a
-conversation of two turns, whose last flag says what its last turn does. Train it with data.train_on=last-assistant.
+with /think or without a flag; the question with /no_think and the answer after an empty block; a conversation of two
+turns, whose last flag says what its last turn does. Train it with data.train_on=last-assistant.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ def main() -> None:
     for row in rows:
         made.append({"messages": turn(row, rng.choice(("", "/think")), True, args.empty)})
         made.append({"messages": turn(row, "/no_think", False, args.empty)})
-        if rng.random() < 1 / 3:
-            made.append(conversation([rng.choice(rows), row], rng, args.empty))
+        made.append(conversation([rng.choice(rows), row], rng, args.empty))
     rng.shuffle(made)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
