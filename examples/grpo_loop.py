@@ -14,13 +14,13 @@ import megatron_posttrain.rollout  # noqa: F401 - before torch: it sets what vLL
 # isort: split
 import torch
 
-from megatron_posttrain.algorithms.policy import make_rollout_engine, receive_samples, refit
+from megatron_posttrain.algorithms.policy import receive_samples
+from megatron_posttrain.algorithms.refit import Refits
 from megatron_posttrain.config.algorithms import GrpoConfig
 from megatron_posttrain.config.load import load_config
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.data.rows import read_rows
 from megatron_posttrain.rewards.registry import load_rewards
-from megatron_posttrain.rollout.refit import Refit
 from megatron_posttrain.rollout.samples import collect_samples
 from megatron_posttrain.training.heads import LabelLogprobs, Output
 from megatron_posttrain.training.limits import prompts_of
@@ -45,21 +45,20 @@ def main(file: str, *overrides: str) -> int:
     head = LabelLogprobs(config.rollout.temperature)
     with Run(prepared, prompts) as run:
         engine = run.model()
-        rollout = run.closing(make_rollout_engine(config, prepared))
-        refits = Refit(rollout, engine.exporter)
+        refits = Refits(config, run, engine)
         for step in run.steps():
             with step.phase("refit"):
-                refit(engine, refits, version=step.index)
+                figures = refits.update(config, prompts.prompts, step.index)
             with step.phase("rollout"):
                 batch = prompts.batch(step.index, config.rollout.prompts_per_step)
-                samples = collect_samples(rollout, prepared.tokenizer, batch, rewards, config, step.index)
-                rollout.sleep()
+                samples = collect_samples(refits.rollout, prepared.tokenizer, batch, rewards, config, step.index)
+                refits.rollout.sleep()
             with step.phase("train"):
                 groups = torch.tensor(samples.rewards).view(-1, config.rollout.samples_per_prompt)
                 samples.advantages = (groups - groups.mean(1, keepdim=True)).flatten()
                 for batches in receive_samples(samples, engine, config):  # one a `training.global_batch_size`
                     result = engine.train_step(batches, loss, per_token, step.learning_rate, head)
-            step.log(result.figures(), samples.metrics())
+            step.log(result.figures(), samples.metrics(), figures)
     return run.status
 
 

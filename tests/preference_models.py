@@ -16,10 +16,10 @@ from tests.models import EXPERTS, SIZES
 WORDS = ["seven", "a green tree", "no", "it is late", "12", "the sum of two numbers", "yes, and why not?"]
 
 
-def make_model(directory: Path, tokenizer: Path, vocabulary: int, layers: int, hidden: int) -> Path:
+def make_model(directory: Path, tokenizer: Path, vocabulary: int, layers: int, hidden: int, head: int = 16) -> Path:
     """With experts, random norms, and the tokenizer of another directory."""
     torch.manual_seed(layers)
-    sizes = SIZES | {"vocab_size": vocabulary, "num_hidden_layers": layers, "hidden_size": hidden, "head_dim": 16}
+    sizes = SIZES | {"vocab_size": vocabulary, "num_hidden_layers": layers, "hidden_size": hidden, "head_dim": head}
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **EXPERTS | {"num_experts": 4}, tie_word_embeddings=False))
     for parameter in model.parameters():
         if parameter.dim() == 1:

@@ -198,8 +198,11 @@ def check_sampling(directory: Path, rank: int) -> dict[str, Any]:
     others = engine.generate(said, sampling, list(range(10, 20)))
     stop = completions[0].token_ids[3]
     stopped = engine.generate(said[:1], dataclasses.replace(sampling, n=1, stop_token_ids=(stop,)), [0])[0]
-    loop = dataclasses.replace(sampling, n=1, max_tokens=100, temperature=0.0, repetitions=3)
-    repeated = [engine.generate([prompt], loop, [0])[0] for prompt in said]
+    loop = dataclasses.replace(sampling, n=1, temperature=0.0, repetitions=3)
+    repeated = [
+        engine.generate([prompt], dataclasses.replace(loop, max_tokens=engine.max_model_len - len(prompt)), [0])[0]
+        for prompt in said
+    ]
     rows = [Row([{"role": "user", "content": f"{i} + {i}"}], str(2 * i), source=f"x:{i}") for i in range(5)]
     questions = PromptDataset(rows, tokenizer, 100).prompts
     length = Reward("length", 1.0, lambda sample: float(len(sample.response) % 2))

@@ -23,6 +23,7 @@ from megatron_posttrain.checkpoint.hf import check_directory
 from megatron_posttrain.checkpoint.hf_files import HfReader
 from megatron_posttrain.checkpoint.lora import read_adapter, write_adapter
 from megatron_posttrain.checkpoint.stream import StreamOptions
+from megatron_posttrain.config.schema import LoraConfig
 from megatron_posttrain.errors import UserError
 from tests.family_checks import assert_same_tensors, saved_tensors, tiny_model
 from tests.family_configs import SIZES, tiny_configs
@@ -294,7 +295,7 @@ def test_adapter_written_for_peft(tmp_path: Path) -> None:
     heads = SIZES["num_attention_heads"] * 16
     module = "model.layers.2.self_attn.q_proj"
     a, b = torch.randn(3, SIZES["hidden_size"]), torch.randn(heads, 3)
-    write_adapter(tmp_path / "adapter", [(module, a, b)], rank=3, alpha=6.0)
+    write_adapter(tmp_path / "adapter", [(module, a, b, None)], LoraConfig(rank=3, alpha=6.0))
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
     weight = base.state_dict()[f"{module}.weight"].clone()
     merged = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
@@ -303,7 +304,7 @@ def test_adapter_written_for_peft(tmp_path: Path) -> None:
     assert torch.equal(found.merge(module, weight), merged.state_dict()[f"{module}.weight"])
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-    with pytest.raises(UserError, match="use_dora is True; supported: False"):
+    with pytest.raises(UserError, match="q_proj' has A, B only; its adapter has A, B, M"):
         read_adapter(tmp_path / "adapter")
 
 

@@ -62,7 +62,9 @@ def test_examples_pass_on_the_cluster_they_are_for(
     monkeypatch.chdir(ROOT)
     small = "quickstart" in example.parts  # four processes, and a model of two layers that is made when it is run
     cluster = "4xH100" if small else "16xH100" if "two nodes" in example.read_text() else "8xH100"
-    model = [] if small else ["--model", "Qwen3-30B-A3B" if "30b" in example.name else "Qwen3-8B"]
+    shapes = {"30b": "Qwen3-30B-A3B", "32b": "Qwen3-32B"}
+    name = next((shapes[size] for size in shapes if size in example.name), "Qwen3-8B")
+    model = [] if small else ["--model", name]
     status, found = doctor(capsys, "--config", str(example), "--assume", cluster, *model)
     assert status == 0, [f for f in found.values() if f["status"] == "fail"]
     assert found["layout"]["status"] == "ok"

@@ -35,13 +35,17 @@ def job(kind: str, layout: dict[str, Any], **options: Any) -> Job:
     return {"model": kind, "layout": layout, "lora": LORA, "steps": STEPS} | options
 
 
+DORA = {"lora": LORA | {"use_dora": True}}
+NAMED = {"lora": LORA | {"targets": ["q_proj", "gate", "lm_head"]}}
 RECOMPUTED = {"model_options": {"recompute": "full"}}
+OPTIONS = [("dense", DORA), ("moe", NAMED)]
 # By processes; the first of a kind and a world of one is what the others are compared with
 JOBS: dict[int, list[Job]] = {
     1: [
         *(job(kind, {}, steps=steps) for kind in ("dense", "moe", "fused") for steps in (0, STEPS)),
         job("moe", {}, grouped=True),
         job("dense", {}, **RECOMPUTED),
+        *(job(kind, {}, steps=steps, **more) for kind, more in OPTIONS for steps in (0, STEPS)),
     ],
     2: [
         *(job("dense", layout) for layout in DENSE),
@@ -49,6 +53,7 @@ JOBS: dict[int, list[Job]] = {
         job("moe", {"tensor": 2, "expert_tensor": 2}),
         job("fused", {"tensor": 2, "expert_tensor": 2, "sequence": True}),
         job("dense", {"tensor": 2}, **RECOMPUTED),
+        *(job(kind, {"tensor": 2}, **more) for kind, more in OPTIONS),
     ],
     4: [
         job("dense", {"tensor": 2, "pipeline": 2}),
@@ -59,10 +64,15 @@ JOBS: dict[int, list[Job]] = {
 }
 
 
+MODEL_OF = {"dora": "dense", "named": "moe"}
+
+
 def name(processes: int, job: Job) -> str:
     extra = [key for key in ("grouped", "model_options", "transformer_engine") if job.get(key)]
     parts = [f"{key}{size}" for key, size in job["layout"].items()]
-    return "-".join([job["model"], str(processes), *parts, *extra, *(["start"] if not job["steps"] else [])])
+    options = (kind for kind, key in (("dora", "use_dora"), ("named", "targets")) if key in job["lora"])
+    kind = next(options, job["model"])
+    return "-".join([kind, str(processes), *parts, *extra, *(["start"] if not job["steps"] else [])])
 
 
 def fuse(source: str, directory: Path) -> str:
@@ -122,9 +132,11 @@ def adapter(fact: Any) -> dict[str, Tensor]:
     return load_file(fact["out"] / "adapter" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["dense", "fused"])
+@pytest.mark.parametrize("kind", ["dense", "fused", "dora", "named"])
 def test_trains_what_peft_trains(kind: str, models: dict[str, str], facts: Any) -> None:
-    losses, norms = reference.train(models[kind], facts[f"{kind}-1-start"]["out"] / "adapter", STEPS)
+    losses, norms = reference.train(
+        models[MODEL_OF.get(kind, kind)], facts[f"{kind}-1-start"]["out"] / "adapter", STEPS
+    )
     torch.testing.assert_close(torch.tensor(facts[f"{kind}-1"]["losses"]), torch.tensor(losses), rtol=1e-4, atol=0)
     torch.testing.assert_close(torch.tensor(facts[f"{kind}-1"]["grad_norms"]), torch.tensor(norms), rtol=1e-4, atol=0)
 
@@ -144,12 +156,17 @@ def test_every_layout_trains_what_one_process_trains(case: str, facts: Any) -> N
         torch.testing.assert_close(mine[key], value, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("case", [f"{kind}-1" for kind in ("dense", "moe", "fused")])
-def test_files_hold_the_trained_model(case: str, models: dict[str, str], facts: Any) -> None:
-    found, base = facts[case], models[case.split("-")[0]]
+@pytest.mark.parametrize("kind", ["dense", "moe", "fused", "dora", "named"])
+def test_files_hold_the_trained_model(kind: str, models: dict[str, str], facts: Any, tmp_path: Path) -> None:
+    found, base = facts[f"{kind}-1"], models[MODEL_OF.get(kind, kind)]
     merged = AutoModelForCausalLM.from_pretrained(found["out"] / "hf", dtype=torch.float32)
     assert difference(found["trained"], reference.logprobs(merged)) < 2e-5
     assert difference(found["trained"], reference.logprobs(reference.load(base, found["out"] / "adapter"))) < 2e-5
+    if kind in MODEL_OF:  # of the others elsewhere
+        options = ConvertOptions(adapter=found["out"] / "adapter")
+        plan_merge(Path(base), options).run(tmp_path / "merged", StreamOptions(quiet=True))
+        ours = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+        assert difference(found["trained"], reference.logprobs(ours)) < 2e-5
 
 
 @pytest.mark.parametrize("case", [name(n, j) for n, jobs in JOBS.items() for j in jobs])

@@ -368,3 +368,27 @@ def test_a_teacher_belongs_to_distill(capsys: pytest.CaptureFixture[str]) -> Non
     status, out, _ = command(capsys, "--model", "qwen3-8b", *USUAL, "--task", "distill", "--teacher", "qwen3-32b")
     assert status == 0
     assert "teacher: {path: Qwen/Qwen3-32B}" in out or "path: Qwen/Qwen3-32B" in out
+
+
+def test_a_base_in_nf4_is_a_quarter_and_adapters_go_with_preferences_and_teachers(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arch, gpu, layout = KNOWN_MODELS["Qwen3-32B"], GPUS["H100"], parse_layout("tensor=2", 8)
+    plain, nf4 = (
+        estimate(arch, layout, 1, "none", Workload("lora", 2048, 64, quantization=name), gpu).memory_gib
+        for name in (None, "nf4")
+    )
+    linears = 64 * (5120 * (64 + 2 * 8) * 128 + 64 * 128 * 5120 + 3 * 5120 * 25600) / 2  # of one of two tensor ranks
+    bytes_each = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+    assert plain["weights"] - nf4["weights"] == pytest.approx(linears * (2 - bytes_each) / 2**30)
+    assert nf4["dequantised"] == pytest.approx(linears / 64 * 2 / 2**30)  # a layer of 64
+    pairs = estimate(arch, layout, 1, "none", Workload("dpo", 2048, 64, lora_rank=16), gpu).memory_gib
+    assert pairs["optimizer"] == plain["optimizer"]
+    usual = ["--model", "qwen3-32b", "--gpu", "H100", "--gpus", "8", "--sequence-length", "2048"]
+    for extra, code, said in (
+        (["--task", "sft", "--quantization", "nf4"], 2, "are for lora, and with --lora-rank for dpo and distill"),
+        (["--task", "dpo", "--lora-rank", "16", "--quantization", "nf4"], 0, "quantization: nf4"),
+    ):
+        status, out, error = command(capsys, *usual, "--global-batch-size", "64", *extra)
+        assert status == code
+        assert said in out + error

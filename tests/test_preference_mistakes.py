@@ -96,7 +96,11 @@ def test_a_teacher_has_the_students_tokenizer(place: Path) -> None:
     given["teacher"]["path"] = str(place / "student")
     for algorithm, message in (
         ({"divergence": "jsd", "beta": 1.0}, "makes jsd zero"),
-        ({"student_fraction": 0.5}, "allowed: 0"),
+        (
+            {"estimator": "policy_gradient"},
+            "student_fraction=0.0: estimator=policy_gradient needs student_fraction=1.0",
+        ),
+        ({"student_fraction": 0.5}, "sequence_length=96 leaves no room for a prompt beside rollout.max_tokens=1024"),
     ):
         with pytest.raises(UserError, match=message):
             distill(DistillConfig.model_validate(given | {"algorithm": algorithm}))

@@ -1,35 +1,36 @@
 """Distillation: a student learns a teacher's distribution of every token, over the whole vocabulary or its likeliest
-tokens, on the rows of a dataset.
-
-The teacher is a frozen model in the student's layout, of any size. Of a step it leaves its last hidden states, hidden
-size x 2 bytes a token in bf16; its logits are made one micro-batch at a time, when the student's are there.
+tokens, on the rows of a dataset and on answers that it samples itself (on-policy, arXiv 2306.13649).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_posttrain.algorithms.refit import Refits, token_budget
 from megatron_posttrain.algorithms.sft import read_dataset
-from megatron_posttrain.config.algorithms import DistillAlgorithm, DistillConfig
+from megatron_posttrain.algorithms.teacher import DivergenceHead, Teacher
+from megatron_posttrain.config.algorithms import DistillConfig
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.data.batch import Sequence as TokenSequence
-from megatron_posttrain.data.dataset import TokenizedDataset
+from megatron_posttrain.data.dataset import Prompt, TokenizedDataset
 from megatron_posttrain.data.tokenize import Conversation, load_tokenizer
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.models.sharded import unwrap
 from megatron_posttrain.platform import platform
-from megatron_posttrain.training.batches import rank_micro_batches, rank_token_batches
-from megatron_posttrain.training.divergence import divergence, top_k_divergence
+from megatron_posttrain.rollout.engine import Sampling
+from megatron_posttrain.rollout.samples import Samples, generate_samples, save_samples
+from megatron_posttrain.training.batches import pack_share, rank_micro_batches, rank_token_batches, token_shares
 from megatron_posttrain.training.engine import Engine
-from megatron_posttrain.training.heads import OfLabels, Output, Rows, TopK
+from megatron_posttrain.training.heads import Output
+from megatron_posttrain.training.limits import rollout_problems
 from megatron_posttrain.training.prepare import Prepared, check_beside, prepare
-from megatron_posttrain.training.run import Run
+from megatron_posttrain.training.run import Run, Step
 from megatron_posttrain.training.totals import Mean, per_token
 
 
@@ -39,24 +40,29 @@ def distill(config: DistillConfig) -> int:
     teacher_arch = check_teacher(config, prepared)
     dataset = read_dataset(config, prepared)
     validation = read_dataset(config, prepared, held_out=True) if config.data.validation else None
+    if config.samples:
+        check_sampling(config, prepared, dataset)
     with Run(prepared, dataset) as run:
         engine = run.model()
-        own = config.model.model_copy(update={"path": config.teacher.path, "random_init": False})
-        teacher = Teacher(Engine(teacher_arch, run.groups, own, config.precision), engine, config.algorithm)
+        teacher = Teacher(teacher_arch, engine, config)
+        student = Student(run, Refits(config, run, engine)) if config.samples else None
+        loss, head = divergence_loss, DivergenceHead(teacher)
+        if config.algorithm.estimator == "policy_gradient":
+            loss, head = reverse_kl_loss, teacher.label_head  # type: ignore[assignment]
         for step in run.steps():
             with step.phase("data"):
-                batch = dataset.batch(step.index, config.training.global_batch_size)
-                micro_batches = rank_micro_batches(numbered(batch), run.groups, config.training.micro_batch_size)
+                batch = numbered(dataset.batch(step.index, config.training.global_batch_size))
+            figures: dict[str, float | Mean] = {}
+            if student is None:
+                micro_batches = rank_micro_batches(batch, run.groups, config.training.micro_batch_size)
+            else:
+                micro_batches, figures = student.answer(step, [c for row in batch for c in row])
             with step.phase("teacher"):
-                teacher.look_at(micro_batches)
+                teacher.look_at(micro_batches) if loss is divergence_loss else teacher.label_logprobs(micro_batches)
             with step.phase("train"):
-                result = engine.train_step(
-                    micro_batches, divergence_loss, per_token, step.learning_rate, DivergenceHead(teacher)
-                )
-            figures: dict[str, float | Mean] = {
-                "tokens": sum(len(c.token_ids) for row in batch for c in row),
-                "loss_tokens": result.totals.tokens,
-            }
+                result = engine.train_step(micro_batches, loss, per_token, step.learning_rate, head)
+            figures = {"tokens": sum(len(c.token_ids) for row in batch for c in row)} | figures
+            figures["loss_tokens"] = result.totals.tokens
             if validation is not None and step.validates:
                 with step.phase("validation", apart=True):
                     figures["validation_loss"] = validation_divergence(engine, teacher, validation)
@@ -86,6 +92,19 @@ def check_tokenizers(path: Path, teachers: Any, students: Any) -> None:
         )
 
 
+def check_sampling(config: DistillConfig, prepared: Prepared, dataset: TokenizedDataset) -> None:
+    """Raises UserError where vLLM cannot run the student, or no conversation leaves room for an answer of it."""
+    if wrong := list(rollout_problems(config, prepared.arch, platform().name)):
+        raise UserError("; ".join(wrong))
+    shortest = min(int(source.first.min()) for source in dataset.sources)
+    longest, length = config.rollout.at(None).max_tokens, config.data.sequence_length
+    if shortest + longest > length:
+        raise UserError(
+            f"rollout.max_tokens={longest} leaves no room in data.sequence_length={length} for any prompt; the "
+            f"shortest has {shortest} tokens"
+        )
+
+
 def numbered(rows: Sequence[Sequence[Conversation]]) -> list[list[TokenSequence]]:
     """Every conversation of a step with a number of its own, by which its micro-batch is known."""
     found, count = [], 0
@@ -95,106 +114,81 @@ def numbered(rows: Sequence[Sequence[Conversation]]) -> list[list[TokenSequence]
     return found
 
 
-class Teacher:
-    """What a frozen model thinks of micro-batches that are looked at before the student trains on them.
+@dataclass
+class Student:
+    """Answers the last turns of a share of a step's conversations."""
 
-    Args:
-        student: whose columns of the vocabulary this rank has. Where the vocabularies differ in size (padding: the
-            tokenizer is one) only columns that both have count.
-    """
+    run: Run
+    refits: Refits
 
-    def __init__(self, engine: Engine, student: Engine, algorithm: DistillAlgorithm) -> None:
-        self.engine, self.algorithm = engine, algorithm
-        self.vocab_size = min(engine.arch.vocab_size, student.arch.vocab_size)
-        self._kept: dict[tuple[int, ...], Output] = {}
-        self._hidden = torch.empty(0)
-        if engine.groups.last_stage and algorithm.top_k is None:
-            columns = _output_weight(student).shape[0]
-            self._weight = _columns(_output_weight(engine), columns, engine.groups.tensor)
-            model: Any = unwrap(engine.modules[-1])
-            model.output_layer.register_forward_hook(self._remember)
+    def answer(self, step: Step, rows: list[TokenSequence]) -> tuple[list[PackedBatch], dict[str, float | Mean]]:
+        """Collective: this rank's micro-batches of the step's conversations, and what is logged."""
+        config = self.run.config.at(step.index)
+        assert isinstance(config, DistillConfig)
+        prompts = asked(rows, config, step.index)
+        if not prompts:
+            return self._share(rows, None, config), {"sampled_fraction": 0.0}
+        with step.phase("refit"):
+            moved = self.refits.update(config, prompts, step.index)
+        with step.phase("rollout"):
+            sampling = Sampling(1, config.rollout.max_tokens, config.rollout.temperature)
+            seeds = np.random.SeedSequence([config.training.seed, step.index]).generate_state(len(prompts), np.uint32)
+            rollout, tokenizer = self.refits.rollout, self.run.prepared.tokenizer
+            samples = generate_samples(rollout, tokenizer, prompts, [], sampling, (seeds >> 1).tolist())
+            rollout.sleep()
+        samples.advantages = torch.zeros(len(prompts))
+        micro_batches = self._share(rows, samples, config)
+        save_samples(self.run.directory / "rollouts" / f"step_{step.number:06d}.jsonl", samples)
+        figures = samples.metrics() | moved
+        names = ("response_length", "truncated_fraction", *moved)
+        told: dict[str, float | Mean] = {name: figures[name] for name in names}
+        answered = {p.index for p in prompts}
+        kept = sum(len(row.token_ids) for row in rows if row.index not in answered)
+        return micro_batches, told | {"sampled_fraction": len(prompts) / len(rows), "tokens": kept + samples.tokens}
 
-    def _remember(self, module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-        self._hidden = inputs[0][:, 0]
-
-    def look_at(self, micro_batches: Sequence[PackedBatch]) -> None:
-        """Collective: of these micro-batches, and no longer of those before."""
-        self._kept = {}
-        if self.algorithm.top_k is None:
-            self.engine.forward(micro_batches, _Looking(self))
-            return
-        head = _Likeliest(self.algorithm.top_k, self.algorithm.temperature, self.vocab_size)
-        for batch, output in zip(micro_batches, self.engine.forward(micro_batches, head), strict=True):
-            self._kept[tuple(batch.sequence_ids)] = output
-
-    def keep_hidden(self, batch: PackedBatch) -> None:
-        self._kept[tuple(batch.sequence_ids)] = {"hidden": self._hidden}
-
-    def divergence(self, logits: Tensor, rows: Rows) -> Tensor:
-        """[n] of the student's logits from the teacher's, at the same tokens."""
-        a, kept = self.algorithm, self._kept[tuple(rows.batch.sequence_ids)]
-        options: dict[str, Any] = {"temperature": a.temperature, "vocab_size": self.vocab_size, "group": rows.tensor}
-        if a.top_k is None:
-            theirs = torch.nn.functional.linear(kept["hidden"], self._weight)
-            return divergence(logits, theirs, a.divergence, beta=a.beta, **options)
-        at = torch.as_tensor(rows.index).to(logits.device)
-        tokens, logprobs = kept["tokens"][at].long(), kept["logprobs"][at]
-        return top_k_divergence(logits, tokens, logprobs, a.divergence, beta=a.beta, **options)
-
-
-def _output_weight(engine: Engine) -> Tensor:
-    """[columns of this tensor rank, hidden] of the last stage, tied or not."""
-    model: Any = unwrap(engine.modules[-1])
-    return model.shared_embedding_or_output_weight() if engine.arch.tied_embeddings else model.output_layer.weight
+    def _share(self, rows: list[TokenSequence], samples: Samples | None, config: DistillConfig) -> list[PackedBatch]:
+        """Collective: micro-batches of at most a token budget: answers have other lengths than the rows had."""
+        groups, arch = self.refits.engine.groups, self.refits.engine.arch
+        lengths = [len(row.token_ids) for row in rows]
+        place: dict[int, int] = {}
+        if samples is not None:
+            place = {prompt.index: number for number, prompt in enumerate(samples.prompts)}
+            lengths = [samples.total_lengths[place[i]] if i in place else n for i, n in enumerate(lengths)]
+        shares = token_shares(lengths, groups.layout, arch, token_budget(config))
+        mine = shares[groups.data.rank()]
+        sequences = dict(enumerate(rows))
+        if samples is not None:
+            wanted = [[place[i] for batch in share for i in batch if i in place] for share in shares]
+            received = samples.receive(wanted, groups.data.rank())
+            for i in (i for batch in mine for i in batch if i in place):
+                sequences[i] = replace(received(place[i]), index=i, extras={})
+        return pack_share(mine, sequences.__getitem__, groups.layout)
 
 
-def _columns(weight: Tensor, columns: int, group: dist.ProcessGroup) -> Tensor:
-    """The teacher's rows of the columns that this rank has of the student's vocabulary; zeros where it has none."""
-    if len(weight) == columns or group.size() == 1:
-        whole, first = weight.detach(), 0
-    else:
-        parts = [torch.empty_like(weight) for _ in range(group.size())]
-        dist.all_gather(parts, weight.detach().contiguous(), group=group)
-        whole, first = torch.cat(parts), group.rank() * columns
-    mine = whole[first : first + columns]
-    return torch.cat([mine, mine.new_zeros(columns - len(mine), mine.shape[1])]) if len(mine) < columns else mine
-
-
-@dataclass(frozen=True)
-class _Looking(OfLabels):
-    """Head of the teacher: keeps hidden states where they are."""
-
-    teacher: Teacher
-    widths: ClassVar[Mapping[str, int]] = {"seen": 0}
-
-    def __call__(self, logits: Tensor, rows: Rows) -> Output:
-        self.teacher.keep_hidden(rows.batch)
-        return {"seen": logits.new_zeros(len(logits), dtype=torch.float32)}
-
-
-@dataclass(frozen=True)
-class _Likeliest(TopK):
-    """Head of the teacher: its likeliest tokens among those that the student has, too."""
-
-    vocab_size: int = 0
-
-    def __call__(self, logits: Tensor, rows: Rows) -> Output:
-        return super().__call__(logits, replace(rows, vocab_size=self.vocab_size))
-
-
-@dataclass(frozen=True)
-class DivergenceHead(OfLabels):
-    """Head of the student: `divergence` of every token whose label counts, nats."""
-
-    teacher: Teacher
-    widths: ClassVar[Mapping[str, int]] = {"divergence": 0}
-
-    def __call__(self, logits: Tensor, rows: Rows) -> Output:
-        return {"divergence": self.teacher.divergence(logits, rows)}
+def asked(rows: Sequence[TokenSequence], config: DistillConfig, step: int) -> list[Prompt]:
+    """What comes before the last turn that counts, of `student_fraction` of the conversations, drawn by seed and step
+    among those in which it leaves room for an answer."""
+    room = config.data.sequence_length - config.rollout.max_tokens
+    found: list[Prompt] = []
+    for i in np.random.default_rng([config.training.seed, step]).permutation(len(rows)).tolist():
+        counted = np.flatnonzero(rows[i].loss_mask)
+        begin = int(counted[np.flatnonzero(np.diff(counted, prepend=-2) > 1)[-1]]) if len(counted) else 0
+        if 0 < begin <= room and len(found) < round(config.algorithm.student_fraction * len(rows)):
+            found.append(Prompt(i, rows[i].token_ids[:begin].tolist(), None, {}, []))
+    return sorted(found, key=lambda prompt: prompt.index)
 
 
 def divergence_loss(output: Output, batch: PackedBatch) -> tuple[Tensor, dict[str, Mean]]:
     return output["divergence"] * batch.loss_mask, {}
+
+
+def reverse_kl_loss(output: Output, batch: PackedBatch) -> tuple[Tensor, dict[str, Mean]]:
+    """Of tokens that the student drew: log q - log p, whose mean is KL(student || teacher), and whose gradient is that
+    of a policy with the advantage log p - log q of every token (arXiv 2306.08543, eq. 2, without the tokens after
+    it)."""
+    logprobs = output["logprobs"]
+    difference = (logprobs - batch.extras["teacher_logprobs"]).detach()
+    return difference * (1 + logprobs - logprobs.detach()) * batch.loss_mask, {}
 
 
 def validation_divergence(engine: Engine, teacher: Teacher, dataset: TokenizedDataset) -> Mean:

@@ -6,7 +6,6 @@ SPMD: every rank holds its shard of the trainer and a rank of a vLLM engine; the
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from operator import add
@@ -20,34 +19,28 @@ from megatron_posttrain.algorithms.advantages import generalized_advantages
 from megatron_posttrain.algorithms.asked import Asked, held_out_figures
 from megatron_posttrain.algorithms.draws import Draws, Logged
 from megatron_posttrain.algorithms.losses import kl_estimate, policy_gradient_terms
+from megatron_posttrain.algorithms.refit import Refits, token_budget
 from megatron_posttrain.config.algorithms import GrpoConfig, PolicyAlgorithm
 from megatron_posttrain.data.batch import PackedBatch
-from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.errors import UserError
-from megatron_posttrain.models.build import DTYPES
 from megatron_posttrain.platform import platform
-from megatron_posttrain.rollout.engine import RolloutEngine, Sampling
-from megatron_posttrain.rollout.refit import Refit, prove
+from megatron_posttrain.rollout.engine import Sampling
 from megatron_posttrain.rollout.replay import logged_file
-from megatron_posttrain.rollout.routed_experts import choice_type
 from megatron_posttrain.rollout.samples import Samples, generate_samples, save_samples
 from megatron_posttrain.rollout.text import stop_message
 from megatron_posttrain.training.batches import pack_share, to_rows, token_shares
 from megatron_posttrain.training.engine import Engine, StepResult
 from megatron_posttrain.training.heads import LabelLogprobs, Output
-from megatron_posttrain.training.prepare import Prepared
 from megatron_posttrain.training.routing import Action, routing
 from megatron_posttrain.training.run import Run, Step
 from megatron_posttrain.training.sequences import (
     batch_logprobs,
-    sequence_logprobs,
     sums_by_sequence,
     values_by_sequence,
 )
 from megatron_posttrain.training.totals import Mean, Totals
 
-CANARY_PROMPTS = 4
 REFERENCE = "reference"
 BAND = (0.5, 5.0)  # of ratios that are no sign of a fault (arXiv 2512.16144)
 RATIO_BINS = 1e-5 * torch.linspace(-15.0, 15.0, 3001, dtype=torch.float64).sinh()  # of log-ratios; 1% wide
@@ -71,9 +64,8 @@ class Rollouts:
     whole_config: GrpoConfig  # of all steps
     engine: Engine
     asked: Asked
-    rollout: Any  # RolloutEngine; None where logged samples are replayed
     draws: Draws | Logged
-    refits: Any = None  # Refit of `rollout`
+    refits: Refits | None  # None where logged samples are replayed
     figures: dict[str, float] = field(default_factory=dict)  # of the last refit
 
     @classmethod
@@ -81,14 +73,12 @@ class Rollouts:
         """Collective: once the trainer has what memory it needs."""
         if config.rollout.replay is not None:
             run.say(f"samples of {config.rollout.replay}; no rollout engine")
-            return cls(run, config, engine, asked, None, Logged(engine))
+            return cls(run, config, engine, asked, Logged(engine), None)
         if asked.model_reward is not None:
             asked.model_reward.load(run.groups)
-        _make_room(config, run, engine)
-        rollout = run.closing(make_rollout_engine(config, run.prepared))
-        run.say(f"{rollout.replicas} rollout replicas; {stop_message(run.prepared.tokenizer)}")
-        draws = Draws.start(run, config, asked, rollout)
-        return cls(run, config, engine, asked, rollout, draws, Refit(rollout, engine.exporter))
+        refits = Refits(config, run, engine)
+        run.say(f"{refits.rollout.replicas} rollout replicas; {stop_message(run.prepared.tokenizer)}")
+        return cls(run, config, engine, asked, Draws.start(run, config, asked, refits.rollout), refits)
 
     def config(self, step: int) -> GrpoConfig:
         """The run's, with the numbers of this step."""
@@ -107,22 +97,14 @@ class Rollouts:
         self._refit(config, step)
 
     def _refit(self, config: GrpoConfig, step: int) -> None:
-        if self.rollout is None:
-            return
-        _make_room(config, self.run, self.engine)
-        seconds = refit(self.engine, self.refits, step)
-        start = time.perf_counter()
-        canary = [p.token_ids for p in self.asked.prompts.prompts[:CANARY_PROMPTS]]
-        own = partial(_canary_logprobs, self.engine, token_budget(config))
-        prove(self.rollout, canary, own, config.rollout.proof_tolerance)
-        proof = time.perf_counter() - start + self.refits.digest_seconds
-        self.figures = self.refits.figures(seconds) | {"proof_seconds": proof}
+        if self.refits is not None:
+            self.figures = self.refits.update(config, self.asked.prompts.prompts, step)
 
     def draw(self, config: GrpoConfig, step: int, batches: int = 1) -> Samples:
         """The step's samples; see `Draws`."""
         samples = self.draws.take(config, step, batches)
-        if self.rollout is not None:
-            self.rollout.sleep()
+        if self.refits is not None:
+            self.refits.rollout.sleep()
         samples.advantages = torch.zeros(len(samples.prompts))  # known when they were scored
         return samples
 
@@ -136,8 +118,9 @@ class Rollouts:
 
     def validate(self, step: Step) -> dict[str, float]:
         """Collective: what the weights after a step say to held-out prompts, with the same seeds at every look."""
+        assert self.refits is not None
         asked, config, tokenizer = self.asked, self.config(step.index), self.run.prepared.tokenizer
-        rollout = config.rollout
+        rollout, rollouts = config.rollout, self.refits.rollout
         sampling = Sampling(
             rollout.validation_samples, rollout.max_tokens, rollout.temperature, repetitions=rollout.repetitions
         )
@@ -145,10 +128,10 @@ class Rollouts:
 
         def draw(prompts: list[Prompt]) -> Samples:
             seeds = range(len(prompts) * sampling.n)
-            return generate_samples(self.rollout, tokenizer, prompts, asked.rewards, sampling, seeds, asked.turns)
+            return generate_samples(rollouts, tokenizer, prompts, asked.rewards, sampling, seeds, asked.turns)
 
         drawn = {name: draw(prompts) for name, prompts in asked.held_out.items()}
-        self.rollout.sleep()
+        rollouts.sleep()
         if asked.model_reward is not None:
             for samples in drawn.values():
                 asked.model_reward.add(samples, sampling.n)
@@ -174,13 +157,6 @@ class Rollouts:
                 figures |= self.validate(step)
         step.log(figures | self.figures, samples.metrics())
         save_samples(logged_file(self.run.directory / "rollouts", step.number), samples)
-
-
-def refit(engine: Engine, refits: Refit, version: int) -> float:
-    """Collective: the trainer's weights into a rollout engine; returns seconds."""
-    engine.gather_weights()
-    with platform().megatron():
-        return refits.from_trainer(version)
 
 
 def reference_of(config: GrpoConfig) -> dict[str, Any]:
@@ -307,11 +283,6 @@ def denominator(config: GrpoConfig, totals: Totals) -> float:
     }[config.algorithm.aggregation]
 
 
-def token_budget(config: GrpoConfig) -> int:
-    """Tokens of a micro-batch; samples share it."""
-    return config.data.sequence_length * config.training.micro_batch_size
-
-
 def policy_loss(algorithm: PolicyAlgorithm, output: Output, batch: PackedBatch) -> tuple[Tensor, dict[str, Mean]]:
     """The update's terms; where the batch has no old log-probs, they are those of this pass."""
     rows = partial(to_rows, cu_seqlens=batch.cu_seqlens)
@@ -332,24 +303,6 @@ def policy_loss(algorithm: PolicyAlgorithm, output: Output, batch: PackedBatch) 
     count = batch.loss_mask.sum()
     sums["entropy"] = (output["entropy"].detach() * batch.loss_mask).sum()
     return terms, {name: Mean(total, count) for name, total in sums.items()}
-
-
-def make_rollout_engine(config: GrpoConfig, prepared: Prepared) -> RolloutEngine:
-    cache = config.rollout.kv_cache_gib
-    return RolloutEngine(
-        str(prepared.model_path),
-        dtype=DTYPES[config.precision.dtype],
-        tensor=config.rollout.tensor,
-        expert=config.rollout.expert,
-        max_model_len=config.data.sequence_length,
-        kv_cache_bytes=None if cache is None else int(cache * 2**30),
-        max_num_seqs=config.rollout.max_num_seqs,
-        seed=config.training.seed,
-        gpu_memory_utilization=config.rollout.gpu_memory_fraction,
-        quantization=config.rollout.quantization,
-        load_weights=False,
-        choices=choice_type(prepared.arch) if config.algorithm.routing_replay == "rollout" else None,
-    )
 
 
 def spread(batch: PackedBatch, values: Tensor) -> Tensor:
@@ -402,14 +355,3 @@ def set_token_advantages(
         batch.extras["advantages"] = (batch.extras["advantages"] - mean) / (deviation + 1e-6) * batch.loss_mask
     sums = sums_by_sequence(engine.groups, batches, [b.extras["advantages"] for b in batches], len(samples.prompts))
     samples.advantages = sums / torch.tensor(samples.lengths).clamp(min=1)  # means over tokens, for the record
-
-
-def _make_room(config: GrpoConfig, run: Run, engine: Engine) -> None:
-    """Before vLLM asks for its share of the memory."""
-    for trained in (engine, *run.checkpoints.beside.values()) if config.rollout.offload else ():
-        trained.offload()
-
-
-def _canary_logprobs(engine: Engine, budget: int, sequences: list[list[int]]) -> list[torch.Tensor]:
-    whole = [TokenSequence(ids, [1] * len(ids)) for ids in sequences]
-    return sequence_logprobs(engine, whole, budget, temperature=1.0)

@@ -72,10 +72,11 @@ def ppo(config: PpoConfig) -> int:
 
 
 def critic_config(config: PpoConfig) -> PpoConfig:
-    """`config` with the critic's weights and learning rate in place of the policy's."""
+    """`config` with the critic's weights and learning rate in place of the policy's; all of it is trained."""
     share = config.critic.lr / config.optimizer.lr
     optimizer = {"lr": config.critic.lr, "min_lr": config.optimizer.min_lr * share}
     changed = {
+        "lora": None,
         "model": config.model.model_copy(update={"path": config.critic.path or config.model.path}),
         "optimizer": config.optimizer.model_copy(update=optimizer),
         "training": config.training.model_copy(update={"ema": None}),  # the average is what the policy exports

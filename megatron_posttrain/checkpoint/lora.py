@@ -1,10 +1,11 @@
-"""LoRA adapters (arXiv 2106.09685) in PEFT's files, and merging them into weights.
+"""LoRA adapters (arXiv 2106.09685), with or without magnitudes (DoRA), in PEFT's files, and merging them into weights.
 
 Experts that the base directory holds one by one are linear layers like any other: `experts.3.gate_proj.lora_A.weight`,
 which vLLM reads, and PEFT as well. Experts in 3-D tensors (transformers 5) are PEFT's `target_parameters`: the A of all
 experts one below the other [experts x rank, in], B [out, rank x experts] with the expert as the faster index, gate and
 up with one A; `experts.base_layer` is the first such tensor of a layer, `experts` the last. vLLM reads these for
-gpt-oss, and for other families where it is told that an adapter is 3-D.
+gpt-oss, and for other families where it is told that an adapter is 3-D. A router, which transformers 5 has as a
+parameter, is a target parameter too.
 """
 
 import re
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_posttrain.checkpoint.hf_files import read_json, write_json
+from megatron_posttrain.config.schema import LoraConfig
 from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models.disk_layout import DiskLayout, Place
 from megatron_posttrain.models.modules.lora import scaling
@@ -26,11 +28,11 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 INNER = ".base_layer"
-NAME = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<letter>[AB])\.weight")
+NAME = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_((?P<letter>[AB])\.weight|magnitude_vector)")
+ROUTERS = (".mlp.gate", ".mlp.router")  # modules
 # What would change the merged weights in a way that plain LoRA does not; the values that mean "off"
 OFF: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "use_dora": (False, None),
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
     "modules_to_save": (None, []),
@@ -40,11 +42,12 @@ OFF: dict[str, tuple[Any, ...]] = {
 
 
 class Pair(NamedTuple):
-    """The change of a weight [out, in] is scaling x B @ A."""
+    """The change of a weight [out, in] is scaling x B @ A; `m`: the norms that its rows then get."""
 
     a: Tensor  # [rank, in]
     b: Tensor  # [out, rank]
     scaling: float
+    m: Tensor | None = None  # [out]
 
 
 @dataclass
@@ -56,8 +59,10 @@ class Adapter:
     def merge(self, module: str, weight: Tensor) -> Tensor:
         """`weight` [out, in] with the adapter's change: multiplied and added in fp32, rounded once."""
         pair = self.pairs[module]
-        change = (pair.b.float() @ pair.a.float()).mul_(pair.scaling)
-        return change.add_(weight).to(weight.dtype)
+        whole = (pair.b.float() @ pair.a.float()).mul_(pair.scaling).add_(weight)
+        if pair.m is not None:
+            whole *= (pair.m.float() / whole.norm(dim=1))[:, None]
+        return whole.to(weight.dtype)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """`UserError` for a module that `shapes` (by name of the weight) does not have, or has otherwise."""
@@ -73,7 +78,7 @@ def read_adapter(directory: Path | str, fused: DiskLayout | None = None) -> Adap
     """A directory with `adapter_config.json` and `adapter_model.safetensors`.
 
     `fused`: the model's tensors with its experts in 3-D ones, for adapters that are written so. `UserError` for
-    adapters other than plain LoRA (DoRA, trained biases, replaced modules).
+    adapters with more (trained biases, replaced modules).
     """
     directory = Path(directory)
     config = read_json(directory / CONFIG)
@@ -91,16 +96,18 @@ def read_adapter(directory: Path | str, fused: DiskLayout | None = None) -> Adap
         match = NAME.fullmatch(name)
         if match is None:
             raise UserError(f"{directory / WEIGHTS}: tensor '{name}' is not of a linear layer's LoRA")
-        found.setdefault(match["module"], {})[match["letter"]] = tensor
+        found.setdefault(match["module"], {})[match["letter"] or "M"] = tensor
     pairs: dict[str, Pair] = {}
     for module, letters in found.items():
-        if set(letters) != {"A", "B"}:
-            raise UserError(f"{directory / WEIGHTS}: '{module}' has lora_{next(iter(letters))} only")
+        wanted = {"A", "B", "M"} if config.get("use_dora") else {"A", "B"}  # M: the magnitude vector
+        if letters.keys() != wanted:
+            had, needs = (", ".join(sorted(names)) for names in (letters, wanted))
+            raise UserError(f"{directory / WEIGHTS}: '{module}' has {had} only; its adapter has {needs}")
         if config.get("target_parameters") and fused and (held := _held_by(module.removesuffix(INNER), fused)):
             name = held[0 if module.endswith(INNER) else -1]
             pairs |= _split_experts(name, letters["A"], letters["B"], fused, config)
         else:
-            pairs[module] = Pair(letters["A"], letters["B"], _scaling(config, module))
+            pairs[module] = Pair(letters["A"], letters["B"], _scaling(config, module), letters.get("M"))
     return Adapter(pairs)
 
 
@@ -142,16 +149,12 @@ def _scaling(config: dict[str, Any], module: str) -> float:
 
 def write_adapter(
     directory: Path | str,
-    pairs: Iterable[tuple[str, Tensor, Tensor]],
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float = 0.0,
-    use_rslora: bool = False,
+    pairs: Iterable[tuple[Any, ...]],
+    lora: LoraConfig,
     base_model: str | None = None,
     layout: DiskLayout | None = None,
 ) -> None:
-    """PEFT's files from (module, A [rank, in], B [out, rank]); the change of a weight is alpha / rank x B @ A.
+    """PEFT's files from (module, A [rank, in], B [out, rank], magnitudes [out] or None).
 
     `layout`: the tensors of the base's directory, whose way of holding experts the adapter follows.
     """
@@ -159,29 +162,37 @@ def write_adapter(
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     modules: list[str] = []
+    parameters: set[str] = set()
     by_tensor: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
-    for module, a, b in pairs:
+    for module, a, b, m in pairs:
         place = None if layout is None else layout.places[f"{module}.weight"]
         if place is not None and place.fusion is not None:
             by_tensor.setdefault(place.name, {})[f"{module}.weight"] = (a, b)
             continue
-        modules.append(module)
+        if module.endswith(ROUTERS):
+            parameters.add(f"{module}.weight")
+        else:
+            modules.append(module)
+        if m is not None:
+            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = m.contiguous()
         tensors[f"{PREFIX}{module}.lora_A.weight"] = a.contiguous()
         tensors[f"{PREFIX}{module}.lora_B.weight"] = b.contiguous()
     if layout is not None:
         tensors |= dict(_join_experts(by_tensor, layout))
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    parameters |= by_tensor.keys()
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
-        "r": rank,
-        "lora_alpha": alpha,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
         # PEFT refuses dropout beside target_parameters, and loads to infer
-        "lora_dropout": 0.0 if by_tensor else dropout,
-        "use_rslora": use_rslora,
+        "lora_dropout": 0.0 if parameters else lora.dropout,
+        "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
         "target_modules": _suffixes(modules, [] if layout is None else layout.places),
-        "target_parameters": sorted({re.sub(r".*\.layers\.\d+\.", "", name) for name in by_tensor}) or None,
+        "target_parameters": sorted({re.sub(r".*\.layers\.\d+\.", "", name) for name in parameters}) or None,
         "bias": "none",
         "inference_mode": True,
     }

@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of activations; auto: none, and full where the search finds that nothing else fits")  # fmt: skip
     add("--routing", choices=("auto", "balanced", "natural"), default="auto", help="how tokens fall on experts: "
         "balanced by force or by dropping some; auto: so for pretrain, natural else")  # fmt: skip
-    add("--lora-rank", type=int, default=16, help="of the adapters, for --task lora")
+    add("--lora-rank", type=int, help="of adapters; left out: 16 for lora, no adapters for other tasks")
+    add("--quantization", choices=("nf4",), help="of the frozen base beside adapters; left out: bf16")
     add("--mean-length", type=int, help="RL: mean tokens of a sample with its prompt; left out: 3/4 of the longest")
     add("--rollout-tensor", type=int, help="RL: GPUs of a vLLM engine; left out: the best")
     add("--offload", action=argparse.BooleanOptionalAction, default=None,
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     counts = _counts(args.gpus)
     work = Workload(
         args.task, args.sequence_length, args.global_batch_size, args.precision, args.micro_batch_size or 0,
-        args.recompute, args.routing, args.lora_rank, args.mean_length, args.rollout_tensor,
+        args.recompute, args.routing, args.lora_rank, args.quantization, args.mean_length, args.rollout_tensor,
         args.offload,
     )  # fmt: skip
     option = "critic" if args.critic else "teacher"
@@ -105,6 +106,11 @@ def _check(args: argparse.Namespace) -> None:
     if (args.teacher is not None) != (args.task == "distill"):
         found = "no --teacher" if args.teacher is None else f"--teacher {args.teacher}"
         raise UserError(f"--task {args.task}: {found}; distill needs one, and no other task has one")
+    adapters = args.task == "lora" or (args.lora_rank is not None and args.task in ("dpo", "distill"))
+    if (args.lora_rank or args.quantization) and not adapters:
+        raise UserError(
+            f"--task {args.task}: --lora-rank and --quantization are for lora, and with --lora-rank for dpo and distill"
+        )
     only = dict.fromkeys(("mean_length", "rollout_tensor", "offload"), ("grpo", "ppo")) | {"critic": ("ppo",)}
     for option, tasks in only.items():
         if getattr(args, option) is not None and args.task not in tasks:

@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file; its `defaults: [base.yaml]` are read first")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--profile", metavar="STEPS", help="the same as logging.profile=STEPS")
-    if ALGORITHMS[command].rollouts:
+    if ALGORITHMS[command].rows == "prompts":
         parser.add_argument("--replay", metavar="DIR", help="the same as rollout.replay=DIR")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="take precedence over the file")
     parser.epilog = "\n".join(
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         print(to_yaml(config), end="")
         return 0
-    if algorithm.rollouts:
+    if config.samples:
         # Before torch: it sets what vLLM and OpenMP read from the environment at their import.
         import megatron_posttrain.rollout  # noqa: F401
     from megatron_posttrain.training.process import finish, quiet_libraries

@@ -182,12 +182,19 @@ class DistillAlgorithm(Section):
         None, description="the teacher's k likeliest tokens, and all others as one; null: the whole vocabulary"
     )
     student_fraction: Fraction = Field(
-        0.0, description="of rows that the student samples itself; 0 is what is supported"
+        0.0, description="of a step's conversations: the student answers their last turn itself, in place of the row"
+    )
+    estimator: Literal["exact", "policy_gradient"] = Field(
+        "exact", description="policy_gradient: reverse KL from the sampled tokens' log-probs alone, as an advantage"
     )
 
 
 class TeacherConfig(Section):
     path: str = Field(description="Hugging Face directory or hub id in the local cache")
+    offload: bool = Field(False, description="weights in host memory but while it looks at a step's rows")
+    cache: str | None = Field(
+        None, description="directory of its top_k tokens, 8 x top_k bytes a token that counts; read where it has all"
+    )
 
 
 CONVERSATIONS_ONLY = dict.fromkeys(("data.train_on", "data.cache"), "only sft and distill choose and keep tokens")
@@ -230,18 +237,49 @@ class RewardModelConfig(Config):
     algorithm: RewardModelAlgorithm = Field(default_factory=RewardModelAlgorithm)
 
 
+def engine_key_problems(rollout: RolloutConfig, length: int, world_size: int) -> Iterator[str]:
+    if world_size % rollout.tensor:
+        yield f"rollout.tensor={rollout.tensor} does not divide the {world_size} ranks"
+    if rollout.max_tokens >= length:
+        room = f"no room for a prompt beside rollout.max_tokens={rollout.max_tokens}"
+        yield f"data.sequence_length={length} leaves {room}"
+
+
 class DistillConfig(Config):
     command = "distill"
     mixes = True
     teacher: TeacherConfig = Field(description="a frozen model with the student's tokenizer, in its layout")
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="with algorithm.student_fraction")
     algorithm: DistillAlgorithm = Field(default_factory=DistillAlgorithm)
+    ignored = dict.fromkeys(
+        ("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.thinking_tokens", "rollout.thinking_stop",
+         "rollout.validation_samples", "rollout.token_figures", "rollout.replay"),
+        "the student answers the batch's conversations once, and the teacher grades that",
+    )  # fmt: skip
+
+    @property
+    def samples(self) -> bool:
+        return self.algorithm.student_fraction > 0
 
     def problems(self, world_size: int) -> Iterator[str]:
-        a = self.algorithm
+        a, rollout = self.algorithm, self.rollout.at(None)
         if a.divergence == "jsd" and not 0 < a.beta < 1:
             yield f"algorithm.beta={a.beta} makes jsd zero; allowed: above 0 and below 1, or forward_kl or reverse_kl"
-        if a.student_fraction:
-            yield f"algorithm.student_fraction={a.student_fraction}: no samples of the student yet; allowed: 0"
+        if self.teacher.cache is not None and (a.top_k is None or self.samples):
+            yield "teacher.cache keeps top_k tokens of rows; allowed: null, or algorithm.top_k and student_fraction=0"
+        if self.samples:
+            yield from engine_key_problems(rollout, self.data.sequence_length, world_size)
+            if self.data.train_on == "everything":
+                yield "data.train_on=everything leaves no prompt that algorithm.student_fraction could answer"
+        elif self.rollout != RolloutConfig():
+            yield "rollout has no effect without algorithm.student_fraction; leave it out"
+        if a.estimator == "policy_gradient":
+            needed = {"student_fraction": 1.0, "divergence": "reverse_kl", "top_k": None}
+            if self.rollout.temperature != a.temperature:  # samples of what it trains
+                needed["temperature"] = self.rollout.temperature
+            for name, value in needed.items():
+                if getattr(a, name) != value:
+                    yield f"algorithm.{name}={getattr(a, name)}: estimator=policy_gradient needs {name}={value}"
 
 
 class CurriculumConfig(Section):
@@ -267,6 +305,10 @@ class GrpoConfig(Config):
     )
     sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
     algorithm: GrpoAlgorithm = Field(default_factory=GrpoAlgorithm)
+
+    @property
+    def samples(self) -> bool:
+        return True
 
     @property
     def rows_per_step(self) -> int:
@@ -306,14 +348,13 @@ class GrpoConfig(Config):
                 "rollout.samples_per_prompt=1: a sample is compared with the others of its prompt, so nothing would be "
                 "learned; allowed: 2 or more"
             )
+        yield from engine_key_problems(rollout, length, world_size)
         if rollout.validation_samples > 1 and self.data.validation is None:
             yield f"rollout.validation_samples={rollout.validation_samples} needs data.validation"
         if rollout.replay is not None and self.data.validation is not None:
             yield "rollout.replay leaves no engine to answer data.validation; allowed: one of them"
         if rollout.replay is not None and self.algorithm.routing_replay == "rollout":
             yield "rollout.replay: logged samples have no experts; allowed: algorithm.routing_replay of none or old"
-        if world_size % rollout.tensor:
-            yield f"rollout.tensor={rollout.tensor} does not divide the {world_size} ranks"
         if rollout.thinking_tokens is not None and rollout.thinking_tokens >= rollout.max_tokens:
             yield (
                 f"rollout.thinking_tokens={rollout.thinking_tokens} has no effect beside "
@@ -321,11 +362,6 @@ class GrpoConfig(Config):
             )
         yield from self._cut_off_problems()
         yield from self._reward_problems()
-        if rollout.max_tokens >= length:
-            yield (
-                f"data.sequence_length={length} leaves no room for a prompt beside "
-                f"rollout.max_tokens={rollout.max_tokens}"
-            )
 
     def _cut_off_problems(self) -> Iterator[str]:
         extra, prompts, partial = self.rollout.oversample, self.rollout.prompts_per_step, self.rollout.partial
@@ -363,11 +399,6 @@ class PpoConfig(GrpoConfig):
     critic: CriticConfig = Field(default_factory=CriticConfig)
     algorithm: PpoAlgorithm = Field(default_factory=PpoAlgorithm)  # type: ignore[assignment]
 
-    def problems(self, world_size: int) -> Iterator[str]:
-        yield from super().problems(world_size)
-        if self.lora is not None:
-            yield "lora: the critic has no adapters; allowed: null"
-
 
 @dataclass(frozen=True)
 class Algorithm:
@@ -376,7 +407,6 @@ class Algorithm:
     Args:
         help: one line.
         rows: what `data.train` holds.
-        rollouts: whether every trainer rank holds a rank of a vLLM engine.
         held_out: figures of held-out rows by which a best step can be chosen, logged as validation_*.
         function: `module:function`; takes the config, returns an exit status; None: the one of the command's name.
     """
@@ -384,7 +414,6 @@ class Algorithm:
     config: type[Config]
     help: str
     rows: Literal["conversations", "prompts", "preferences", "any"] = "conversations"
-    rollouts: bool = False
     held_out: tuple[str, ...] = ()
     function: str | None = None
 
@@ -404,10 +433,10 @@ ALGORITHMS = {
     row.name: row
     for row in (
         Algorithm(SftConfig, "supervised fine-tuning", held_out=LOSS),
-        Algorithm(GrpoConfig, "GRPO with vLLM in every trainer rank", "prompts", True, REWARD),
-        Algorithm(PpoConfig, "PPO with a critic, and vLLM in every trainer rank", "prompts", True, REWARD),
-        Algorithm(DpoConfig, "preferences: DPO and its relatives, KTO", "preferences", held_out=ACCURACY),
-        Algorithm(RewardModelConfig, "a scalar reward from pairs", "preferences", held_out=ACCURACY),
+        Algorithm(GrpoConfig, "GRPO with vLLM in every trainer rank", "prompts", REWARD),
+        Algorithm(PpoConfig, "PPO with a critic, and vLLM in every trainer rank", "prompts", REWARD),
+        Algorithm(DpoConfig, "preferences: DPO and its relatives, KTO", "preferences", ACCURACY),
+        Algorithm(RewardModelConfig, "a scalar reward from pairs", "preferences", ACCURACY),
         Algorithm(DistillConfig, "a student learns a teacher's distributions", held_out=LOSS),
         Algorithm(ScoreConfig, "log-probabilities of the tokens of conversations", "any"),
     )

@@ -231,15 +231,24 @@ class LoraConfig(Section):
     rank: PositiveInt = 16
     alpha: PositiveFloat = Field(32.0, description="the change of a weight is alpha / rank x B A")
     use_rslora: bool = Field(False, description="rank-stabilised: alpha / sqrt(rank) in place of alpha / rank")
+    use_dora: bool = Field(
+        False, description="the magnitudes of a weight's rows are trained apart from their directions (DoRA)"
+    )
     dropout: Fraction = Field(0.0, description="of an adapter's inputs")
     targets: str | list[str] = Field(
         "all-linear",
         description="all-linear (attention and MLP, experts included), or Hugging Face names of linear layers: "
-        "q_proj, experts.down_proj, ...",
+        "q_proj, experts.down_proj, ..., also the router's (gate) and lm_head",
     )
     quantization: Literal["nf4"] | None = Field(
         None, description="of the model's own linear layers, which stay frozen: NF4 with double quantisation (QLoRA)"
     )
+
+    @model_validator(mode="after")
+    def _whole_inputs(self) -> Self:
+        if self.use_dora and self.dropout:
+            raise ValueError(f"dropout={self.dropout} and use_dora do not go together; allowed: dropout=0.0")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -330,6 +339,9 @@ class RolloutConfig(Section):
     quantization: Literal["fp8"] | None = Field(
         None, description="of vLLM's linear layers, in every refit; CUDA; null: as the trainer's weights"
     )
+    adapters: Literal["merge", "ship"] = Field(
+        "merge", description="with lora, what a refit brings: the merged model, or the adapter beside vLLM's own base"
+    )
     token_figures: bool = Field(
         False, description="each token's log-prob difference, advantage and, with one update, entropy into rollouts/"
     )
@@ -386,6 +398,11 @@ class Config(Section):
     @property
     def cache_dir(self) -> Path:
         return Path(self.data.cache) if self.data.cache else self.output_dir.absolute().parent / ".cache"
+
+    @property
+    def samples(self) -> bool:
+        """Whether every trainer rank holds a rank of a vLLM engine."""
+        return False
 
     @property
     def rows_per_step(self) -> int:

@@ -98,7 +98,7 @@ class JobCheck:
                 lambda tokenizer: f"{len(tokenizer)} tokens, chat template found",
                 "use the tokenizer that the model was trained with",
             )
-        if isinstance(self.config, GrpoConfig):
+        if isinstance(self.config, GrpoConfig | DistillConfig) and self.config.samples:
             self._engine(self.config)
         self._data()
         if self.cluster is not None and layout is not None:
@@ -155,7 +155,7 @@ class JobCheck:
             findings.add("ok", "batch", shown)
         return layout
 
-    def _engine(self, config: GrpoConfig) -> None:
+    def _engine(self, config: GrpoConfig | DistillConfig) -> None:
         """What vLLM would refuse."""
         reasons = list(rollout_problems(config, self.arch, self.device))
         for reason in reasons:
@@ -253,6 +253,8 @@ class JobCheck:
         found = self.findings.attempt("memory", lambda: plan_layout(arch, layout, work, cluster.gpu))
         if found is None:
             return
+        if work.task == "distill" and config.samples:
+            self.findings.add("warn", "memory", "planned without vLLM, which comes on top")
         if config.precision.dtype == "fp32":
             self.findings.add("warn", "memory", "planned for bf16; fp32 weights and activations take twice the space",
                               "set precision.dtype=bf16 on GPUs")  # fmt: skip
@@ -269,8 +271,9 @@ class JobCheck:
             self.findings.add("warn", "plan", warning)
 
     def _what_fits(self, arch: Architecture, work: Workload, cluster: Cluster) -> str:
-        gpu, beside = cluster.gpu, {"beside": work.beside, "beside_path": work.beside_path}
-        free = Workload(work.task, work.sequence_length, work.global_batch, **beside)  # type: ignore[arg-type]
+        gpu, kept = cluster.gpu, ("task", "lora_rank", "quantization", "beside", "beside_path")
+        free = Workload(sequence_length=work.sequence_length, global_batch=work.global_batch,
+                        **{name: getattr(work, name) for name in kept})  # fmt: skip
         best = plan(arch, cluster.gpus, free, gpu)[0]
         if best.fits:
             return _told(best, gpu)
@@ -297,7 +300,8 @@ def workload(config: Config) -> Workload:
         FP8_PRECISIONS.get(config.precision.fp8, "fp8"),
         config.training.micro_batch_size,
         config.model.recompute,
-        lora_rank=config.lora.rank if config.lora else 16,
+        lora_rank=config.lora.rank if config.lora else None,
+        quantization=config.lora.quantization if config.lora else None,
     )
     if isinstance(config, DpoConfig):
         return replace(work, task="dpo")

@@ -17,20 +17,28 @@ from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.disk_layout import Fusion
-from megatron_posttrain.models.modules.lora import LoraLinear, Split, add_to_grouped_output, add_to_output, scaling
+from megatron_posttrain.models.modules.lora import (
+    LoraLinear,
+    Split,
+    add_to_grouped_output,
+    add_to_logits,
+    add_to_output,
+    scaling,
+)
 from megatron_posttrain.models.modules.nf4 import BLOCK, quantising_linears, run_dequantised
 from megatron_posttrain.models.sharded import GROUPED_EXPERT, layer_numbers, partition, position, table_name, unwrap
-from megatron_posttrain.models.weights import Mapping, Replicated, RowParallel, TensorPlan, expand, unmerged
+from megatron_posttrain.models.weights import Mapping, Replicated, RowParallel, TensorPlan, Vocabulary, expand, unmerged
 from megatron_posttrain.parallel.groups import Groups
 from megatron_posttrain.parallel.layout import Layout
 
 ALL = "all-linear"
-A, B = ".lora_A.weight", ".lora_B.weight"  # after the module's name, as PEFT has it
+A, B, M = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"  # after the module's name, as PEFT has it
+ROUTER = "mlp.router.weight"
 
 
 @dataclass(frozen=True)
 class Target:
-    """A row of the family's weight table whose weight has an adapter, and the rows of its A and B.
+    """A row of the family's weight table whose weight has an adapter, and the rows of its A, B and magnitudes.
 
     `owners`: by Hugging Face tensor of the weight the number of its A; -1: not adapted.
     """
@@ -39,6 +47,7 @@ class Target:
     owners: tuple[int, ...]
     a: Mapping
     b: Mapping
+    m: Mapping | None
 
 
 @dataclass(frozen=True)
@@ -57,20 +66,20 @@ class Adapters:
 
     @cached_property
     def plans(self) -> dict[str, TensorPlan]:
-        """Those of all A and B."""
-        return {plan.name: plan for plan in expand([row for t in self.targets for row in (t.a, t.b)])}
+        """Those of all A, B and magnitudes."""
+        return {plan.name: plan for plan in expand([row for t in self.targets for row in (t.a, t.b, t.m) if row])}
 
     def target(self, plan: TensorPlan) -> Target:
         return next(t for t in self.targets if t.weight.megatron == plan.mapping.megatron)
 
-    def modules(self) -> Iterator[tuple[str, str, str]]:
-        """(module, its A, its B): Hugging Face names, of every adapted linear layer."""
+    def modules(self) -> Iterator[tuple[str, str, str, str | None]]:
+        """(module, its A, its B, its magnitudes): Hugging Face names, of every adapted linear layer."""
         for plan in self.weights.values():
-            target = self.target(plan)
-            a, b = (self.plans[adapter_name(plan.name, letter)].hf for letter in "ab")
-            for name, owner, b_name in zip(plan.hf, target.owners, b, strict=True):
+            a = self.plans[adapter_name(plan.name, "a")].hf
+            for name, owner in zip(plan.hf, self.target(plan).owners, strict=True):
                 if owner >= 0:
-                    yield name.removesuffix(".weight"), a[owner], b_name
+                    module = name.removesuffix(".weight")
+                    yield module, a[owner], module + B, module + M if self.lora.use_dora else None
 
     def names_in_both(self) -> set[str]:
         """Names of experts' linear layers that other adapted layers have too.
@@ -78,13 +87,13 @@ class Adapters:
         PEFT 0.21.2 takes the latter for experts of transformers 4 (`_convert_peft_config_moe`) and gives them none.
         """
         names: tuple[set[str], set[str]] = set(), set()
-        for module, _, _ in self.modules():
+        for module, *_ in self.modules():
             names[".experts." in module].add(module.rpartition(".")[2])
         return names[0] & names[1]
 
 
 def adapter_name(weight: str, letter: str) -> str:
-    """The table's name of the A or B (`letter`: a, b) of a weight."""
+    """The table's name of the A, B or magnitudes (`letter`: a, b, m) of a weight."""
     return f"{weight.removesuffix('weight')}lora.{letter}"
 
 
@@ -95,7 +104,7 @@ def find_adapters(arch: Architecture, lora: LoraConfig, *, fused: bool = False) 
     """
     fusions = {part: f for f in registry.layout(arch, fused).fusions for part in f.parts}
     wanted = [lora.targets] if isinstance(lora.targets, str) else lora.targets
-    rows = [row for row in registry.table(arch) if _is_linear(row)]
+    rows = [row for row in registry.table(arch) if _is_linear(row) or _is_named(row)]
     unused, known = set(wanted) - {ALL}, set()
     targets = []
     for row in rows:
@@ -103,16 +112,22 @@ def find_adapters(arch: Architecture, lora: LoraConfig, *, fused: bool = False) 
         for pattern in row.hf:
             names = _names(pattern, fusions.get(pattern))
             known |= {name.rpartition(".")[2] for name in names}
-            matching = {w for w in wanted if w == ALL or any(n == w or n.endswith(f".{w}") for n in names)}
+            matching = {w for w in wanted if any(n == w or n.endswith(f".{w}") for n in names)}
             unused -= matching
-            hit.append(bool(matching))
+            hit.append(bool(matching) or (ALL in wanted and _is_linear(row)))
         if any(hit):
-            targets.append(_target(row, hit, lora.rank, shared=row.hf[0] in fusions))
+            targets.append(_target(row, hit, lora, shared=row.hf[0] in fusions))
     if unused:
         name = sorted(unused)[0]
         raise UserError(
             f"lora.targets: no linear layer of this model is called '{name}'{nearest(name, known)}; "
             f"allowed: {ALL}, {', '.join(sorted(known))}"
+        )
+    if lora.use_dora and (of_experts := next((t.weight.hf[0] for t in targets if t.weight.experts), None)):
+        name = of_experts.removesuffix(".weight").rpartition(".")[2]
+        raise UserError(
+            f"lora.use_dora: {name} is a layer of experts, for which PEFT has no magnitudes; name others in "
+            "lora.targets: [q_proj, k_proj, v_proj, o_proj]"
         )
     return Adapters(lora, arch, bool(fusions), targets)
 
@@ -122,33 +137,41 @@ def _is_linear(row: Mapping) -> bool:
     return inside and row.megatron.endswith(".weight") and not isinstance(row, Replicated)
 
 
+def _is_named(row: Mapping) -> bool:
+    """Whether it is adapted where it is named: a router, or an output layer with a weight of its own."""
+    return row.megatron.endswith(ROUTER) or (row.megatron == "output_layer.weight" and isinstance(row, Vocabulary))
+
+
 def _names(pattern: str, fusion: Fusion | None) -> list[str]:
     """What a linear layer is called: by its module, with and without the expert's number, or by the fused tensor."""
     module = pattern.removesuffix(".weight")
     return [module, module.replace(".experts.*.", ".experts."), *([fusion.hf] if fusion else [])]
 
 
-def _target(row: Mapping, hit: list[bool], rank: int, shared: bool) -> Target:
+def _target(row: Mapping, hit: list[bool], lora: LoraConfig, shared: bool) -> Target:
     first = hit.index(True)
     number = [0 if shared else sum(hit[:source]) for source in range(len(hit))]
     owners = tuple(n if adapted else -1 for n, adapted in zip(number, hit, strict=True))
     of_a = [first] if shared else [source for source, adapted in enumerate(hit) if adapted]
     kind = RowParallel if isinstance(row, RowParallel) else Replicated
     names = [name.removesuffix(".weight") for name in row.hf]
-    where = {"layers": row.layers, "experts": row.experts, "hf_layer_offset": row.hf_layer_offset}
+    where: dict[str, Any] = {"layers": row.layers, "experts": row.experts, "hf_layer_offset": row.hf_layer_offset}
     a = kind(
         adapter_name(row.megatron, "a"),
         tuple(names[source] + A for source in of_a),
-        tuple((rank, row.shapes[source][1]) for source in of_a),
-        **where,  # type: ignore[arg-type]
+        tuple((lora.rank, row.shapes[source][1]) for source in of_a),
+        **where,
     )
-    changes: dict[str, Any] = {
-        "megatron": adapter_name(row.megatron, "b"),
-        "hf": tuple(name + B for name in names),
-        "shapes": tuple((shape[0], rank) for shape in row.shapes),
-    }
-    whole_b = Replicated(changes["megatron"], changes["hf"], changes["shapes"], **where)  # type: ignore[arg-type]
-    return Target(row, owners, a, whole_b if kind is RowParallel else replace(row, **changes))
+
+    def outputs(letter: str, suffix: str, width: tuple[int, ...]) -> Mapping:
+        changes: dict[str, Any] = {
+            "megatron": adapter_name(row.megatron, letter),
+            "hf": tuple(name + suffix for name in names),
+            "shapes": tuple((shape[0], *width) for shape in row.shapes),
+        }
+        return Replicated(**changes, **where) if kind is RowParallel else replace(row, **changes, copies=(), dtype=None)
+
+    return Target(row, owners, a, outputs("b", B, (lora.rank,)), outputs("m", M, ()) if lora.use_dora else None)
 
 
 def check_quantization(arch: Architecture, layout: Layout) -> None:
@@ -198,11 +221,12 @@ def attach(chunks: Sequence[nn.Module], adapters: Adapters, groups: Groups, *, s
             rank, size = partition(plan, weight, *position(group))
             row = isinstance(plan.mapping, RowParallel)
             by: Any = "row" if row else "column" if size == group.size() else "whole"
-            split = Split(by, group, groups.layout.sequence_parallel and not owned, owned)
+            gathered = owned or local_name == "output_layer.weight"  # `output_rows` gathers before the output layer
+            split = Split(by, group, groups.layout.sequence_parallel and not gathered, owned)
             b = adapters.plans[adapter_name(plan.name, "b")]
             owners = _owners(b.mapping, adapters.target(plan).owners, rank, size).to(weight.device)
             inputs = plan.local_shape(size)[1]
-            module = LoraLinear(inputs, owners, lora.rank, factor, lora.dropout, split, weight.dtype)
+            module = LoraLinear(weight, inputs, owners, lora.rank, factor, lora.dropout, split, lora.use_dora)
             with torch.no_grad():
                 drawn = partial(_initial, (lora.rank, plan.shapes[0][1]), seed)
                 adapters.plans[adapter_name(plan.name, "a")].fill(module.a, drawn, rank, size)
@@ -230,6 +254,10 @@ def _initial(shape: tuple[int, int], seed: int, name: str) -> Tensor:
 def _register(model: Any, weight: str, module: LoraLinear) -> None:
     """As `lora` of the layer that has the weight; of a grouped layer as one of its adapters."""
     layer = model.get_submodule(weight.rpartition(".")[0])
+    if weight.endswith(ROUTER):
+        layer.lora = module
+        add_to_logits(layer)
+        return
     if (grouped := GROUPED_EXPERT.search(unmerged(weight))) is None:
         layer.lora = module
         layer.register_forward_hook(add_to_output, prepend=True)  # before those that rearrange the output
@@ -238,6 +266,14 @@ def _register(model: Any, weight: str, module: LoraLinear) -> None:
         layer.lora = nn.ModuleDict()
         layer.register_forward_hook(add_to_grouped_output, prepend=True)
     layer.lora[grouped[3]] = module
+
+
+def begin(chunks: Sequence[nn.Module]) -> None:
+    """Collective, once the model has its weights: adapters that change nothing."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, LoraLinear):
+                module.begin()
 
 
 def _require_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:

@@ -52,11 +52,9 @@ def digest(tensor: Tensor) -> Tensor:
 
 
 def merged(weight: Tensor) -> Tensor:
-    """A rank's shard of a weight with its adapter's change, added in fp32."""
+    """A rank's shard of a weight, with its adapter's change."""
     adapter = getattr(weight, "adapter", None)
-    if adapter is None or not adapter.enabled:
-        return values(weight)
-    return (values(weight).float() + adapter.change()).to(weight.dtype)
+    return values(weight) if adapter is None or not adapter.enabled else adapter.merged()
 
 
 @dataclass

@@ -12,7 +12,7 @@ from megatron_posttrain.parallel.layout import Layout, batch_problem
 from megatron_posttrain.planning.activations import Shapes, logits_bytes, stage_activations
 from megatron_posttrain.planning.flops import adapter_weights, flops_per_token
 from megatron_posttrain.planning.gpus import Gpu
-from megatron_posttrain.planning.layers import layer_linears
+from megatron_posttrain.planning.layers import Linear, layer_linears
 from megatron_posttrain.planning.layouts import (
     MICRO_BATCHES,
     depth_of,
@@ -33,6 +33,7 @@ COMMUNICATOR_GIB = 0.5
 ENGINE_COMMUNICATORS = 2
 ALLOCATOR_SHARE = 0.02  # of what is allocated for good: 6 MiB shards of optimizer states lie in 20 MiB segments
 PAGEABLE_BYTES_PER_S = 8e9  # host memory to GPU and back; assumed, not fitted
+NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # of a weight in NF4 with double quantisation
 SPARE = 0.1  # of a GPU's memory: what is estimated here varies by so much
 LOGPROB_PASS = 1 / 3  # GRPO's forward pass for the old log-probs, against forward and backward
 
@@ -83,7 +84,7 @@ def estimate(
     if work.rollouts:
         memories = [m | {"engine": (ENGINE_GIB + ENGINE_COMMUNICATORS * COMMUNICATOR_GIB) * GIB} for m in memories]
     tokens = work.global_batch * work.row_length / layout.world_size
-    flops = flops_per_token(arch, work.row_length, work.lora_rank if work.lora else None)
+    flops = flops_per_token(arch, work.row_length, work.rank if work.lora else None)
 
     def of(rollout: RolloutPlan | None, offload: bool) -> Estimate:
         memory = max((_with_engine(m, rollout, offload) for m in memories), key=lambda m: m["total"])
@@ -130,7 +131,7 @@ def _fits(total: float, rollout: RolloutPlan | None, gpu: Gpu) -> bool:
 def _training_seconds(arch: Architecture, layout: Layout, work: Workload, gpu: Gpu) -> dict[str, float]:
     """Of a step by part, an engine's apart."""
     if work.lora:
-        trained = max((_adapters(arch, layout, stage, work.lora_rank) for stage in range(layout.pipeline)), key=sum)
+        trained = max((_adapters(arch, layout, stage, work.rank) for stage in range(layout.pipeline)), key=sum)
     else:
         trained = trained_elements(arch, layout)
     times, _ = step_time(arch, layout, work, gpu, trained)
@@ -187,9 +188,14 @@ def _stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int
     microbatches = max(1, work.global_batch // work.micro_batch // layout.data)
     memory = _states(arch, layout, stage, exact)
     if work.lora:
-        adapters = _adapters(arch, layout, stage, work.lora_rank)
+        adapters = _adapters(arch, layout, stage, work.rank)
         states = adapters[0] / (layout.data * layout.context) + adapters[1] / expert_data(layout)
         memory["weights"] = 2.0 * sum(stage_elements(arch, layout, stage)) + 2 * sum(adapters)
+        if work.quantization is not None:
+            linears = sum(_of_linears(arch, layout, stage, _local_weights))
+            layers = sum(count for _, count in stage_kinds(arch, depth_of(layout))[stage])
+            memory["weights"] -= (2 - NF4_BYTES) * linears
+            memory["dequantised"] = 2 * linears / max(1, layers)  # one layer at a time
         memory |= {"gradients": 4 * sum(adapters), "optimizer": 12 * states}
     if fp8:  # copies of the weights, in both orientations
         memory["fp8_weights"] = 2.0 * sum(stage_elements(arch, layout, stage))
@@ -230,14 +236,26 @@ def _states(arch: Architecture, layout: Layout, stage: int, exact: bool) -> dict
 
 def _adapters(arch: Architecture, layout: Layout, stage: int, rank: int) -> tuple[float, float]:
     """LoRA parameters of a stage's rank: dense, and of its experts."""
+    return _of_linears(arch, layout, stage, lambda linear, tensor: adapter_weights(linear, rank, tensor))
+
+
+def _local_weights(linear: Linear, tensor: int) -> float:
+    inputs, outputs = linear.local(tensor)
+    return inputs * outputs
+
+
+def _of_linears(
+    arch: Architecture, layout: Layout, stage: int, size: Callable[[Linear, int], float]
+) -> tuple[float, float]:
+    """Sums of `size`(layer, tensor ranks) over the linear layers of a stage's rank: dense, and of its experts."""
     held = arch.moe.num_experts / layout.expert if arch.moe is not None else 0
     dense, experts = 0.0, 0.0
     for layer, count in stage_kinds(arch, depth_of(layout))[stage]:
         for linear, of_expert in layer_linears(arch, layer):
             if of_expert:
-                experts += count * held * adapter_weights(linear, rank, layout.expert_tensor)
+                experts += count * held * size(linear, layout.expert_tensor)
             else:
-                dense += count * adapter_weights(linear, rank, layout.tensor)
+                dense += count * size(linear, layout.tensor)
     return dense, experts
 
 

@@ -29,8 +29,8 @@ def config_of(model: str, e: Estimate, work: Workload, gpu: Gpu) -> dict[str, An
         "training": {"global_batch_size": work.global_batch, "micro_batch_size": e.micro_batch},
         "output": "runs/plan",
     }
-    if work.task == "lora":
-        tree["lora"] = {"rank": work.lora_rank}
+    if work.lora:
+        tree["lora"] = {"rank": work.rank} | ({"quantization": work.quantization} if work.quantization else {})
     if work.beside is not None:
         tree["critic" if work.rollouts else "teacher"] = {"path": work.beside_path}
     if e.rollout is not None:

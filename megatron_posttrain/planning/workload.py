@@ -18,7 +18,8 @@ class Workload:
     micro_batch: int = 0  # 0: the best
     recompute: str = "auto"  # auto | none | selective | full
     routing: str = "auto"  # auto | balanced | natural
-    lora_rank: int = 16
+    lora_rank: int | None = None  # of adapters; None: 16 for lora, and no adapters for other tasks
+    quantization: str | None = None  # of the frozen base beside adapters: nf4
     mean_length: int | None = None
     rollout_tensor: int | None = None  # GPUs of a vLLM engine; None: the best
     offload: bool | None = None  # RL: optimizer states and gradients, while vLLM is awake; None: the better
@@ -29,7 +30,12 @@ class Workload:
 
     @property
     def lora(self) -> bool:
-        return self.task == "lora"
+        return self.task == "lora" or self.lora_rank is not None
+
+    @property
+    def rank(self) -> int:
+        """Of adapters, where there are any."""
+        return self.lora_rank or 16
 
     @property
     def rollouts(self) -> bool:

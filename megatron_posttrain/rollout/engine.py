@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from megatron_posttrain.parallel.groups import broadcast_object, start_distribut
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout import vllm_fixes
 from megatron_posttrain.rollout.isolation import Isolation
-from megatron_posttrain.rollout.limits import CPU_CACHE_BYTES, explained
+from megatron_posttrain.rollout.limits import CPU_CACHE_BYTES, RANKS, explained
 from megatron_posttrain.rollout.routed_experts import RoutedExperts
 from megatron_posttrain.upstream.gloo import shared_device
 
@@ -83,6 +84,7 @@ class RolloutEngine:
         max_num_seqs: requests that run at once (`at_once`); more of them wait.
         gpu_memory_utilization: fraction of the GPU for weights and cache together; CUDA only.
         quantization: vLLM's name of what its linear layers are quantised to at every refit; CUDA only.
+        lora_rank: of the adapter that `ship` brings; None: there is none.
         load_weights: False where a refit brings them before anything is generated: nothing is read.
         choices: of the experts of a token (`choice_type`), which completions then have; None: they have none.
 
@@ -90,6 +92,8 @@ class RolloutEngine:
         ValueError: `tensor` does not divide the world.
         UserError: vLLM cannot run the model so.
     """
+
+    _adapter: Any = None  # vLLM's request for what was shipped
 
     def __init__(
         self,
@@ -104,6 +108,7 @@ class RolloutEngine:
         seed: int = 0,
         gpu_memory_utilization: float = 0.5,
         quantization: str | None = None,
+        lora_rank: int | None = None,
         load_weights: bool = True,
         choices: np.dtype[Any] | None = None,
     ) -> None:
@@ -132,6 +137,7 @@ class RolloutEngine:
             "use_tqdm_on_load": False,
             "enable_return_routed_experts": choices is not None and not self._cpu,
         }
+        options |= _lora_options(lora_rank)
         options |= _cpu_options(kv_cache_bytes) if self._cpu else _cuda_options(kv_cache_bytes, gpu_memory_utilization)
         rank = dist.get_rank()
         local = os.environ.get("LOCAL_RANK", str(torch.cuda.current_device() if not self._cpu else rank))
@@ -243,7 +249,8 @@ class RolloutEngine:
                         )
                         for r in new.values()
                     ]
-                    for number, name in zip(self._llm.enqueue(prompts, params, use_tqdm=False), new, strict=True):
+                    numbers = self._llm.enqueue(prompts, params, lora_request=self._adapter, use_tqdm=False)
+                    for number, name in zip(numbers, new, strict=True):
                         running[number.partition("-")[0]] = number, name
                 if not running:
                     return
@@ -313,17 +320,33 @@ class RolloutEngine:
             self._llm.start_weight_update()
             self._llm.update_weights({"update_info": {"tensors": tensors}})
             self._llm.finish_weight_update(weight_version=str(version))
-            if not self._llm.reset_prefix_cache():
-                raise RuntimeError("vLLM kept its prefix cache after a weight update: requests are still running")
+            self._forget()
+
+    def _forget(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache after a weight update: requests are still running")
+
+    def ship(self, directory: Path) -> None:
+        """Collective: from now on completions are of the base with the adapter in `directory` (PEFT's files)."""
+        dist.barrier()  # it is written
+        self.wake("weights")
+        self.wake("kv_cache")
+        with self._isolated():
+            from vllm.lora.request import LoRARequest
+
+            self._adapter = LoRARequest("adapter", 1, str(directory))
+            self._llm.llm_engine.add_lora(LoRARequest("adapter", 1, str(directory), load_inplace=True))
+            self._forget()
 
     def sleep(self) -> None:
         """Gives the GPU's memory, weights and cache, to the trainer; nothing on CPU. A refit wakes it.
 
-        Level 2: level 1 would keep a copy of the weights in host memory, which the refit replaces anyway.
+        Level 2: level 1 would keep a copy of the weights in host memory, which the refit replaces anyway, but where
+        only adapters are shipped.
         """
         if not self._cpu:
             with self._isolated():
-                self._llm.sleep(level=2)
+                self._llm.sleep(level=2 if self._adapter is None else 1)
 
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
         """Maps memory that `sleep` gave away; what is in it is undefined."""
@@ -364,6 +387,12 @@ class RolloutEngine:
         dist.all_gather_object(digests, digest, group=get_tp_group().cpu_group)
         if len(set(digests)) > 1:
             raise RuntimeError(f"the ranks of rollout replica {self.replica} were given different prompts or seeds")
+
+
+def _lora_options(rank: int | None) -> dict[str, Any]:
+    if rank is None:
+        return {}
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(room for room in RANKS if room >= rank)}
 
 
 def _cpu_options(kv_cache_bytes: int | None) -> dict[str, Any]:

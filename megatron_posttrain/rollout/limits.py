@@ -12,6 +12,7 @@ CPU_CACHE_BYTES = 256 << 20
 # Kernels that vLLM 0.32 was compiled with for CPU: attention by head size, experts in tiles of 32.
 CPU_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 CPU_TILE = 32
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for in adapters
 
 
 @dataclass(frozen=True)

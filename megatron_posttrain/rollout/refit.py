@@ -98,7 +98,7 @@ class Refit:
 
     def figures(self, seconds: float) -> dict[str, float]:
         """Of a refit from the trainer that took so long: gigabytes that this rank received, and those a second."""
-        return {"refit_gb": self.shares.received / 1e9, "refit_gb_per_s": self.shares.received / 1e9 / seconds}
+        return {"refit_gb": self.shares.received / 1e9, "refit_gb_per_second": self.shares.received / 1e9 / seconds}
 
 
 @dataclass(frozen=True)

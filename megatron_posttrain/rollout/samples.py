@@ -343,6 +343,16 @@ def save_samples(path: Path, samples: Samples) -> None:
         list(lines)
 
 
+def _worth(samples: Samples, k: int) -> dict[str, Any]:
+    """Of a sample that was graded."""
+    return {
+        "reward": float(samples.rewards[k]),
+        "rewards": {name: float(x[k]) for name, x in samples.rewards_by_name.items() if not np.isnan(x[k])},
+        "advantage": float(samples.advantages[k]),
+        "logprob_difference": float(samples.differences[k]) / max(1, int(samples.sampled[k])),
+    }
+
+
 def _record(samples: Samples, k: int, mine: int) -> dict[str, Any]:
     """Of sample `k`, the replica's number `mine`."""
     prompt, failures, n = samples.prompts[k], samples.grades[mine].failures, int(samples.lengths[k])
@@ -360,13 +370,10 @@ def _record(samples: Samples, k: int, mine: int) -> dict[str, Any]:
             "prompt_token_ids": prompt.token_ids,
             "token_ids": samples.token_ids[mine].tolist(),
             "logprobs": np.nan_to_num(samples.logprobs[mine].astype(np.float64)).round(6).tolist(),  # the engine's
-            "reward": float(samples.rewards[k]),
-            "rewards": {name: float(x[k]) for name, x in samples.rewards_by_name.items() if not np.isnan(x[k])},
-            "advantage": float(samples.advantages[k]),
             "finish_reason": samples.finish_reason(k),
             "version": int(samples.versions[k]),
-            "logprob_difference": float(samples.differences[k]) / max(1, int(samples.sampled[k])),
         }
+        | (_worth(samples, k) if samples.rewards_by_name else {})
         | {name: [round(x, 4) for x in of[k][-n:].tolist()] for name, of in samples.by_token.items()}
         | turns
         | failed

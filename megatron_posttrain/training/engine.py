@@ -95,6 +95,7 @@ class Engine:
                 adapters.attach(self.modules, self.adapters, groups, seed=seed)
         if not model.random_init:
             load_hf(self.modules, arch, HfReader(model_directory(model.path)), groups)
+        adapters.begin(self.modules)
         self.chunks: Sequence[Any] = self.modules
         self.optimizer: Any = None
         if optimizer is None:

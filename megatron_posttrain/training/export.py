@@ -85,11 +85,8 @@ def export_adapter(engine: Engine, source: Path, directory: Path) -> None:
         if main:
             write_adapter(
                 directory,
-                ((module, tensors[a], tensors[b]) for module, a, b in adapters.modules()),
-                rank=lora.rank,
-                alpha=lora.alpha,
-                dropout=lora.dropout,
-                use_rslora=lora.use_rslora,
+                ((module, *(tensors.get(name or "") for name in names)) for module, *names in adapters.modules()),
+                lora,
                 base_model=str(source),
                 layout=registry.layout(engine.arch, adapters.fused),
             )

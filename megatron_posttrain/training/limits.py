@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_posttrain.config.algorithms import GrpoConfig
-from megatron_posttrain.config.schema import RewardConfig
+from megatron_posttrain.config.algorithms import DistillConfig, GrpoConfig
+from megatron_posttrain.config.schema import Config, RewardConfig
 from megatron_posttrain.data.dataset import PromptDataset
 from megatron_posttrain.data.rows import Row
 from megatron_posttrain.errors import UserError
@@ -54,7 +54,7 @@ def check_positions(lengths: Iterable[int], arch: Architecture) -> None:
         )
 
 
-def rollout_problems(config: GrpoConfig, arch: Architecture | None, device: str) -> Iterator[str]:
+def rollout_problems(config: GrpoConfig | DistillConfig, arch: Architecture | None, device: str) -> Iterator[str]:
     """Why vLLM on `device` (cpu or cuda) cannot run the config's rollouts; one reason each."""
     from megatron_posttrain.rollout.limits import engine_problems
 
@@ -63,8 +63,10 @@ def rollout_problems(config: GrpoConfig, arch: Architecture | None, device: str)
         yield f"rollout.offload needs precision.dtype bf16, found {precision}"
     if rollout.quantization is not None and device != "cuda":
         yield f"rollout.quantization: {rollout.quantization} runs on CUDA only; allowed here: null"
+    if rollout.adapters == "ship":
+        yield from _shipping_problems(config, arch, device)
     if arch is not None:
-        if config.algorithm.routing_replay != "none" and arch.moe is None:
+        if isinstance(config, GrpoConfig) and config.algorithm.routing_replay != "none" and arch.moe is None:
             yield f"algorithm.routing_replay={config.algorithm.routing_replay}: the model has no experts; allowed: none"
         if rollout.replay is not None:
             return
@@ -78,3 +80,16 @@ def rollout_problems(config: GrpoConfig, arch: Architecture | None, device: str)
             cache_bytes=None if cache is None else int(cache * 2**30),
             dtype_bytes=4 if precision == "fp32" else 2,
         )
+
+
+def _shipping_problems(config: Config, arch: Architecture | None, device: str) -> Iterator[str]:
+    from megatron_posttrain.rollout.limits import RANKS
+
+    reasons = {
+        "lora is null, so there is no adapter": config.lora is None,
+        "model.random_init leaves vLLM no base to read": config.model.random_init,
+        "vLLM takes no magnitudes (lora.use_dora)": config.lora is not None and config.lora.use_dora,
+        f"vLLM takes ranks up to {RANKS[-1]}": config.lora is not None and config.lora.rank > RANKS[-1],
+        "vLLM's CPU build has no adapters of experts": device == "cpu" and arch is not None and arch.moe is not None,
+    }
+    yield from (f"rollout.adapters=ship: {why}; allowed: merge" for why, found in reasons.items() if found)

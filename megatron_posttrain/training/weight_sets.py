@@ -47,3 +47,26 @@ class WeightSets:
             before = own.to("cpu", copy=True)
             own.copy_(other)
             other.copy_(before)
+
+
+class HostWeights:
+    """Of frozen modules, whose weights are in host memory and on the device only while they are used."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        self._copies = [(parameter, parameter.data.to("cpu")) for parameter in parameters]
+        self._leave()
+
+    def _leave(self) -> None:
+        for parameter, _ in self._copies:
+            parameter.data = parameter.data.new_empty(0)
+
+    @contextmanager
+    def present(self) -> Iterator[None]:
+        """Meanwhile the modules have them."""
+        for parameter, copy in self._copies:
+            parameter.data = copy.to(parameter.device)
+        try:
+            yield
+        finally:
+            self._leave()

@@ -24,7 +24,11 @@ def train(base: str, adapter: Path, steps: int) -> tuple[list[float], list[float
     """Losses and gradient norms; the loss is one mean over the tokens of the global batch."""
     model = load(base, adapter, trainable=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.1, betas=(0.9, 0.95), eps=EPSILON)
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=EPSILON)
     losses, norms = [], []
     for step in range(steps):
         rows = [s for row in batch(step, model.config.vocab_size) for s in row]

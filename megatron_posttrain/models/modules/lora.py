@@ -1,4 +1,5 @@
-"""LoRA (arXiv 2106.09685, section 4.1) beside one linear layer of megatron-core, split over ranks as the layer is."""
+"""LoRA (arXiv 2106.09685, section 4.1) and DoRA (arXiv 2402.09353, eq. 5) beside one linear layer of megatron-core,
+split over ranks as the layer is."""
 
 import math
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from megatron_posttrain.models.modules import kernels
+from megatron_posttrain.models.modules.nf4 import values
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,22 @@ class LoraLinear(nn.Module):
     """The change of a weight is scaling x B @ A, with an A for each of the layers that a fused weight consists of.
 
     A [adapters x rank, in], B [out, rank]: a row of B meets the A that `owners` [out] names; -1: no adapter.
+    `dora`: row i of the sum becomes m_i times its direction; the norms are constants for the gradient (section 4.3).
     """
 
     def __init__(
-        self, inputs: int, owners: Tensor, rank: int, scaling: float, dropout: float, split: Split, dtype: torch.dtype
+        self,
+        weight: Tensor,
+        inputs: int,
+        owners: Tensor,
+        rank: int,
+        scaling: float,
+        dropout: float,
+        split: Split,
+        dora: bool,
     ) -> None:
         super().__init__()
+        dtype = weight.dtype
         device, count = owners.device, max(int(owners.max()) + 1, 1)
         self.a = nn.Parameter(torch.zeros(count * rank, inputs, dtype=dtype, device=device))
         self.b = nn.Parameter(torch.zeros(len(owners), rank, dtype=dtype, device=device))
@@ -63,6 +75,11 @@ class LoraLinear(nn.Module):
         self.mask = None if bool(mask.all()) else mask.to(dtype)  # [out, adapters]; not a buffer, it is no state
         self.rank, self.scaling, self.dropout, self.split = rank, scaling, dropout, split
         self.enabled = True
+        self.m: nn.Parameter | None = None
+        self._weight, self._owned = [weight], owners >= 0  # in a list: it is the layer's parameter
+        if dora:
+            self.m = nn.Parameter(torch.ones(len(owners), dtype=dtype, device=device))
+            self._mark(self.m, copied=split.by != "column")
         self._mark(self.a, copied=split.by != "row")
         self._mark(self.b, copied=split.by != "column")
 
@@ -84,9 +101,42 @@ class LoraLinear(nn.Module):
         return (self.mask[:, :, None] * self.b[:, None, :]).flatten(1)
 
     @torch.no_grad()
-    def change(self) -> Tensor:
-        """Of this rank's weight [out, in], in fp32."""
-        return (self.up().float() @ self.a.float()).mul_(self.scaling)
+    def merged(self) -> Tensor:
+        """This rank's shard of the changed weight [out, in], summed in fp32. Collective with magnitudes."""
+        whole = self._sum()
+        return (whole if self.m is None else whole * self._scales(whole)[:, None]).to(self._weight[0].dtype)
+
+    @torch.no_grad()
+    def _sum(self) -> Tensor:
+        return (self.up().float() @ self.a.float()).mul_(self.scaling).add_(values(self._weight[0]))
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Collective, once the layer has its weight: magnitudes that change nothing."""
+        if self.m is not None:
+            self.m.copy_(self._norms(self._sum()))
+
+    def _norms(self, whole: Tensor) -> Tensor:
+        """[out] fp32, of the rows of all ranks."""
+        squares = whole.square().sum(1)
+        if self.split.by == "row" and self.split.group.size() > 1:
+            torch.distributed.all_reduce(squares, group=self.split.group)
+        return squares.sqrt_()
+
+    def _scales(self, whole: Tensor) -> Tensor:
+        """[out] what rows of the changed weight are multiplied by: m / norm, differentiable in m; 1 where a row has no
+        adapter. The norm is rounded as m is, so that it begins as exactly 1."""
+        assert self.m is not None
+        scales = self.m.float() / self._norms(whole).to(self.m.dtype).float()
+        return torch.where(self._owned, scales, 1.0)
+
+    def add_to(self, output: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output with what the adapter changes. `bias`: that is in it."""
+        change = self(x)
+        if self.m is None:
+            return output + change
+        scales = self._scales(self._sum()).to(output.dtype)
+        return output + (scales - 1) * (output if bias is None else output - bias) + scales * change
 
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, ..., in] as the layer is given it -> what is added to the layer's output."""
@@ -120,6 +170,17 @@ def grouped_change(adapters: Sequence[LoraLinear], x: Tensor, counts: Sequence[i
     return F.grouped_mm(down, b.transpose(-2, -1), offs=ends)
 
 
+def add_to_logits(router: Any) -> None:
+    """From now on a router of megatron-core, whose output is a choice, chooses by the sum with its adapter `lora`."""
+    gating = router.gating
+
+    def changed(x: Tensor) -> Tensor:
+        logits = gating(x)
+        return logits + router.lora(x).to(logits.dtype) if router.lora.enabled else logits
+
+    router.gating = changed
+
+
 def adapters_of(modules: Sequence[Any]) -> list[LoraLinear]:
     """Of all the linear layers; none where they have none."""
     found = [module.lora for module in modules if hasattr(module, "lora")]
@@ -133,7 +194,8 @@ def add_to_output(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
     x, norm = inputs[0], getattr(module, "layer_norm_weight", None)
     if norm is not None:  # Transformer Engine merges a norm into the layer that follows it
         x = F.rms_norm(x, (x.shape[-1],), norm, module.eps)
-    return (output[0] + module.lora(x), *output[1:])
+    bias = getattr(module, "bias", None) if output[1] is None else None
+    return (module.lora.add_to(output[0], x, bias if bias is not None and bias.numel() else None), *output[1:])
 
 
 def add_to_grouped_output(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:

@@ -1,0 +1,90 @@
+"""The rollout engine of a run: made as its config says, given the trainer's weights, and proven to hold them."""
+
+import time
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from megatron_posttrain.config.algorithms import DistillConfig, GrpoConfig
+from megatron_posttrain.config.schema import Config
+from megatron_posttrain.data.batch import Sequence as TokenSequence
+from megatron_posttrain.data.dataset import Prompt
+from megatron_posttrain.models.build import DTYPES
+from megatron_posttrain.platform import platform
+from megatron_posttrain.rollout.engine import RolloutEngine
+from megatron_posttrain.rollout.refit import Refit, prove
+from megatron_posttrain.rollout.routed_experts import choice_type
+from megatron_posttrain.training.engine import Engine
+from megatron_posttrain.training.export import export_adapter
+from megatron_posttrain.training.run import Run
+from megatron_posttrain.training.sequences import sequence_logprobs
+
+RlConfig = GrpoConfig | DistillConfig  # what draws samples
+CANARY_PROMPTS = 4
+
+
+class Refits:
+    """A rollout engine and the trainer whose weights it gets.
+
+    Collective: made once the trainer has what memory it needs; the run closes the engine.
+    """
+
+    def __init__(self, config: RlConfig, run: Run, engine: Engine) -> None:
+        self.run, self.engine = run, engine
+        self._make_room(config)
+        cache, shipped = config.rollout.kv_cache_gib, config.rollout.adapters == "ship"
+        replays = isinstance(config, GrpoConfig) and config.algorithm.routing_replay == "rollout"
+        self.rollout = run.closing(
+            RolloutEngine(
+                str(run.prepared.model_path),
+                dtype=DTYPES[config.precision.dtype],
+                tensor=config.rollout.tensor,
+                expert=config.rollout.expert,
+                max_model_len=config.data.sequence_length,
+                kv_cache_bytes=None if cache is None else int(cache * 2**30),
+                max_num_seqs=config.rollout.max_num_seqs,
+                seed=config.training.seed,
+                gpu_memory_utilization=config.rollout.gpu_memory_fraction,
+                quantization=config.rollout.quantization,
+                lora_rank=config.lora.rank if shipped and config.lora else None,
+                load_weights=shipped,
+                choices=choice_type(run.prepared.arch) if replays else None,
+            )
+        )
+        self._refit = Refit(self.rollout, engine.exporter)
+
+    def update(self, config: RlConfig, prompts: Sequence[Prompt], version: int) -> dict[str, float]:
+        """Collective: the trainer's weights into the engine, and the proof on the first `prompts`; figures of both."""
+        self._make_room(config)
+        figures = self._ship() if config.rollout.adapters == "ship" else self._bring(version)
+        start = time.perf_counter()
+        own = partial(_canary_logprobs, self.engine, token_budget(config))
+        prove(self.rollout, [p.token_ids for p in prompts[:CANARY_PROMPTS]], own, config.rollout.proof_tolerance)
+        return figures | {"proof_seconds": time.perf_counter() - start + self._refit.digest_seconds}
+
+    def _bring(self, version: int) -> dict[str, float]:
+        self.engine.gather_weights()
+        with platform().megatron():
+            return self._refit.figures(self._refit.from_trainer(version))
+
+    def _ship(self) -> dict[str, float]:
+        directory = self.run.directory / "rollouts" / "adapter"
+        export_adapter(self.engine, self.run.prepared.model_path, directory)
+        self.rollout.ship(directory)
+        return {}
+
+    def _make_room(self, config: RlConfig) -> None:
+        """Before vLLM asks for its share of the memory."""
+        for trained in (self.engine, *self.run.checkpoints.beside.values()) if config.rollout.offload else ():
+            trained.offload()
+
+
+def token_budget(config: Config) -> int:
+    """Tokens of a micro-batch; samples share it."""
+    return config.data.sequence_length * config.training.micro_batch_size
+
+
+def _canary_logprobs(engine: Engine, budget: int, sequences: list[list[int]]) -> list[torch.Tensor]:
+    whole = [TokenSequence(ids, [1] * len(ids)) for ids in sequences]
+    return sequence_logprobs(engine, whole, budget, temperature=1.0)
