@@ -27,6 +27,13 @@ from megatron_posttrain.rollout.routed_experts import RoutedExperts
 from megatron_posttrain.upstream.gloo import shared_device
 
 REPEATED_TOKENS = 64
+ALWAYS: dict[str, Any] = {
+    "skip_tokenizer_init": True,
+    "generation_config": "vllm",  # not the directory's sampling defaults
+    "logprobs_mode": "processed_logprobs",  # after temperature and top-p
+    "disable_log_stats": True,
+    "use_tqdm_on_load": False,
+}
 CPU_BLOCK_SIZE = 32  # the attention kernel wants multiples of 32; vLLM's 128 shares no prefix of a short prompt
 
 
@@ -130,12 +137,8 @@ class RolloutEngine:
             "quantization": quantization,
             "seed": seed,
             "distributed_executor_backend": "external_launcher",
-            "skip_tokenizer_init": True,
-            "generation_config": "vllm",  # not the directory's sampling defaults
-            "logprobs_mode": "processed_logprobs",  # after temperature and top-p
-            "disable_log_stats": True,
-            "use_tqdm_on_load": False,
             "enable_return_routed_experts": choices is not None and not self._cpu,
+            **ALWAYS,
         }
         options |= _lora_options(lora_rank)
         options |= _cpu_options(kv_cache_bytes) if self._cpu else _cuda_options(kv_cache_bytes, gpu_memory_utilization)
