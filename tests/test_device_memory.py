@@ -47,7 +47,7 @@ class Recorder:
 def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Engine, list[str]]]:
     calls: list[str] = []
     made = object.__new__(Engine)
-    made._offloaded, made.adapters, made._calls = False, None, 0
+    made._offloaded, made.adapters, made.around, made._calls = False, None, None, 0
     made.arch = None  # type: ignore[assignment]
     made.optimizer_config, made.ema, made.may_skip, made.skipped = OptimizerConfig(), None, 0, 0
     made.groups = SimpleNamespace(data=SimpleNamespace(size=lambda: 1))  # type: ignore[assignment]

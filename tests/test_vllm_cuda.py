@@ -107,7 +107,8 @@ def test_closing_prepares_for_it(driver: Driver, monkeypatch: pytest.MonkeyPatch
 def test_sampling_needs_nothing_that_sleep_discards() -> None:
     """Penalties, thinking budgets and their like have state beside a request's own; a field is added after a look."""
     fields = {field.name for field in dataclasses.fields(Sampling)}
-    assert fields == {"n", "max_tokens", "temperature", "top_p", "top_k", "presence_penalty", "stop_token_ids"}
+    known = {"n", "max_tokens", "temperature", "top_p", "top_k", "presence_penalty", "stop_token_ids"}
+    assert fields == known | {"repetitions"}  # looked for by the scheduler, in a request's token ids
     with pytest.raises(TypeError, match="repetition_penalty"):
         Sampling(repetition_penalty=1.1)  # type: ignore[call-arg]
 
