@@ -104,7 +104,7 @@ def test_grpo_trains_resumes_and_exports(tmp_path: Path) -> None:
             other[key] for key in ("token_ids", "rewards", "logprobs")
         ]
     done = ranks(2, *arguments, *replayed, "training.steps=3", "--replay", str(run / "rollouts"), check=False)
-    assert done.returncode == 2
+    assert done.returncode == 1  # torchrun's, of several ranks
     assert "step_000003.jsonl is not there; the run has 3 steps" in done.stderr
 
 
