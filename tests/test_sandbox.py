@@ -104,6 +104,17 @@ def test_result() -> None:
     assert "CANARY" not in unsafe.stdout
 
 
+def test_what_programs_read_may_lie_below_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a virtual environment's interpreter; it stays read-only."""
+    (tmp_path / "there").write_text("7")
+    module = sys.modules["megatron_posttrain.sandbox.run"]
+    monkeypatch.setattr(module, "_SYSTEM", (*module._SYSTEM, str(tmp_path)))  # type: ignore[attr-defined]
+    code = f"print(open('{tmp_path}/there').read())\nopen('/tmp/own', 'w')\nopen('{tmp_path}/there', 'w')"
+    result = sandbox.run(code)
+    assert (result.status, result.stdout) == ("error", "7\n")
+    assert "Read-only file system" in result.stderr
+
+
 def test_a_machine_that_cannot_isolate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["megatron_posttrain.sandbox.run"], "why_unavailable", lambda: "no namespaces")
     with pytest.raises(Exception, match=r"cannot isolate them: no namespaces; allowed: .*sandbox.unsafe: true"):

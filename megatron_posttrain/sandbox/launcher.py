@@ -122,6 +122,9 @@ def _build_root(job: dict[str, Any], owner: int) -> None:
     root = job["root"]
     _mount(None, "/", None, _REC | _PRIVATE)
     _mount("tmpfs", root, "tmpfs", _NOSUID | _NODEV, "size=1m,mode=755")
+    Path(root, "tmp").mkdir()
+    # Before the binds: what they take may lie below /tmp itself, such as a virtual environment.
+    _mount("tmpfs", f"{root}/tmp", "tmpfs", _NOSUID | _NODEV, f"{job['scratch']},mode=700,uid={owner}")
     for path in job["binds"]:
         source, target = Path(path), Path(root + path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -134,13 +137,12 @@ def _build_root(job: dict[str, Any], owner: int) -> None:
             target.touch()
         _mount(path, str(target), None, _BIND | _REC)
         _restrict(str(target), _AT_RECURSIVE, _ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NODEV)
-    for name in ("tmp", "proc", "dev"):
+    for name in ("proc", "dev"):
         Path(root, name).mkdir()
     Path(root, "dev/shm").symlink_to("/tmp")
     for name in _DEVICES:
         Path(root, "dev", name).touch()
         _mount(f"/dev/{name}", f"{root}/dev/{name}", None, _BIND)
-    _mount("tmpfs", f"{root}/tmp", "tmpfs", _NOSUID | _NODEV, f"{job['scratch']},mode=700,uid={owner}")
     _mount("proc", f"{root}/proc", "proc", _NOSUID | _NODEV | _NOEXEC, "subset=pid")
     os.chdir(root)
     _check(_libc.syscall(_SYS_PIVOT_ROOT[os.uname().machine], b".", b"."), "pivot_root")
