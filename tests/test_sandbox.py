@@ -106,6 +106,7 @@ def test_result() -> None:
 
 def test_what_programs_read_may_lie_below_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as a virtual environment's interpreter; it stays read-only."""
+    tmp_path.chmod(0o755)
     (tmp_path / "there").write_text("7")
     module = sys.modules["megatron_posttrain.sandbox.run"]
     monkeypatch.setattr(module, "_SYSTEM", (*module._SYSTEM, str(tmp_path)))  # type: ignore[attr-defined]
