@@ -121,7 +121,7 @@ def trl(job: dict[str, Any], turn: Callable[[float | None], None], use_vllm: boo
     config = GRPOConfig(
         output_dir=job["output"], use_cpu=True, bf16=False, fp16=False, report_to=[], save_strategy="no",
         logging_strategy="no", disable_tqdm=True, gradient_checkpointing=False, dataloader_pin_memory=False,
-        learning_rate=optimizer["lr"], adam_beta2=optimizer["beta2"], weight_decay=optimizer["weight_decay"],
+        learning_rate=float(optimizer["lr"]), adam_beta2=optimizer["beta2"], weight_decay=optimizer["weight_decay"],
         lr_scheduler_type=optimizer["schedule"], warmup_steps=optimizer.get("warmup_steps", 0), max_grad_norm=1.0,
         max_steps=steps, per_device_train_batch_size=count, num_generations=rollout["samples_per_prompt"],
         max_completion_length=rollout["max_tokens"], temperature=1.0, beta=0.0, loss_type="dapo", epsilon=0.2,
@@ -209,7 +209,7 @@ def main() -> None:
         steps: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
         for number in range(job["training"]["steps"]):
             for name, process in sides.items():
-                if found := process.step(first=number == 0):
+                if len(steps[name]) == number and (found := process.step(first=number == 0)):
                     steps[name].append(found)
         for process in sides.values():
             process.process.kill()
