@@ -108,7 +108,9 @@ def trl(job: dict[str, Any], turn: Callable[[float | None], None], use_vllm: boo
 
     def graded(completions: list[Any], answer: list[str], **unused: Any) -> list[float]:
         texts = [completion[0]["content"] for completion in completions]
-        said = [Sample([], text, key, {}, "", text, 0, False, 0.0) for text, key in zip(texts, answer, strict=True)]
+        finals = [text.rpartition("</think>")[2] for text in texts]
+        each = zip(texts, finals, answer, strict=True)
+        said = [Sample([], text, key, {}, "", final, 0, False, 0.0) for text, final, key in each]
         values = [grade.total for grade in compute_rewards(said, [grader])]
         means.append(statistics.fmean(values))
         return values
