@@ -24,6 +24,7 @@ from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout.engine import Sampling
+from megatron_posttrain.rollout.replay import logged_file
 from megatron_posttrain.rollout.samples import Samples, generate_samples, save_samples
 from megatron_posttrain.training.batches import pack_share, rank_micro_batches, rank_token_batches, token_shares
 from megatron_posttrain.training.engine import Engine
@@ -138,7 +139,7 @@ class Student:
             rollout.sleep()
         samples.advantages = torch.zeros(len(prompts))
         micro_batches = self._share(rows, samples, config)
-        save_samples(self.run.directory / "rollouts" / f"step_{step.number:06d}.jsonl", samples)
+        save_samples(logged_file(self.run.directory / "rollouts", step.number), samples)
         figures = samples.metrics() | moved
         names = ("response_length", "truncated_fraction", *moved)
         told: dict[str, float | Mean] = {name: figures[name] for name in names}

@@ -132,6 +132,7 @@ def _mlp(arch: Architecture, layer: int, layout: Layout, shapes: Shapes) -> dict
 
 @lru_cache(maxsize=65536)
 def _layer_tensors(arch: Architecture, layer: int, split: Layout, shapes: Shapes) -> dict[str, float]:
+    """Bytes that one layer keeps for one micro batch on one rank, by tensor. `split`: see `_split`."""
     e, h = shapes.dtype_bytes, arch.hidden_size
     tokens = shapes.tokens / split.context
     if shapes.recompute == "full":
@@ -155,11 +156,6 @@ def _split(layout: Layout) -> Layout:
     return Layout(
         tensor=layout.tensor, context=layout.context, expert_tensor=layout.expert_tensor, sequence=layout.sequence
     )
-
-
-def layer_tensors(arch: Architecture, layer: int, layout: Layout, shapes: Shapes) -> dict[str, float]:
-    """Bytes that one layer keeps for one micro batch on one rank, by tensor."""
-    return _layer_tensors(arch, layer, _split(layout), shapes)
 
 
 def in_flight(pipeline: int, chunks: int, stage: int, microbatches: int) -> list[int]:
