@@ -34,11 +34,7 @@ from megatron_posttrain.training.engine import Engine, StepResult
 from megatron_posttrain.training.heads import LabelLogprobs, Output
 from megatron_posttrain.training.routing import Action, routing
 from megatron_posttrain.training.run import Run, Step
-from megatron_posttrain.training.sequences import (
-    batch_logprobs,
-    sums_by_sequence,
-    values_by_sequence,
-)
+from megatron_posttrain.training.sequences import batch_logprobs, sums_by_sequence, values_by_sequence
 from megatron_posttrain.training.totals import Mean, Totals
 
 REFERENCE = "reference"

@@ -142,10 +142,7 @@ class Samples:
         prompt = np.asarray(self.prompts[sample].token_ids, np.int32)
         drawn = np.concatenate([np.full(len(prompt), np.nan, np.float32), logprobs.view(np.float32)])
         counts = ~np.isnan(drawn) & ~self.masked[sample]
-        extras = {
-            "rollout_logprobs": np.nan_to_num(drawn),
-            "advantages": counts * np.float32(self.advantages[sample]),
-        }
+        extras = {"rollout_logprobs": np.nan_to_num(drawn), "advantages": counts * np.float32(self.advantages[sample])}
         chosen = None
         if self.choices is not None:
             chosen = np.frombuffer(experts.tobytes(), self.choices, count=len(drawn) - 1)
