@@ -17,8 +17,7 @@ import torch.distributed as dist
 
 from megatron_posttrain.algorithms.advantages import group_advantages
 from megatron_posttrain.algorithms.asked import held_out_figures
-from megatron_posttrain.algorithms.curriculum import Curriculum
-from megatron_posttrain.algorithms.dynamic_sampling import replace_equal
+from megatron_posttrain.algorithms.draws import Curriculum, replace_equal
 from megatron_posttrain.algorithms.grpo import set_advantages
 from megatron_posttrain.algorithms.losses import value_terms
 from megatron_posttrain.algorithms.policy import (

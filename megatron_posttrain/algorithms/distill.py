@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_posttrain.algorithms.refit import Refits, token_budget
@@ -22,6 +21,7 @@ from megatron_posttrain.data.dataset import Prompt, TokenizedDataset
 from megatron_posttrain.data.tokenize import Conversation, load_tokenizer
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.parallel.exchange import summed
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout.engine import Sampling
 from megatron_posttrain.rollout.replay import logged_file
@@ -201,6 +201,4 @@ def validation_divergence(engine: Engine, teacher: Teacher, dataset: TokenizedDa
     for batch, output in zip(batches, engine.forward(batches, DivergenceHead(teacher)), strict=True):
         values = output["divergence"][: len(batch.tokens)].cpu() * batch.loss_mask
         found += torch.stack([values.double().sum(), batch.loss_mask.double().sum()])
-    found = found.to(platform().device)
-    dist.all_reduce(found, group=engine.groups.data)
-    return Mean(*found.tolist())
+    return Mean(*summed(found, engine.groups.data).tolist())

@@ -10,9 +10,8 @@ from megatron_posttrain.algorithms.asked import Asked
 from megatron_posttrain.algorithms.policy import (
     Rollouts,
     kl_in_reward,
-    receive_samples,
     reference_of,
-    score_samples,
+    scored_samples,
     set_token_advantages,
     spread,
     update,
@@ -34,15 +33,9 @@ def grpo(config: GrpoConfig) -> int:
         engine = run.model(**reference_of(config))
         rollouts = Rollouts.start(run, config, engine, asked)
         for step in run.steps():
-            now = rollouts.config(step.index)
-            with step.phase("refit"):
-                rollouts.refit(now, step.index)
-            with step.phase("rollout"):
-                samples = rollouts.draw(now, step.index, config.algorithm.dynamic_sampling or 1)
-            rollouts.grade(step, samples)
+            now, samples = rollouts.draw(step, config.algorithm.dynamic_sampling or 1)
             with step.phase("train"):
-                mini_batches = receive_samples(samples, engine, now)
-                score_samples(mini_batches, engine, now)
+                mini_batches = scored_samples(samples, engine, now)
                 set_advantages(samples, [batch for batches in mini_batches for batch in batches], engine, now)
                 metrics = update(engine, samples, mini_batches, now, step.learning_rate)
             rollouts.finish(step, samples, metrics)

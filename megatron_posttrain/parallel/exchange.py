@@ -17,6 +17,13 @@ def gather_rows(values: Tensor) -> Tensor:
     return rows.cpu()
 
 
+def summed(own: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Over the ranks of `group`, or all of them."""
+    everywhere = own.to(platform().device, copy=True)
+    dist.all_reduce(everywhere, group=group)
+    return everywhere.cpu()
+
+
 def exchange(flat: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
     """All-to-all of parts of flat tensors: `sent[r]` entries go to rank r, `received[r]` come from it, in order."""
     if dist.get_world_size() == 1:

@@ -1,8 +1,8 @@
 """Refit: the trainer's weights into the engine, and the proof that they arrived."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -101,12 +101,6 @@ class Refit:
         return {"refit_gb": self.shares.received / 1e9, "refit_gb_per_second": self.shares.received / 1e9 / seconds}
 
 
-@dataclass(frozen=True)
-class _Finding:
-    statistic: float
-    message: str
-
-
 def prove(
     engine: RolloutEngine,
     canary_prompts: Sequence[Sequence[int]],
@@ -136,18 +130,18 @@ def prove(
     completions = engine.greedy(prompts, min(CANARY_TOKENS, room))
     own = [p + c.token_ids for p, c in zip(prompts, completions, strict=True)]
     # A wrong replica says other tokens. The trainer's ranks must all score the same, so they score them all.
-    gathered: list[list[list[int]] | None] = [None] * dist.get_world_size()
+    gathered = [own] * dist.get_world_size()
     dist.all_gather_object(gathered, own)
-    sequences = list(dict.fromkeys(tuple(s) for said in gathered for s in said or ()))
+    sequences = list(dict.fromkeys(tuple(s) for said in gathered for s in said))
     scores = trainer_logprobs([list(s) for s in sequences])
     trainer = dict(zip(sequences, scores, strict=True))
     finding = _compare(prompts, completions, [trainer[tuple(s)] for s in own], fp32, limit, engine.replica)
-    findings: list[_Finding | None] = [None] * dist.get_world_size()
+    findings = [finding] * dist.get_world_size()
     dist.all_gather_object(findings, finding)
-    worst = max((f for f in findings if f), key=lambda f: (f.statistic != f.statistic, f.statistic))
-    if not worst.statistic <= limit:
-        raise RefitError(worst.message)
-    return worst.statistic
+    statistic, message = max(findings, key=lambda found: (math.isnan(found[0]), found[0]))
+    if not statistic <= limit:
+        raise RefitError(message)
+    return statistic
 
 
 def _compare(
@@ -157,7 +151,8 @@ def _compare(
     fp32: bool,
     limit: float,
     replica: int,
-) -> _Finding:
+) -> tuple[float, str]:
+    """The largest (fp32) or mean (bf16) difference, and a message about it."""
     difference, where = [], []
     for i, (prompt, completion, score) in enumerate(zip(prompts, completions, scores, strict=True)):
         own = score.detach().double().cpu()[len(prompt) - 1 :].tolist()
@@ -167,7 +162,7 @@ def _compare(
     values = torch.tensor(difference, dtype=torch.float64)
     statistic = float(values.max() if fp32 else values.mean())  # NaN wins in both
     i, position, token, engine, trainer = where[int(values.nan_to_num(nan=torch.inf).argmax())]
-    return _Finding(
+    return (
         statistic,
         f"the engine does not hold the trainer's weights: {'largest' if fp32 else 'mean'} difference of "
         f"log-probs {statistic:.3g} exceeds the tolerance {limit:.3g}; worst at canary prompt {i}, position "

@@ -18,8 +18,7 @@ from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.data.messages import Message
 from megatron_posttrain.environments.dialogue import read_calls
-from megatron_posttrain.parallel.exchange import exchange, gather_rows, to_first_rank
-from megatron_posttrain.platform import platform
+from megatron_posttrain.parallel.exchange import exchange, gather_rows, summed, to_first_rank
 from megatron_posttrain.rewards.grading import Grade, compute_rewards, metric_sums
 from megatron_posttrain.rewards.registry import Reward, Sample
 from megatron_posttrain.rollout.engine import RolloutEngine, Sampling
@@ -262,9 +261,7 @@ def _grade(
         counts = len(e.token_ids), count, e.finish_reason == "length", rollout.replica, e.version
         named = (grade.rewards.get(r.name, np.nan) for r in rewards)
         facts[i] = torch.tensor([*counts, grade.total, grade.masked, *named], dtype=torch.float64)
-    facts = facts.to(platform().device)
-    dist.all_reduce(facts)
-    known = facts.cpu().numpy().T
+    known = summed(facts).numpy().T
     lengths, counted, truncated, replicas, versions = known[:5].astype(np.int64)
     named_turns = turns.metrics if said else []  # nothing of a replica's other ranks, which know no text
     turn_sums = {name: (float(sum(e.metrics[name] for e in mine)), len(mine)) for name in named_turns}
