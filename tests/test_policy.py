@@ -289,7 +289,7 @@ def test_curriculum_sets_aside_and_revisits() -> None:
     dataset: Any = PromptDataset.__new__(PromptDataset)
     known = [{}, {}, {}, {"difficulty": 1.0}, {"difficulty": 5}, {"difficulty": 0.5}]
     dataset.seed, dataset.prompts = 0, [Prompt(i, [1], None, known[i], []) for i in range(6)]
-    Epochs.__init__(dataset, dataset._make_rows)
+    Epochs.__init__(dataset)
     state: dict[str, Any] = {}
     curriculum = Curriculum(CurriculumConfig(revisit=2), dataset, state)
     right = {0: 0.0, 1: 1.0, 2: 1.0, 3: 0.0, 4: 1.0, 5: 1.0}  # reward of every second sample; of 2 of all

@@ -93,7 +93,5 @@ def _report_links(findings: Findings, rates: list[float], hosts: list[str]) -> N
         names = [f"{i} ({hosts[i]}) -> {(i + 1) % n} ({hosts[(i + 1) % n]}) {rates[i]:.2f}" for i in slow]
         worst = min(rates[i] for i in chosen)
         shown = f"{len(chosen)} {kind}: median {middle:.2f} GB/s, slowest {worst:.2f}"
-        if slow:
-            findings.add("warn", "links", f"{shown}: {'; '.join(names)}", "look at these devices, cables and adapters")
-        else:
-            findings.add("ok", "links", shown)
+        wrong = [f"{shown}: {'; '.join(names)}"] if slow else []
+        findings.verdict("links", wrong, shown, "look at these devices, cables and adapters", "warn")
