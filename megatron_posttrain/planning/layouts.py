@@ -10,7 +10,7 @@ from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.layout_checks import problems
 from megatron_posttrain.parallel.layout import LAYOUT_KEYS, Layout, batch_problem, stage_layers
-from megatron_posttrain.planning.layers import window_of
+from megatron_posttrain.planning.flops import window_of
 
 MICRO_BATCHES = (1, 2, 4, 8)
 FEWEST_TOKENS = 2048  # of a sequence on one context parallel rank: below, communication dominates

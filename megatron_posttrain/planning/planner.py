@@ -1,6 +1,7 @@
 """Memory and time of a workload under a layout, and the ranking of all layouts that training accepts."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -10,9 +11,8 @@ from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.layout_checks import problems
 from megatron_posttrain.parallel.layout import Layout, batch_problem
 from megatron_posttrain.planning.activations import Shapes, logits_bytes, stage_activations
-from megatron_posttrain.planning.flops import adapter_weights, flops_per_token
+from megatron_posttrain.planning.flops import Linear, adapter_weights, flops_per_token, layer_linears
 from megatron_posttrain.planning.gpus import Gpu
-from megatron_posttrain.planning.layers import Linear, layer_linears
 from megatron_posttrain.planning.layouts import (
     MICRO_BATCHES,
     depth_of,
@@ -192,7 +192,7 @@ def _stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int
         states = adapters[0] / (layout.data * layout.context) + adapters[1] / expert_data(layout)
         memory["weights"] = 2.0 * sum(stage_elements(arch, layout, stage)) + 2 * sum(adapters)
         if work.quantization is not None:
-            linears = sum(_of_linears(arch, layout, stage, _local_weights))
+            linears = sum(_of_linears(arch, layout, stage, lambda linear, tensor: math.prod(linear.local(tensor))))
             layers = sum(count for _, count in stage_kinds(arch, depth_of(layout))[stage])
             memory["weights"] -= (2 - NF4_BYTES) * linears
             memory["dequantised"] = 2 * linears / max(1, layers)  # one layer at a time
@@ -237,11 +237,6 @@ def _states(arch: Architecture, layout: Layout, stage: int, exact: bool) -> dict
 def _adapters(arch: Architecture, layout: Layout, stage: int, rank: int) -> tuple[float, float]:
     """LoRA parameters of a stage's rank: dense, and of its experts."""
     return _of_linears(arch, layout, stage, lambda linear, tensor: adapter_weights(linear, rank, tensor))
-
-
-def _local_weights(linear: Linear, tensor: int) -> float:
-    inputs, outputs = linear.local(tensor)
-    return inputs * outputs
 
 
 def _of_linears(
