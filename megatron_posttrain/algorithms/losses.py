@@ -51,8 +51,7 @@ def policy_gradient_loss(
         denominator: what the sum is divided by, where `logprobs` are a part of a larger batch;
             default: this batch's own count (tokens, sequences, or batch x sequence).
 
-    Returns:
-        scalar loss and metrics.
+    Returns scalar loss and metrics.
     """
     terms, metrics = policy_gradient_terms(logprobs, old_logprobs, advantages, mask, aggregation=aggregation, **options)
     return terms.sum() / (own_count(mask, aggregation) if denominator is None else denominator), metrics
@@ -101,11 +100,8 @@ def policy_gradient_terms(
             estimated by k1, k2 or k3 (Schulman 2020).
         entropy, entropy_coefficient: subtracts entropy_coefficient x the entropy of a token's distribution.
 
-    Returns:
-        terms, and metrics (sums over tokens that count: `clip_fraction`, `ratio`, `kl`).
-
-    Raises:
-        UserError: dual_clip not above 1 or with cispo, or a KL or importance option without its log-probs.
+    Returns terms, and metrics (sums over tokens that count: `clip_fraction`, `ratio`, `kl`). Raises UserError:
+    dual_clip not above 1 or with cispo, or a KL or importance option without its log-probs.
     """
     mask = mask.to(logprobs.dtype)
     log_ratio = logprobs - old_logprobs
@@ -242,8 +238,7 @@ def distillation_loss(
         beta: jsd: the teacher's share of the mixture.
         denominator: what the sum is divided by, where these are a part of a larger batch; default: their own count.
 
-    Returns:
-        scalar loss and metrics (`divergence`: sum over tokens that count).
+    Returns scalar loss and metrics (`divergence`: sum over tokens that count).
     """
     student, teacher = student_logits.flatten(0, 1), teacher_logits.flatten(0, 1)
     each = token_divergence(student, teacher, divergence, beta=beta, temperature=temperature)

@@ -102,8 +102,7 @@ class TokenizedDataset(Epochs):
             are dropped. Both are counted: `dropped`, `truncated`, and `message` for the log.
         weights: of each source, in proportion to which an epoch takes conversations; None: each conversation once.
 
-    Raises:
-        UserError: no conversation, or none of a source with a weight, fits.
+    Raises UserError: no conversation, or none of a source with a weight, fits.
     """
 
     def __init__(
@@ -226,8 +225,7 @@ class PromptDataset(Epochs):
 
     Prompts of more than `max_prompt_length` tokens are left out and counted in `dropped`.
 
-    Raises:
-        UserError: a row whose last message is an assistant's, or no prompt short enough.
+    Raises UserError: a row whose last message is an assistant's, or no prompt short enough.
     """
 
     def __init__(

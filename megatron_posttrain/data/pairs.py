@@ -39,8 +39,7 @@ class PreferenceDataset(Epochs):
         overlong: drop a pair with a longer conversation, or cut ends off; a cut one of which no token of an answer
             is left, or whose answers are the same then, is dropped. Counted, for `message`.
 
-    Raises:
-        UserError: with file and line, a row of the other form, equal answers, or no common prompt; no row that fits.
+    Raises UserError: with file and line, a row of the other form, equal answers, or no common prompt; no row that fits.
     """
 
     def __init__(

@@ -57,9 +57,8 @@ def read_rows(
         columns: our column names to the file's (`{"prompt": "question.stem"}`, a list joins several).
         use: `preference` reads rows of two or of labelled answers, which are refused otherwise.
 
-    Raises:
-        UserError: a missing file, a malformed line, an unknown row form, a wrong type, an empty source;
-            with the file and the line's number.
+    Raises UserError: a missing file, a malformed line, an unknown row form, a wrong type, an empty source; with the
+    file and the line's number.
     """
     rows: list[Row] = []
     reader = Reader(columns or {}, use or ("sft" if require_assistant else "other"))

@@ -51,8 +51,7 @@ def load_tokenizer(directory: str | Path, model: str | Path | None = None) -> An
     Args:
         model: directory of the model that is used with it, where it is another one; `model_of` knows it.
 
-    Raises:
-        UserError: nothing to load there, no chat template, or a tokenizer that cannot report offsets.
+    Raises UserError: nothing to load there, no chat template, or a tokenizer that cannot report offsets.
     """
     from transformers import AutoTokenizer
 
@@ -178,8 +177,7 @@ def refuse_omissions(template: Template, messages: list[Message], text: str) -> 
 
     Reasoning of earlier turns may be left out, as reasoning models' templates do; that of the last may not.
 
-    Raises:
-        UserError: with the row and what is left out.
+    Raises UserError: with the row and what is left out.
     """
     lost = next(_omitted(template, messages, text), None)
     if lost:

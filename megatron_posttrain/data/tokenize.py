@@ -78,9 +78,8 @@ def encode_conversation(
         options: what the template gets beside the messages: `tools` and keys of its own.
         omissions: what to do with a conversation of which the template leaves something out.
 
-    Raises:
-        UserError: the template refuses the conversation, leaves something of it out, or a turn's span cannot
-            be established (`source` says where).
+    Raises UserError: the template refuses the conversation, leaves something of it out, or a turn's span cannot be
+    established (`source` says where).
     """
     template = Template(tokenizer, options or {}, source)
     messages = template.normal(messages)

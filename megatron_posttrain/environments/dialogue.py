@@ -59,8 +59,7 @@ def following_tokens(
         said: what an environment answered.
         ends: tokens that end a turn, one of which the model has written.
 
-    Raises:
-        BadRow: these are no messages, or the template cannot write them.
+    Raises BadRow: these are no messages, or the template cannot write them.
     """
     messages = read_messages(said, "reply")
     if not messages:

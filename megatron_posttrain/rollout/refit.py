@@ -68,9 +68,8 @@ class Refit:
                 what was yielded before `update` returns.
             version: of the weights, counted by the caller.
 
-        Raises:
-            RefitError: a tensor of the model did not come, one came that the model does not have, or, on all ranks,
-                one is not what the trainer holds.
+        Raises RefitError: a tensor of the model did not come, one came that the model does not have, or, on all ranks,
+        one is not what the trainer holds.
         """
         platform().synchronize()
         start = time.perf_counter()
@@ -117,11 +116,8 @@ def prove(
             [length - 1]: log p(token t + 1 given tokens 0..t), at temperature 1.
         tolerance: nats, of the largest difference in fp32 and of the mean one in bf16; None: 1e-3 and 0.25.
 
-    Returns:
-        The largest (fp32) or mean (bf16) difference, of the worst replica.
-
-    Raises:
-        RefitError: it exceeds the tolerance, or a value is not finite.
+    Returns the largest (fp32) or mean (bf16) difference, of the worst replica. Raises RefitError: it exceeds the
+    tolerance, or a value is not finite.
     """
     fp32 = engine.dtype == torch.float32
     limit = tolerance if tolerance is not None else (FP32_TOLERANCE if fp32 else BF16_TOLERANCE)

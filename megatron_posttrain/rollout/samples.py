@@ -104,8 +104,7 @@ class Samples:
             wanted: of every data parallel rank, its samples; the same on all ranks.
             data_rank: this rank's.
 
-        Returns:
-            the training sequence of a sample that this rank wanted.
+        Returns the training sequence of a sample that this rank wanted.
         """
         rank, world = dist.get_rank(), dist.get_world_size()
         row = 0 if self.choices is None else self.choices.itemsize
