@@ -9,16 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_posttrain.algorithms import policy
 from megatron_posttrain.algorithms.asked import Asked
 from megatron_posttrain.algorithms.losses import value_terms
-from megatron_posttrain.algorithms.policy import (
-    Rollouts,
-    reference_of,
-    scored_samples,
-    set_token_advantages,
-    train_updates,
-    update,
-)
 from megatron_posttrain.checkpoint.hf import model_directory
 from megatron_posttrain.config.algorithms import PpoConfig
 from megatron_posttrain.data.batch import PackedBatch
@@ -45,20 +38,21 @@ def ppo(config: PpoConfig) -> int:
     own, algorithm = critic_config(config), config.algorithm
     with Run(prepared, asked.prompts) as run:
         critic = Engine.of(own, critic_arch, run.groups)
-        engine = run.model(beside={CRITIC: critic}, **reference_of(config))
-        rollouts = Rollouts.start(run, config, engine, asked)
+        engine = run.model(beside={CRITIC: critic}, **policy.reference_of(config))
+        rollouts = policy.Rollouts.start(run, config, engine, asked)
         for step in run.steps():
             now, samples = rollouts.draw(step)
             with step.phase("train"):
-                mini_batches = scored_samples(samples, engine, now)
+                mini_batches = policy.scored_samples(samples, engine, now)
                 batches = [batch for batches in mini_batches for batch in batches]
                 score_values(critic, batches)
-                set_token_advantages(samples, batches, engine, now.algorithm, gamma=algorithm.gamma, lam=algorithm.lam)
+                discounts = {"gamma": algorithm.gamma, "lam": algorithm.lam}
+                policy.set_token_advantages(samples, batches, engine, now.algorithm, **discounts)
                 rate = learning_rate(own.optimizer, step.index, run.total_steps)
                 critic_figures = update_critic(critic, mini_batches, config, rate)
                 # At a rate of 0 the optimizer has states, which a checkpoint needs, and weights stay
                 policy_rate = 0.0 if step.index < config.critic.warmup_steps else step.learning_rate
-                metrics = critic_figures | update(engine, samples, mini_batches, now, policy_rate)
+                metrics = critic_figures | policy.update(engine, samples, mini_batches, now, policy_rate)
             rollouts.finish(step, samples, metrics)
         if not run.status:
             export(critic, model_directory(own.model.path), run.directory / CRITIC, config.model.tokenizer)
@@ -105,7 +99,7 @@ def update_critic(
     """An optimizer step for each mini-batch."""
     options: dict[str, Any] = {"over": lambda totals: max(1, totals.tokens), "lr": lr, "head": HEAD}
     loss = partial(value_loss, config.algorithm.value_clip)
-    figures, _ = train_updates(critic, mini_batches, config.rollout.offload, loss_function=loss, **options)
+    figures, _ = policy.train_updates(critic, mini_batches, config.rollout.offload, loss_function=loss, **options)
     return {"critic_grad_norm": figures.pop("grad_norm")} | figures
 
 
