@@ -84,9 +84,6 @@ def model_with_reference(run: Run, references: list[ReferenceLogprobs]) -> Engin
     return engine
 
 
-# ---- the reference ----------------------------------------------------------------------------------------
-
-
 class ReferenceLogprobs:
     """The reference model's log-probs of every conversation of a dataset, summed over its answer: computed once with
     the weights that a run begins with, and kept on disk. `values`: [rows, 2], NaN where nothing asked for it yet.
@@ -149,9 +146,6 @@ def cache_key(prepared: Prepared, dataset: PreferenceDataset) -> dict[str, str]:
     }
 
 
-# ---- pairs -------------------------------------------------------------------------------------------------
-
-
 def pair_step(engine: Engine, config: DpoConfig, batch: list[Preference], reference: Tensor, lr: float) -> StepResult:
     batches = unit_batches(sequences_of(batch), engine, config)
     return engine.train_step(batches, partial(pair_loss, config.algorithm, reference), per_unit, lr)
@@ -190,9 +184,6 @@ def pair_terms(
     if algorithm.sft_weight:
         terms = terms - algorithm.sft_weight * logprobs[0] / lengths[0]  # RPO (arXiv 2404.19733, eq. 1)
     return terms, metrics
-
-
-# ---- labelled answers --------------------------------------------------------------------------------------
 
 
 def kto_step(engine: Engine, config: DpoConfig, batch: list[Preference], reference: Tensor, lr: float) -> StepResult:
@@ -236,9 +227,6 @@ def labelled_terms(
         "chosen_logprobs": Mean((logprobs.detach() * labels).sum(), labels.sum()),
         "rejected_logprobs": Mean((logprobs.detach() * bad).sum(), bad.sum()),
     }
-
-
-# ---- validation --------------------------------------------------------------------------------------------
 
 
 def validate(engine: Engine, config: DpoConfig, reference: ReferenceLogprobs) -> dict[str, Mean]:

@@ -97,9 +97,6 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 
-# ---- JSON --------------------------------------------------------------------------------------------------
-
-
 def _json(path: Path) -> Iterator[Located]:
     lines = _lines(path)
     head = b""
@@ -175,9 +172,6 @@ def _entries(path: Path, document: Any) -> Iterator[Located]:
         return
     for number, entry in enumerate(document):
         yield f"{path}[{number}]", entry
-
-
-# ---- tables ------------------------------------------------------------------------------------------------
 
 
 def _csv(path: Path) -> Iterator[Located]:

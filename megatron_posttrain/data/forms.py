@@ -39,9 +39,6 @@ class Form:
         return (*self.keys, *self.more)
 
 
-# ---- conversations -----------------------------------------------------------------------------------------
-
-
 def _text(record: Record, key: str, default: str | None = None) -> str:
     value = record.get(key, default)
     if not isinstance(value, str):
@@ -114,9 +111,6 @@ def _instruction(record: Record, key: str, *others: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, *_reply(record[others[-1]], others[-1])]}
 
 
-# ---- prompts -----------------------------------------------------------------------------------------------
-
-
 def _answer(record: Record) -> dict[str, Any]:
     """The expected answer: `answer`, verl's ground truth, or the last box of a MATH `solution`."""
     found: dict[str, Any] = {}
@@ -148,9 +142,6 @@ def _number(answer: Any) -> str:
     if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
         return str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer)
     raise BadRow(f"answer must be a string or a number, found {kind(answer)}")
-
-
-# ---- preferences -------------------------------------------------------------------------------------------
 
 
 def _comparison(record: Record, *keys: str) -> dict[str, Any]:

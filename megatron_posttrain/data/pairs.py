@@ -97,8 +97,6 @@ class PreferenceDataset(Epochs):
         """Which of `preferences` optimizer step `step`, counted from 0, takes."""
         return self.take(step * count, count)
 
-    # ---- rows to tokens ----------------------------------------------------------------------------------------
-
     def _pair(self, row: Row) -> Preference:
         if row.label is not None:
             raise UserError(f"{row.source}: a labelled answer; allowed: pairs, or algorithm.loss=kto for labelled rows")

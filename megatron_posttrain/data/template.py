@@ -169,9 +169,6 @@ class Template:
             raise UserError(f"{self.source}: {error}") from None
 
 
-# ---- what a template leaves out ----------------------------------------------------------------------------
-
-
 def refuse_omissions(template: Template, messages: list[Message], text: str) -> None:
     """Refuse a conversation of which the rendered text lacks a message's text, a tool, a tool call or an option.
 

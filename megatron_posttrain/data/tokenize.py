@@ -130,9 +130,6 @@ def _mask(offsets: list[Span], spans: list[tuple[Span, float]], everything: bool
     return mask
 
 
-# ---- spans without markers ---------------------------------------------------------------------------------
-
-
 def _find_spans(template: Template, messages: list[Message], text: str) -> dict[int, Span]:
     """The span of every assistant turn, by its place in the conversation."""
     spans: dict[int, Span] = {}
