@@ -9,7 +9,6 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
 from megatron_posttrain.algorithms.preferences import last_values, score_sequences
 from megatron_posttrain.algorithms.reward_model import HEAD
@@ -22,6 +21,7 @@ from megatron_posttrain.data.template import Template, load_tokenizer
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.evaluation.evaluate import CORRECT
 from megatron_posttrain.evaluation.statistics import clustered_interval, pass_at_k
+from megatron_posttrain.parallel.exchange import gathered
 from megatron_posttrain.parallel.groups import Groups
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rewards.registry import MODEL, Reward, load_rewards
@@ -70,9 +70,7 @@ class ModelReward:
         """[n] NaN where the model cannot read a conversation."""
         drawn = zip(samples.drawn, samples.messages, strict=False)  # none but on the first ranks of replicas
         mine = [(k, self._tokens(samples, k, turns)) for k, turns in drawn]
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, mine)
-        found = dict(pair for part in parts for pair in part)
+        found = dict(pair for part in gathered(mine) for pair in part)
         tokens = [found[k] for k in range(len(samples.prompts))]
         known = [i for i, ids in enumerate(tokens) if 0 < len(ids) <= self.arch.context_length]
         values = np.full(len(tokens), np.nan)

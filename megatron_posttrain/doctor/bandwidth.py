@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_posttrain.doctor.findings import Findings
+from megatron_posttrain.parallel.exchange import gathered
 from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.platform import platform
 
@@ -24,9 +25,7 @@ def check_bandwidth(findings: Findings, largest_mib: int) -> None:
                      "start with torchrun: torchrun --nproc-per-node N -m megatron_posttrain doctor ...")  # fmt: skip
         return
     start_distributed()
-    ranks = dist.get_world_size()
-    hosts: list[str] = [""] * ranks
-    dist.all_gather_object(hosts, socket.gethostname())
+    ranks, hosts = dist.get_world_size(), gathered(socket.gethostname())
     for mib in sorted({1, largest_mib}):
         bus = collectives(mib * 2**20)
         text = ", ".join(f"{name} {rate:.2f} GB/s" for name, rate in bus.items())

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_posttrain.models.shares import Box
+from megatron_posttrain.parallel.exchange import gathered
 from megatron_posttrain.parallel.groups import broadcast_object, start_distributed
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout import vllm_fixes
@@ -318,10 +319,7 @@ class RolloutEngine:
             tensors = {name: torch.empty(shape, dtype=self.dtype, device="meta") for name, shape in shapes.items()}
             with set_current_vllm_config(self._llm.llm_engine.vllm_config):
                 (boxes,) = self._llm.apply_model(partial(transfer.taken, tensors=tensors))
-            found: list[Any] = [boxes] * self.tensor
-            if self.tensor > 1:
-                dist.all_gather_object(found, boxes, group=self._peers)
-        return found
+            return gathered(boxes, self._peers) if self.tensor > 1 else [boxes]
 
     def update_weights(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
         """Replaces all weights and drops the prefix cache; see `Refit`, which is what to call."""
@@ -384,9 +382,7 @@ class RolloutEngine:
         if self.tensor == 1:
             return
         digest = hashlib.sha256(repr(arguments).encode()).hexdigest()
-        digests: list[str | None] = [None] * self.tensor
-        dist.all_gather_object(digests, digest, group=self._peers)
-        if len(set(digests)) > 1:
+        if len(set(gathered(digest, self._peers))) > 1:
             raise RuntimeError(f"the ranks of rollout replica {self.replica} were given different prompts or seeds")
 
 

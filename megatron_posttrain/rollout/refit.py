@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.sharded import Exporter
 from megatron_posttrain.models.shares import Shares, Wanted, all_of, bounds
+from megatron_posttrain.parallel.exchange import gathered
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout.engine import Completion, RolloutEngine
 
@@ -87,8 +87,7 @@ class Refit:
         if self.exporter is not None:
             for _ in tensors:  # where it failed: all ranks send to each other
                 pass
-            problems: list[str | None] = [None] * dist.get_world_size()
-            dist.all_gather_object(problems, self.shares.problem() or problem)
+            problems = gathered(self.shares.problem() or problem)
             problem = problem or next(filter(None, problems), None)
         if problem:
             raise RefitError(f"refit {version}: {problem}") from cause
@@ -126,15 +125,11 @@ def prove(
     completions = engine.greedy(prompts, min(CANARY_TOKENS, room))
     own = [p + c.token_ids for p, c in zip(prompts, completions, strict=True)]
     # A wrong replica says other tokens. The trainer's ranks must all score the same, so they score them all.
-    gathered = [own] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
-    sequences = list(dict.fromkeys(tuple(s) for said in gathered for s in said))
+    sequences = list(dict.fromkeys(tuple(s) for said in gathered(own) for s in said))
     scores = trainer_logprobs([list(s) for s in sequences])
     trainer = dict(zip(sequences, scores, strict=True))
     finding = _compare(prompts, completions, [trainer[tuple(s)] for s in own], fp32, limit, engine.replica)
-    findings = [finding] * dist.get_world_size()
-    dist.all_gather_object(findings, finding)
-    statistic, message = max(findings, key=lambda found: (math.isnan(found[0]), found[0]))
+    statistic, message = max(gathered(finding), key=lambda found: (math.isnan(found[0]), found[0]))
     if not statistic <= limit:
         raise RefitError(message)
     return statistic

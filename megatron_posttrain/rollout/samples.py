@@ -18,7 +18,7 @@ from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.data.messages import Message
 from megatron_posttrain.environments.dialogue import read_calls
-from megatron_posttrain.parallel.exchange import exchange, gather_rows, summed, to_first_rank
+from megatron_posttrain.parallel.exchange import exchange, gather_rows, gathered, summed, to_first_rank
 from megatron_posttrain.rewards.grading import Grade, compute_rewards, metric_sums
 from megatron_posttrain.rewards.registry import Reward, Sample
 from megatron_posttrain.rollout.at_once import with_run
@@ -234,8 +234,7 @@ def _complete(
     everywhere = gather_rows(ended).sum(0).view(-1, group)
     chosen = everywhere.all(1).nonzero().flatten()[:wanted].tolist()
     kept = {number for prompt in chosen for number in range(prompt * group, (prompt + 1) * group)}
-    parts: list[dict[int, Episode]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, {i: e for i, e in mine.items() if i not in kept})
+    parts = gathered({i: e for i, e in mine.items() if i not in kept})
     begun = {i: e for part in parts for i, e in part.items()}
     return sorted(kept), [begun.get(i, e) for i, e in enumerate(episodes) if i not in kept]
 
@@ -302,8 +301,7 @@ def mask(totals: Floats, masked: NDArray[np.bool_], group: int) -> Floats:
 
 def _means(sums: dict[str, tuple[float, int]]) -> dict[str, float]:
     """Collective: means over the samples of all ranks; names may differ between ranks."""
-    parts: list[dict[str, tuple[float, int]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, sums)
+    parts = gathered(sums)
     names = dict.fromkeys(name for part in parts for name in part)
     of = {name: [part[name] for part in parts if name in part] for name in names}
     return {name: sum(total for total, _ in pairs) / sum(count for _, count in pairs) for name, pairs in of.items()}
