@@ -21,10 +21,8 @@ def group_advantages(
 
     Args:
         rewards: [n], the samples of a prompt one after the other.
-        group_size: samples a prompt.
         normalize_std: divide by the unbiased standard deviation + epsilon; off is Dr. GRPO's (arXiv 2503.20783).
         leave_one_out: the baseline is the mean of the group's other samples (RLOO, arXiv 2402.14740).
-
         scale: whose standard deviation; "batch": of all advantages (arXiv 2506.10910, section 2.1).
 
     Returns [n]; zero for a group whose rewards are all equal.

@@ -39,9 +39,8 @@ Sets = dict[str, list[Prompt]]
 class ModelReward:
     """The reward `reward_model`: what a model that `reward-model` trained gives conversations, in the trainer's layout.
 
-    It is frozen, of any size, and reads conversations through its own tokenizer and chat template.
-
-    Raises UserError where the directory is no reward model, or one that the trainer's layout cannot run.
+    It is frozen, of any size, and reads conversations through its own tokenizer and chat template. Raises UserError
+    where the directory is no reward model, or one that the trainer's layout cannot run.
     """
 
     def __init__(self, spec: RewardConfig, prepared: Prepared) -> None:

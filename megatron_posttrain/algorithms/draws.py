@@ -31,10 +31,7 @@ class Curriculum:
 
     A prompt's pass rate is the share of its samples that pass; of several visits the running mean in which each new one
     weighs as much as all before it. Before the first visit it is 1 - `metadata.difficulty`, as `sample` writes it
-    (other scales, not from 0.0 to 1.0, say nothing).
-
-    Args:
-        state: plain values that checkpoints keep; changed in place.
+    (other scales, not from 0.0 to 1.0, say nothing). `state`: plain values that checkpoints keep; changed in place.
     """
 
     def __init__(self, config: CurriculumConfig, dataset: PromptDataset, state: dict[str, Any]) -> None:

@@ -234,14 +234,11 @@ def compare(
     engine: Engine, samples: Samples, batches: list[PackedBatch], outputs: list[Output] | None, config: GrpoConfig
 ) -> dict[str, float]:
     """Collective: how far the trainer's log-probs of the samples are from the engine's; sets `samples.differences`, and
-    `samples.by_token` where it is asked for.
+    `samples.by_token` where it is asked for. `outputs`: of the policy that sampled, on the last stage; None: the
+    batches have its log-probs.
 
-    Args:
-        outputs: of the policy that sampled, on the last stage; None: the batches have its log-probs.
-
-    Returns:
-        of the ratios trainer / engine of all tokens that count: percentiles 1 and 99, to 1%, and the share outside of
-        `token_band`.
+    Returns of the ratios trainer / engine of all tokens that count percentiles 1 and 99, to 1%, and the share outside
+    of `token_band`.
     """
     groups, low_high = engine.groups, config.algorithm.token_band or BAND
     own = [b.extras["old_logprobs"] for b in batches] if outputs is None else [o["logprobs"] for o in outputs]

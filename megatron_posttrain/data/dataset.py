@@ -49,10 +49,8 @@ def draw(sizes: Seq[int], weights: Seq[float] | None, random: np.random.Generato
 class Epochs:
     """The rows of step n: epochs, each in its own order, laid end to end, so that no row is left out.
 
-    A pure function of (seed, step): a resumed run needs no state, and every rank computes the same.
-
-    Args:
-        equal: whether all epochs have as many rows.
+    A pure function of (seed, step): a resumed run needs no state, and every rank computes the same. `equal`: all epochs
+    have as many rows.
     """
 
     seed: int
@@ -223,9 +221,8 @@ class Prompt:
 class PromptDataset(Epochs):
     """Prompts for reinforcement learning and evaluation; `prompts` holds all of them in the file's order.
 
-    Prompts of more than `max_prompt_length` tokens are left out and counted in `dropped`.
-
-    Raises UserError: a row whose last message is an assistant's, or no prompt short enough.
+    Prompts of more than `max_prompt_length` tokens are left out and counted in `dropped`. Raises UserError: a row whose
+    last message is an assistant's, or no prompt short enough.
     """
 
     def __init__(

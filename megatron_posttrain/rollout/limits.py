@@ -35,11 +35,8 @@ def engine_problems(
     dtype_bytes: int,
     keys: EngineKeys = EngineKeys(),
 ) -> Iterator[str]:
-    """Why an engine of `tensor` ranks for sequences of `length` tokens cannot run; one reason each.
-
-    Args:
-        device: cpu or cuda.
-        cache_bytes: of one rank; None: sized by the engine.
+    """Why an engine of `tensor` ranks for sequences of `length` tokens cannot run on `device` (cpu or cuda); one reason
+    each. `cache_bytes`: of one rank; None: sized by the engine.
     """
     if length > arch.context_length:
         yield f"{keys.length}={length} is longer than the {arch.context_length} positions of the model"

@@ -28,11 +28,8 @@ class RefitError(RuntimeError):
 
 
 class Refit:
-    """Owns the life of a weight update: wake, stream, finish, forget what the old weights computed.
-
-    Args:
-        engine: whose weights are replaced.
-        exporter: of the trainer's weights, for `from_trainer`.
+    """Owns the life of a weight update: wake, stream, finish, forget what the old weights computed. `exporter`: of the
+    trainer's weights, for `from_trainer`.
     """
 
     def __init__(self, engine: RolloutEngine, exporter: Exporter | None = None) -> None:

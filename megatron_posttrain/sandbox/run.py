@@ -65,8 +65,6 @@ def run(
     limits see to that (man 7 namespaces, man 2 seccomp).
 
     Args:
-        code: the program.
-        stdin: what it reads.
         files: texts by name, written to its directory first.
         seconds: of wall time; also of CPU time, of each process.
         memory_mib: address space of each process, and memory of all of them (looked at ten times a second).
