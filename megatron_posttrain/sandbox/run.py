@@ -141,15 +141,12 @@ def _launch(job: dict[str, object], stdin: str, seconds: float, memory_mib: int,
         finally:
             os.close(reported)
         watch = _Watch(process, reports, seconds, memory_mib << 20, output_kib << 10)
-        try:
-            watch.until_closed()
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # the launcher and process 1, with it all others
-            process.wait()
-            for stream in (process.stdout, process.stderr):
-                if stream is not None:
-                    stream.close()
+        with process:
+            try:
+                watch.until_closed()
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)  # the launcher and process 1, with it all others
         return watch.result()
 
 
