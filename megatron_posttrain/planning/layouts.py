@@ -41,12 +41,6 @@ def parse_layout(text: str, gpus: int) -> Layout:
     return make_layout(gpus, **sizes)
 
 
-def hard_problem(layout: Layout, arch: Architecture) -> str | None:
-    """Why the layout means nothing for the model. Cut key-value heads, which training refuses, still have a
-    memory and a time."""
-    return next(problems(layout, replace(arch, num_query_groups=arch.num_heads)), None)
-
-
 def depth_of(layout: Layout) -> Layout:
     """The pipeline alone, on which the spread of layers depends: what caches of it are keyed by."""
     return Layout(pipeline=layout.pipeline, virtual_pipeline=layout.virtual_pipeline)

@@ -258,7 +258,8 @@ def check_precision(work: Workload, gpu: Gpu) -> None:
 def plan_layout(arch: Architecture, layout: Layout, work: Workload, gpu: Gpu) -> Estimate:
     """The estimate of a given layout, with the best micro batch size where none is given. Raises UserError."""
     check_precision(work, gpu)
-    if (problem := layouts.hard_problem(layout, arch)) is not None:
+    # Cut key-value heads, which training refuses, still have a memory and a time
+    for problem in problems(layout, replace(arch, num_query_groups=arch.num_heads)):
         raise UserError(f"--layout {layout}: {problem}")
     sizes = _micro_batches(work)
     possible = [size for size in sizes if work.global_batch % (size * layout.data) == 0]
