@@ -232,8 +232,10 @@ class JobCheck:
             self.findings.add("fail", "precision", str(error))
             return
         work = self.findings.attempt("memory", lambda: workload(config))
-        found = work and self.findings.attempt("memory", lambda: plan_layout(arch, layout, work, cluster.gpu))
-        if work is None or found is None:
+        if work is None:
+            return
+        found = self.findings.attempt("memory", lambda: plan_layout(arch, layout, work, cluster.gpu))
+        if found is None:
             return
         if work.task == "distill" and config.samples:
             self.findings.add("warn", "memory", "planned without vLLM, which comes on top")
