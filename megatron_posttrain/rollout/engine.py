@@ -36,7 +36,7 @@ ALWAYS: dict[str, Any] = {
     "disable_log_stats": True,
     "use_tqdm_on_load": False,
 }
-CPU: dict[str, Any] = vllm_fixes.CPU_OPTIONS | {
+CPU: dict[str, Any] = {
     "enforce_eager": True,  # no Inductor, no C++ compiler; see Isolation for functions beside the model
     "block_size": 32,  # the attention kernel wants multiples of 32; vLLM's 128 shares no prefix of a short prompt
 }
@@ -149,7 +149,9 @@ class RolloutEngine:
             "distributed_executor_backend": "external_launcher",
             "enable_return_routed_experts": choices is not None and not self._cpu,
             **ALWAYS,
-            **(CPU if self._cpu else CUDA | {"gpu_memory_utilization": gpu_memory_utilization}),
+            **(
+                vllm_fixes.CPU_OPTIONS | CPU if self._cpu else CUDA | {"gpu_memory_utilization": gpu_memory_utilization}
+            ),
         }
         if lora_rank is not None:
             room = next(room for room in RANKS if room >= lora_rank)
