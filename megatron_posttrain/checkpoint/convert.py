@@ -146,10 +146,8 @@ def _with_dtype(config: HfConfig, dtype: torch.dtype | None) -> HfConfig:
 
 
 def side_files(directory: Path, source: Path | None) -> Path:
-    """The Hugging Face directory with config, tokenizer and template of a Megatron checkpoint.
-
-    `source`, else the one inside the checkpoint, else the model that a trainer's config.yaml names.
-    """
+    """The Hugging Face directory with config, tokenizer and template of a Megatron checkpoint. `source`, else the one
+    inside the checkpoint, else the model that a trainer's config.yaml names."""
     if source is None and (directory / megatron.HF_FILES / "config.json").exists():
         source = directory / megatron.HF_FILES
     if source is None:

@@ -17,11 +17,9 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def check_directory(directory: Path | str, serving: bool = False) -> tuple[HfConfig, Architecture]:
-    """The config and architecture of a directory whose tensors are all there, in the right shapes.
-
-    Reads config.json and headers only. `UserError` names the first tensor that is missing, misshapen
-    or not part of the model. `serving`: what compressed-tensors packed (tools/quantize.py) is left to vLLM.
-    """
+    """The config and architecture of a directory whose tensors are all there, in the right shapes. Reads config.json
+    and headers only. `UserError` names the first tensor that is missing, misshapen or not part of the model. `serving`:
+    what compressed-tensors packed (tools/quantize.py) is left to vLLM."""
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory")

@@ -1,7 +1,5 @@
-"""The files of a Hugging Face directory: safetensors read lazily, and written as a stream.
-
-A directory that is written is there only when it is complete.
-"""
+"""The files of a Hugging Face directory: safetensors read lazily, and written as a stream. A directory that is written
+is there only when it is complete."""
 
 import json
 import math
@@ -107,11 +105,9 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 class HfReader:
-    """The tensors of a directory with `model.safetensors` or an index of several files; nothing is loaded.
-
-    `UserError` names the file and the tensor when a file of the index is missing or truncated, or the
-    index and the files do not agree.
-    """
+    """The tensors of a directory with `model.safetensors` or an index of several files; nothing is loaded. `UserError`
+    names the file and the tensor when a file of the index is missing or truncated, or the index and the files do not
+    agree."""
 
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
@@ -186,11 +182,8 @@ class HfReader:
 def plan_shards(
     tensors: Tensors, shard_bytes: int | None, owners: Mapping[str, int] | None = None
 ) -> tuple[dict[str, Entry], dict[str, bytes]]:
-    """Every tensor's place, and the header of every file, before anything is written.
-
-    Files are filled in order up to `shard_bytes` (None: 5 GB); a larger tensor has a file of its own. No file has
-    tensors of two `owners`.
-    """
+    """Every tensor's place, and the header of every file, before anything is written. Files are filled in order up to
+    `shard_bytes` (None: 5 GB); a larger tensor has a file of its own. No file has tensors of two `owners`."""
     files: list[list[str]] = []
     for owner in sorted(set(owners.values())) if owners else [None]:
         split = split_state_dict_into_shards_factory(

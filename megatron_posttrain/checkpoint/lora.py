@@ -75,11 +75,9 @@ class Adapter:
 
 
 def read_adapter(directory: Path | str, fused: DiskLayout | None = None) -> Adapter:
-    """A directory with `adapter_config.json` and `adapter_model.safetensors`.
-
-    `fused`: the model's tensors with its experts in 3-D ones, for adapters that are written so. `UserError` for
-    adapters with more (trained biases, replaced modules).
-    """
+    """A directory with `adapter_config.json` and `adapter_model.safetensors`. `fused`: the model's tensors with its
+    experts in 3-D ones, for adapters that are written so. `UserError` for adapters with more (trained biases, replaced
+    modules)."""
     directory = Path(directory)
     config = read_json(directory / CONFIG)
     for key, allowed in OFF.items():
@@ -154,10 +152,8 @@ def write_adapter(
     base_model: str | None = None,
     layout: DiskLayout | None = None,
 ) -> None:
-    """PEFT's files from (module, A [rank, in], B [out, rank], magnitudes [out] or None).
-
-    `layout`: the tensors of the base's directory, whose way of holding experts the adapter follows.
-    """
+    """PEFT's files from (module, A [rank, in], B [out, rank], magnitudes [out] or None). `layout`: the tensors of the
+    base's directory, whose way of holding experts the adapter follows."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}

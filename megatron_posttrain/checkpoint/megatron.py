@@ -41,10 +41,8 @@ class Key(NamedTuple):
 
 
 def key_of(plan: TensorPlan, arch: Architecture, layer_axis: bool | None = None) -> Key:
-    """Where `GPTModel.sharded_state_dict` of megatron-core 0.16.1 (local layers) puts a tensor.
-
-    `layer_axis`: all layers in one tensor; None: as megatron-core, for models without experts.
-    """
+    """Where `GPTModel.sharded_state_dict` of megatron-core 0.16.1 (local layers) puts a tensor. `layer_axis`: all
+    layers in one tensor; None: as megatron-core, for models without experts."""
     name = plan.mapping.megatron.replace(".local_experts.*.", ".experts.")
     if arch.mla is None:  # with latent attention the local layers keep the names of their norms
         for ours, merged in MERGED_NORMS[:2]:
@@ -134,10 +132,8 @@ def _modules(key: str) -> list[str]:
 
 
 class MegatronReader:
-    """The tensors of a model in a distributed checkpoint, ours or a trainer's, by the weight table.
-
-    `UserError` names the first tensor of the model that the checkpoint lacks or has in another shape.
-    """
+    """The tensors of a model in a distributed checkpoint, ours or a trainer's, by the weight table. `UserError` names
+    the first tensor of the model that the checkpoint lacks or has in another shape."""
 
     def __init__(self, directory: Path | str, arch: Architecture) -> None:
         self.reader, self.arch = DistcpReader(directory), arch

@@ -1,7 +1,5 @@
-"""The algorithms: for each its config and one row of the table that commands, `doctor`, `plan` and benchmarks read.
-
-No torch here: `--help` and `plan` start without it.
-"""
+"""The algorithms: for each its config and one row of the table that commands, `doctor`, `plan` and benchmarks read. No
+torch here: `--help` and `plan` start without it."""
 
 import importlib
 from collections.abc import Callable, Iterator

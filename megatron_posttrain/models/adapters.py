@@ -39,9 +39,7 @@ ROUTER = "mlp.router.weight"
 @dataclass(frozen=True)
 class Target:
     """A row of the family's weight table whose weight has an adapter, and the rows of its A, B and magnitudes.
-
-    `owners`: by Hugging Face tensor of the weight the number of its A; -1: not adapted.
-    """
+    `owners`: by Hugging Face tensor of the weight the number of its A; -1: not adapted."""
 
     weight: Mapping
     owners: tuple[int, ...]
@@ -82,10 +80,8 @@ class Adapters:
                     yield module, a[owner], module + B, module + M if self.lora.use_dora else None
 
     def names_in_both(self) -> set[str]:
-        """Names of experts' linear layers that other adapted layers have too.
-
-        PEFT 0.21.2 takes the latter for experts of transformers 4 (`_convert_peft_config_moe`) and gives them none.
-        """
+        """Names of experts' linear layers that other adapted layers have too. PEFT 0.21.2 takes the latter for experts
+        of transformers 4 (`_convert_peft_config_moe`) and gives them none."""
         names: tuple[set[str], set[str]] = set(), set()
         for module, *_ in self.modules():
             names[".experts." in module].add(module.rpartition(".")[2])
@@ -98,10 +94,8 @@ def adapter_name(weight: str, letter: str) -> str:
 
 
 def find_adapters(arch: Architecture, lora: LoraConfig, *, fused: bool = False) -> Adapters:
-    """What `lora.targets` asks for. `fused`: the directory of the base holds experts in 3-D tensors.
-
-    UserError for a target that no linear layer of the model is called by.
-    """
+    """What `lora.targets` asks for. `fused`: the directory of the base holds experts in 3-D tensors. UserError for a
+    target that no linear layer of the model is called by."""
     fusions = {part: f for f in registry.layout(arch, fused).fusions for part in f.parts}
     wanted = [lora.targets] if isinstance(lora.targets, str) else lora.targets
     rows = [row for row in registry.table(arch) if _is_linear(row) or _is_named(row)]
@@ -195,9 +189,7 @@ def building(lora: LoraConfig | None, *, random: bool) -> AbstractContextManager
 
 def attach(chunks: Sequence[nn.Module], adapters: Adapters, groups: Groups, *, seed: int) -> None:
     """Freezes the model and gives its linear layers adapters: A uniform in +-1 / sqrt(in), as PEFT draws it, B zero.
-
-    The same whole adapter under every layout.
-    """
+    The same whole adapter under every layout."""
     from megatron_posttrain.models.modules.experts import GroupedExperts
 
     arch, lora = adapters.arch, adapters.lora
@@ -305,9 +297,7 @@ def finalizing_copies(finalize: Callable[..., None]) -> Callable[..., None]:
 
 def sum_copied_gradients(chunks: Sequence[nn.Module]) -> None:
     """Collective, after a step's gradients: expert tensor ranks sum those of their copies of an expert's A or B.
-
-    megatron-core sums those of dense layers, over tensor ranks; of experts it knows no copies.
-    """
+    megatron-core sums those of dense layers, over tensor ranks; of experts it knows no copies."""
     found: dict[Any, list[Tensor]] = {}
     for chunk in chunks:
         parameters: list[Any] = list(chunk.parameters())

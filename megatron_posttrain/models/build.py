@@ -116,11 +116,9 @@ def build_model(
 
 
 def _leave_padding_alone(embedding: torch.nn.Module, token: int) -> None:
-    """The padding token's word embedding gets no gradient, as in transformers (`padding_idx`).
-
-    There it starts as zero, where a norm multiplies gradients by 1 / sqrt(epsilon): one sampled padding token has the
-    whole model's gradient clipped to nothing.
-    """
+    """The padding token's word embedding gets no gradient, as in transformers (`padding_idx`). There it starts as zero,
+    where a norm multiplies gradients by 1 / sqrt(epsilon): one sampled padding token has the whole model's gradient
+    clipped to nothing."""
     from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
     def stop(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
@@ -133,10 +131,8 @@ def _leave_padding_alone(embedding: torch.nn.Module, token: int) -> None:
 
 
 def _accumulate_in_main_gradients(chunk: torch.nn.Module) -> None:
-    """Transformer Engine's products add weight gradients to the fp32 main gradients themselves.
-
-    Not by megatron-core's option for it, which wants apex for the output layer.
-    """
+    """Transformer Engine's products add weight gradients to the fp32 main gradients themselves. Not by megatron-core's
+    option for it, which wants apex for the output layer."""
     for module in chunk.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
@@ -250,11 +246,9 @@ def check_fp8(arch: Architecture, layout: Layout, precision: PrecisionConfig, ca
 
 
 def _fp8(arch: Architecture, layout: Layout, precision: PrecisionConfig, transformer_engine: bool) -> dict[str, Any]:
-    """Linear layers and experts in FP8; router, logits, norms and attention stay as they are.
-
-    Per-tensor scales have e5m2's range for gradients; scales per block (DeepSeek-V3, arXiv 2412.19437, 3.3;
-    OCP MX) are fine enough for e4m3 everywhere.
-    """
+    """Linear layers and experts in FP8; router, logits, norms and attention stay as they are. Per-tensor scales have
+    e5m2's range for gradients; scales per block (DeepSeek-V3, arXiv 2412.19437, 3.3; OCP MX) are fine enough for e4m3
+    everywhere."""
     recipe, ends = precision.fp8, precision.bf16_ends
     if recipe is not None and not transformer_engine:
         raise UserError(f"precision.fp8: {recipe} needs Transformer Engine, which is not in use here; allowed: null")

@@ -18,11 +18,9 @@ from megatron_posttrain.models.weights import Read, Shape, TensorPlan, numbered
 
 @dataclass(frozen=True)
 class Fusion:
-    """One tensor on disk that holds `parts` of the table, for every expert where they have experts.
-
-    Of parts [out, in] it is [experts, parts * out, in], the parts one after the other; `interleaved`: row
-    by row in turns; `transposed`: [experts, in, parts * out].
-    """
+    """One tensor on disk that holds `parts` of the table, for every expert where they have experts. Of parts [out, in]
+    it is [experts, parts * out, in], the parts one after the other; `interleaved`: row by row in turns; `transposed`:
+    [experts, in, parts * out]."""
 
     hf: str
     parts: tuple[str, ...]
@@ -106,10 +104,8 @@ class DiskLayout:
         return read
 
     def blocks(self, stored: str, parts: Callable[[str], Iterable[Tensor]]) -> Iterator[Tensor]:
-        """The tensor `stored` on disk as blocks that follow each other in memory.
-
-        `parts(name)` gives a tensor of the table as parts, one below the other. Holds one expert at most.
-        """
+        """The tensor `stored` on disk as blocks that follow each other in memory. `parts(name)` gives a tensor of the
+        table as parts, one below the other. Holds one expert at most."""
         for _, group in groupby(self._parts[stored], key=lambda name: self.places[name].expert):
             names = list(group)
             fusion = self.places[names[0]].fusion
@@ -128,10 +124,8 @@ class DiskLayout:
         return self._parts[stored]
 
     def assemble(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors on disk from the table's, which come in any order; those on disk pass as they are.
-
-        Holds the fused tensors that are not yet complete, and nothing else.
-        """
+        """The tensors on disk from the table's, which come in any order; those on disk pass as they are. Holds the
+        fused tensors that are not yet complete, and nothing else."""
         pending: dict[str, Tensor] = {}
         left: dict[str, int] = {}
         for name, tensor in tensors:

@@ -1,8 +1,6 @@
-"""gpt-oss (arXiv 2508.10925): attention sinks, windows in every other layer, experts with biases.
-
-Its checkpoints hold all experts of a layer in one tensor, [experts, in, out], the rows of gate and up in
-turns; the table names the parts as if each were a tensor of its own.
-"""
+"""gpt-oss (arXiv 2508.10925): attention sinks, windows in every other layer, experts with biases. Its checkpoints hold
+all experts of a layer in one tensor, [experts, in, out], the rows of gate and up in turns; the table names the parts as
+if each were a tensor of its own."""
 
 from megatron_posttrain.models import common
 from megatron_posttrain.models.architecture import Architecture, HfConfig, MixtureOfExperts

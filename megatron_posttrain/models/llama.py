@@ -1,7 +1,5 @@
-"""Llama 2 and 3 (arXiv 2407.21783), with Llama 3's RoPE scaling.
-
-Mistral (arXiv 2310.06825): the same tensors, and in the first releases a sliding window in every layer.
-"""
+"""Llama 2 and 3 (arXiv 2407.21783), with Llama 3's RoPE scaling. Mistral (arXiv 2310.06825): the same tensors, and in
+the first releases a sliding window in every layer."""
 
 from megatron_posttrain.models import common
 from megatron_posttrain.models.architecture import Architecture, HfConfig

@@ -1,7 +1,5 @@
-"""Qwen2, Qwen2.5 and Qwen2-MoE (arXiv 2407.10671): query, key and value biases; a gated shared expert.
-
-Qwen3 and Qwen3-MoE (arXiv 2505.09388): query-key norms; experts without shared ones.
-"""
+"""Qwen2, Qwen2.5 and Qwen2-MoE (arXiv 2407.10671): query, key and value biases; a gated shared expert. Qwen3 and
+Qwen3-MoE (arXiv 2505.09388): query-key norms; experts without shared ones."""
 
 from typing import Any
 

@@ -24,9 +24,7 @@ CLASSIFIER = "ForSequenceClassification"  # how names of reward models' classes 
 
 def architecture_from_hf(config: HfConfig, keep_mtp: bool = False) -> Architecture:
     """Reads a config.json. `UserError`, with the list of what is supported, for an unknown model.
-
-    Multi-token-prediction layers are dropped unless `keep_mtp`: no loss of ours trains them.
-    """
+    Multi-token-prediction layers are dropped unless `keep_mtp`: no loss of ours trains them."""
     kind = config.get("model_type")
     if kind not in FAMILIES:
         supported = ", ".join(sorted(FAMILIES))

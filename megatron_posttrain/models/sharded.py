@@ -85,11 +85,9 @@ def local_tensors(
 
 
 def partition(plan: TensorPlan, local: Tensor, rank: int, size: int) -> tuple[int, int]:
-    """(rank, size) of the split of a local tensor: (0, 1) where the module keeps it whole.
-
-    Transformer Engine holds MLA's down-projections whole on every rank, megatron-core's own layers split
-    them. `ValueError` when the tensor has neither shape.
-    """
+    """(rank, size) of the split of a local tensor: (0, 1) where the module keeps it whole. Transformer Engine holds
+    MLA's down-projections whole on every rank, megatron-core's own layers split them. `ValueError` when the tensor has
+    neither shape."""
     shape = logical_shape(local)
     if shape == plan.local_shape(1):
         return 0, 1
@@ -102,10 +100,8 @@ def partition(plan: TensorPlan, local: Tensor, rank: int, size: int) -> tuple[in
 
 
 class Exporter:
-    """Knows once and for all which rank holds what; `hf_tensors()` can then be called at every refit.
-
-    Collective over the pipeline group. `ValueError` when a tensor of the table is on no stage.
-    """
+    """Knows once and for all which rank holds what; `hf_tensors()` can then be called at every refit. Collective over
+    the pipeline group. `ValueError` when a tensor of the table is on no stage."""
 
     def __init__(
         self,

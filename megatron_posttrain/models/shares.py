@@ -270,9 +270,7 @@ class Shares:
     @torch.no_grad()
     def problem(self) -> str | None:
         """Collective, after a refit: what went into the engine is not what the trainer's ranks hold; None where it is.
-
-        Every rank that owns a shard sums the bits of what it is to send, and whoever receives those of what it got.
-        """
+        Every rank that owns a shard sums the bits of what it is to send, and whoever receives those of what it got."""
         sums = torch.zeros(self.schedule.engine, len(self.numbers), dtype=torch.int64, device=self.device)
         if self._sums:
             rows, columns, values = zip(*self._sums, strict=True)

@@ -117,11 +117,8 @@ class GatedMLP(Mapping):
 
 @dataclass(frozen=True)
 class QKV(Mapping):
-    """Query, key and value, interleaved by query group: [its query heads, its key, its value].
-
-    A shard is an equal share of those rows. With fewer groups than shards a group is cut, and
-    megatron-core gathers it before attention.
-    """
+    """Query, key and value, interleaved by query group: [its query heads, its key, its value]. A shard is an equal
+    share of those rows. With fewer groups than shards a group is cut, and megatron-core gathers it before attention."""
 
     groups: int = 1
 

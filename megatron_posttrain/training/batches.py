@@ -18,11 +18,8 @@ Shares = list[list[list[int]]]  # indices of sequences: [data parallel rank][mic
 
 
 def rank_micro_batches(rows: Sequence[Row], groups: Groups, micro_batch_size: int) -> list[PackedBatch]:
-    """This data parallel rank's rows, `micro_batch_size` of them a micro-batch.
-
-    Micro-batch number m of the global batch holds the same rows whatever the layout, so that a balancing
-    loss over a micro-batch is the same too.
-    """
+    """This data parallel rank's rows, `micro_batch_size` of them a micro-batch. Micro-batch number m of the global
+    batch holds the same rows whatever the layout, so that a balancing loss over a micro-batch is the same too."""
     layout, rank = groups.layout, groups.data.rank()
     merged = [
         [sequence for row in rows[i : i + micro_batch_size] for sequence in row]
@@ -34,10 +31,8 @@ def rank_micro_batches(rows: Sequence[Row], groups: Groups, micro_batch_size: in
 def token_shares(
     lengths: Sequence[int], layout: Layout, arch: Architecture, token_budget: int, units: Sequence[int] | None = None
 ) -> Shares:
-    """Who trains what: micro-batches of at most `token_budget` tokens, ranks with about equal FLOPs, units whole.
-
-    A pure function of its arguments, the same on every rank: tokens need not be there to know who needs them.
-    """
+    """Who trains what: micro-batches of at most `token_budget` tokens, ranks with about equal FLOPs, units whole. A
+    pure function of its arguments, the same on every rank: tokens need not be there to know who needs them."""
     return deal(
         lengths,
         token_budget,

@@ -84,11 +84,9 @@ class Checkpoints:
         return stop and not last
 
     def save(self, engine: Engine, step: int) -> None:
-        """Collective. What a loop needs beside weights, optimizer and `state` follows from the step's number.
-
-        Where it is `asynchronous`, files are still being written afterwards, until `finish`. Raises SaveError on every
-        rank when one cannot write; what was there before stays.
-        """
+        """Collective. What a loop needs beside weights, optimizer and `state` follows from the step's number. Where it
+        is `asynchronous`, files are still being written afterwards, until `finish`. Raises SaveError on every rank when
+        one cannot write; what was there before stays."""
         self.finish()
         partial, kept, requests = self._paths(step)[1], self.weight_set, []
         carried = b"" if self.carried is None else self.carried()
@@ -199,10 +197,8 @@ class Checkpoints:
         return sorted(p.parent for p in self.directory.glob(f"step_*/{STATE_FILE}"))
 
     def resume(self, engine: Engine) -> int:
-        """Collective. Loads the newest checkpoint that can be read; the number of its step, or 0 without any.
-
-        Those that cannot are named. Raises UserError when none of several can.
-        """
+        """Collective. Loads the newest checkpoint that can be read; the number of its step, or 0 without any. Those
+        that cannot are named. Raises UserError when none of several can."""
         unreadable: list[str] = []
         path: Path | None
         problem: str | None

@@ -1,8 +1,6 @@
-"""Divergences of two distributions over a vocabulary that tensor parallel ranks share, without gathering logits.
-
-p is the teacher's distribution, q the student's, both softmax(logits / temperature). Computed in fp32, or in fp64 where
-logits are.
-"""
+"""Divergences of two distributions over a vocabulary that tensor parallel ranks share, without gathering logits. p is
+the teacher's distribution, q the student's, both softmax(logits / temperature). Computed in fp32, or in fp64 where
+logits are."""
 
 import math
 from collections.abc import Sequence
@@ -81,10 +79,8 @@ class _Divergence(torch.autograd.Function):
 
 
 def _value_and_slope(q: Tensor, p: Tensor, group: Group, kind: str, beta: float) -> tuple[Tensor, Tensor]:
-    """From log-probs [n, columns]: the divergence [n], and its derivative by the student's scaled logits.
-
-    For sum_i q_i f_i the derivative by logit j is q_j (g_j - sum_i q_i g_i), g_j the derivative by q_j.
-    """
+    """From log-probs [n, columns]: the divergence [n], and its derivative by the student's scaled logits. For sum_i q_i
+    f_i the derivative by logit j is q_j (g_j - sum_i q_i g_i), g_j the derivative by q_j."""
     if kind == "forward_kl":
         value = (p.exp() * (p - q)).sum(-1)
         all_reduce(value, group, dist.ReduceOp.SUM)
@@ -149,10 +145,8 @@ def top_k_divergence(
 
 
 def with_rest(logprobs: Tensor) -> Tensor:
-    """[n, k] log-probs of different events -> [n, k + 1], the last of none of them.
-
-    At least `eps` of the mass is left to it: rounding may leave less than nothing.
-    """
+    """[n, k] log-probs of different events -> [n, k + 1], the last of none of them. At least `eps` of the mass is left
+    to it: rounding may leave less than nothing."""
     smallest = torch.finfo(logprobs.dtype).eps
     rest = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp(min=smallest)
     return torch.cat([logprobs, rest.log()], dim=-1)

@@ -20,11 +20,8 @@ from megatron_posttrain.training.record import Record
 
 def export(engine: Engine, source: Path, directory: Path, tokenizer: str | None = None) -> None:
     """Collective: writes `directory` anew, with the tokenizer of another directory or hub id, and the other files of
-    `source`.
-
-    The first rank of each pipeline stage writes the stage's tensors, in files of their own. Raises SaveError on every
-    rank when it cannot be written.
-    """
+    `source`. The first rank of each pipeline stage writes the stage's tensors, in files of their own. Raises SaveError
+    on every rank when it cannot be written."""
     engine.gather_weights()
     exporter, writer = engine.exporter, None
     here = exporter.writer_of

@@ -25,10 +25,8 @@ def check_answers(rows: Sequence[Row], rewards: Iterable[RewardConfig]) -> None:
 
 
 def prompts_of(config: GrpoConfig, rows: Sequence[Row], tokenizer: Any, tools: Sequence[Any] = ()) -> PromptDataset:
-    """The prompts that leave room for a response, with the `tools` of an environment.
-
-    Raises UserError, also for a row that no reward could grade, and one whose own tools nothing would answer.
-    """
+    """The prompts that leave room for a response, with the `tools` of an environment. Raises UserError, also for a row
+    that no reward could grade, and one whose own tools nothing would answer."""
     check_answers(rows, config.rewards)
     rows = rows_with_tools(rows, tools)
     longest = config.data.sequence_length - config.rollout.at(None).max_tokens

@@ -92,10 +92,8 @@ def check_beside(key: str, name: str, layout: Layout) -> tuple[Path, Architectur
 
 
 def read_tokenizer(place: Path | str, arch: Architecture | None, model: Path | None = None) -> Any:
-    """The tokenizer of `place` for a `model`, which may be another directory.
-
-    Raises UserError where it cannot be read, has no chat template, or more tokens than the model's vocabulary.
-    """
+    """The tokenizer of `place` for a `model`, which may be another directory. Raises UserError where it cannot be read,
+    has no chat template, or more tokens than the model's vocabulary."""
     tokenizer = load_tokenizer(str(place), model)
     if arch is not None and len(tokenizer) > arch.vocab_size:
         raise UserError(

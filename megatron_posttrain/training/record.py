@@ -21,10 +21,8 @@ STOP_FILE = ".stop"
 
 
 class Record:
-    """Metrics, progress lines, and requests to stop. Rank 0 writes; every rank may call.
-
-    A stop is requested by SIGTERM or SIGUSR1 to any rank, or by a file `.stop` in the output directory.
-    """
+    """Metrics, progress lines, and requests to stop. Rank 0 writes; every rank may call. A stop is requested by SIGTERM
+    or SIGUSR1 to any rank, or by a file `.stop` in the output directory."""
 
     def __init__(self, config: Config, total_steps: int, first_step: int) -> None:
         self.config, self.total_steps = config, total_steps

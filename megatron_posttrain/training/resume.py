@@ -61,10 +61,8 @@ class Origin:
         return {"step": step, "rows": step * self.rows_per_step, "started": started().isoformat()} | asdict(self)
 
     def changes(self, checkpoint: Path, state: dict[str, Any]) -> list[str]:
-        """Settings that differ from those of `checkpoint` and hold from now on; UserError for those that may not.
-
-        A checkpoint of a version that recorded no settings differs in nothing.
-        """
+        """Settings that differ from those of `checkpoint` and hold from now on; UserError for those that may not. A
+        checkpoint of a version that recorded no settings differs in nothing."""
         if "config" not in state:
             return []
         told, refused = [], []
@@ -133,9 +131,7 @@ def fingerprint_of_config(directory: Path) -> str:
 
 def fingerprint_of_weights(directory: Path) -> str:
     """Of name, size, beginning and end of every weight file: milliseconds a file, wherever and whenever it was copied.
-
-    The beginning has the names, types and shapes of all tensors; training moves every tensor, those at the end too.
-    """
+    The beginning has the names, types and shapes of all tensors; training moves every tensor, those at the end too."""
     total = hashlib.sha256()
     for file in sorted(directory.glob("*.safetensors")):
         size = file.stat().st_size

@@ -166,10 +166,8 @@ class Stretches:
 
 
 def boxes_of(base: Any, start: int, stop: int) -> Iterator[tuple[int, Any]]:
-    """Elements [start, stop) of a parameter as (first element, box of the global tensor).
-
-    `base`: megatron-core's ShardedTensor of the parameter, or its ShardedTensorFactory of several parts.
-    """
+    """Elements [start, stop) of a parameter as (first element, box of the global tensor). `base`: megatron-core's
+    ShardedTensor of the parameter, or its ShardedTensorFactory of several parts."""
     for part in base.build() if hasattr(base, "build") else [base]:
         begin = part.data.storage_offset() - base.data.storage_offset()
         if not part.data.is_contiguous():

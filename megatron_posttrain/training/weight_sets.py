@@ -30,10 +30,8 @@ class WeightSets:
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
-        """The model has the set's weights, and afterwards its own again, to the last bit.
-
-        Raises KeyError for a name that was not kept.
-        """
+        """The model has the set's weights, and afterwards its own again, to the last bit. Raises KeyError for a name
+        that was not kept."""
         copies = self._sets[name]
         self._exchange(copies)
         try:

@@ -17,11 +17,9 @@ from megatron_posttrain.models.modules.nf4 import values
 
 @dataclass(frozen=True)
 class Split:
-    """How a linear layer is split over tensor parallel ranks.
-
-    column: output features; row: input features; whole: every rank has all of them. Experts exchange nothing: their
-    token dispatcher gathers the inputs and sums the outputs of the ranks.
-    """
+    """How a linear layer is split over tensor parallel ranks. column: output features; row: input features; whole:
+    every rank has all of them. Experts exchange nothing: their token dispatcher gathers the inputs and sums the outputs
+    of the ranks."""
 
     by: Literal["column", "row", "whole"]
     group: ProcessGroup
@@ -49,11 +47,9 @@ def scaling(alpha: float, rank: int, rank_stabilised: bool) -> float:
 
 
 class LoraLinear(nn.Module):
-    """The change of a weight is scaling x B @ A, with an A for each of the layers that a fused weight consists of.
-
-    A [adapters x rank, in], B [out, rank]: a row of B meets the A that `owners` [out] names; -1: no adapter.
-    `dora`: row i of the sum becomes m_i times its direction; the norms are constants for the gradient (section 4.3).
-    """
+    """The change of a weight is scaling x B @ A, with an A for each of the layers that a fused weight consists of. A
+    [adapters x rank, in], B [out, rank]: a row of B meets the A that `owners` [out] names; -1: no adapter. `dora`: row
+    i of the sum becomes m_i times its direction; the norms are constants for the gradient (section 4.3)."""
 
     def __init__(
         self,
