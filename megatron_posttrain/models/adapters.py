@@ -23,7 +23,6 @@ from megatron_posttrain.models.modules.lora import (
     add_to_grouped_output,
     add_to_logits,
     add_to_output,
-    scaling,
 )
 from megatron_posttrain.models.modules.nf4 import BLOCK, quantising_linears, run_dequantised
 from megatron_posttrain.models.sharded import GROUPED_EXPERT, layer_numbers, partition, position, table_name, unwrap
@@ -177,7 +176,7 @@ def check_quantization(arch: Architecture, layout: Layout) -> None:
             name = row.hf[0].removesuffix(".weight").rpartition(".")[2]
             key = f" x parallel.{'expert_tensor' if row.experts else 'tensor'}={size}" if size > 1 else ""
             raise UserError(
-                f"lora.quantization=nf4: {name} has {columns} inputs, which are not divisible by blocks of {BLOCK}{key}"
+                f"lora.quantization=nf4: {name} has {columns} inputs, not divisible by blocks of {BLOCK}{key}"
             )
 
 
@@ -193,7 +192,6 @@ def attach(chunks: Sequence[nn.Module], adapters: Adapters, groups: Groups, *, s
     from megatron_posttrain.models.modules.experts import GroupedExperts
 
     arch, lora = adapters.arch, adapters.lora
-    factor = scaling(lora.alpha, lora.rank, lora.use_rslora)
     expert = position(groups.expert)
     offset = expert[0] * (arch.moe.num_experts // expert[1]) if arch.moe else 0
     for chunk in chunks:
@@ -216,20 +214,15 @@ def attach(chunks: Sequence[nn.Module], adapters: Adapters, groups: Groups, *, s
             gathered = owned or local_name == "output_layer.weight"  # `output_rows` gathers before the output layer
             split = Split(by, group, groups.layout.sequence_parallel and not gathered, owned)
             b = adapters.plans[adapter_name(plan.name, "b")]
-            owners = _owners(b.mapping, adapters.target(plan).owners, rank, size).to(weight.device)
-            inputs = plan.local_shape(size)[1]
-            module = LoraLinear(weight, inputs, owners, lora.rank, factor, lora.dropout, split, lora.use_dora)
+            numbers_of_a = adapters.target(plan).owners
+            segments = b.mapping.segments(rank, size)
+            owners = torch.cat([torch.full((stop - start,), numbers_of_a[n or 0]) for n, start, stop in segments])
+            module = LoraLinear(weight, plan.local_shape(size)[1], owners.to(weight.device), lora, split)
             with torch.no_grad():
                 drawn = partial(_initial, (lora.rank, plan.shapes[0][1]), seed)
                 adapters.plans[adapter_name(plan.name, "a")].fill(module.a, drawn, rank, size)
             _register(model, local_name, module)
             weight.adapter = module
-
-
-def _owners(b: Mapping, owners: tuple[int, ...], rank: int, size: int) -> Tensor:
-    """[out] of this rank: the number of the A that each row of B meets."""
-    parts = b.segments(rank, size)
-    return torch.cat([torch.full((stop - start,), owners[source or 0]) for source, start, stop in parts])
 
 
 def seed_of(*parts: int | str) -> int:
@@ -260,12 +253,14 @@ def _register(model: Any, weight: str, module: LoraLinear) -> None:
     layer.lora[grouped[3]] = module
 
 
+def _layers(chunks: Sequence[nn.Module]) -> list[LoraLinear]:
+    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, LoraLinear)]
+
+
 def begin(chunks: Sequence[nn.Module]) -> None:
     """Collective, once the model has its weights: adapters that change nothing."""
-    for chunk in chunks:
-        for module in chunk.modules():
-            if isinstance(module, LoraLinear):
-                module.begin()
+    for module in _layers(chunks):
+        module.begin()
 
 
 def _require_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -275,37 +270,29 @@ def _require_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
 @contextlib.contextmanager
 def disabled(chunks: Sequence[nn.Module]) -> Iterator[None]:
     """Meanwhile the model is its base."""
-    found = [m for chunk in chunks for m in chunk.modules() if isinstance(m, LoraLinear)]
-    for module in found:
+    for module in _layers(chunks):
         module.enabled = False
     try:
         yield
     finally:
-        for module in found:
+        for module in _layers(chunks):
             module.enabled = True
 
 
 def finalizing_copies(finalize: Callable[..., None]) -> Callable[..., None]:
-    """megatron-core's function that reduces a step's gradients, and `sum_copied_gradients` after it."""
+    """megatron-core's function that reduces a step's gradients, after which expert tensor ranks sum those of their
+    copies of an expert's A or B. It sums those of dense layers, over tensor ranks; of experts it knows no copies."""
 
     def both(model: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
         finalize(model, *args, **kwargs)
-        sum_copied_gradients(model)
+        found: dict[Any, list[Tensor]] = {}
+        for parameter in (p for chunk in model for p in chunk.parameters()):
+            if (group := getattr(parameter, "sum_gradients_over", None)) is not None:
+                found.setdefault(group, []).append(parameter.main_grad)  # type: ignore[attr-defined]
+        for group, gradients in found.items():
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            torch.distributed.all_reduce(flat, group=group)
+            for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
 
     return both
-
-
-def sum_copied_gradients(chunks: Sequence[nn.Module]) -> None:
-    """Collective, after a step's gradients: expert tensor ranks sum those of their copies of an expert's A or B.
-    megatron-core sums those of dense layers, over tensor ranks; of experts it knows no copies."""
-    found: dict[Any, list[Tensor]] = {}
-    for chunk in chunks:
-        parameters: list[Any] = list(chunk.parameters())
-        for parameter in parameters:
-            if (group := getattr(parameter, "sum_gradients_over", None)) is not None:
-                found.setdefault(group, []).append(parameter.main_grad)
-    for group, gradients in found.items():
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        torch.distributed.all_reduce(flat, group=group)
-        for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(summed.view_as(gradient))

@@ -31,9 +31,8 @@ def architecture(config: HfConfig) -> Architecture:
     groups, chosen = config.get("n_group") or 1, config.get("topk_group") or 1
     if groups > 1 and chosen != groups and top_k // chosen != 2:
         # A group's score is the sum of its two best experts; megatron-core sums its top_k // topk_group best.
-        raise UserError(
-            f"config.json: num_experts_per_tok is {top_k}; with topk_group={chosen} it has to be {2 * chosen}"
-        )
+        needed = f"with topk_group={chosen} it has to be {2 * chosen}"
+        raise UserError(f"config.json: num_experts_per_tok is {top_k}; {needed}")
     moe = MixtureOfExperts(
         num_experts=common.need(config, "n_routed_experts", "num_local_experts"),
         top_k=top_k,
@@ -90,12 +89,8 @@ def attention(arch: Architecture, layer: str) -> list[Mapping]:
 def moe_block(arch: Architecture, layer: str) -> list[Mapping]:
     moe = arch.moe
     assert moe is not None
-    bias = Replicated(
-        f"{layer}mlp.router.expert_bias",
-        (f"{common.HF_LAYER}mlp.gate.e_score_correction_bias",),
-        ((moe.num_experts,),),
-        dtype=torch.float32,
-    )
+    ours, theirs = f"{layer}mlp.router.expert_bias", f"{common.HF_LAYER}mlp.gate.e_score_correction_bias"
+    bias = Replicated(ours, (theirs,), ((moe.num_experts,),), dtype=torch.float32)
     rows = [*common.router(arch, layer=layer), bias]
     if moe.shared_ffn_size:
         ours, theirs = f"{layer}mlp.shared_experts.", f"{common.HF_LAYER}mlp.shared_experts."

@@ -7,12 +7,10 @@ from megatron_posttrain.models.architecture import Architecture, HfConfig, Mixtu
 from megatron_posttrain.models.disk_layout import Fusion
 from megatron_posttrain.models.weights import ColumnParallel, Mapping, on
 
-EXPERTS = f"{common.HF_LAYER}mlp.experts."
-
 
 def _fusion(disk: str, kind: str, parts: tuple[str, ...]) -> Fusion:
-    names = tuple(f"{EXPERTS}*.{part}.{kind}" for part in parts)
-    return Fusion(f"{EXPERTS}{disk}", names, interleaved=True, transposed=kind == "weight")
+    names = tuple(f"{common.EXPERTS}*.{part}.{kind}" for part in parts)
+    return Fusion(f"{common.EXPERTS}{disk}", names, interleaved=True, transposed=kind == "weight")
 
 
 ALWAYS_FUSED = True

@@ -10,10 +10,8 @@ FUSIONS = ()
 def architecture(config: HfConfig) -> Architecture:
     if config["model_type"] == "mistral":
         return common.base_architecture(config, **common.sliding_layers(config, config.get("sliding_window", 4096), 0))
-    bias = bool(config.get("attention_bias", False))
-    return common.base_architecture(
-        config, qkv_bias=bias, attention_output_bias=bias, mlp_bias=bool(config.get("mlp_bias", False))
-    )
+    bias, mlp_bias = (bool(config.get(key, False)) for key in ("attention_bias", "mlp_bias"))
+    return common.base_architecture(config, qkv_bias=bias, attention_output_bias=bias, mlp_bias=mlp_bias)
 
 
 table = common.table

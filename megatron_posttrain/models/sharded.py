@@ -17,6 +17,7 @@ from megatron_posttrain.models.shares import Shares, Slot, Wanted, all_of
 from megatron_posttrain.models.weights import Replicated, TensorPlan, unmerged
 from megatron_posttrain.parallel.groups import Groups
 
+Chunks = Sequence[nn.Module]
 # An expert's parameter in Transformer Engine's grouped linear layer, and its adapter's
 GROUPED_EXPERT = re.compile(r"(?<=mlp\.experts\.)(linear_fc[12])\.(weight|bias)(\d+)$")
 GROUPED_ADAPTER = re.compile(r"(?<=mlp\.experts\.)(linear_fc[12])\.lora\.(\d+)\.([ab])$")
@@ -55,10 +56,7 @@ def table_name(name: str, numbers: dict[str, int], expert_offset: int) -> str:
 
 
 def local_tensors(
-    model_chunks: Sequence[nn.Module],
-    plans: dict[str, TensorPlan],
-    arch: Architecture,
-    expert: tuple[int, int] = (0, 1),
+    chunks: Chunks, plans: dict[str, TensorPlan], arch: Architecture, expert: tuple[int, int]
 ) -> Iterator[tuple[TensorPlan, Tensor]]:
     """Every parameter of this rank (and buffer that checkpoints hold) with its plan.
 
@@ -69,8 +67,7 @@ def local_tensors(
     """
     adapters = any(ADAPTER in name for name in plans)
     offset = expert[0] * (arch.moe.num_experts // expert[1]) if arch.moe else 0
-    for chunk in model_chunks:
-        model = unwrap(chunk)
+    for model in map(unwrap, chunks):
         numbers = layer_numbers(model)
         for local_name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             name = table_name(local_name, numbers, offset)
@@ -104,11 +101,7 @@ class Exporter:
     the pipeline group. `ValueError` when a tensor of the table is on no stage."""
 
     def __init__(
-        self,
-        model_chunks: Sequence[nn.Module],
-        arch: Architecture,
-        groups: Groups,
-        plans: Iterable[TensorPlan] | None = None,
+        self, chunks: Chunks, arch: Architecture, groups: Groups, plans: Iterable[TensorPlan] | None = None
     ) -> None:
         """`plans`: of the adapters, where they are to be exported; None: the model's, with the adapters merged."""
         self.arch, self.groups = arch, groups
@@ -116,16 +109,16 @@ class Exporter:
         self.tensor, self.expert_tensor = position(groups.tensor), position(groups.expert_tensor)
         self.expert = position(groups.expert)
         self.stage, self.stages = position(groups.pipeline)
-        self.device = next(model_chunks[0].parameters()).device
+        self.device = next(chunks[0].parameters()).device
         rows = groupby(self.plans, key=lambda plan: (id(plan.mapping), plan.layer))
         self.slots = [Slot(list(plans)) for _, plans in rows]
-        self._find_local(model_chunks, arch)
+        self._find_local(chunks)
         self._agree_on_owners()
 
-    def _find_local(self, model_chunks: Sequence[nn.Module], arch: Architecture) -> None:
+    def _find_local(self, chunks: Chunks) -> None:
         plans = {plan.name: plan for plan in self.plans}
         found: dict[str, Tensor] = {}
-        for plan, tensor in local_tensors(model_chunks, plans, arch, self.expert):
+        for plan, tensor in local_tensors(chunks, plans, self.arch, self.expert):
             found.setdefault(plan.name, tensor)  # tied: the embedding comes before its copy in the output layer
         for slot in self.slots:
             slot.local = [found[plan.name] for plan in slot.plans if plan.name in found]

@@ -228,15 +228,9 @@ class Shares:
     """
 
     def __init__(
-        self,
-        slots: Sequence[Slot],
-        plans: Iterable[TensorPlan],
-        disk: DiskLayout,
-        layout: Layout,
-        wanted: Sequence[Wanted],
-        device: torch.device,
-        by_stage: bool = False,
-    ) -> None:
+        self, slots: Sequence[Slot], plans: Iterable[TensorPlan], disk: DiskLayout, layout: Layout,
+        wanted: Sequence[Wanted], device: torch.device, by_stage: bool = False,
+    ) -> None:  # fmt: skip
         self.disk, self.device, self.rank = disk, device, dist.get_rank()
         self.shapes = {name: shape for plan in plans for name, shape in plan.named_shapes()}
         self.schedule = Schedule(slots, layout, wanted, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), by_stage)

@@ -1,12 +1,12 @@
 """Room for what a run writes, and why a write failed."""
 
+import contextlib
 import math
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -16,7 +16,7 @@ from megatron_posttrain.models import registry
 from megatron_posttrain.models.adapters import Adapters, find_adapters
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.output import check_output
-from megatron_posttrain.platform import platform
+from megatron_posttrain.training.finite import anywhere
 
 PROBE_BYTES = 1 << 20
 OPTIMIZER_BYTES = 12  # a parameter: fp32 main weight and two moments
@@ -90,17 +90,22 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def agree(problem: str | None) -> None:
-    """Collective: SaveError on every rank when any has a problem, the lowest rank's."""
+@contextlib.contextmanager
+def failing_together(target: Path, files: Path, kinds: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Collective: the first rank's failure of these kinds to write `target`, as `files`, is every rank's SaveError."""
+    problem = None
+    try:
+        yield
+    except kinds as error:
+        why = str(error) if isinstance(error, UserError) else cause(files, error)
+        problem = f"{target} could not be written: {why}"
     if found := first_problem(problem):
         raise SaveError(found)
 
 
 def first_problem(problem: str | None) -> str | None:
     """Collective: the lowest rank's, on every rank. Words are gathered only where there are any."""
-    here = torch.tensor([int(problem is not None)], device=platform().device)
-    dist.all_reduce(here, op=dist.ReduceOp.MAX)
-    if not here.item():
+    if not anywhere(problem is not None):
         return None
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)

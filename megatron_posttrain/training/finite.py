@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -45,22 +46,16 @@ class Recorder:
 
     def watch(self, hooks: ExitStack) -> None:
         for index, (stage, model, name_of) in enumerate(_stages(self.engine)):
-            hooks.callback(model.register_forward_pre_hook(self._begins(index)).remove)
+            hooks.callback(model.register_forward_pre_hook(partial(self._begins, index)).remove)
             for name, module in model.named_modules():
-                hook = self._ends(index, stage, name_of(name) if name else "the model")
-                hooks.callback(module.register_forward_hook(hook).remove)
+                text = f"the output of {name_of(name) if name else 'the model'}"
+                hooks.callback(module.register_forward_hook(partial(self._ends, index, stage, text)).remove)
 
-    def _begins(self, index: int) -> Callable[..., None]:
-        def hook(*unused: Any) -> None:
-            self.micro_batch[index] += 1
+    def _begins(self, index: int, *unused: Any) -> None:
+        self.micro_batch[index] += 1
 
-        return hook
-
-    def _ends(self, index: int, stage: int, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            self.look(output, index, stage, f"the output of {name}")
-
-        return hook
+    def _ends(self, index: int, stage: int, text: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.look(output, index, stage, text)
 
     def look(self, output: Any, index: int, stage: int, text: str) -> None:
         call = next(self.calls)
@@ -89,9 +84,8 @@ def refuse(engine: Engine, what: str, forward: Callable[[Recorder], Any], *, gra
     gathered: list[list[Fault]] = [found] * dist.get_world_size()
     dist.all_gather_object(gathered, found)
     first = min(itertools.chain(*gathered), default=None)
-    where = (
-        f"first seen on rank {first.rank} in {first.text}" if first else "each value by itself is finite: an overflow"
-    )
+    overflow = "each value by itself is finite: an overflow"
+    where = f"first seen on rank {first.rank} in {first.text}" if first else overflow
     raise NotFiniteError(f"{what}; {where}. The step was not trained on, nothing of it is saved")
 
 
@@ -124,8 +118,7 @@ def _last_gradient(engine: Engine) -> list[Fault]:
     found, bad = [], 0
     for stage, model, name_of in _stages(engine):
         for number, (name, parameter) in enumerate(model.named_parameters()):
-            count = int((~parameter.main_grad.isfinite()).sum())  # type: ignore[attr-defined]
-            if count:
+            if count := int((~parameter.main_grad.isfinite()).sum()):  # type: ignore[attr-defined]
                 bad += count
                 found.append(((GRADIENT, -stage, -number), f"the gradient of {name_of(name)}"))
     return [Fault((*order, -bad), dist.get_rank(), text) for order, text in found]

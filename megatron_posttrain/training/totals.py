@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 import torch.distributed as dist
@@ -32,17 +33,8 @@ class Totals:
         return cls(int(tokens) if tokens.is_integer() else tokens, *map(int, others))
 
 
-def per_token(totals: Totals) -> float:
-    """For a loss that is a mean over all tokens of the global batch."""
-    return totals.tokens
-
-
-def per_sequence(totals: Totals) -> float:
-    return totals.sequences
-
-
-def per_unit(totals: Totals) -> float:
-    return totals.units
+# What a loss is divided by that is a mean over all tokens, sequences or units of the global batch
+per_token, per_sequence, per_unit = attrgetter("tokens"), attrgetter("sequences"), attrgetter("units")
 
 
 @dataclass(frozen=True)

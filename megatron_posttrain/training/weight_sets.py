@@ -15,11 +15,6 @@ class WeightSets:
         self._tensors: list[Tensor] = [t.detach() for t in tensors if t.requires_grad or not trained_only]
         self._sets: dict[str, list[Tensor]] = {}
 
-    @property
-    def host_bytes(self) -> int:
-        """Of all sets."""
-        return sum(tensor.nbytes for copies in self._sets.values() for tensor in copies)
-
     def keep(self, name: str) -> None:
         """The present weights under `name`; those that had it before go."""
         self._sets[name] = [tensor.to("cpu", copy=True) for tensor in self._tensors]
