@@ -86,7 +86,7 @@ class Planned(NamedTuple):
 
 
 def plan_files(
-    arch: Architecture, dtype_of: Callable[[TensorPlan], torch.dtype], read: Read, shard_bytes: int | None
+    arch: Architecture, dtype_of: Callable[..., torch.dtype], read: Read, shard_bytes: int | None
 ) -> Planned:
     """Every tensor's place in files of about `shard_bytes` (None: 2 GB), and from where its bytes come (`read`)."""
     files: list[OutputFile] = []
@@ -160,9 +160,8 @@ class MegatronReader:
         rows = len(key.sizes)
         padded = isinstance(plan.mapping, Vocabulary) and shape[rows] >= wanted[rows]
         if shape != wanted and not (padded and shape[rows + 1 :] == wanted[rows + 1 :]):
-            raise UserError(
-                f"{self.reader.directory}: tensor '{key.key}' has shape {list(shape)}, the model's is {list(wanted)}"
-            )
+            shapes = f"has shape {list(shape)}, the model's is {list(wanted)}"
+            raise UserError(f"{self.reader.directory}: tensor '{key.key}' {shapes}")
 
     def dtype(self, plan: TensorPlan) -> torch.dtype:
         return self.reader.stored(self.keys[plan.name].key).dtype
