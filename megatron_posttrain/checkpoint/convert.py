@@ -93,7 +93,7 @@ def plan_hf_to_megatron(directory: Path, options: ConvertOptions, weights: bool 
         return kinds.pop()
 
     planned = megatron.plan_files(arch, dtype_of, table_reader(reader, arch), options.shard_bytes)
-    side = fp8.without(registry.hf_config(arch, config))
+    side = registry.hf_config(arch, config)
 
     def finish(partial: Path) -> None:
         target = partial / megatron.HF_FILES
@@ -220,7 +220,7 @@ def _to_hf(
     files = {name: OutputFile(name, [header], len(header)) for name, header in headers.items()}
     for name, target in targets.items():
         files[target.file.name].add(Item(name, target.dtype, target.stop - target.start, tensors[name][2]))
-    config = fp8.without(config) | ({fp8.FIELD: fp8.SECTION} if options.quantize else {})
+    config = config | ({fp8.FIELD: fp8.SECTION} if options.quantize else {})
 
     def finish(partial: Path) -> None:
         hf_files.write_side_files(partial, targets, config, source, options.custom_code, tokenizer)

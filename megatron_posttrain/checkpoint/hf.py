@@ -128,6 +128,6 @@ def directory_writer(
         kinds = {name: reader.plain_dtype(name) for name in reader.names()}
     usual = kinds.get(EMBEDDING, torch.bfloat16)  # of a new head
     contents = {name: (kinds.get(name, layout.dtypes.get(name, usual)), shape) for name, shape in layout.shapes.items()}
-    config = fp8.without(registry.hf_config(arch, read_json(source / "config.json")))
+    config = registry.hf_config(arch, read_json(source / "config.json"))
     owners = None if stages is None else {name: stages[layout.table_names(name)[0]] for name in contents}
     return layout, HfWriter(directory, contents, config, source=source, owners=owners, **options)

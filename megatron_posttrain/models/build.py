@@ -34,7 +34,8 @@ def use_transformer_engine(model: ModelConfig) -> bool:
     """Raises UserError where Transformer Engine is asked for and not there."""
     found = platform().has_transformer_engine()
     if model.implementation == "transformer_engine" and not found:
-        raise UserError("model.implementation: transformer_engine is not installed here; allowed: auto, torch")
+        where = f"Transformer Engine is not installed on this {platform().name} machine"
+        raise UserError(f"model.implementation=transformer_engine, but {where}; allowed here: auto, torch")
     return model.implementation != "torch" and found
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_posttrain.errors import UserError, nearest
-from megatron_posttrain.models.architecture import Architecture, HfConfig, Rope
+from megatron_posttrain.models.architecture import Architecture, HfConfig, MixtureOfExperts, Rope
 from megatron_posttrain.models.disk_layout import Fusion
 from megatron_posttrain.models.weights import QKV, GatedMLP, Mapping, Replicated, RowParallel, Vocabulary, on
 
@@ -89,6 +89,20 @@ def rope(config: HfConfig, default_base: float = 10_000.0) -> Rope:
     if kind != "linear":
         found["original_max_position"] = original
     return Rope(base=base, scaling=kind, **{"factor": longest / original, **found})
+
+
+def mixture(
+    config: HfConfig, count: Sequence[str], width: str, aux_loss: float = 0.001, **fields: Any
+) -> MixtureOfExperts:
+    """The fields that families read alike. `count`, `width`: keys of the experts' number (by its old and new names) and
+    width; `aux_loss`: the coefficient where the config has none."""
+    return MixtureOfExperts(
+        num_experts=need(config, *count),
+        top_k=need(config, "num_experts_per_tok", "experts_per_token"),
+        expert_ffn_size=need(config, width),
+        aux_loss_coefficient=float(config.get("router_aux_loss_coef", aux_loss)),
+        **fields,
+    )
 
 
 def base_architecture(config: HfConfig, **fields: Any) -> Architecture:

@@ -4,7 +4,7 @@ import torch
 
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import common
-from megatron_posttrain.models.architecture import Architecture, HfConfig, MixtureOfExperts, MultiLatentAttention
+from megatron_posttrain.models.architecture import Architecture, HfConfig, MultiLatentAttention
 from megatron_posttrain.models.weights import ColumnParallel, Mapping, Replicated, RowParallel, on
 
 FUSIONS = common.EXPERT_FUSIONS
@@ -33,10 +33,11 @@ def architecture(config: HfConfig) -> Architecture:
         # A group's score is the sum of its two best experts; megatron-core sums its top_k // topk_group best.
         needed = f"with topk_group={chosen} it has to be {2 * chosen}"
         raise UserError(f"config.json: num_experts_per_tok is {top_k}; {needed}")
-    moe = MixtureOfExperts(
-        num_experts=common.need(config, "n_routed_experts", "num_local_experts"),
-        top_k=top_k,
-        expert_ffn_size=width,
+    moe = common.mixture(
+        config,
+        ("n_routed_experts", "num_local_experts"),
+        "moe_intermediate_size",
+        0.0,
         shared_ffn_size=width * (config.get("n_shared_experts") or 0),
         first_dense_layers=config.get("first_k_dense_replace", 3),
         score_function="sigmoid",

@@ -35,11 +35,6 @@ def block_size(config: HfConfig) -> tuple[int, int] | None:
     return block[0], block[1]
 
 
-def without(config: HfConfig) -> HfConfig:
-    """The config of the same model in plain weights."""
-    return {key: value for key, value in config.items() if key != FIELD}
-
-
 def scale_shape(shape: Shape, block: tuple[int, int] = (BLOCK, BLOCK)) -> Shape:
     return tuple(-(-size // step) for size, step in zip(shape, block, strict=True))
 

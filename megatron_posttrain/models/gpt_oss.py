@@ -3,7 +3,7 @@ all experts of a layer in one tensor, [experts, in, out], the rows of gate and u
 if each were a tensor of its own."""
 
 from megatron_posttrain.models import common
-from megatron_posttrain.models.architecture import Architecture, HfConfig, MixtureOfExperts
+from megatron_posttrain.models.architecture import Architecture, HfConfig
 from megatron_posttrain.models.disk_layout import Fusion
 from megatron_posttrain.models.weights import ColumnParallel, Mapping, on
 
@@ -28,14 +28,8 @@ def architecture(config: HfConfig) -> Architecture:
     common.require(config, "swiglu_limit", (7.0,), 7.0)
     count = common.need(config, "num_hidden_layers")
     types = config.get("layer_types") or ["sliding_attention", "full_attention"] * count
-    moe = MixtureOfExperts(
-        num_experts=common.need(config, "num_local_experts", "num_experts"),
-        top_k=common.need(config, "num_experts_per_tok", "experts_per_token"),
-        expert_ffn_size=common.need(config, "intermediate_size"),
-        softmax_after_top_k=True,
-        router_bias=True,
-        aux_loss_coefficient=float(config.get("router_aux_loss_coef", 0.0)),
-    )
+    names = ("num_local_experts", "num_experts")
+    moe = common.mixture(config, names, "intermediate_size", 0.0, softmax_after_top_k=True, router_bias=True)
     return common.base_architecture(
         config,
         rope=common.rope(config, default_base=150_000.0),
@@ -51,10 +45,7 @@ def architecture(config: HfConfig) -> Architecture:
 
 
 def table(arch: Architecture) -> list[Mapping]:
-    sinks = ColumnParallel(
-        f"{common.LAYER}self_attention.core_attention.softmax_offset",
-        (f"{common.HF_LAYER}self_attn.sinks",),
-        ((arch.num_heads,),),
-    )
+    name = f"{common.LAYER}self_attention.core_attention.softmax_offset"
+    sinks = ColumnParallel(name, (f"{common.HF_LAYER}self_attn.sinks",), ((arch.num_heads,),))
     rows = common.table(arch, common.router(arch, "mlp.router"), common.experts(arch))
     return rows + on(range(arch.num_layers), [sinks])

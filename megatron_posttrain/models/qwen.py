@@ -36,15 +36,8 @@ def mixture(config: HfConfig, **shared: Any) -> MixtureOfExperts:
     step = config.get("decoder_sparse_step", 1)
     count = common.need(config, "num_hidden_layers")
     dense = {layer for layer in range(count) if (layer + 1) % step} | set(config.get("mlp_only_layers") or [])
-    return MixtureOfExperts(
-        num_experts=common.need(config, "num_experts", "num_local_experts"),
-        top_k=common.need(config, "num_experts_per_tok"),
-        expert_ffn_size=common.need(config, "moe_intermediate_size"),
-        dense_layers=tuple(sorted(dense)),
-        normalize_top_k=bool(config.get("norm_topk_prob", False)),
-        aux_loss_coefficient=float(config.get("router_aux_loss_coef", 0.001)),
-        **shared,
-    )
+    fields = {"dense_layers": tuple(sorted(dense)), "normalize_top_k": bool(config.get("norm_topk_prob", False))}
+    return common.mixture(config, ("num_experts", "num_local_experts"), "moe_intermediate_size", **fields, **shared)
 
 
 def table(arch: Architecture) -> list[Mapping]:

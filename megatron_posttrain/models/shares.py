@@ -122,13 +122,8 @@ class Exchange:
 
 
 class Schedule:
-    """Who sends what to whom: it follows from the layout, the slots and what engine ranks want.
-
-    Args:
-        slots: of the weight table, with their stages; the ranks' own shards are not looked at.
-        wanted: of engine ranks, one after the other; `by_stage`: of the first rank of each pipeline stage.
-        node: ranks of a node.
-    """
+    """Who sends what to whom: it follows from the layout, the slots of the weight table and their stages, `node`, the
+    ranks of a node, and what is wanted by engine ranks, one after the other, or by the first rank of each stage."""
 
     def __init__(
         self, slots: Sequence[Slot], layout: Layout, wanted: Sequence[Wanted], node: int, by_stage: bool = False
@@ -220,12 +215,8 @@ class Schedule:
 
 
 class Shares:
-    """What ranks want of the model, as often as it is asked for, and whether it arrived.
-
-    Args:
-        slots: of the weight table, with this rank's shards; `plans`: the table; `disk`: of the Hugging Face directory.
-        wanted, by_stage: see `Schedule`.
-    """
+    """What ranks want of the model, as often as it is asked for, and whether it arrived. `slots`: of the weight table,
+    `plans`, with this rank's shards; `disk`: of the Hugging Face directory; `wanted`, `by_stage`: see `Schedule`."""
 
     def __init__(
         self, slots: Sequence[Slot], plans: Iterable[TensorPlan], disk: DiskLayout, layout: Layout,

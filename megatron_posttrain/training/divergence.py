@@ -18,15 +18,9 @@ Group = dist.ProcessGroup | None
 
 
 def divergence(
-    student: Tensor,
-    teacher: Tensor,
-    kind: Divergence = "forward_kl",
-    *,
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-    group: Group = None,
-) -> Tensor:
+    student: Tensor, teacher: Tensor, kind: Divergence = "forward_kl", *,
+    beta: float = 0.5, temperature: float = 1.0, vocab_size: int | None = None, group: Group = None,
+) -> Tensor:  # fmt: skip
     """[n] nats a token, differentiable in the student's logits; over the whole vocabulary.
 
     forward_kl: KL(p || q); reverse_kl: KL(q || p); jsd: beta KL(p || m) + (1 - beta) KL(q || m) with
@@ -117,21 +111,11 @@ def _log_softmaxes(parts: Sequence[Tensor], group: Group, temperature: float) ->
 
 
 def top_k_divergence(
-    student: Tensor,
-    tokens: Tensor,
-    logprobs: Tensor,
-    kind: Divergence = "forward_kl",
-    *,
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-    group: Group = None,
-) -> Tensor:
+    student: Tensor, tokens: Tensor, logprobs: Tensor, kind: Divergence = "forward_kl", *,
+    beta: float = 0.5, temperature: float = 1.0, vocab_size: int | None = None, group: Group = None,
+) -> Tensor:  # fmt: skip
     """[n] as `divergence`, of distributions over k + 1 events: the teacher's k likeliest tokens, and all others.
-
-    Args:
-        tokens, logprobs: [n, k] the teacher's, at `temperature`.
-    """
+    `tokens`, `logprobs`: [n, k], the teacher's, at `temperature`."""
     check_divergence(kind, beta)
     vocabulary = student.shape[-1] * (1 if group is None else group.size()) if vocab_size is None else vocab_size
     found = _ColumnLogprobs.apply(student, tokens, vocabulary, group, temperature)
@@ -165,9 +149,8 @@ class _ColumnLogprobs(torch.autograd.Function):
         found = []
         for rows in row_chunks(logits):
             (logprobs,) = _log_softmaxes([logits[rows, :real]], group, temperature)
-            found.append(
-                logprobs.gather(-1, index[rows]) * mine[rows] if real else logprobs.new_zeros(mine[rows].shape)
-            )
+            of_mine = logprobs.gather(-1, index[rows]) if real else logprobs.new_zeros(mine[rows].shape)
+            found.append(of_mine * mine[rows])
         chosen = torch.cat(found)
         all_reduce(chosen, group, dist.ReduceOp.SUM)
         ctx.save_for_backward(logits, index, mine)

@@ -26,7 +26,6 @@ from megatron_posttrain.models.build import FP8_TOKENS, build_model
 from megatron_posttrain.models.sharded import Exporter
 from megatron_posttrain.parallel.groups import Groups
 from megatron_posttrain.platform import platform
-from megatron_posttrain.training import average
 from megatron_posttrain.training.finite import Recorder, anywhere, refuse
 from megatron_posttrain.training.forward import Around, ForwardStep, LossFunction, Metrics
 from megatron_posttrain.training.heads import Head, LabelLogprobs, Output
@@ -34,7 +33,7 @@ from megatron_posttrain.training.optimizer import make_optimizer, overlaps, set_
 from megatron_posttrain.training.process import say
 from megatron_posttrain.training.timing import PhaseTimer
 from megatron_posttrain.training.totals import Mean, Totals
-from megatron_posttrain.training.weight_sets import WeightSets
+from megatron_posttrain.training.weight_sets import WeightSets, average_used, update_average
 
 LABEL_LOGPROBS = LabelLogprobs()
 Batches = Sequence[PackedBatch]
@@ -61,12 +60,8 @@ class StepResult:
 class Engine:
     """A model, its optimizer if it is trained, and the forward-backward schedule of one rank.
 
-    Args:
-        model: where its weights are, or random ones, and how its layers are made.
-        optimizer: None: a frozen model, without gradient buffers or optimizer states.
-        overlap: data parallel communication during forward and backward; None: on CUDA.
-        lora: adapters are trained, and the model is frozen.
-        seed: of the adapters' first weights, and of their dropout.
+    `optimizer` None: a frozen model, without gradient buffers or optimizer states. `overlap`: data parallel
+    communication during forward and backward; None: on CUDA. `seed`: of adapters' first weights and dropout.
     """
 
     def __init__(
@@ -162,7 +157,7 @@ class Engine:
         (`ema`), or, where adapters are trained and it is `base`, of the model without them."""
         self.gather_weights()
         if name == "ema" and self.ema is not None:
-            scope = average.used(self.optimizer, self._gather)
+            scope = average_used(self.optimizer, self._gather)
         elif name == "base" and self.adapters is not None:
             scope = adapters.disabled(self.modules)
         else:
@@ -240,7 +235,7 @@ class Engine:
                     _, grad_norm, _ = self.optimizer.step()
                     self.skipped = 0
                     if self.ema is not None:
-                        average.update(self.optimizer, self.ema)
+                        update_average(self.optimizer, self.ema)
             except NotFiniteError as error:
                 grad_norm = math.nan
                 self._skip(str(error), partial(self._again, micro_batches, work))

@@ -66,13 +66,8 @@ class Recorder:
 
 
 def refuse(engine: Engine, what: str, forward: Callable[[Recorder], Any], *, gradients: bool = False) -> None:
-    """Collective: raises NotFiniteError that names the rank and the layer where it was first seen.
-
-    Args:
-        what: what was found to be not finite.
-        forward: repeats the forward passes, under hooks of the recorder that it is given.
-        gradients: whether there are gradients to look at.
-    """
+    """Collective: raises NotFiniteError that names the rank and the layer where `what` was first not finite. `forward`
+    repeats the forward passes, for the recorder that it is given; `gradients`: whether there are any to look at."""
     recorder = Recorder(engine)
     found = list(_first_weight(engine))
     with torch.no_grad(), ExitStack() as hooks:

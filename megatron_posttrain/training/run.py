@@ -82,12 +82,8 @@ class Run:
         self, keep: str | None = None, beside: dict[str, Engine] | None = None, *, save_kept: bool = False
     ) -> Engine:
         """Collective: the model that is trained, as the newest checkpoint has it; saved and exported by the run.
-
-        Args:
-            keep: name of a weight set for the weights that the run began with.
-            beside: other trained models that are saved and resumed with it, by name.
-            save_kept: whether the weight set changes, so that checkpoints need it.
-        """
+        `keep`: name of a weight set for the weights that the run began with; `save_kept`: it changes, so that
+        checkpoints need it. `beside`: other trained models that are saved and resumed with it, by name."""
         self.checkpoints.beside |= beside or {}
         self.checkpoints.weight_set = keep if save_kept else None
         self._engine = Engine.of(self.config, self.prepared.arch, self.groups)

@@ -41,14 +41,8 @@ def batch_logprobs(engine: Engine, batches: Sequence[PackedBatch], temperature: 
 
 
 def sums_by_sequence(groups: Groups, batches: Sequence[PackedBatch], values: Sequence[Tensor], count: int) -> Tensor:
-    """Collective over all ranks: sums over the labels of each sequence, by its index below `count`.
-
-    Args:
-        values: of each micro-batch, [T], on the ranks of the last pipeline stage; other ranks' are not looked at.
-
-    Returns:
-        [count] fp64 on the host of every rank.
-    """
+    """Collective over all ranks: sums over the labels of each sequence, by its index below `count`: [count] fp64 on the
+    host. `values`: of each micro-batch, [T], on the ranks of the last pipeline stage; others' are not looked at."""
     totals = torch.zeros(count, dtype=torch.float64)
     for index, part in _real(batches, values) if _tells(groups) else ():
         totals[index] = part.double().sum()

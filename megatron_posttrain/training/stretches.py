@@ -90,13 +90,9 @@ class Bucket:
 
 
 class Stretches:
-    """Of all parameters that an optimizer trains.
-
-    Args:
-        optimizer: megatron-core's ChainedOptimizer of DistributedOptimizers.
-        model: the model chunks' sharded state dicts, with parameters as they are (`keep_vars`).
-        states: of a parameter, by the optimizer's names; `param`: the main weight.
-    """
+    """Of all parameters that an optimizer, megatron-core's ChainedOptimizer of DistributedOptimizers, trains. `model`:
+    the chunks' sharded state dicts, with parameters as they are (`keep_vars`); `states`: of a parameter, by the
+    optimizer's names; `param`: the main weight."""
 
     def __init__(self, optimizer: Any, model: Sequence[dict[str, Any]], states: Sequence[str] = STATES) -> None:
         self.states = states

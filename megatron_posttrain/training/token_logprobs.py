@@ -16,16 +16,14 @@ CHUNK_ELEMENTS = 1 << 26  # logits turned to fp32 at a time: 256 MiB
 def token_logprobs(
     logits: Tensor, labels: Tensor, vocab_size: int, group: dist.ProcessGroup, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(logits / temperature)[labels] and the entropy of the distribution.
+    """log softmax(logits / temperature)[labels] and the entropy of the distribution, in nats: each [t] fp32,
+    differentiable in `logits`.
 
     Args:
         logits: [t, padded vocabulary / tensor size], this rank's columns.
         labels: [t] token numbers in the whole vocabulary.
         vocab_size: tokens that exist; the padded columns behind them have no probability.
         group: tensor parallel group.
-
-    Returns:
-        log-probs and entropy, in nats: each [t] fp32, differentiable in `logits`.
     """
     return _TokenLogprobs.apply(logits, labels, vocab_size, group, temperature)
 
