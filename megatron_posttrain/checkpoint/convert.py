@@ -78,11 +78,8 @@ def plan_hf_to_megatron(directory: Path, options: ConvertOptions, weights: bool 
         kind, nothing = options.dtype or torch.bfloat16, dict[str, Tensor]().__getitem__
         planned = megatron.plan_files(arch, lambda plan: plan.mapping.dtype or kind, nothing, options.shard_bytes)
         return Conversion(arch, planned.files, {}, planned.finish, _bytes_in(arch, config))
-    reader = HfReader(directory)
-    arch = _as_stored(arch, reader)
-    check_tensors(reader, arch)
+    reader, arch, layout = _checked(directory, arch)
     hf_files.side_file_paths(directory)
-    layout = directory_layout(reader, arch)
 
     def dtype_of(plan: TensorPlan) -> torch.dtype:
         kinds = {reader.plain_dtype(layout.places[name].name) for name in plan.hf}
@@ -107,11 +104,14 @@ def plan_hf_to_megatron(directory: Path, options: ConvertOptions, weights: bool 
     return Conversion(arch, planned.files, inputs, finish, reader.nbytes, _left_behind(directory, options))
 
 
-def _as_stored(arch: Architecture, reader: HfReader) -> Architecture:
-    """Without multi-token-prediction layers, where the config speaks of them and the directory has none."""
-    without = replace(arch, num_mtp_layers=0)
+def _checked(directory: Path, arch: Architecture) -> tuple[HfReader, Architecture, DiskLayout]:
+    """A directory's tensors, checked, and its architecture: without multi-token-prediction layers, where the config
+    speaks of them and the directory has none."""
+    reader, without = HfReader(directory), replace(arch, num_mtp_layers=0)
     extra = set(registry.layout(arch).places) - set(registry.layout(without).places)
-    return arch if extra & set(reader.names()) else without
+    arch = arch if extra & set(reader.names()) else without
+    check_tensors(reader, arch)
+    return reader, arch, directory_layout(reader, arch)
 
 
 def _left_behind(directory: Path, options: ConvertOptions) -> list[str]:
@@ -186,10 +186,7 @@ def plan_megatron_to_hf(directory: Path, options: ConvertOptions) -> Conversion:
 def plan_merge(base: Path, options: ConvertOptions) -> Conversion:
     """`options.adapter` merged in fp32 into the Hugging Face directory `base`; checks both from their headers."""
     config = read_json(base / "config.json")
-    reader = HfReader(base)
-    arch = _as_stored(registry.architecture_from_hf(config, keep_mtp=options.keep_mtp), reader)
-    check_tensors(reader, arch)
-    layout = directory_layout(reader, arch)
+    reader, arch, layout = _checked(base, registry.architecture_from_hf(config, keep_mtp=options.keep_mtp))
     assert options.adapter is not None
     inputs = _inputs(base, reader.files | {options.adapter / WEIGHTS}, options)
     written = _with_dtype(registry.hf_config(arch, config), options.dtype)

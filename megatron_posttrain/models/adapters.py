@@ -25,7 +25,7 @@ from megatron_posttrain.models.modules.lora import (
     add_to_output,
 )
 from megatron_posttrain.models.modules.nf4 import BLOCK, quantising_linears, run_dequantised
-from megatron_posttrain.models.sharded import GROUPED_EXPERT, layer_numbers, partition, position, table_name, unwrap
+from megatron_posttrain.models.sharded import GROUPED_EXPERT, naming, partition, position, unwrap
 from megatron_posttrain.models.weights import Mapping, Replicated, RowParallel, TensorPlan, Vocabulary, expand, unmerged
 from megatron_posttrain.parallel.groups import Groups
 from megatron_posttrain.parallel.layout import Layout
@@ -191,19 +191,17 @@ def attach(chunks: Sequence[nn.Module], adapters: Adapters, groups: Groups, *, s
     The same whole adapter under every layout."""
     from megatron_posttrain.models.modules.experts import GroupedExperts
 
-    arch, lora = adapters.arch, adapters.lora
-    expert = position(groups.expert)
-    offset = expert[0] * (arch.moe.num_experts // expert[1]) if arch.moe else 0
+    lora = adapters.lora
     for chunk in chunks:
         model: Any = unwrap(chunk)
-        numbers = layer_numbers(model)
+        table_name = naming(model, adapters.arch, position(groups.expert))
         model.requires_grad_(False)
         run_dequantised(model, (GroupedExperts,))
         if getattr(model, "pre_process", False):
             # Layers that are recomputed, and stages without an adapter, need something to differentiate by.
             model.embedding.register_forward_hook(_require_gradient)
         for local_name, weight in list(model.named_parameters()):
-            plan = adapters.weights.get(table_name(local_name, numbers, offset))
+            plan = adapters.weights.get(table_name(local_name))
             if plan is None:
                 continue
             owned = plan.expert is not None

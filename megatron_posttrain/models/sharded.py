@@ -1,7 +1,7 @@
 """Weights between Hugging Face tensors and the shards of a parallel Megatron model."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import groupby
 
@@ -38,21 +38,23 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
-def layer_numbers(model: nn.Module) -> dict[str, int]:
-    """Global numbers from 0 by the local prefix of a layer, such as `decoder.layers.1`."""
-    return {
+def naming(model: nn.Module, arch: Architecture, expert: tuple[int, int]) -> Callable[[str], str]:
+    """What gives a local parameter or module its name in the weight table, with global numbers from 0 of layers and
+    experts. `expert`: (rank, size) of expert parallelism."""
+    numbers = {
         prefix: number - 1
         for prefix, module in model.named_modules()
         if LAYER.fullmatch(prefix) and isinstance(number := getattr(module, "layer_number", None), int)
     }
+    offset = expert[0] * (arch.moe.num_experts // expert[1]) if arch.moe else 0
 
+    def table_name(name: str) -> str:
+        name = GROUPED_EXPERT.sub(r"local_experts.\3.\1.\2", unmerged(name))
+        name = GROUPED_ADAPTER.sub(r"local_experts.\2.\1.lora.\3", name)
+        name = LAYER.sub(lambda match: f"{match[1]}.{numbers.get(match[0], match[2])}", name)
+        return EXPERT.sub(lambda match: str(int(match[1]) + offset), name)
 
-def table_name(name: str, numbers: dict[str, int], expert_offset: int) -> str:
-    """The name in the weight table (global layer and expert numbers) of a local parameter or module."""
-    name = GROUPED_EXPERT.sub(r"local_experts.\3.\1.\2", unmerged(name))
-    name = GROUPED_ADAPTER.sub(r"local_experts.\2.\1.lora.\3", name)
-    name = LAYER.sub(lambda match: f"{match[1]}.{numbers.get(match[0], match[2])}", name)
-    return EXPERT.sub(lambda match: str(int(match[1]) + expert_offset), name)
+    return table_name
 
 
 def local_tensors(
@@ -66,11 +68,10 @@ def local_tensors(
     the model's where they are the model's.
     """
     adapters = any(ADAPTER in name for name in plans)
-    offset = expert[0] * (arch.moe.num_experts // expert[1]) if arch.moe else 0
     for model in map(unwrap, chunks):
-        numbers = layer_numbers(model)
+        table_name = naming(model, arch, expert)
         for local_name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            name = table_name(local_name, numbers, offset)
+            name = table_name(local_name)
             if (ADAPTER in name) != adapters:
                 continue
             if arch.tied_embeddings and name == "output_layer.weight":

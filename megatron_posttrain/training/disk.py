@@ -31,7 +31,7 @@ def check_disk(config: Config, arch: Architecture) -> None:
     for name in DIRECTORIES:
         if (output / name).exists():
             check_output(output / name)
-    parts = {"the export": 2 * parameter_count(arch)}  # at least: bf16
+    parts = {"the export": 2 * registry.parameter_count(arch)}  # at least: bf16
     if config.checkpoint.every is not None:
         adapters = None if config.lora is None else find_adapters(arch, config.lora)
         parts["a checkpoint"] = checkpoint_bytes(config.precision, arch, adapters, config.training.ema)
@@ -41,17 +41,12 @@ def check_disk(config: Config, arch: Architecture) -> None:
         raise UserError(f"output={output}: {_size(free)} are free there, {listed}; make room or choose another one")
 
 
-def parameter_count(arch: Architecture, adapters: Adapters | None = None) -> int:
-    """Of the model, or of its adapters alone."""
-    plans = registry.tensors(arch) if adapters is None else adapters.plans.values()
-    return sum(math.prod(plan.local_shape(1)) for plan in plans)
-
-
 def checkpoint_bytes(
     precision: PrecisionConfig, arch: Architecture, adapters: Adapters | None = None, ema: float | None = None
 ) -> int:
     each = (4 if precision.dtype == "fp32" else 2) + OPTIMIZER_BYTES + 4 * (ema is not None)
-    return each * parameter_count(arch, adapters)
+    plans = registry.tensors(arch) if adapters is None else adapters.plans.values()
+    return each * sum(math.prod(plan.local_shape(1)) for plan in plans)
 
 
 def _size(count: float) -> str:

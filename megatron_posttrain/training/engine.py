@@ -302,20 +302,17 @@ class Engine:
         group = self.groups.pipeline
         if group.size() == 1:
             return kept
-        sizes, widths = [len(b.tokens) for b in self._padded(batches)], head.widths
-        columns = sum(max(1, width) for width in widths.values())
-        if self.groups.last_stage:
-            joined = (torch.cat([output[name] for output in kept]) for name in widths)
-            flat = torch.cat([values.T.reshape(-1, len(values)) for values in joined])
-        else:
-            flat = torch.empty(columns, sum(sizes), device=platform().device)
-        dist.broadcast(flat, src=dist.get_global_rank(group, group.size() - 1), group=group)
-        parts = dict(zip(widths, flat.split([max(1, width) for width in widths.values()]), strict=True))
-        whole = {name: part.T if widths[name] else part[0] for name, part in parts.items()}
-        return [
-            dict(zip(whole, cut, strict=True))
-            for cut in zip(*(values.split(sizes) for values in whole.values()), strict=True)
-        ]
+        sizes = [len(batch.tokens) for batch in self._padded(batches)]
+        found: list[dict[str, Tensor]] = [{} for _ in sizes]
+        for name, width in head.widths.items():
+            if self.groups.last_stage:
+                whole = torch.cat([output[name] for output in kept])
+            else:
+                whole = torch.empty(sum(sizes), *([width] if width else []), device=platform().device)
+            dist.broadcast(whole, src=dist.get_global_rank(group, group.size() - 1), group=group)
+            for output, part in zip(found, whole.split(sizes), strict=True):
+                output[name] = part
+        return list(found)
 
     # ---- megatron-core's schedules ---------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_posttrain.errors import NotFiniteError
-from megatron_posttrain.models.sharded import layer_numbers, position, table_name, unwrap
+from megatron_posttrain.models.sharded import naming, position, unwrap
 from megatron_posttrain.platform import platform
 
 if TYPE_CHECKING:
@@ -87,12 +87,8 @@ def refuse(engine: Engine, what: str, forward: Callable[[Recorder], Any], *, gra
 def _stages(engine: Engine) -> Iterator[tuple[int, nn.Module, Callable[[str], str]]]:
     """Of every chunk: its place in the whole model, the model itself, and names with global numbers of layers."""
     rank, size = position(engine.groups.pipeline)
-    moe, (expert, experts) = engine.arch.moe, position(engine.groups.expert)
-    offset = expert * (moe.num_experts // experts) if moe else 0
-    for index, chunk in enumerate(engine.modules):
-        model = unwrap(chunk)
-        numbers = layer_numbers(model)
-        yield index * size + rank, model, lambda name, numbers=numbers: table_name(name, numbers, offset)  # type: ignore[misc]
+    for index, model in enumerate(map(unwrap, engine.modules)):
+        yield index * size + rank, model, naming(model, engine.arch, position(engine.groups.expert))
 
 
 def _finite(tensor: Tensor) -> bool:
