@@ -56,9 +56,7 @@ class PolicyAlgorithm(Section):
     entropy_coefficient: Scheduled[NonNegativeFloat] = key(
         0.0, "weight of the entropy bonus; with entropy_target: by how much a step moves the weight"
     )
-    entropy_target: PositiveFloat | None = key(
-        None, "nats; the bonus grows from 0 while entropy is below, else shrinks"
-    )
+    entropy_target: PositiveFloat | None = key(None, "nats; below it the bonus grows from 0, above it shrinks")
 
     @property
     def needs_reference(self) -> bool:

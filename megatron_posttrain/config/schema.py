@@ -1,7 +1,5 @@
 """The configuration: a typed tree. Field descriptions are the documentation; `--help` prints them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,9 +67,7 @@ class MoeConfig(Section):
     )
     aux_loss_coefficient: NonNegativeFloat | None = key(None, "weight of the balancing loss; null: the checkpoint's")
     z_loss_coefficient: NonNegativeFloat = key(0.0, "of routers' mean squared log-sum-exp of logits")
-    dispatcher: Literal["alltoall", "deepep"] = key(
-        "alltoall", "how tokens reach experts; deepep: CUDA, package deep_ep"
-    )
+    dispatcher: Literal["alltoall", "deepep"] = key("alltoall", "how tokens reach experts; deepep: CUDA and deep_ep")
 
 
 class ModelConfig(Section):

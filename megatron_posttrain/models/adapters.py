@@ -149,12 +149,8 @@ def _target(row: Mapping, hit: list[bool], lora: LoraConfig, shared: bool) -> Ta
     kind = RowParallel if isinstance(row, RowParallel) else Replicated
     names = [name.removesuffix(".weight") for name in row.hf]
     where: dict[str, Any] = {"layers": row.layers, "experts": row.experts, "hf_layer_offset": row.hf_layer_offset}
-    a = kind(
-        adapter_name(row.megatron, "a"),
-        tuple(names[source] + A for source in of_a),
-        tuple((lora.rank, row.shapes[source][1]) for source in of_a),
-        **where,
-    )
+    shapes = tuple((lora.rank, row.shapes[source][1]) for source in of_a)
+    a = kind(adapter_name(row.megatron, "a"), tuple(names[source] + A for source in of_a), shapes, **where)
 
     def outputs(letter: str, suffix: str, width: tuple[int, ...]) -> Mapping:
         changes: dict[str, Any] = {

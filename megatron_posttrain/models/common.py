@@ -194,8 +194,8 @@ def gated_mlp(
     return table
 
 
-def dense_mlp(arch: Architecture, layer: str = LAYER) -> list[Mapping]:
-    return gated_mlp(f"{layer}mlp.", f"{HF_LAYER}mlp.", arch.hidden_size, arch.ffn_size, bias=arch.mlp_bias)
+def dense_mlp(arch: Architecture) -> list[Mapping]:
+    return gated_mlp(f"{LAYER}mlp.", f"{HF_LAYER}mlp.", arch.hidden_size, arch.ffn_size, bias=arch.mlp_bias)
 
 
 def router(arch: Architecture, name: str = "mlp.gate", layer: str = LAYER) -> list[Mapping]:

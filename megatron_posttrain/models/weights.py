@@ -1,9 +1,8 @@
 """Two-way weight mappings: a Megatron parameter on the left, Hugging Face tensors on the right.
 
-A mapping says of which slices of which Hugging Face tensors one tensor-parallel shard consists
-(`segments`); reading (`split`) and writing (`join`) both follow from that one description.
-Megatron names are those of megatron-core's local layer spec with one module per expert; `*` stands for
-the layer number and then for the expert number, both global and from 0.
+A mapping says of which slices of which Hugging Face tensors one tensor-parallel shard consists (`segments`); reading
+(`fill`) and writing (`parts`) both follow from that one description. Megatron names are those of megatron-core's local
+layer spec with one module per expert; `*` stands for the layer number, then for the expert number, global and from 0.
 """
 
 from collections.abc import Callable, Iterator, Sequence

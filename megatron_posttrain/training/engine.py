@@ -1,7 +1,5 @@
 """The training engine: this rank's share of the model, and a step over micro-batches under any layout."""
 
-from __future__ import annotations
-
 import functools
 import math
 import sys
@@ -9,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -27,7 +25,7 @@ from megatron_posttrain.models.sharded import Exporter
 from megatron_posttrain.parallel.groups import Groups
 from megatron_posttrain.platform import platform
 from megatron_posttrain.training.finite import Recorder, anywhere, refuse
-from megatron_posttrain.training.forward import Around, ForwardStep, LossFunction, Metrics
+from megatron_posttrain.training.forward import Around, ForwardStep, LossFunction, Terms
 from megatron_posttrain.training.heads import Head, LabelLogprobs, Output
 from megatron_posttrain.training.optimizer import make_optimizer, overlaps, set_learning_rate, wrap_for_data_parallel
 from megatron_posttrain.training.process import say
@@ -100,7 +98,7 @@ class Engine:
             self.model_config.finalize_model_grads_func = adapters.finalizing_copies(finalize)
 
     @classmethod
-    def of(cls, config: Config, arch: Architecture, groups: Groups, *, train: bool = True) -> Engine:
+    def of(cls, config: Config, arch: Architecture, groups: Groups, *, train: bool = True) -> Self:
         """As a whole config says."""
         optimizer = config.optimizer if train else None
         beside: Any = {"overlap": config.parallel.overlap, "lora": config.lora, "seed": config.training.seed}
@@ -269,7 +267,7 @@ class Engine:
     def _again(self, micro_batches: Batches, work: ForwardStep, recorder: Recorder) -> None:
         """The forward passes of a step, whose outputs and losses the recorder sees too."""
 
-        def watched(output: Output, batch: PackedBatch) -> tuple[Tensor, Metrics]:
+        def watched(output: Output, batch: PackedBatch) -> Terms:
             terms, metrics = work.loss_function(output, batch)
             last = len(self.chunks) - 1
             recorder.look(list(output.values()), last, sys.maxsize, "the log-probs")
@@ -349,12 +347,10 @@ class Engine:
         return loss, {name: Mean(*sums[2 * i : 2 * i + 2]) for i, name in enumerate(names[0])}
 
 
-def _kept(
-    loss_function: LossFunction, outputs: list[Output], output: Output, batch: PackedBatch
-) -> tuple[Tensor, Metrics]:
+def _kept(loss_function: LossFunction, outputs: list[Output], output: Output, batch: PackedBatch) -> Terms:
     outputs.append({name: values.detach() for name, values in output.items()})
     return loss_function(output, batch)
 
 
-def _no_loss(output: Output, batch: PackedBatch) -> tuple[Tensor, Metrics]:
+def _no_loss(output: Output, batch: PackedBatch) -> Terms:
     return next(iter(output.values())), {}

@@ -68,16 +68,10 @@ def rollout_problems(config: GrpoConfig | DistillConfig, arch: Architecture | No
             yield f"algorithm.routing_replay={config.algorithm.routing_replay}: the model has no experts; allowed: none"
         if rollout.replay is not None:
             return
-        cache = rollout.kv_cache_gib
-        yield from engine_problems(
-            arch,
-            device,
-            tensor=rollout.tensor,
-            expert=rollout.expert,
-            length=config.data.sequence_length,
-            cache_bytes=None if cache is None else int(cache * 2**30),
-            dtype_bytes=4 if precision == "fp32" else 2,
-        )
+        cache = None if rollout.kv_cache_gib is None else int(rollout.kv_cache_gib * 2**30)
+        sizes: Any = {"cache_bytes": cache, "dtype_bytes": 4 if precision == "fp32" else 2}
+        sizes |= {"tensor": rollout.tensor, "expert": rollout.expert, "length": config.data.sequence_length}
+        yield from engine_problems(arch, device, **sizes)
 
 
 def _shipping_problems(config: Config, arch: Architecture | None, device: str) -> Iterator[str]:

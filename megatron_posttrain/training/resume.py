@@ -1,14 +1,12 @@
 """What a checkpoint is a checkpoint of, and what may differ when another attempt goes on from it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from megatron_posttrain.checkpoint.hf_files import read_json
 from megatron_posttrain.config.algorithms import ALGORITHMS
@@ -50,7 +48,7 @@ class Origin:
     rows_per_step: int
 
     @classmethod
-    def of(cls, config: Config, model: Path, data: str) -> Origin:
+    def of(cls, config: Config, model: Path, data: str) -> Self:
         weights = "" if config.model.random_init else fingerprint_of_weights(model)
         plain = flat(config.model_dump(mode="json"))
         plain["command"] = config.command

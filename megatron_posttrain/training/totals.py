@@ -1,10 +1,9 @@
 """Counts of a global batch, and means that know their counts: the one place for denominators."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,7 @@ class Totals:
     units: int  # sequences that belong together, such as a pair
 
     @classmethod
-    def of(cls, micro_batches: Sequence[PackedBatch], group: dist.ProcessGroup) -> Totals:
+    def of(cls, micro_batches: Sequence[PackedBatch], group: dist.ProcessGroup) -> Self:
         """Collective over the data parallel group, whose ranks have different micro-batches."""
         counts = torch.tensor([batch.counts for batch in micro_batches], dtype=torch.float64).sum(0)
         if group.size() > 1:
@@ -44,7 +43,7 @@ class Mean:
     total: float | Tensor
     count: float | Tensor
 
-    def __add__(self, other: Mean) -> Mean:
+    def __add__(self, other: "Mean") -> "Mean":
         return Mean(self.total + other.total, self.count + other.count)
 
     @property
