@@ -25,8 +25,8 @@ from megatron_posttrain.models.modules.lora import (
     add_to_output,
 )
 from megatron_posttrain.models.modules.nf4 import BLOCK, quantising_linears, run_dequantised
-from megatron_posttrain.models.sharded import GROUPED_EXPERT, naming, partition, position, unwrap
-from megatron_posttrain.models.weights import Mapping, Replicated, RowParallel, TensorPlan, Vocabulary, expand, unmerged
+from megatron_posttrain.models.sharded import GROUPED_EXPERT, local_tensors, naming, partition, position, unwrap
+from megatron_posttrain.models.weights import GatedMLP, Mapping, Replicated, RowParallel, TensorPlan, Vocabulary, expand
 from megatron_posttrain.parallel.groups import Groups
 from megatron_posttrain.parallel.layout import Layout
 
@@ -237,7 +237,7 @@ def _register(model: Any, weight: str, module: LoraLinear) -> None:
         layer.lora = module
         add_to_logits(layer)
         return
-    if (grouped := GROUPED_EXPERT.search(unmerged(weight))) is None:
+    if (grouped := GROUPED_EXPERT.search(weight)) is None:
         layer.lora = module
         layer.register_forward_hook(add_to_output, prepend=True)  # before those that rearrange the output
         return
@@ -290,3 +290,25 @@ def finalizing_copies(finalize: Callable[..., None]) -> Callable[..., None]:
                 gradient.copy_(summed.view_as(gradient))
 
     return both
+
+
+def sharded(chunk: nn.Module, adapters: Adapters, groups: Groups) -> dict[str, Any]:
+    """What checkpoints hold of a chunk whose adapters are trained: these alone, in megatron-core's distributed format,
+    which any other layout can read, by their names in the chunk."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+
+    names = {id(parameter): name for name, parameter in unwrap(chunk).named_parameters()}
+    found: dict[str, Any] = {}
+    for plan, tensor in local_tensors([chunk], adapters.plans, adapters.arch, position(groups.expert)):
+        owned = plan.expert is not None
+        place = position(groups.expert_tensor if owned else groups.tensor)
+        copy = (groups.expert_copies if owned else groups.copies).rank()
+        rank, size = partition(plan, tensor, *place)
+        offsets = [(plan.mapping.dim, rank, size)] if size > 1 else []
+        replica = (0, 0 if size > 1 else place[0], copy)
+        shard = ShardedTensor.from_rank_offsets(plan.name, tensor, *offsets, replica_id=replica)
+        # A shard of gate and up is one of each, not a range of rows
+        gated = isinstance(plan.mapping, GatedMLP) and size > 1
+        found[names[id(tensor)]] = apply_swiglu_sharded_factory(shard, ()) if gated else shard
+    return found

@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_posttrain.config.schema import CheckpointConfig
 from megatron_posttrain.errors import SaveError, UserError
+from megatron_posttrain.models import adapters
 from megatron_posttrain.parallel.groups import broadcast_object
 from megatron_posttrain.platform import platform
-from megatron_posttrain.training.adapter_state import sharded_adapters
 from megatron_posttrain.training.deadline import Deadline
 from megatron_posttrain.training.disk import checkpoint_bytes, described, failing_together, first_problem
 from megatron_posttrain.training.engine import Engine
@@ -346,7 +346,7 @@ def _model_state(engine: Engine) -> dict[str, Any]:
         _model_key(engine, index): (
             chunk.sharded_state_dict(metadata=dict(SHARDING))  # type: ignore[operator]
             if engine.adapters is None
-            else sharded_adapters(chunk, engine.adapters, engine.groups)
+            else adapters.sharded(chunk, engine.adapters, engine.groups)
         )
         for index, chunk in enumerate(engine.modules)
     }
