@@ -32,12 +32,12 @@ def architecture(config: HfConfig) -> Architecture:
     return common.base_architecture(config, **fields)
 
 
-def mixture(config: HfConfig, **shared: Any) -> MixtureOfExperts:
+def mixture(config: HfConfig, **fields: Any) -> MixtureOfExperts:
     step = config.get("decoder_sparse_step", 1)
     count = common.need(config, "num_hidden_layers")
     dense = {layer for layer in range(count) if (layer + 1) % step} | set(config.get("mlp_only_layers") or [])
-    fields = {"dense_layers": tuple(sorted(dense)), "normalize_top_k": bool(config.get("norm_topk_prob", False))}
-    return common.mixture(config, ("num_experts", "num_local_experts"), "moe_intermediate_size", **fields, **shared)
+    fields |= {"dense_layers": tuple(sorted(dense)), "normalize_top_k": bool(config.get("norm_topk_prob", False))}
+    return common.mixture(config, ("num_experts", "num_local_experts"), "moe_intermediate_size", **fields)
 
 
 def table(arch: Architecture) -> list[Mapping]:
