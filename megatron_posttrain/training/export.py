@@ -2,6 +2,7 @@
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -32,7 +33,7 @@ def export(engine: Engine, source: Path, directory: Path, tokenizer: str | None 
         if here is not None:
             place = None if tokenizer is None else model_directory(tokenizer, "model.tokenizer")
             stages = exporter.stage_of()
-            options = {"source": source, "stages": stages, "overwrite": True, "tokenizer": place}
+            options: dict[str, Any] = {"source": source, "stages": stages, "overwrite": True, "tokenizer": place}
             layout, writer = directory_writer(directory, engine.arch, **options)
         if main and writer is not None:
             writer.begin()
