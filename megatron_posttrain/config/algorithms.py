@@ -23,7 +23,7 @@ from megatron_posttrain.config.schema import (
 
 
 class SftAlgorithm(Section):
-    z_loss: NonNegativeFloat = Field(0.0, description="weight of the squared log of the softmax's normaliser: 1e-4")
+    z_loss: NonNegativeFloat = key(0.0, "weight of the squared log of the softmax's normaliser: 1e-4")
 
 
 Band = tuple[PositiveFloat, PositiveFloat]
