@@ -260,7 +260,7 @@ def _planned_tensors(
 
     tensors: dict[str, Planned] = {}
     for name, shape in layout.shapes.items():
-        part = layout.table_names(name)[0]
+        part = layout.table_names[name][0]
         if part in quantised:
             tensors[name] = (fp8.DTYPE, shape, partial(quantise, part, 0))
             tensors[name + fp8.SUFFIX] = (torch.float32, fp8.scale_shape(shape), partial(quantise, part, 1))

@@ -129,5 +129,5 @@ def directory_writer(
     usual = kinds.get(EMBEDDING, torch.bfloat16)  # of a new head
     contents = {name: (kinds.get(name, layout.dtypes.get(name, usual)), shape) for name, shape in layout.shapes.items()}
     config = registry.hf_config(arch, read_json(source / "config.json"))
-    owners = None if stages is None else {name: stages[layout.table_names(name)[0]] for name in contents}
+    owners = None if stages is None else {name: stages[layout.table_names[name][0]] for name in contents}
     return layout, HfWriter(directory, contents, config, source=source, owners=owners, **options)

@@ -126,7 +126,7 @@ def _split_experts(name: str, a: Tensor, b: Tensor, fused: DiskLayout, config: d
     )
     return {
         part.removesuffix(".weight"): Pair(a[place.expert], _rows(place).view(b).contiguous(), scaling)
-        for part in fused.table_names(name)
+        for part in fused.table_names[name]
         if part.endswith(".weight") and (place := fused.places[part]).expert is not None
     }
 

@@ -247,7 +247,7 @@ class Shares:
         """`hf_tensors` as they go into an engine, and what is summed for `problem`."""
         self._sums, self._arrived = [], {}
         for stored, tensor in tensors:
-            for name in self.disk.table_names(stored):
+            for name in self.disk.table_names[stored]:
                 if name in self.wanted:
                     self._arrived[name] = digest(inside(self.disk.places[name].view(tensor), self.wanted[name]))
             yield stored, tensor
