@@ -86,7 +86,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 @contextlib.contextmanager
-def failing_together(target: Path, files: Path, kinds: tuple[type[Exception], ...]) -> Iterator[None]:
+def failing_together(target: Path, files: Path, kinds: tuple[type[BaseException], ...]) -> Iterator[None]:
     """Collective: the first rank's failure of these kinds to write `target`, as `files`, is every rank's SaveError."""
     problem = None
     try:
