@@ -18,8 +18,7 @@ from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.data.messages import Message
 from megatron_posttrain.environments.dialogue import read_calls
-from megatron_posttrain.parallel.exchange import exchange, gather_rows, to_first_rank
-from megatron_posttrain.platform import platform
+from megatron_posttrain.parallel.exchange import exchange, gather_rows, gathered, summed, to_first_rank
 from megatron_posttrain.rewards.grading import Grade, compute_rewards, metric_sums
 from megatron_posttrain.rewards.registry import Reward, Sample
 from megatron_posttrain.rollout.at_once import with_run
@@ -106,8 +105,7 @@ class Samples:
             wanted: of every data parallel rank, its samples; the same on all ranks.
             data_rank: this rank's.
 
-        Returns:
-            the training sequence of a sample that this rank wanted.
+        Returns the training sequence of a sample that this rank wanted.
         """
         rank, world = dist.get_rank(), dist.get_world_size()
         row = 0 if self.choices is None else self.choices.itemsize
@@ -143,10 +141,7 @@ class Samples:
         prompt = np.asarray(self.prompts[sample].token_ids, np.int32)
         drawn = np.concatenate([np.full(len(prompt), np.nan, np.float32), logprobs.view(np.float32)])
         counts = ~np.isnan(drawn) & ~self.masked[sample]
-        extras = {
-            "rollout_logprobs": np.nan_to_num(drawn),
-            "advantages": counts * np.float32(self.advantages[sample]),
-        }
+        extras = {"rollout_logprobs": np.nan_to_num(drawn), "advantages": counts * np.float32(self.advantages[sample])}
         chosen = None
         if self.choices is not None:
             chosen = np.frombuffer(experts.tobytes(), self.choices, count=len(drawn) - 1)
@@ -239,8 +234,7 @@ def _complete(
     everywhere = gather_rows(ended).sum(0).view(-1, group)
     chosen = everywhere.all(1).nonzero().flatten()[:wanted].tolist()
     kept = {number for prompt in chosen for number in range(prompt * group, (prompt + 1) * group)}
-    parts: list[dict[int, Episode]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, {i: e for i, e in mine.items() if i not in kept})
+    parts = gathered({i: e for i, e in mine.items() if i not in kept})
     begun = {i: e for part in parts for i, e in part.items()}
     return sorted(kept), [begun.get(i, e) for i, e in enumerate(episodes) if i not in kept]
 
@@ -267,9 +261,7 @@ def _grade(
         counts = len(e.token_ids), count, e.finish_reason == "length", rollout.replica, e.version
         named = (grade.rewards.get(r.name, np.nan) for r in rewards)
         facts[i] = torch.tensor([*counts, grade.total, grade.masked, *named], dtype=torch.float64)
-    facts = facts.to(platform().device)
-    dist.all_reduce(facts)
-    known = facts.cpu().numpy().T
+    known = summed(facts).numpy().T
     lengths, counted, truncated, replicas, versions = known[:5].astype(np.int64)
     named_turns = turns.metrics if said else []  # nothing of a replica's other ranks, which know no text
     turn_sums = {name: (float(sum(e.metrics[name] for e in mine)), len(mine)) for name in named_turns}
@@ -309,8 +301,7 @@ def mask(totals: Floats, masked: NDArray[np.bool_], group: int) -> Floats:
 
 def _means(sums: dict[str, tuple[float, int]]) -> dict[str, float]:
     """Collective: means over the samples of all ranks; names may differ between ranks."""
-    parts: list[dict[str, tuple[float, int]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, sums)
+    parts = gathered(sums)
     names = dict.fromkeys(name for part in parts for name in part)
     of = {name: [part[name] for part in parts if name in part] for name in names}
     return {name: sum(total for total, _ in pairs) / sum(count for _, count in pairs) for name, pairs in of.items()}

@@ -116,11 +116,8 @@ def converse(
 ) -> list[int]:
     """Collective over a replica: carries `episodes` on to their ends; `sampling.max_tokens` bounds all turns of one.
 
-    Args:
-        handout: which of them are this replica's; None: an equal share, and of what is left as many as it has room for.
-
-    Returns:
-        numbers of the episodes that it has had, in their order. Some were cut off where the handout had enough.
+    `handout`: which of them are this replica's; None: an equal share, and of what is left as many as it has room for.
+    Returns numbers of the episodes that it has had, in their order. Some were cut off where the handout had enough.
     """
     handout = handout or Handout(rollout, len(episodes), 1)
     conversations = _Conversations(rollout, tokenizer, episodes, sampling, turns, handout)
