@@ -265,10 +265,10 @@ class RolloutConfig(Section):
     )
     oversample: NonNegativeInt = key(0, "prompts begun beside prompts_per_step; with so many complete a step ends")
     partial: bool = key(
-        False, "prompts that oversample cut off go on in the next step; else they go, and long responses are rarer"
+        False, "prompts that oversample cut off go on in the next step; else they are dropped, long ones more often"
     )
     ahead: NonNegativeInt = key(
-        0, "steps that samples are drawn ahead; without importance_cap and bands they are their own old policy"
+        0, "steps that samples are drawn ahead; without importance_cap and bands theirs is the old policy"
     )
     replay: str | None = key(None, "`rollouts` of a run, whose samples are trained on without an engine")
     tensor: PositiveInt = key(1, "tensor parallel ranks of a vLLM engine")
