@@ -138,7 +138,7 @@ def optimizer_step(setting: Setting) -> Facts:
     subjects.groups()
     layer = Layer.make(single_layer("Qwen3-8B", setting.toy), "auto", None)
     with platform().megatron():
-        optimizer = make_optimizer([layer.wrapped], layer.config, OptimizerConfig(), bf16=True, overlap=overlaps(None))
+        optimizer = make_optimizer([layer.wrapped], layer.config, OptimizerConfig(), overlap=overlaps(None))
 
         def work() -> None:
             for parameter in layer.chunk.parameters():

@@ -45,7 +45,7 @@ class Refit:
         for boxes in self.engine.taken(disk.shapes):
             wanted.append({})
             for stored, box in boxes.items():
-                for name in disk.table_names(stored):  # of fused tensors all
+                for name in disk.table_names[stored]:  # of fused tensors all
                     mine = box if disk.places[name].fusion is None else all_of(shapes[name])
                     wanted[-1][name] = bounds(wanted[-1].get(name, mine), mine)
         return self.exporter.shares(wanted)
