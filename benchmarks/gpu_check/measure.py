@@ -19,9 +19,8 @@ from megatron_posttrain.config.schema import OptimizerConfig
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.build import build_model
 from megatron_posttrain.models.sharded import Exporter
-from megatron_posttrain.planning.flops import attention_pairs, layer_weights
+from megatron_posttrain.planning.flops import attention_dims, attention_pairs, layer_weights
 from megatron_posttrain.planning.known_models import KNOWN_MODELS
-from megatron_posttrain.planning.layers import attention_dims
 from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.cuda import fp8_recipes
 from megatron_posttrain.training.optimizer import make_optimizer, overlaps, wrap_for_data_parallel
