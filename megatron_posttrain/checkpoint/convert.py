@@ -53,6 +53,10 @@ class Conversion:
     left_behind: list[str] = field(default_factory=list)  # Python files that are not carried along
 
     @property
+    def items(self) -> list[Item]:
+        return [part for file in self.files for part in file.parts if isinstance(part, Item)]
+
+    @property
     def bytes_out(self) -> int:
         return sum(file.nbytes for file in self.files)
 
@@ -60,9 +64,8 @@ class Conversion:
     def largest(self) -> int:
         """Bytes of the largest tensor, in the wider of source and target."""
         sizes = Counter[str]()
-        for part in (part for file in self.files for part in file.parts):
-            if isinstance(part, Item):
-                sizes[part.name] += part.nbytes
+        for item in self.items:
+            sizes[item.name] += item.nbytes
         return max(sizes.values())
 
     def run(self, target: Path, options: StreamOptions) -> int:

@@ -5,8 +5,7 @@ import copy
 import json
 import pickle
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from megatron_posttrain.training.record import Record
 from megatron_posttrain.training.resume import STATE_FILE, Origin
 from megatron_posttrain.training.stretches import STATES, Stretches, without_gathered_states
 from megatron_posttrain.training.weight_sets import AVERAGE, make_room_for_average
+from megatron_posttrain.training.writing import Writing
 from megatron_posttrain.upstream.megatron import optimizer_can_resume, written_by_threads
 
 # Any layout can read what any other wrote. A constant: megatron-core writes into the dict that it is given.
@@ -231,38 +231,6 @@ class Checkpoints:
         """The newest checkpoint but for those that were tried, and what is wrong with it as far as files tell."""
         left = self.whole()[: len(self.whole()) - len(unreadable)] if self.config.resume == "auto" else []
         return (left[-1], damage(left[-1])) if left else (None, None)
-
-
-class Writing:
-    """This rank's share of a checkpoint whose files a thread writes, of a copy in host memory, while training goes on.
-    `requests`: megatron-core's AsyncRequests, one a directory; `state`: is written when all ranks' files are there."""
-
-    def __init__(self, requests: Sequence[Any], state: dict[str, Any]) -> None:
-        self.state, self._requests = state, requests
-        self._arguments = [list(request.async_fn_args) for request in requests]
-        for request, arguments in zip(requests, self._arguments, strict=True):
-            if request.preload_fn is not None:
-                arguments[1] = request.preload_fn()
-        self._written = ThreadPoolExecutor(1, "checkpoint").submit(self._write)
-
-    def _write(self) -> None:
-        with written_by_threads():
-            for request, arguments in zip(self._requests, self._arguments, strict=True):
-                if request.async_fn is not None:
-                    request.async_fn(*arguments)
-
-    @property
-    def done(self) -> bool:
-        return self._written.done()
-
-    def wait(self) -> None:
-        """Until this rank's files are written. Raises what went wrong with them."""
-        self._written.result()
-
-    def finish(self) -> None:
-        """Collective, when every rank has waited: the files that tell of all ranks' files."""
-        for function in (function for request in self._requests for function in request.finalize_fns):
-            function()
 
 
 def damage(path: Path) -> str | None:

@@ -110,7 +110,7 @@ class Run:
             if patience is not None and best.looks >= patience:
                 self.say(f"stopped early after step {index}: no better {best.name} in {best.looks} looks")
                 break
-            step = Step(self, self._record, index)
+            step = Step(self, index)
             self._engine.begin_step(index)
             yield step
             if profiler is not None:
@@ -137,6 +137,12 @@ class Run:
             )
         )
 
+    def log(self, number: int, metrics: Mapping[str, float]) -> None:
+        assert self._record is not None
+        self._record.log(number, dict(metrics))
+        for listener in _listeners:
+            listener(number, metrics)
+
     def __enter__(self) -> Run:
         return self
 
@@ -157,8 +163,8 @@ class Run:
 class Step:
     """One step of a run, in phases that are timed; logged once."""
 
-    def __init__(self, run: Run, record: Record, index: int) -> None:
-        self.run, self.record, self.index = run, record, index  # from 0
+    def __init__(self, run: Run, index: int) -> None:
+        self.run, self.index = run, index  # from 0
         self.logged: dict[str, float] | None = None  # its figures
         self._timer = PhaseTimer(memory=True)
         self._apart: set[str] = set()
@@ -207,9 +213,7 @@ class Step:
         metrics["step_seconds"] = seconds
         metrics |= {f"{phase}_seconds": value for phase, value in timer.seconds.items()}
         metrics |= {f"{phase}_memory_gib": value for phase, value in timer.memory_gib.items()}
-        self.record.log(self.number, metrics)
-        for listener in _listeners:
-            listener(self.number, metrics)
+        self.run.log(self.number, metrics)
         self.logged = metrics
 
 
