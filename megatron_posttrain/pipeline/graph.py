@@ -45,6 +45,9 @@ class StageConfig(Section):
     time: str | None = Field(None, description="of such a job, as Slurm writes it; null: the cluster's")
     after: list[str] = Field([], description="stages to wait for beside those that it takes something from")
     gates: list[Gate] = Field([], description="what must hold after it, or the pipeline stops")
+    needs: str | None = Field(
+        None, description="file or directory without which the stage, and what waits for it, is left out"
+    )
 
 
 class PipelineConfig(Section):
@@ -79,6 +82,17 @@ class Pipeline:
     name: str
     output: Path
     stages: dict[str, Stage]  # each after those that it waits for
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Why a stage does not run here: what it needs is not there, or it waits for one that does not run."""
+        found: dict[str, str] = {}
+        for name, stage in self.stages.items():
+            if (needs := stage.config.needs) and not Path(needs).exists():
+                found[name] = f"{needs} is not here"
+            elif others := [other for other in stage.after if other in found]:
+                found[name] = f"it waits for {', '.join(others)}"
+        return found
 
     def place(self, stage: str, what: str) -> Path:
         directory = self.stages[stage].directory

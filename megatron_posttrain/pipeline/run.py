@@ -66,15 +66,24 @@ def run(pipeline: Pipeline, only: str | None = None, part: str | None = None) ->
     check_output(root, files=(PIPELINE,))
     root.mkdir(parents=True, exist_ok=True)
     with _alone(root, shared=only is not None):
-        about = [{"name": s.name, "run": s.config.run, "after": s.after} for s in pipeline.stages.values()]
+        left_out = pipeline.left_out
+        about = [
+            {"name": s.name, "run": s.config.run, "after": s.after}
+            | ({"status": "left out", "reason": left_out[s.name]} if s.name in left_out else {})
+            for s in pipeline.stages.values()
+        ]
         write_whole(root / PIPELINE, json.dumps({"name": pipeline.name, "stages": about}, indent=1))
         hashes, stop = Hashes(root / ".hashes.json"), Stop()
         for stage in [pipeline.stages[only]] if only else pipeline.stages.values():
+            if stage.name in left_out:
+                _say(stage, f"left out: {left_out[stage.name]}")
+                continue
             status = _finish(pipeline, stage, hashes, stop, part)
             hashes.save()
             if status or stop.asked:
                 return status or STOPPED
-    print(f"pipeline {pipeline.name}: {f'stage {only} ' if only else ''}done; `report {root}` shows it")
+    without = f" without {', '.join(left_out)}" if left_out else ""
+    print(f"pipeline {pipeline.name}: {f'stage {only} ' if only else ''}done{without}; `report {root}` shows it")
     return 0
 
 

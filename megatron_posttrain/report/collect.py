@@ -62,9 +62,8 @@ def run(directory: Path) -> dict[str, Any]:
 def pipeline(directory: Path) -> dict[str, Any]:
     """The stages of a pipeline in order, each with what it left in `result.json`."""
     plan = read_json(directory / PIPELINE)
-    for stage in plan["stages"]:
-        stage |= {"status": "not started"} | read_json(directory / stage["name"] / "result.json")
-    return plan
+    results = {stage["name"]: read_json(directory / stage["name"] / "result.json") for stage in plan["stages"]}
+    return plan | {"stages": [{"status": "not started"} | s | results[s["name"]] for s in plan["stages"]]}
 
 
 # A directory with one of these files is told about: under which heading, and what of it.
