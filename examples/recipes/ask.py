@@ -31,7 +31,13 @@ def ask(address: str, row: dict[str, Any]) -> dict[str, Any]:
     answer = found.json()["choices"][0]["message"]["content"]
     right = answer.rpartition("</think>")[2].strip() == row["answer"]
     seconds = round(time.monotonic() - started, 3)
-    return {"messages": row["messages"], "answer": answer, "expected": row["answer"], "right": right, "seconds": seconds}
+    return {
+        "messages": row["messages"],
+        "answer": answer,
+        "expected": row["answer"],
+        "right": right,
+        "seconds": seconds,
+    }
 
 
 def wait(address: str, server: subprocess.Popen[bytes], seconds: float) -> None:
@@ -73,7 +79,11 @@ def main() -> None:
         print(f"{answer['messages'][-1]['content']}  ->  {answer['answer']}   (expected {answer['expected']})")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
-    figures = {"answers": len(answers), "right": sum(a["right"] for a in answers), "ready_after_seconds": round(ready, 1)}
+    figures = {
+        "answers": len(answers),
+        "right": sum(a["right"] for a in answers),
+        "ready_after_seconds": round(ready, 1),
+    }
     (args.out / "served.json").write_text(json.dumps(figures) + "\n")
 
 

@@ -159,10 +159,16 @@ def depends_on(pipeline: Pipeline, stage: Stage, hashes: Hashes) -> dict[str, st
         found |= {key: json.dumps(value).replace(str(pipeline.output), "${output}") for key, value in keys.items()}
         named += list(_texts(keys))
     for name in dict.fromkeys(named):
-        path = Path(name)
-        if not name or "${" in name or not path.exists() or _holds(path, pipeline.output):
-            continue
-        if pipeline.output.absolute() not in path.absolute().parents:
+        path, output = Path(name), pipeline.output
+        below = path.absolute().is_relative_to(output.absolute())
+        # What holds the output changes with every stage.
+        if (
+            name
+            and "${" not in name
+            and path.exists()
+            and not below
+            and not output.resolve().is_relative_to(path.resolve())
+        ):
             found[f"content of {name}"] = hashes.of(path)
     for other, what in stage.takes:
         found[f"content of ${{{other}{'.' * bool(what)}{what}}}"] = hashes.of(pipeline.place(other, what))
@@ -186,7 +192,7 @@ def reason_to_run(stage: Stage, sources: dict[str, str], result: dict[str, Any],
 
 def _execute(pipeline: Pipeline, stage: Stage, result: dict[str, Any], stop: Stop) -> int:
     """Runs the command, its output to the log and to this one's; the exit status for this process."""
-    file, start, cpu_start = stage.directory / RESULT, time.monotonic(), _cpu_seconds()
+    file, start, cpu_start = stage.directory / RESULT, time.monotonic(), sum(os.times()[2:4])
     words, last = command_line(stage, pipeline.line(stage)), ""
     with (stage.directory / LOG).open("a", encoding="utf-8") as log:
         child = subprocess.Popen(
@@ -211,7 +217,8 @@ def _execute(pipeline: Pipeline, stage: Stage, result: dict[str, Any], stop: Sto
         status = child.wait()
         stop.child = None
     result["seconds"] += time.monotonic() - start
-    result["cpu_seconds"] = result.get("cpu_seconds", 0.0) + _cpu_seconds() - cpu_start
+    # Of all processes that this one started and that have ended, and of theirs
+    result["cpu_seconds"] = result.get("cpu_seconds", 0.0) + sum(os.times()[2:4]) - cpu_start
     if not status:
         return 0
     # A training stage that saved says 75; any other that was asked to end has nothing to say.
@@ -220,12 +227,6 @@ def _execute(pipeline: Pipeline, stage: Stage, result: dict[str, Any], stop: Sto
     write_whole(file, json.dumps(result, indent=1))
     _say(stage, f"{result['status']} with status {status}; its log is {stage.directory / LOG}")
     return STOPPED if stopped else max(status, 1)
-
-
-def _cpu_seconds() -> float:
-    """Of all processes that this one started and that have ended, and of theirs."""
-    used = os.times()
-    return used.children_user + used.children_system
 
 
 def command_line(stage: Stage, words: Sequence[str]) -> list[str]:
@@ -249,11 +250,6 @@ def _alone(root: Path, shared: bool) -> Iterator[None]:
 
 def _say(stage: Stage, text: str) -> None:
     print(f"== stage {stage.name}: {text}", flush=True)
-
-
-def _holds(path: Path, output: Path) -> bool:
-    """Whether the pipeline's output is in `path`, which then changes with every stage."""
-    return path.resolve() in (output.resolve(), *output.resolve().parents)
 
 
 def _texts(values: Any) -> Iterator[str]:

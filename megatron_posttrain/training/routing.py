@@ -1,5 +1,5 @@
-"""Which experts tokens go to: how many each gets, and routing replay, in which experts that were chosen before are chosen
-again; their weights are the router's own, with gradient.
+"""Load of the experts; and routing replay: experts that were chosen before are chosen again; their weights are the
+router's own, with gradient.
 
 The choice of the old policy (arXiv 2507.18071, section 5.3) or of the rollout engine (R3, arXiv 2510.11370).
 """

@@ -53,7 +53,9 @@ def main() -> None:
     rng.shuffle(made)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
-    print(f"{args.out}: {len(made):,} conversations from {len(rows):,} of {len(samples):,} responses, those that reason")
+    print(
+        f"{args.out}: {len(made):,} conversations from {len(rows):,} of {len(samples):,} responses, those that reason"
+    )
 
 
 if __name__ == "__main__":
