@@ -37,9 +37,9 @@ class ExpertLoad:
     def take(self) -> dict[int, list[float]]:
         """Collective: of each layer with experts, from 1, every expert's tokens since the last call over their mean."""
         dist.all_reduce(self._tokens)  # ranks that see the same tokens all do
-        load = {n: tokens / tokens.double().mean() for n, tokens in enumerate(self._tokens, 1) if tokens.any()}
+        found = {layer: tokens / tokens.double().mean() for layer, tokens in enumerate(self._tokens, 1) if tokens.any()}
         self._tokens.zero_()
-        return {layer: [round(share, 4) for share in shares.tolist()] for layer, shares in load.items()}
+        return {layer: [round(share, 4) for share in load.tolist()] for layer, load in found.items()}
 
 
 @contextmanager
