@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,10 @@ def wait(address: str, server: subprocess.Popen[bytes], seconds: float) -> None:
     while time.monotonic() < until:
         if server.poll() is not None:
             sys.exit(f"the server ended with status {server.returncode}, see above")
-        try:
+        with suppress(requests.ConnectionError, requests.Timeout):
             if requests.get(f"{address}/health", timeout=10).ok:
                 return
-        except requests.ConnectionError:
-            time.sleep(0.5)
+        time.sleep(0.5)
     sys.exit(f"the server did not answer within {seconds:g} s")
 
 

@@ -160,15 +160,9 @@ def depends_on(pipeline: Pipeline, stage: Stage, hashes: Hashes) -> dict[str, st
         named += list(_texts(keys))
     for name in dict.fromkeys(named):
         path, output = Path(name), pipeline.output
-        below = path.absolute().is_relative_to(output.absolute())
-        # What holds the output changes with every stage.
-        if (
-            name
-            and "${" not in name
-            and path.exists()
-            and not below
-            and not output.resolve().is_relative_to(path.resolve())
-        ):
+        if not name or "${" in name or not path.exists() or path.absolute().is_relative_to(output.absolute()):
+            continue
+        if not output.resolve().is_relative_to(path.resolve()):  # what holds the output changes with every stage
             found[f"content of {name}"] = hashes.of(path)
     for other, what in stage.takes:
         found[f"content of ${{{other}{'.' * bool(what)}{what}}}"] = hashes.of(pipeline.place(other, what))
