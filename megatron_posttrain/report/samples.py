@@ -38,8 +38,8 @@ class _Table:
     def __init__(self, share: int, directory: Path) -> None:
         self.share = self.left = share
         self.directory = directory
-        self.columns = defaultdict[str, list[float]](lambda: [math.nan] * self.count)
         self.count = 0
+        self.columns: dict[str, list[float]] = defaultdict(lambda: [math.nan] * self.count)
         self.prompts: dict[str, int] = {}  # text -> its number
         self.answers: list[str] = []
         self.texts: list[dict[str, Any]] = []
