@@ -20,7 +20,7 @@ from megatron_posttrain.data.batch import Sequence
 from megatron_posttrain.platform import platform
 from megatron_posttrain.training.batches import rank_token_batches
 from megatron_posttrain.training.engine import Engine
-from megatron_posttrain.training.routing import routing
+from megatron_posttrain.training.routing import ExpertLoad, routing
 from megatron_posttrain.training.sequences import batch_logprobs, sequence_logprobs
 from megatron_posttrain.training.totals import per_token
 from tests.jobs import engine_of, run_jobs
@@ -55,7 +55,7 @@ def run(job: dict[str, Any]) -> None:
     given = sequences(engine.arch.num_layers, moe.num_experts, moe.top_k)
     batches = rank_token_batches(given, engine.groups, engine.arch, BUDGET)
     before = routers(engine)
-    facts: dict[str, Any] = {"losses": []}
+    facts, load = dict[str, Any](losses=[]), ExpertLoad(engine)
     with routing(engine, job["action"]):
         facts["first"] = [x.tolist() for x in sequence_logprobs(engine, given, BUDGET)]
         batch_logprobs(engine, batches, 1.0)
@@ -64,6 +64,7 @@ def run(job: dict[str, Any]) -> None:
         with routing(engine, job["action"] and "replay"):
             result = engine.train_step(batches, cross_entropy, per_token, 1e-2)
         facts["losses"].append([result.loss, result.grad_norm])
+    facts["load"] = load.take()
     facts["moved"] = [float((new - old).abs().max()) for new, old in zip(routers(engine), before, strict=True)]
     if dist.get_rank() == 0:
         Path(job["out"]).write_text(json.dumps(facts))

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from megatron_posttrain.cli.main import main
-from megatron_posttrain.report.collect import json_lines
+from megatron_posttrain.report.collect import json_lines, pipeline
 from tests.launch import ROOT, environment
 from tests.models import make_assets
 
@@ -220,6 +220,25 @@ def test_what_a_stage_does_not_leave(place: Place, capsys: pytest.CaptureFixture
     place.content["stages"]["third"] = place.stage("${first.text}")
     assert place.run() == 0
     assert place.ran() == ["first", "third", "second"]  # the mistake cost nothing
+
+
+def test_without_what_it_needs_a_stage_is_left_out(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """And those that wait for it; once it is there they run, and nothing else does."""
+    place.content["stages"]["second"]["needs"] = str(place.directory / "tool")
+    assert place.run("--dry-run") == 0
+    assert "2. second: left out: " in capsys.readouterr().out
+    assert place.run() == 0
+    said = capsys.readouterr().out
+    assert f"== stage second: left out: {place.directory}/tool is not here" in said
+    assert "== stage third: left out: it waits for second" in said
+    assert "done without second, third" in said
+    assert place.ran() == ["first"]
+    stages = {stage["name"]: stage for stage in pipeline(place.directory / "out")["stages"]}
+    assert [stages[n]["status"] for n in ("first", "second", "third")] == ["done", "left out", "left out"]
+    assert stages["third"]["reason"] == "it waits for second"
+    (place.directory / "tool").touch()
+    assert place.run() == 0
+    assert place.ran() == ["second", "third"]
 
 
 def test_a_failed_stage(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

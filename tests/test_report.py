@@ -28,8 +28,12 @@ def make_runs(root: Path) -> Path:
         lines = [{"step": s, "reward": 1 / s, "loss": None if s == 2 else 3.3333333333 / s, "step_seconds": 2.0,
                   "train_seconds": 1.5, "train_memory_gib": 0.5, "tokens": 100} for s in (1, 2, 3)]  # fmt: skip
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
+        load = {"step": 3, "load": {"2": [0.5, 1.5]}}
+        (run / "expert_load.json").write_text(json.dumps(load if name == "a" else {}))
         (run / "config.yaml").write_text(f"model: {{path: x}}\noptimizer: {{lr: {lr}}}\n")
-        (run / "environment.json").write_text('{"command": "grpo", "versions": {"torch": "2"}, "data": "3 dropped"}')
+        (run / "environment.json").write_text(
+            '{"command": "grpo", "versions": {"torch": "2"}, "data": "9 rows; 3 dropped"}'
+        )
     (root / "a/rollouts").mkdir()
     for step in (1, 2):
         with (root / f"a/rollouts/step_{step:06d}.jsonl").open("w") as file:
@@ -43,6 +47,8 @@ def make_runs(root: Path) -> Path:
                 record |= {"logprobs": [-0.25, -k], "logprob_difference": 0.5}
                 file.write(json.dumps(record) + "\n")
     (root / "eval").mkdir()
+    (root / "rows").mkdir()
+    (root / "rows/curation.json").write_text('{"rows": 9, "dropped": {"exact duplicate": 3}}')
     figures = {"model": "x", "accuracy": 0.5, "accuracy_low": 0.3, "accuracy_high": 0.7, "prompts": 4, "samples": 1}
     (root / "eval/evaluation.json").write_text(json.dumps(figures | {"reward": 0.5, "response_length": 3.0}))
     stages = [{"name": "a", "run": "grpo", "after": []}, {"name": "eval", "run": "evaluate", "after": ["a"]}]
@@ -75,7 +81,7 @@ def test_data_is_what_the_files_say(page: Path) -> None:
             for name, value in line.items():
                 found = run["metrics"][name][k]
                 assert found == (None if value is None else pytest.approx(value, rel=1e-6))
-        assert run["environment"] == {"command": "grpo", "versions.torch": "2", "data": "3 dropped"}
+        assert run["environment"] == {"command": "grpo", "versions.torch": "2", "data": "9 rows; 3 dropped"}
     assert [run["config"]["optimizer.lr"] for run in data["runs"]] == ["0.001", "0.002"]
     assert data["evaluations"][0]["accuracy_low"] == 0.3
     assert [stage["status"] for stage in data["pipelines"][0]["stages"]] == ["not started", "gate"]
@@ -136,7 +142,9 @@ def test_opens_in_a_browser(page: Path) -> None:
         "0.500 (0.300 to 0.700)",
         "optimizer.lr",
         "16 of 16 samples",
-        "3 dropped",
+        "<div>3 dropped</div>",
+        "dropped.exact duplicate",
+        'data-at="layer 2, expert 1: &lt;b&gt;1.500&lt;/b&gt;"',
     ):
         assert shown in body
     assert "it is 7 &lt;/script&gt;" in body

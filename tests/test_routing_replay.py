@@ -81,6 +81,18 @@ def test_every_layout_replays_the_same(facts: dict[str, Any]) -> None:
     assert abs(recorded["losses"][2][0] - free["losses"][2][0]) > 1e-3  # now routers would choose others
 
 
+def test_load_is_that_of_the_tokens_that_are_trained_on(facts: dict[str, Any]) -> None:
+    """Whatever the layout, with recomputation too; padding and a look at log-probs do not count."""
+    layers, experts, top_k = SIZES["num_hidden_layers"], EXPERTS["num_experts"], EXPERTS["num_experts_per_tok"]
+    last = np.arange(top_k)[None, None].repeat(layers, 1)  # of a sequence's last token, which has no choice given
+    chosen = np.concatenate([np.concatenate([s.experts, last]) for s in sequences(layers, experts, top_k)])
+    wanted = {str(n + 1): np.bincount(chosen[:, n].ravel(), minlength=experts) for n in range(layers)}
+    for job, found in zip([ONE[0], *TWO], [facts["1"][0], *facts["2"]], strict=True):
+        if job["action"] == "replay":
+            assert found["load"].keys() == wanted.keys()
+            assert all(found["load"][n] == pytest.approx(c / c.mean(), abs=1e-4) for n, c in wanted.items()), job
+
+
 def test_routers_learn_what_weight_a_choice_has(facts: dict[str, Any]) -> None:
     assert all(moved > 1e-3 for moved in (*facts["1"][0]["moved"], *facts["2"][3]["moved"]))
 

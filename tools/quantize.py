@@ -109,8 +109,10 @@ def quantize(args: argparse.Namespace) -> None:
     recipe = QuantizationModifier(**how) if data is None else GPTQModifier(**how)
     given = {} if data is None else {"dataset": data, "num_calibration_samples": len(data)}
     oneshot(model=model, recipe=recipe, max_seq_length=args.length, **given)
-    model.save_pretrained(args.output, save_compressed=True)
-    AutoTokenizer.from_pretrained(args.model).save_pretrained(args.output)
+    part = args.output.with_name(f".{args.output.name}.part")  # what is at --output is whole
+    model.save_pretrained(part, save_compressed=True)
+    AutoTokenizer.from_pretrained(args.model).save_pretrained(part)
+    part.rename(args.output)
 
 
 def compare(args: argparse.Namespace) -> None:

@@ -78,10 +78,11 @@ def make_tokenizer() -> Any:
     return fast
 
 
-def make_model(tokenizer: Any, seed: int, dtype: str, **sizes: int) -> Any:
-    """About a million parameters: 2 layers, 8 experts of which a token uses 2; `sizes`: other ones, by config key."""
+def make_model(tokenizer: Any, seed: int, dtype: str, *, dense: bool = False, **sizes: float) -> Any:
+    """About a million parameters: 2 layers, 8 experts of which a token uses 2 (or `dense`, 0.4 million); `sizes`: other
+    values, by config key."""
     import torch
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
     values: dict[str, Any] = {
@@ -92,13 +93,6 @@ def make_model(tokenizer: Any, seed: int, dtype: str, **sizes: int) -> Any:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 128,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "router_aux_loss_coef": 0.001,
         "max_position_embeddings": 4096,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
@@ -107,8 +101,20 @@ def make_model(tokenizer: Any, seed: int, dtype: str, **sizes: int) -> Any:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    config = Qwen3MoeConfig(**values | sizes)
-    model = Qwen3MoeForCausalLM(config).to(getattr(torch, dtype))
+    experts = {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "router_aux_loss_coef": 0.001,
+    }
+    if dense:
+        model: Any = Qwen3ForCausalLM(Qwen3Config(**values | sizes))
+    else:
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**values | experts | sizes))
+    model = model.to(getattr(torch, dtype))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model

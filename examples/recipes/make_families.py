@@ -3,7 +3,7 @@
     python examples/recipes/make_families.py OUT_DIR --seed 0
 
 OUT_DIR gets
-model, student        Qwen3-MoE checkpoints with random weights: about a million parameters, and a quarter of that
+model, student        checkpoints with random weights: a Qwen3-MoE of a million parameters, a dense Qwen3 of a quarter
 train.jsonl           right demonstrations of all families; few of them worked out inside <think>
 rl.jsonl              problems;  flags.jsonl: problems with /think and /no_think in one or two turns
 held/FAMILY.jsonl     problems that no other file has, FAMILY_no_think.jsonl the same with that flag, flags.jsonl
@@ -29,7 +29,7 @@ from make_assets import QUESTIONS, make_model, make_tokenizer, work_out, write_j
 
 FAMILIES = {"add": 0.7, "max": 0.15, "rev": 0.15}  # and how much of the base's demonstrations each is
 FLAGS = {"/think": "think", "/no_think": "no_think"}
-STUDENT = {"hidden_size": 64, "moe_intermediate_size": 64}
+STUDENT = {"dense": True, "hidden_size": 96, "intermediate_size": 192, "initializer_range": 0.07}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ if [ ! -f "$file" ]; then
     shift
 fi
 [ -x .venv/bin/python ] || bash tools/setup.sh
+if [[ $file == */toy.yaml && ! -d build/quantize/llmcompressor ]]; then # without it its stages are left out
+    .venv/bin/pip install --quiet --no-deps --target build/quantize -r requirements/quantize.txt || true
+fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 output=$(sed -n 's/^output: *//p' "$file")
 for word in "$@"; do [[ $word != output=* ]] || output=${word#output=}; done

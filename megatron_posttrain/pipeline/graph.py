@@ -3,7 +3,7 @@
 import argparse
 import re
 import shlex
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,10 @@ class Gate(Section):
     steps: PositiveInt = Field(1, description="last steps of metrics.jsonl, whose mean counts")
 
     @property
-    def bounds(self) -> Iterator[tuple[str, float | str, int]]:
+    def bounds(self) -> list[tuple[str, float | str, int]]:
         """(words, the bound, +1 when larger is better or -1)."""
-        if self.at_least is not None:
-            yield "at least", self.at_least, 1
-        if self.at_most is not None:
-            yield "at most", self.at_most, -1
+        both = ("at least", self.at_least, 1), ("at most", self.at_most, -1)
+        return [(words, bound, sign) for words, bound, sign in both if bound is not None]
 
 
 class StageConfig(Section):
@@ -45,6 +43,9 @@ class StageConfig(Section):
     time: str | None = Field(None, description="of such a job, as Slurm writes it; null: the cluster's")
     after: list[str] = Field([], description="stages to wait for beside those that it takes something from")
     gates: list[Gate] = Field([], description="what must hold after it, or the pipeline stops")
+    needs: str | None = Field(
+        None, description="file or directory without which the stage, and what waits for it, is left out"
+    )
 
 
 class PipelineConfig(Section):
@@ -79,6 +80,17 @@ class Pipeline:
     name: str
     output: Path
     stages: dict[str, Stage]  # each after those that it waits for
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Why a stage does not run here: what it needs is not there, or it waits for one that does not run."""
+        found: dict[str, str] = {}
+        for name, stage in self.stages.items():
+            if (needs := stage.config.needs) and not Path(needs).exists():
+                found[name] = f"{needs} is not here"
+            elif others := [other for other in stage.after if other in found]:
+                found[name] = f"it waits for {', '.join(others)}"
+        return found
 
     def place(self, stage: str, what: str) -> Path:
         directory = self.stages[stage].directory
@@ -144,7 +156,7 @@ def _stage(file: str, name: str, content: PipelineConfig, commands: Any) -> Stag
         for other in others:
             _check_stage(f"{where}.{kind}", other, content.stages)
     for number, gate in enumerate(config.gates):
-        if not list(gate.bounds):
+        if not gate.bounds:
             raise UserError(f"{where}.gates.{number}: it asks for nothing: give at_least or at_most")
     after = tuple(dict.fromkeys([*(stage for stage, _ in takes), *config.after, *(n for n in named if n != name)]))
     directory = Path(content.output) / name

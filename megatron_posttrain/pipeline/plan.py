@@ -13,7 +13,11 @@ from megatron_posttrain.report.collect import read_json
 def show(pipeline: Pipeline, assume: str | None) -> int:
     """Prints every stage in order. Exit status: 0, or 2 when a check failed."""
     hashes, changed, failed = Hashes(pipeline.output / ".hashes.json"), set[str](), False
+    left_out = pipeline.left_out
     for number, stage in enumerate(pipeline.stages.values(), 1):
+        if stage.name in left_out:
+            print(f"{number}. {stage.name}: left out: {left_out[stage.name]}")
+            continue
         waits = [other for other in stage.after if other in changed]
         result = read_json(stage.directory / RESULT)
         why = reason_to_run(stage, depends_on(pipeline, stage, hashes), result, hashes)

@@ -66,15 +66,24 @@ def run(pipeline: Pipeline, only: str | None = None, part: str | None = None) ->
     check_output(root, files=(PIPELINE,))
     root.mkdir(parents=True, exist_ok=True)
     with _alone(root, shared=only is not None):
-        about = [{"name": s.name, "run": s.config.run, "after": s.after} for s in pipeline.stages.values()]
+        left_out = pipeline.left_out
+        about = [
+            {"name": s.name, "run": s.config.run, "after": s.after}
+            | ({"status": "left out", "reason": left_out[s.name]} if s.name in left_out else {})
+            for s in pipeline.stages.values()
+        ]
         write_whole(root / PIPELINE, json.dumps({"name": pipeline.name, "stages": about}, indent=1))
         hashes, stop = Hashes(root / ".hashes.json"), Stop()
         for stage in [pipeline.stages[only]] if only else pipeline.stages.values():
+            if stage.name in left_out:
+                _say(stage, f"left out: {left_out[stage.name]}")
+                continue
             status = _finish(pipeline, stage, hashes, stop, part)
             hashes.save()
             if status or stop.asked:
                 return status or STOPPED
-    print(f"pipeline {pipeline.name}: {f'stage {only} ' if only else ''}done; `report {root}` shows it")
+    without = f" without {', '.join(left_out)}" if left_out else ""
+    print(f"pipeline {pipeline.name}: {f'stage {only} ' if only else ''}done{without}; `report {root}` shows it")
     return 0
 
 
@@ -150,10 +159,10 @@ def depends_on(pipeline: Pipeline, stage: Stage, hashes: Hashes) -> dict[str, st
         found |= {key: json.dumps(value).replace(str(pipeline.output), "${output}") for key, value in keys.items()}
         named += list(_texts(keys))
     for name in dict.fromkeys(named):
-        path = Path(name)
-        if not name or "${" in name or not path.exists() or _holds(path, pipeline.output):
+        path, output = Path(name), pipeline.output
+        if not name or "${" in name or not path.exists() or path.absolute().is_relative_to(output.absolute()):
             continue
-        if pipeline.output.absolute() not in path.absolute().parents:
+        if not output.resolve().is_relative_to(path.resolve()):  # what holds the output changes with every stage
             found[f"content of {name}"] = hashes.of(path)
     for other, what in stage.takes:
         found[f"content of ${{{other}{'.' * bool(what)}{what}}}"] = hashes.of(pipeline.place(other, what))
@@ -177,7 +186,7 @@ def reason_to_run(stage: Stage, sources: dict[str, str], result: dict[str, Any],
 
 def _execute(pipeline: Pipeline, stage: Stage, result: dict[str, Any], stop: Stop) -> int:
     """Runs the command, its output to the log and to this one's; the exit status for this process."""
-    file, start, cpu_start = stage.directory / RESULT, time.monotonic(), _cpu_seconds()
+    file, start, cpu_start = stage.directory / RESULT, time.monotonic(), sum(os.times()[2:4])
     words, last = command_line(stage, pipeline.line(stage)), ""
     with (stage.directory / LOG).open("a", encoding="utf-8") as log:
         child = subprocess.Popen(
@@ -202,7 +211,8 @@ def _execute(pipeline: Pipeline, stage: Stage, result: dict[str, Any], stop: Sto
         status = child.wait()
         stop.child = None
     result["seconds"] += time.monotonic() - start
-    result["cpu_seconds"] = result.get("cpu_seconds", 0.0) + _cpu_seconds() - cpu_start
+    # Of all processes that this one started and that have ended, and of theirs
+    result["cpu_seconds"] = result.get("cpu_seconds", 0.0) + sum(os.times()[2:4]) - cpu_start
     if not status:
         return 0
     # A training stage that saved says 75; any other that was asked to end has nothing to say.
@@ -211,12 +221,6 @@ def _execute(pipeline: Pipeline, stage: Stage, result: dict[str, Any], stop: Sto
     write_whole(file, json.dumps(result, indent=1))
     _say(stage, f"{result['status']} with status {status}; its log is {stage.directory / LOG}")
     return STOPPED if stopped else max(status, 1)
-
-
-def _cpu_seconds() -> float:
-    """Of all processes that this one started and that have ended, and of theirs."""
-    used = os.times()
-    return used.children_user + used.children_system
 
 
 def command_line(stage: Stage, words: Sequence[str]) -> list[str]:
@@ -240,11 +244,6 @@ def _alone(root: Path, shared: bool) -> Iterator[None]:
 
 def _say(stage: Stage, text: str) -> None:
     print(f"== stage {stage.name}: {text}", flush=True)
-
-
-def _holds(path: Path, output: Path) -> bool:
-    """Whether the pipeline's output is in `path`, which then changes with every stage."""
-    return path.resolve() in (output.resolve(), *output.resolve().parents)
 
 
 def _texts(values: Any) -> Iterator[str]:

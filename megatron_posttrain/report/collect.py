@@ -13,6 +13,7 @@ from megatron_posttrain.config.load import flat
 from megatron_posttrain.errors import UserError, nearest_file
 
 METRICS, EVALUATION, CURATION, PIPELINE = "metrics.jsonl", "evaluation.json", "curation.json", "pipeline.json"
+EXPERT_LOAD = "expert_load.json"
 CLOSED = ("checkpoints", "hf", "adapter", "critic", "heartbeats", "tensorboard", "rollouts", "profile", "replaced")
 DIGITS = 7  # of a figure: more than fp32 has
 
@@ -55,6 +56,7 @@ def run(directory: Path) -> dict[str, Any]:
         "metrics": {name: [_short(line.get(name)) for line in lines] for name in names},
         "config": {key: value if isinstance(value, str) else json.dumps(value) for key, value in config.items()},
         "environment": flat(read_json(directory / "environment.json")),
+        "expert_load": read_json(directory / EXPERT_LOAD),
         "exported": (directory / "hf").is_dir(),
     }
 
@@ -62,16 +64,15 @@ def run(directory: Path) -> dict[str, Any]:
 def pipeline(directory: Path) -> dict[str, Any]:
     """The stages of a pipeline in order, each with what it left in `result.json`."""
     plan = read_json(directory / PIPELINE)
-    for stage in plan["stages"]:
-        stage |= {"status": "not started"} | read_json(directory / stage["name"] / "result.json")
-    return plan
+    results = {stage["name"]: read_json(directory / stage["name"] / "result.json") for stage in plan["stages"]}
+    return plan | {"stages": [{"status": "not started"} | s | results[s["name"]] for s in plan["stages"]]}
 
 
 # A directory with one of these files is told about: under which heading, and what of it.
 MARKS: dict[str, tuple[str, Callable[[Path], dict[str, Any]]]] = {
     METRICS: ("runs", run),
     EVALUATION: ("evaluations", lambda directory: flat(read_json(directory / EVALUATION))),
-    CURATION: ("evaluations", lambda directory: flat(read_json(directory / CURATION))),
+    CURATION: ("curations", lambda directory: flat(read_json(directory / CURATION))),
     PIPELINE: ("pipelines", pipeline),
 }
 

@@ -17,7 +17,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 def build(roots: Sequence[Path]) -> str:
     """The page about everything in and below `roots`. Raises UserError where there is nothing to tell about."""
     directories = collect.find(roots)
-    content: dict[str, Any] = {"runs": [], "evaluations": [], "pipelines": []}
+    content: dict[str, Any] = {"runs": [], "evaluations": [], "curations": [], "pipelines": []}
     chunks: list[str] = []
     for name, directory in zip(collect.label(directories), directories, strict=True):
         about: dict[str, Any] = {"name": name, "chunk": None}

@@ -1,6 +1,8 @@
 """The samples of a run's rollouts, or of an evaluation, as columns; texts of as many as fit."""
 
 import base64
+import math
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,14 @@ def read(directory: Path) -> dict[str, Any] | None:
     Whole prompts are kept, the first of every step as they come, which the data order has drawn at random, until the
     step's share of TEXT_BYTES is used.
     """
-    files = sorted((directory / "rollouts").glob("step_*.jsonl"))
-    steps = [int(file.stem.removeprefix("step_")) for file in files]
-    if not files and (directory / RESPONSES).is_file():
-        files, steps = [directory / RESPONSES], [0]
+    files = sorted((directory / "rollouts").glob("step_*.jsonl")) or [*directory.glob(RESPONSES)]
     if not files:
         return None
     table = _Table(TEXT_BYTES // len(files), directory)
-    for step, file in zip(steps, files, strict=True):
+    for file in files:
         table.left = table.share
         for record in json_lines(file):
-            table.add(step, record)
+            table.add(int(file.stem.removeprefix("step_")) if file.name != RESPONSES else 0, record)
     return table.plain()
 
 
@@ -39,8 +38,8 @@ class _Table:
     def __init__(self, share: int, directory: Path) -> None:
         self.share = self.left = share
         self.directory = directory
-        self.columns: dict[str, list[float]] = {}
         self.count = 0
+        self.columns: dict[str, list[float]] = defaultdict(lambda: [math.nan] * self.count)
         self.prompts: dict[str, int] = {}  # text -> its number
         self.answers: list[str] = []
         self.texts: list[dict[str, Any]] = []
@@ -60,12 +59,10 @@ class _Table:
         } | {name: record[name] for name in ("advantage", "logprob_difference") if name in record}
         figures |= {f"reward/{name}": value for name, value in rewards.items() if len(rewards) > 1}
         for name, value in figures.items():
-            if name not in self.columns:
-                self.columns[name] = [float("nan")] * self.count
-            self.columns[name].append(float("nan") if value is None else float(value))
+            self.columns[name].append(math.nan if value is None else float(value))
         self.count += 1
         for column in self.columns.values():
-            column += [float("nan")] * (self.count - len(column))
+            column += [math.nan] * (self.count - len(column))
         self._keep_text((step, record["index"]), record)
 
     def _keep_text(self, prompt: tuple[int, int], record: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""Routing replay: experts that were chosen before are chosen again; their weights are the router's own, with gradient.
+"""Load of the experts; and routing replay: experts that were chosen before are chosen again; their weights are the
+router's own, with gradient.
 The choice of the old policy (arXiv 2507.18071, section 5.3) or of the rollout engine (R3, arXiv 2510.11370)."""
 
 from collections.abc import Iterator
@@ -6,12 +7,37 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_posttrain.data.batch import PackedBatch
+from megatron_posttrain.platform import platform
 from megatron_posttrain.training.engine import Engine
 
 Action = Literal["record", "replay"] | None
+
+
+class ExpertLoad:
+    """Counts the tokens of training that each expert of each layer gets; padding is none."""
+
+    def __init__(self, engine: Engine) -> None:
+        assert engine.arch.moe is not None
+        size = engine.arch.num_layers, engine.arch.moe.num_experts
+        self._tokens = torch.zeros(size, dtype=torch.int64, device=platform().device)
+        for router in (router for module in engine.modules for router in _routers(module)):
+            router.register_forward_hook(self._count)
+
+    def _count(self, router: Any, given: tuple[Any, ...], found: tuple[Tensor, Tensor]) -> None:
+        if torch.is_grad_enabled():  # neither a look at log-probs nor the first pass of what backward computes again
+            chosen = found[1] if given[1] is None else found[1] & ~given[1].reshape(-1, 1)
+            self._tokens[router.layer_number - 1] += chosen.sum(0)
+
+    def take(self) -> dict[int, list[float]]:
+        """Collective: of each layer with experts, from 1, every expert's tokens since the last call over their mean."""
+        dist.all_reduce(self._tokens)  # ranks that see the same tokens all do
+        found = {layer: tokens / tokens.double().mean() for layer, tokens in enumerate(self._tokens, 1) if tokens.any()}
+        self._tokens.zero_()
+        return {layer: [round(share, 4) for share in load.tolist()] for layer, load in found.items()}
 
 
 @contextmanager

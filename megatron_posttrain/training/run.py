@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_posttrain.errors import NotFiniteError, UserError
+from megatron_posttrain.output import write_whole
 from megatron_posttrain.parallel.groups import make_groups, start_distributed
 from megatron_posttrain.training.checkpoints import Checkpoints
 from megatron_posttrain.training.engine import Engine
@@ -18,6 +20,7 @@ from megatron_posttrain.training.prepare import Prepared
 from megatron_posttrain.training.process import say
 from megatron_posttrain.training.record import Record
 from megatron_posttrain.training.resume import Origin
+from megatron_posttrain.training.routing import ExpertLoad
 from megatron_posttrain.training.schedule import learning_rate, total_steps
 from megatron_posttrain.training.timing import PhaseTimer
 from megatron_posttrain.training.totals import Mean
@@ -76,6 +79,7 @@ class Run:
         self._first_step = 0
         self._engine: Engine | None = None
         self._record: Record | None = None
+        self.expert_load: ExpertLoad | None = None  # of a model with experts
         self._stack = contextlib.ExitStack()
 
     def model(
@@ -90,6 +94,7 @@ class Run:
         if keep is not None:
             self._engine.keep_weights(keep)
         self._first_step = self.checkpoints.resume(self._engine)
+        self.expert_load = ExpertLoad(self._engine) if self.prepared.arch.moe is not None else None
         return self._engine
 
     def closing(self, thing: Closing) -> Closing:
@@ -210,6 +215,10 @@ class Step:
         metrics["learning_rate"] = self.learning_rate
         if "tokens" in metrics:
             metrics["tokens_per_second"] = metrics["tokens"] / seconds
+        if self.run.expert_load is not None and (load := self.run.expert_load.take()):
+            metrics["expert_load_max"] = max(map(max, load.values()))
+            if self.run.is_main:
+                write_whole(self.run.directory / "expert_load.json", json.dumps({"step": self.number, "load": load}))
         metrics["step_seconds"] = seconds
         metrics |= {f"{phase}_seconds": value for phase, value in timer.seconds.items()}
         metrics |= {f"{phase}_memory_gib": value for phase, value in timer.memory_gib.items()}

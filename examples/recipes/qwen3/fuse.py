@@ -2,9 +2,9 @@
 
     python examples/recipes/qwen3/fuse.py SAMPLES.jsonl OUT_DIR --seed 0
 
-SAMPLES.jsonl is what `sample --keep correct` left as sft.jsonl. OUT_DIR/rows.jsonl gets of each: the response as it is,
-with /think or without a flag; the question with /no_think and the answer after an empty block; a conversation of two
-turns, whose last flag says what its last turn does. Train it with data.train_on=last-assistant.
+SAMPLES.jsonl is what `sample --keep correct` left as sft.jsonl. OUT_DIR/rows.jsonl gets of each that reasons: the
+response as it is, with /think or without a flag; the question with /no_think and the answer after an empty block; two
+conversations of two turns, whose last flag says what their last turn does. Train it with data.train_on=last-assistant.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def turn(row: Row, flag: str, thinks: bool, empty: str) -> list[dict[str, str]]:
 
 
 def conversation(rows: list[Row], rng: random.Random, empty: str) -> Row:
-    """Flags where a coin says so; thinking until a flag says otherwise."""
+    """Thinking until a flag says otherwise; the last turn mostly has none, so that it has to look back for one."""
     messages, thinks = [], True
-    for row in rows:
-        flag = rng.choice(("", "/think", "/no_think"))
+    for number, row in enumerate(rows, 1):
+        flag = rng.choice(("/think", "/no_think", *[""] * (3 if number == len(rows) else 1)))
         thinks = thinks if not flag else flag == "/think"
         messages += turn(row, flag, thinks, empty)
     return {"messages": messages}
@@ -43,16 +43,19 @@ def main() -> None:
     parser.add_argument("--empty", default=EMPTY, help="block before an answer without reasoning (default: Qwen3's)")
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    rows = [json.loads(line) for line in args.samples.read_text().splitlines()]
+    samples = [json.loads(line) for line in args.samples.read_text().splitlines()]
+    rows = [row for row in samples if row["messages"][-1]["content"].partition("</think>")[0].strip() != "<think>"]
     made = []
     for row in rows:
         made.append({"messages": turn(row, rng.choice(("", "/think")), True, args.empty)})
         made.append({"messages": turn(row, "/no_think", False, args.empty)})
-        made.append(conversation([rng.choice(rows), row], rng, args.empty))
+        made += [conversation([rng.choice(rows), row], rng, args.empty) for _ in range(2)]
     rng.shuffle(made)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
-    print(f"{args.out}: {len(made):,} conversations from {len(rows):,} right responses")
+    print(
+        f"{args.out}: {len(made):,} conversations from {len(rows):,} of {len(samples):,} responses, those that reason"
+    )
 
 
 if __name__ == "__main__":
