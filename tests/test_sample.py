@@ -18,7 +18,9 @@ from megatron_posttrain.data.dataset import PromptDataset
 from megatron_posttrain.data.rows import Row, read_rows
 from megatron_posttrain.data.tokenize import load_tokenizer
 from megatron_posttrain.evaluation import sample as sampling_room
-from megatron_posttrain.evaluation.sample import RESPONSES, sample, write_rows
+from megatron_posttrain.evaluation.evaluate import evaluate
+from megatron_posttrain.evaluation.responses import RESPONSES, begin
+from megatron_posttrain.evaluation.sample import write_rows
 from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.rewards import Reward
 from megatron_posttrain.rollout import Completion, Sampling
@@ -47,6 +49,10 @@ def arguments(place: Path, output: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def answer(seed: int, tokens: int) -> list[int]:
+    return np.random.default_rng(seed).integers(30, 90, tokens).tolist()
+
+
 class Engine(StandIn):
     """A response depends on its seed alone."""
 
@@ -55,7 +61,7 @@ class Engine(StandIn):
 
     def answer(self, request: Request, sampling: Sampling) -> Completion:
         self.prompts += 1
-        ids = np.random.default_rng(request.seed).integers(30, 90, sampling.max_tokens).tolist()
+        ids = answer(request.seed, sampling.max_tokens)
         return Completion(ids, [0.0] * len(ids), "length")
 
 
@@ -68,9 +74,13 @@ def test_a_killed_run_goes_on_to_the_same_responses(place: Path, tmp_path: Path)
 
     def run(output: Path) -> int:
         engine: Any = Engine()
-        sample(engine, tokenizer, prompts, rewards, Sampling(4, 8), 5, output, 2)
+        figures = evaluate(engine, tokenizer, prompts, rewards, Sampling(4, 8), output, 5, 2)
+        assert figures is not None
+        assert figures.accuracy == accuracy
         return engine.prompts // 4
 
+    texts = [tokenizer.decode(answer(5 + i, 8)) for i in range(28)]
+    accuracy = sum(len(text) % 2 == 0 for text in texts) / 28
     assert run(tmp_path) == 7
     whole = (tmp_path / RESPONSES).read_bytes()
     ends = [0, *np.cumsum([len(line) for line in whole.splitlines(keepends=True)]).tolist()]
@@ -123,7 +133,15 @@ def test_other_settings_are_refused(place: Path, tmp_path: Path, capsys: pytest.
     (tmp_path / RESPONSES).touch()
     (tmp_path / "sample.json").write_text('{"seed": 1}')
     assert main(arguments(place, tmp_path)) == 2
-    assert "the responses in it were sampled with another model" in capsys.readouterr().err
+    assert "the responses in it were sampled with another model, weights, sampling" in capsys.readouterr().err
+
+
+def test_what_other_settings_left_is_not_summed_up(tmp_path: Path) -> None:
+    for settings, left in (({"seed": 1}, False), ({"seed": 1}, True), ({"seed": 2}, False)):
+        begin(tmp_path, settings, "evaluation.json")
+        assert [(tmp_path / name).exists() for name in (RESPONSES, "evaluation.json")] == [left] * 2
+        for name in (RESPONSES, "evaluation.json"):
+            (tmp_path / name).touch()
 
 
 def record(index: int, reward: float, tokens: int, cut: bool = False) -> dict[str, Any]:

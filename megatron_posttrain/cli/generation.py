@@ -1,9 +1,11 @@
 """What `evaluate` and `sample` share: a checked model, sets of prompts, and the engine that answers them."""
 
 import argparse
+import hashlib
+import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ def add_arguments(
     add("--top-k", type=int, metavar="N", help="likeliest tokens; 0: all (default: the preset's, 0)")
     add("--limit", type=positive, metavar="N", help="only the first N rows (default: all)")
     add("--seed", type=int, default=0, help="of sampling (default: 0)")
+    add("--save-every", type=positive, default=256, metavar="N", help="prompts after which responses are in the file "
+        "for good; the same command goes on behind them (default: 256)")  # fmt: skip
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: as stored (default)")
     add("--tensor", type=positive, default=1, metavar="N", help="tensor parallel ranks of an engine (default: 1)")
     parser.set_defaults(set_defaults={"max_tokens": max_tokens, "samples": samples, "temperature": temperature})
@@ -69,6 +73,7 @@ class Task:
     turns: Any
     sampling: Any
     texts: list[str]  # whose perplexity is measured; then the others are empty
+    settings: dict[str, Any]  # all that its responses depend on, for a run that goes on with another's
 
 
 def given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
@@ -117,7 +122,7 @@ def prepare(args: argparse.Namespace, sets: dict[str, Any], directory: Path = Pa
     tasks, lengths = [], []
     for name, one in sets.items():
         try:
-            task = _task(name, one, directory, tokenizer, args.omissions)
+            task = _task(args, name, one, directory, tokenizer)
             lengths.append(_length(task, architecture.context_length))
         except UserError as error:
             raise UserError(f"set {name}: {error}" if len(sets) > 1 else str(error)) from None
@@ -139,7 +144,7 @@ def start_engine(args: argparse.Namespace, job: Job) -> Any:
     )
 
 
-def _task(name: str, one: Any, directory: Path, tokenizer: Any, omissions: Any) -> Task:
+def _task(args: argparse.Namespace, name: str, one: Any, directory: Path, tokenizer: Any) -> Task:
     from megatron_posttrain.config.schema import RolloutConfig
     from megatron_posttrain.data.dataset import PromptDataset
     from megatron_posttrain.rewards import load_rewards
@@ -148,14 +153,32 @@ def _task(name: str, one: Any, directory: Path, tokenizer: Any, omissions: Any) 
 
     if one.perplexity is not None:
         texts = one.texts(directory)
-        return Task(name, str(directory / one.data), one.graded_by, [], [], [], None, one.sampling, texts)
+        settings = _settings(args, one, texts)
+        return Task(name, str(directory / one.data), one.graded_by, [], [], [], None, one.sampling, texts, settings)
     rewards = load_rewards(one.rewards)
     rows = one.rows(directory)
     check_answers(rows, one.rewards)
     turns = load_turns(one.environment, RolloutConfig(), tokenizer)
     rows = rows_with_tools(rows, turns.tools)
-    prompts = PromptDataset(rows, tokenizer, sys.maxsize, omissions=omissions).prompts
-    return Task(name, str(directory / one.data), one.graded_by, rows, prompts, rewards, turns, one.sampling, [])
+    prompts = PromptDataset(rows, tokenizer, sys.maxsize, omissions=args.omissions).prompts
+    settings = _settings(args, one, prompts)
+    data = str(directory / one.data)
+    return Task(name, data, one.graded_by, rows, prompts, rewards, turns, one.sampling, [], settings)
+
+
+def _settings(args: argparse.Namespace, one: Any, asked: list[Any]) -> dict[str, Any]:
+    from megatron_posttrain.data.files import content
+    from megatron_posttrain.training.resume import fingerprint_of_config, fingerprint_of_weights
+
+    model = Path(args.model)
+    files = [spec.file for spec in (*one.rewards, one.environment) if spec is not None and spec.file]
+    found = {
+        "model": args.model, "weights": fingerprint_of_config(model) + fingerprint_of_weights(model),
+        "sampling": asdict(one.sampling), **one.model_dump(mode="json", include={"rewards", "environment"}),
+        "files": [content(file) for file in files], "prompts": hashlib.sha256(repr(asked).encode()).hexdigest()[:16],
+        "seed": args.seed, "dtype": args.dtype, "save_every": args.save_every,
+    }  # fmt: skip
+    return dict(json.loads(json.dumps(found)))  # as it comes back from a file
 
 
 def _length(task: Task, context_length: int) -> int:

@@ -6,7 +6,8 @@ from pathlib import Path
 from statistics import fmean
 
 from megatron_posttrain.errors import UserError
-from megatron_posttrain.evaluation.evaluate import CORRECT, by_prompt
+from megatron_posttrain.evaluation.evaluate import CORRECT, EVALUATION
+from megatron_posttrain.evaluation.responses import RESPONSES, read_responses
 from megatron_posttrain.evaluation.statistics import paired_difference
 
 Shares = Mapping[str, Mapping[str, float]]  # set -> prompt -> share of correct responses
@@ -23,12 +24,10 @@ def _files(directory: Path, name: str) -> dict[str, Path]:
 def read_results(directory: Path) -> Shares:
     """Of a directory that `evaluate` wrote, with or without --suite."""
     found = {}
-    for name, file in _files(directory, "responses.jsonl").items():
-        with file.open(encoding="utf-8") as lines:
-            groups = by_prompt(json.loads(line) for line in lines)
+    for name, file in _files(directory, RESPONSES).items():
         found[name] = {
             json.dumps([group[0]["messages"], group[0]["answer"]]): fmean(r["reward"] > CORRECT for r in group)
-            for group in groups
+            for group in read_responses(file.parent)
         }
     return found
 
@@ -58,7 +57,7 @@ def leaderboard(names: Sequence[str]) -> str:
     perplexity."""
     found: dict[str, dict[str, str]] = {name: {} for name in names}
     for name, row in found.items():
-        for set_, file in _files(Path(name), "evaluation.json").items():
+        for set_, file in _files(Path(name), EVALUATION).items():
             e = json.loads(file.read_text(encoding="utf-8"))
             half = (e.get("accuracy_high", 0) - e.get("accuracy_low", 0)) / 2
             figure = f"{e['accuracy']:.3f} +- {half:.3f}" if "accuracy" in e else f"{e['perplexity']:.3f} (perplexity)"
