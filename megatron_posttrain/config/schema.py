@@ -363,7 +363,7 @@ class RewardConfig(Section):
 
 
 class EnvironmentConfig(Section):
-    name: str = Field(description="calculator | python | search, or one that `file` defines")
+    name: str = Field(description="calculator | python | search | questions, or one that `file` defines")
     file: str | None = Field(None, description="Python file that defines it with @environment(name)")
     args: dict[str, Any] = Field(default_factory=dict, description="the environment's own parameters")
     max_turns: PositiveInt = Field(8, description="of the model in a conversation")
