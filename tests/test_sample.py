@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from megatron_posttrain.cli.main import main
@@ -25,7 +22,7 @@ from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.rewards import Reward
 from megatron_posttrain.rollout import Completion, Sampling
 from megatron_posttrain.rollout.engine import Request
-from tests.launch import ROOT, command, environment, ranks, torchrun
+from tests.launch import command, killed, ranks
 from tests.rollout_models import EVEN, make_model, make_tokenizer
 from tests.stand_in import StandIn
 
@@ -105,28 +102,35 @@ def test_the_command(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_killed_at_ten_moments(place: Path, tmp_path: Path) -> None:
     """Two processes killed at ten random moments leave, in the end, what one process leaves alone."""
-    start = time.monotonic()
-    command(*arguments(place, tmp_path / "whole"))
-    seconds = time.monotonic() - start
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    line += ["-m", "megatron_posttrain", *arguments(place, tmp_path / "killed")]
-    random, status = np.random.default_rng(0), 1
-    for _ in range(10):
-        job = psutil.Popen(line, cwd=ROOT, env=environment())
-        with contextlib.suppress(psutil.TimeoutExpired):
-            status = job.wait(random.uniform(0.2, 1.3) * seconds)
-        if job.is_running():
-            for process in [*job.children(recursive=True), job]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            job.wait()
-    if status:
-        torchrun(2, "-m", "megatron_posttrain", *arguments(place, tmp_path / "killed"))
+    rows, chance = [{"prompt": f"{i}?", "answer": str(i)} for i in range(160)], np.random.default_rng(0)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    file = tmp_path / "killed" / RESPONSES
+
+    def line(name: str) -> list[str]:
+        more = ["--data", str(tmp_path / "rows.jsonl"), "--max-tokens", "32"]
+        return ["-m", "megatron_posttrain", *arguments(place, tmp_path / name), *more]
+
+    def there() -> int:
+        return file.read_bytes().count(b"\n") if file.exists() else 0
+
+    command(*line("whole")[2:], rollout=True)
+    found = []
+    for _ in range(10):  # on the way to the first part that this attempt adds, or some parts behind it
+        parts, begun = int(chance.integers(4)), time.monotonic()
+        goal = there() + parts * 8
+        with killed(2, *line("killed"), rollout=True) as job:
+            while there() < goal and job.is_alive():
+                time.sleep(0.003)
+            time.sleep(chance.random() * 0.2 if parts else 1 + chance.random() * 20)
+        found.append((there(), file.stat().st_size if file.exists() else 0, round(time.monotonic() - begun, 1)))
+    print("responses, bytes, seconds after each kill:", found)
+    ranks(2, *line("killed"), rollout=True)
     for name in ("responses", "sft", "dpo", "grpo"):
-        whole, killed = ((tmp_path / run / f"{name}.jsonl").read_bytes() for run in ("whole", "killed"))
-        assert killed == whole
+        whole, cut = ((tmp_path / run / f"{name}.jsonl").read_bytes() for run in ("whole", "killed"))
+        assert cut == whole
 
 
 def test_other_settings_are_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
