@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_posttrain.data.dataset import PromptDataset
 from megatron_posttrain.data.rows import Row
-from megatron_posttrain.evaluation import evaluate
+from megatron_posttrain.evaluation import Task, evaluate
 from megatron_posttrain.parallel.groups import broadcast_object, start_distributed
 from megatron_posttrain.rewards import Reward
 from megatron_posttrain.rollout import Completion, Refit, RolloutEngine, Sampling, prove, vllm_fixes
@@ -209,7 +209,7 @@ def check_sampling(directory: Path, rank: int) -> dict[str, Any]:
     place = directory / "evaluation"
     place.mkdir(exist_ok=True)
     greedy = Sampling(max_tokens=12, temperature=0.0)
-    evaluation: Any = broadcast_object(evaluate(engine, tokenizer, questions, [length], greedy, place, save_every=3))
+    evaluation: Any = broadcast_object(evaluate(engine, tokenizer, Task(questions, [length], greedy, 0, 3), place))
     results = {
         "same seeds": [c.token_ids for c in completions] == [c.token_ids for c in again],
         "other seeds": [c.token_ids for c in completions] == [c.token_ids for c in others],

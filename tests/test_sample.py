@@ -16,7 +16,7 @@ from megatron_posttrain.data.rows import Row, read_rows
 from megatron_posttrain.data.tokenize import load_tokenizer
 from megatron_posttrain.evaluation import sample as sampling_room
 from megatron_posttrain.evaluation.evaluate import evaluate
-from megatron_posttrain.evaluation.responses import RESPONSES, begin
+from megatron_posttrain.evaluation.responses import RESPONSES, Task, begin
 from megatron_posttrain.evaluation.sample import write_rows
 from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.rewards import Reward
@@ -71,7 +71,7 @@ def test_a_killed_run_goes_on_to_the_same_responses(place: Path, tmp_path: Path)
 
     def run(output: Path) -> int:
         engine: Any = Engine()
-        figures = evaluate(engine, tokenizer, prompts, rewards, Sampling(4, 8), output, 5, 2)
+        figures = evaluate(engine, tokenizer, Task(prompts, rewards, Sampling(4, 8), 5, 2), output)
         assert figures is not None
         assert figures.accuracy == accuracy
         return engine.prompts // 4

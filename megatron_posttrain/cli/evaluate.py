@@ -75,7 +75,6 @@ def run(args: argparse.Namespace) -> int:
     results: dict[str, Any] = {}
     for task in job.tasks:
         place = places[task.name]
-        facts = {"model": str(args.model), "data": task.data, "graded_by": task.graded_by}
         if broadcast_object((place / EVALUATION).exists()):
             if first:
                 results[task.name] = saved(place)
@@ -85,14 +84,11 @@ def run(args: argparse.Namespace) -> int:
             size = min(task.sampling.max_tokens, job.max_model_len - 2)
             results[task.name] = perplexity(engine, job.tokenizer, task.texts, size)
         else:
-            results[task.name] = evaluate(
-                engine, job.tokenizer, task.prompts, task.rewards, task.sampling, place, args.seed, args.save_every,
-                task.turns,
-            )  # fmt: skip
+            results[task.name] = evaluate(engine, job.tokenizer, task, place)
         if first:
-            save(results[task.name], place, facts)
+            save(results[task.name], place, task.about)
     if first:
-        print(table(results["evaluation"], facts) if args.data and not args.suite else suite_table(results))
+        print(table(results["evaluation"], task.about) if args.data and not args.suite else suite_table(results))
         print(f"\nwritten to {output}/{'SET/' if args.suite else ''}{' and '.join(FILES[: 2 - bool(args.perplexity)])}")
     engine.close()
     dist.destroy_process_group()

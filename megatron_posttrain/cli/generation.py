@@ -60,22 +60,6 @@ def _temperature(text: str) -> float:
     return value
 
 
-@dataclass(frozen=True)
-class Task:
-    """A set of prompts, what grades their responses, and how these are sampled."""
-
-    name: str
-    data: str
-    graded_by: str
-    rows: list[Any]
-    prompts: list[Any]
-    rewards: list[Any]
-    turns: Any
-    sampling: Any
-    texts: list[str]  # whose perplexity is measured; then the others are empty
-    settings: dict[str, Any]  # all that its responses depend on, for a run that goes on with another's
-
-
 def given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
     """Options of these names that were given."""
     return {name: value for name in names if (value := getattr(args, name, None)) not in (None, {})}
@@ -103,7 +87,7 @@ class Job:
     """A checked command line, and what was learned while checking it."""
 
     tokenizer: Any
-    tasks: list[Task]
+    tasks: list[Any]  # Task
     max_model_len: int
     dtype: Any  # torch's
 
@@ -144,26 +128,26 @@ def start_engine(args: argparse.Namespace, job: Job) -> Any:
     )
 
 
-def _task(args: argparse.Namespace, name: str, one: Any, directory: Path, tokenizer: Any) -> Task:
+def _task(args: argparse.Namespace, name: str, one: Any, directory: Path, tokenizer: Any) -> Any:
     from megatron_posttrain.config.schema import RolloutConfig
     from megatron_posttrain.data.dataset import PromptDataset
+    from megatron_posttrain.evaluation.responses import Task
     from megatron_posttrain.rewards import load_rewards
     from megatron_posttrain.rollout.turns import load_turns
     from megatron_posttrain.training.limits import check_answers, rows_with_tools
 
+    about = {"model": str(args.model), "data": str(directory / one.data), "graded_by": one.graded_by}
     if one.perplexity is not None:
         texts = one.texts(directory)
-        settings = _settings(args, one, texts)
-        return Task(name, str(directory / one.data), one.graded_by, [], [], [], None, one.sampling, texts, settings)
+        return Task([], [], one.sampling, texts=texts, name=name, about=about, settings=_settings(args, one, texts))
     rewards = load_rewards(one.rewards)
     rows = one.rows(directory)
     check_answers(rows, one.rewards)
     turns = load_turns(one.environment, RolloutConfig(), tokenizer)
     rows = rows_with_tools(rows, turns.tools)
-    prompts = PromptDataset(rows, tokenizer, sys.maxsize, omissions=args.omissions).prompts
-    settings = _settings(args, one, prompts)
-    data = str(directory / one.data)
-    return Task(name, data, one.graded_by, rows, prompts, rewards, turns, one.sampling, [], settings)
+    asked = PromptDataset(rows, tokenizer, sys.maxsize, omissions=args.omissions).prompts
+    how = args.seed, args.save_every, turns, rows, (), name, about, _settings(args, one, asked)
+    return Task(asked, rewards, one.sampling, *how)
 
 
 def _settings(args: argparse.Namespace, one: Any, asked: list[Any]) -> dict[str, Any]:
@@ -181,7 +165,7 @@ def _settings(args: argparse.Namespace, one: Any, asked: list[Any]) -> dict[str,
     return dict(json.loads(json.dumps(found)))  # as it comes back from a file
 
 
-def _length(task: Task, context_length: int) -> int:
+def _length(task: Any, context_length: int) -> int:
     """Tokens of the longest prompt with its response, or of a window of perplexity."""
     if task.texts:
         return min(task.sampling.max_tokens + 2, context_length)  # the token before it, and one that must be drawn

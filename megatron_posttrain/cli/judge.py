@@ -4,13 +4,14 @@ import argparse
 import json
 import sys
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_json
+
 from megatron_posttrain.cli.row_options import json_object
 from megatron_posttrain.errors import UserError
-from megatron_posttrain.output import check_output
+from megatron_posttrain.output import check_output, columns, write_whole
 
 FILES = ("judge.json", "verdicts.jsonl", "cache.sqlite")
 
@@ -52,13 +53,12 @@ def run(args: argparse.Namespace) -> int:
     else:
         verdicts, missing, canary = room.compare_answers(models, judge)
     output.mkdir(parents=True, exist_ok=True)
-    with (output / "verdicts.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(verdict), ensure_ascii=False) + "\n" for verdict in verdicts)
+    (output / "verdicts.jsonl").write_bytes(b"".join(to_json(verdict) + b"\n" for verdict in verdicts))
     if verdicts:
         found = (
             room.grade_report(verdicts, names, canary, judge) if args.grade else room.report(verdicts, names, canary)
         )
-        (output / "judge.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_whole(output / "judge.json", json.dumps(found, indent=2, ensure_ascii=False))
         text = grade_table(found) if args.grade else table(found)
         print(text + f"\n\nwritten to {output}/judge.json and verdicts.jsonl")
     if missing:
@@ -88,39 +88,29 @@ def _fooled(judge: dict[str, Any]) -> list[str]:
 
 
 def grade_table(found: dict[str, Any]) -> str:
-    judge, rows = found["judge"], found["models"]
-    turns = sorted({turn for row in rows for turn in row["turns"]}, key=int)
-    wide = [max(map(len, (key, *(row[key] for row in rows)))) for key in ("model", "category")]
-    head = f"\n{'model':{wide[0]}}  {'category':{wide[1]}}  answers  grade  95% interval  "
-    lines = [f"judge: {judge['grades']:,} grades from {judge['low']:g} to {judge['high']:g}", *_fooled(judge)]
-    lines.append(head + "".join(f"  turn {turn}" for turn in turns))
-    for row in rows:
-        each = "".join(f"{row['turns'][t]:8.2f}" if t in row["turns"] else f"{'-':>8}" for t in turns)
-        lines.append(
-            f"{row['model']:{wide[0]}}  {row['category']:{wide[1]}}  {row['answers']:7}  {row['grade']:5.2f}  "
-            f"{row['low']:5.2f} to {row['high']:5.2f}{each}"
-        )
-    return "\n".join(lines)
+    judge, models = found["judge"], found["models"]
+    turns = sorted({turn for row in models for turn in row["turns"]}, key=int)
+    rows = [["model", "category", "answers", "grade", "95% interval", *(f"turn {turn}" for turn in turns)]]
+    for row in models:
+        each = (f"{row['turns'][turn]:.2f}" if turn in row["turns"] else "-" for turn in turns)
+        interval = f"{row['low']:.2f} to {row['high']:.2f}"
+        rows.append([row["model"], row["category"], row["answers"], f"{row['grade']:.2f}", interval, *each])
+    said = f"judge: {judge['grades']:,} grades from {judge['low']:g} to {judge['high']:g}"
+    return "\n".join([said, *_fooled(judge), "", columns(rows)])
 
 
 def table(found: dict[str, Any]) -> str:
     judge = found["judge"]
-    lines = [
+    said = (
         f"judge: {judge['verdicts']:,} verdicts, {judge['contradictory']:.1%} contradict themselves in the other order,"
         f" {judge['shown_first']:.1%} for the answer shown first, {judge['longer']:.1%} for the longer one"
-    ]  # fmt: skip
-    lines += _fooled(judge)
-    width = max(len("model"), *(len(row["model"]) for row in found["models"]))
-    lines.append(
-        f"\n{'model':{width}}  {'against':{width}}  win rate  95% interval   length-controlled  wins ties losses"
-    )
-    lines += [
-        f"{p['first']:{width}}  {p['second']:{width}}  {p['win_rate']:8.3f}  {p['low']:.3f} to {p['high']:.3f}  "
-        f"{p['length_controlled']:16.3f}  {p['wins']:4} {p['ties']:4} {p['losses']:6}" for p in found["pairs"]
-    ]  # fmt: skip
-    lines.append(f"\n{'model':{width}}  rating  95% interval  length-controlled")
-    lines += [
-        f"{m['model']:{width}}  {m['rating']:6.0f}  {m['low']:4.0f} to {m['high']:4.0f}  {m['length_controlled']:17.0f}"
-        for m in found["models"]
-    ]
-    return "\n".join(lines)
+    )  # fmt: skip
+    pairs = [["model", "against", "win rate", "95% interval", "length-controlled", "wins", "ties", "losses"]]
+    for p in found["pairs"]:
+        rates = f"{p['win_rate']:.3f}", f"{p['low']:.3f} to {p['high']:.3f}", f"{p['length_controlled']:.3f}"
+        pairs.append([p["first"], p["second"], *rates, p["wins"], p["ties"], p["losses"]])
+    models = [["model", "rating", "95% interval", "length-controlled"]]
+    for m in found["models"]:
+        ratings = f"{m['rating']:.0f}", f"{m['low']:.0f} to {m['high']:.0f}", f"{m['length_controlled']:.0f}"
+        models.append([m["model"], *ratings])
+    return "\n".join([said, *_fooled(judge), "", columns(pairs), "", columns(models)])

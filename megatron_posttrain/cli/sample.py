@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     engine = start_engine(args, job)
     if dist.get_rank() == 0:
         begin(output, task.settings)
-    respond(engine, job.tokenizer, task.prompts, task.rewards, task.sampling, output, args.seed, args.save_every)
+    respond(engine, job.tokenizer, task, output)
     if dist.get_rank() == 0:
         counts = write_rows(output, task.rows, args.keep, args.mixed_only)
         print(

@@ -9,6 +9,7 @@ from megatron_posttrain.errors import UserError
 from megatron_posttrain.evaluation.evaluate import CORRECT, EVALUATION
 from megatron_posttrain.evaluation.responses import RESPONSES, read_responses
 from megatron_posttrain.evaluation.statistics import paired_difference
+from megatron_posttrain.output import columns
 
 Shares = Mapping[str, Mapping[str, float]]  # set -> prompt -> share of correct responses
 
@@ -34,22 +35,18 @@ def read_results(directory: Path) -> Shares:
 
 def compare(results: Sequence[Shares], names: Sequence[str]) -> str:
     """A table: each of the others against the first, on the prompts that both answered."""
-    width = max(map(len, (*(set_ for shares in results for set_ in shares), *names, "set")))
-    head = f"{'set':{width}} {'against ' + names[0]:{width + 8}} prompts  first second  difference  95% interval      p       smallest to be seen"  # noqa: E501
-    lines = [head]
+    head = ["set", f"against {names[0]}", "prompts", "first", "second", "difference", "95% interval", "p"]
+    lines, left = [[*head, "smallest to be seen"]], 0
     for name, others in zip(names[1:], results[1:], strict=True):
         for set_ in results[0]:
             first, second = results[0][set_], others.get(set_, {})
             if not (common := [key for key in first if key in second]):
                 raise UserError(f"{names[0]} and {name} have no prompt of set {set_ or 'evaluation'!r} in common")
             d = paired_difference([first[key] for key in common], [second[key] for key in common])
-            lines.append(
-                f"{set_:{width}} {name:{width + 8}} {d.prompts:7} {d.first:6.3f} {d.second:6.3f}  "
-                f"{d.difference:+10.3f}  {d.low:+.3f} to {d.high:+.3f}  {d.p_value:.4f}  {d.detectable:.3f}"
-            )
-            if left := len(first) + len(second) - 2 * len(common):
-                lines.append(f"  {left} prompts are in one of them only, and were left out")
-    return "\n".join(lines)
+            found = f"{d.first:.3f}", f"{d.second:.3f}", f"{d.difference:+.3f}", f"{d.low:+.3f} to {d.high:+.3f}"
+            lines.append([set_, name, str(d.prompts), *found, f"{d.p_value:.4f}", f"{d.detectable:.3f}"])
+            left += len(first) + len(second) - 2 * len(common)
+    return columns(lines) + (f"\n{left} prompts are in one of them only, and were left out" if left else "")
 
 
 def leaderboard(names: Sequence[str]) -> str:
@@ -64,5 +61,4 @@ def leaderboard(names: Sequence[str]) -> str:
             row[set_ or Path(e["data"]).name] = figure
     sets = list(dict.fromkeys(key for row in found.values() for key in row))
     rows = [["run", *sets], *([name, *(row.get(key, "-") for key in sets)] for name, row in found.items())]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(f"{x:{w}}" for x, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return columns(rows)

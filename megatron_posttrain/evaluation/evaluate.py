@@ -9,18 +9,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.evaluation.perplexity import Perplexity
-from megatron_posttrain.evaluation.responses import Record, read_responses, respond
+from megatron_posttrain.evaluation.responses import Record, Task, read_responses, respond
 from megatron_posttrain.evaluation.statistics import clustered_interval, majority, pass_at_k, wilson_interval
-from megatron_posttrain.output import write_whole
-from megatron_posttrain.rewards import Reward
+from megatron_posttrain.output import columns, write_whole
 from megatron_posttrain.rewards.extract import final_answer
 from megatron_posttrain.rewards.normalize import normalize, number
 from megatron_posttrain.rewards.response import split_reasoning
 from megatron_posttrain.rewards.rules import chosen_letter
 from megatron_posttrain.rollout import RolloutEngine, Sampling
-from megatron_posttrain.rollout.turns import ONE_TURN, Turns
 
 CORRECT = 0.5  # a response whose reward is above it counts as correct
 EVALUATION = "evaluation.json"
@@ -60,28 +57,18 @@ VOTES: dict[str, Callable[[str], str]] = {
 }
 
 
-def evaluate(
-    engine: RolloutEngine,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    rewards: Sequence[Reward],
-    sampling: Sampling,
-    output: Path,
-    seed: int = 0,
-    save_every: int = 256,
-    turns: Turns = ONE_TURN,
-) -> Evaluation | None:
+def evaluate(engine: RolloutEngine, tokenizer: Any, task: Task, output: Path) -> Evaluation | None:
     """Collective, as `respond`, whose responses it leaves in `output`; the summary on rank 0."""
-    seconds, tokens = respond(engine, tokenizer, prompts, rewards, sampling, output, seed, save_every, turns)
+    seconds, tokens = respond(engine, tokenizer, task, output)
     if dist.get_rank():
         return None
     groups = read_responses(output)
-    found = summary(groups, sampling, seconds, tokens)
-    if corpus := getattr(rewards[0].function, "corpus", None):
+    found = summary(groups, task.sampling, seconds, tokens)
+    if corpus := getattr(task.rewards[0].function, "corpus", None):
         answers = [(split_reasoning(r["response"])[1], r["answer"]) for group in groups for r in group]
         found = replace(found, corpus=corpus(*map(list, zip(*answers, strict=True))))
-    vote = VOTES.get(rewards[0].name) if len(rewards) == 1 else None
-    return replace(found, **of_samples(groups, vote)) if sampling.n > 1 else found
+    vote = VOTES.get(task.rewards[0].name) if len(task.rewards) == 1 else None
+    return replace(found, **of_samples(groups, vote)) if task.sampling.n > 1 else found
 
 
 def of_samples(prompts: Sequence[list[Record]], vote: Callable[[str], str] | None) -> dict[str, Any]:
@@ -152,16 +139,14 @@ def table(evaluation: Evaluation, facts: dict[str, Any]) -> str:
 
 def suite_table(results: Mapping[str, Evaluation | Perplexity]) -> str:
     """A line per set."""
-    width = max(map(len, (*results, "set")))
-    lines = [f"{'set':{width}} prompts   k  mean@k  95% interval     pass@k   maj@k  tokens  truncated"]
+    texts = {name: e for name, e in results.items() if isinstance(e, Perplexity)}
+    lines = [["set", "prompts", "k", "mean@k", "95% interval", "pass@k", "maj@k", "tokens", "truncated"]]
     for name, e in results.items():
-        if isinstance(e, Perplexity):
-            lines.append(f"{name:{width}} {e}")
-            continue
-        best = f"{list(e.pass_at.values())[-1]:.3f}" if e.pass_at else "-"
-        vote = f"{e.majority:.3f}" if e.majority is not None else "-"
-        lines.append(
-            f"{name:{width}} {e.prompts:7} {e.samples:3}   {e.accuracy:.3f}  {e.accuracy_low:.3f} to "
-            f"{e.accuracy_high:.3f}  {best:>6}  {vote:>6}  {e.response_length:6.0f}  {e.truncated_fraction:9.1%}"
-        )
-    return "\n".join(lines)
+        if isinstance(e, Evaluation):
+            best = f"{list(e.pass_at.values())[-1]:.3f}" if e.pass_at else "-"
+            vote = f"{e.majority:.3f}" if e.majority is not None else "-"
+            known = f"{e.accuracy:.3f}", f"{e.accuracy_low:.3f} to {e.accuracy_high:.3f}", best, vote
+            end = f"{e.response_length:.0f}", f"{e.truncated_fraction:.1%}"
+            lines.append([name, str(e.prompts), str(e.samples), *known, *end])
+    found = [columns(lines)] if len(lines) > 1 else []
+    return "\n".join([*found, *(f"{name}: {e}" for name, e in texts.items())])

@@ -20,6 +20,7 @@ from megatron_posttrain.errors import UserError
 from megatron_posttrain.rewards import Reward, Sample, compute_rewards
 from megatron_posttrain.rewards.response import split_reasoning
 
+Record = dict[str, Any]
 Array = NDArray[np.float64]
 RIDGE = 0.01  # keeps the ratings of a model that wins always finite
 RESAMPLES = 300
@@ -93,20 +94,9 @@ def read_references(file: str) -> dict[str, list[str]]:
     return found
 
 
-@dataclass(frozen=True)
-class Mark:
-    """A judge's grade of an answer."""
-
-    model: str
-    prompt: str
-    turn: int
-    category: str
-    grade: float
-
-
 def grade_answers(
     models: Mapping[str, Answers], judge: Reward, references: Mapping[str, Sequence[str]]
-) -> tuple[list[Mark], list[str], float]:
+) -> tuple[list[Record], list[str], float]:
     """Every answer by itself, with the conversation before it (Zheng et al. 2023, arXiv 2306.05685, section 3.1).
 
     Args:
@@ -116,7 +106,6 @@ def grade_answers(
         the grades, why others are missing, and the highest score of an answer that says nothing.
     """
     scale: Any = judge.function
-    width = scale.high - scale.low
     said = [(name, before, answer) for name, answers in models.items() for before, answer in answers.items()]
     right = [dict(enumerate(references.get(str(a.metadata.get("question_id")), ()), 1)).get(a.turn) for *_, a in said]
     samples = [
@@ -125,23 +114,26 @@ def grade_answers(
     ]
     graded = list(zip(said, compute_rewards(samples, [judge]), strict=True))
     marks = [
-        Mark(name, a.prompt, a.turn, str(a.metadata.get("category", "")), scale.low + width * g.total)
+        {
+            "model": name, "prompt": a.prompt, "turn": a.turn, "category": str(a.metadata.get("category", "")),
+            "grade": scale.low + g.total * (scale.high - scale.low),
+        }
         for (name, _, a), g in graded
         if not g.failures
-    ]
+    ]  # fmt: skip
     missing = [why for _, g in graded for why in g.failures.values()]
     return marks, missing, max(g.metrics.get("judge/canary", 0.0) for _, g in graded)
 
 
-def grade_report(marks: Sequence[Mark], models: Sequence[str], canary: float, judge: Reward) -> dict[str, Any]:
+def grade_report(marks: Sequence[Record], models: Sequence[str], canary: float, judge: Reward) -> dict[str, Any]:
     """Of each model, over all prompts and by category: mean, 95% interval by prompt, and the mean of each turn."""
     scale: Any = judge.function
     rows = []
     for model in models:
-        own = [mark for mark in marks if mark.model == model]
-        categories = list(dict.fromkeys(mark.category for mark in own))
+        own = [mark for mark in marks if mark["model"] == model]
+        categories = list(dict.fromkeys(mark["category"] for mark in own))
         for category in ["all", *(categories if len(categories) > 1 else [])]:
-            some = [mark for mark in own if category in ("all", mark.category)]
+            some = [mark for mark in own if category in ("all", mark["category"])]
             mean, half = mean_and_half([fmean(grades) for grades in _grades(some, "prompt").values()])
             rows.append({
                 "model": model, "category": category, "answers": len(some), "grade": mean,
@@ -151,11 +143,10 @@ def grade_report(marks: Sequence[Mark], models: Sequence[str], canary: float, ju
     return {"judge": {"grades": len(marks), "low": scale.low, "high": scale.high, "canary": canary}, "models": rows}
 
 
-def _grades(marks: Sequence[Mark], name: str) -> dict[Any, list[float]]:
-    """By the field of that name."""
+def _grades(marks: Sequence[Record], name: str) -> dict[Any, list[float]]:
     found: dict[Any, list[float]] = defaultdict(list)
     for mark in marks:
-        found[getattr(mark, name)].append(mark.grade)
+        found[mark[name]].append(mark["grade"])
     return found
 
 

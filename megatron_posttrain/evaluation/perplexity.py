@@ -24,7 +24,7 @@ class Perplexity:
 
     def __str__(self) -> str:
         return (
-            f"{self.texts:7} texts: perplexity {self.perplexity:.4f}, of words {self.word_perplexity:.4f}, "
+            f"{self.texts} texts: perplexity {self.perplexity:.4f}, of words {self.word_perplexity:.4f}, "
             f"{self.bits_per_byte:.4f} bits a byte, {self.tokens:,} tokens"
         )
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from pydantic_core import from_json
 
 from megatron_posttrain.data.dataset import Prompt
+from megatron_posttrain.data.rows import Row
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.output import write_whole
 from megatron_posttrain.parallel.groups import broadcast_object
@@ -24,17 +26,24 @@ Record = dict[str, Any]
 RESPONSES, SETTINGS = "responses.jsonl", "sample.json"
 
 
-def respond(
-    engine: RolloutEngine,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    rewards: Sequence[Reward],
-    sampling: Sampling,
-    output: Path,
-    seed: int = 0,
-    save_every: int = 256,
-    turns: Turns = ONE_TURN,
-) -> tuple[float, int]:
+@dataclass(frozen=True)
+class Task:
+    """A set of prompts, what grades their responses, and how these are sampled; or texts whose perplexity is asked."""
+
+    prompts: Sequence[Prompt]
+    rewards: Sequence[Reward]
+    sampling: Sampling
+    seed: int = 0
+    save_every: int = 256  # prompts
+    turns: Turns = ONE_TURN
+    rows: Sequence[Row] = ()
+    texts: Sequence[str] = ()
+    name: str = "evaluation"
+    about: Record = field(default_factory=dict)  # what its results tell of it
+    settings: Record = field(default_factory=dict)  # all that its responses depend on
+
+
+def respond(engine: RolloutEngine, tokenizer: Any, task: Task, output: Path) -> tuple[float, int]:
     """Collective: OUTPUT/responses.jsonl with `sampling.n` graded responses to each prompt, in their order.
 
     It grows by those to `save_every` prompts at a time. A run that was killed goes on after the last whole part, with
@@ -47,13 +56,12 @@ def respond(
         UserError: a reward fails on a sample.
         ValueError: a prompt with `max_tokens` exceeds the engine's `max_model_len`.
     """
-    file, n, seconds, tokens = output / RESPONSES, sampling.n, 0.0, 0
-    there = _whole_parts(file, save_every * n, len(prompts) * n) if dist.get_rank() == 0 else 0
-    done = int(str(broadcast_object(there)))
-    for first in range(done * save_every, len(prompts), save_every):
-        part = prompts[first : first + save_every]
-        seeds = range(seed + first * n, seed + (first + len(part)) * n)
-        samples = generate_samples(engine, tokenizer, part, rewards, sampling, seeds, turns)
+    file, n, every, seconds, tokens = output / RESPONSES, task.sampling.n, task.save_every, 0.0, 0
+    there = _whole_parts(file, every * n, len(task.prompts) * n) if dist.get_rank() == 0 else 0
+    for first in range(int(str(broadcast_object(there))) * every, len(task.prompts), every):
+        part = task.prompts[first : first + every]
+        seeds = range(task.seed + first * n, task.seed + (first + len(part)) * n)
+        samples = generate_samples(engine, tokenizer, part, task.rewards, task.sampling, seeds, task.turns)
         seconds, tokens = seconds + samples.seconds, tokens + int(samples.sampled.sum())
         lines = samples.to_first_rank(_records(samples, n))
         if dist.get_rank() == 0:
@@ -61,8 +69,8 @@ def respond(
                 stream.writelines(lines)
                 stream.flush()
                 os.fsync(stream.fileno())
-            if len(prompts) > save_every:
-                print(f"{first + len(part):,} of {len(prompts):,} prompts", flush=True)
+            if len(task.prompts) > every:
+                print(f"{first + len(part):,} of {len(task.prompts):,} prompts", flush=True)
         else:
             list(lines)
     return seconds, tokens
