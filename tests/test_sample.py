@@ -11,17 +11,20 @@ import numpy as np
 import pytest
 
 from megatron_posttrain.cli.main import main
+from megatron_posttrain.config.schema import EnvironmentConfig, RewardConfig, RolloutConfig
 from megatron_posttrain.data.dataset import PromptDataset
 from megatron_posttrain.data.rows import Row, read_rows
 from megatron_posttrain.data.tokenize import load_tokenizer
 from megatron_posttrain.evaluation import sample as sampling_room
 from megatron_posttrain.evaluation.evaluate import evaluate
+from megatron_posttrain.evaluation.judge import read_answers
 from megatron_posttrain.evaluation.responses import RESPONSES, Task, begin
 from megatron_posttrain.evaluation.sample import write_rows
 from megatron_posttrain.parallel.groups import start_distributed
-from megatron_posttrain.rewards import Reward
+from megatron_posttrain.rewards import Reward, load_rewards
 from megatron_posttrain.rollout import Completion, Sampling
 from megatron_posttrain.rollout.engine import Request
+from megatron_posttrain.rollout.turns import load_turns
 from tests.launch import command, killed, ranks
 from tests.rollout_models import EVEN, make_model, make_tokenizer
 from tests.stand_in import StandIn
@@ -88,6 +91,34 @@ def test_a_killed_run_goes_on_to_the_same_responses(place: Path, tmp_path: Path)
         assert (tmp_path / RESPONSES).read_bytes() == whole
         there = sum(end <= cut for end in ends) - 1
         assert drawn == (0 if there == 28 else 7 - there // 8 * 2)
+
+
+def test_two_turns_are_asked(place: Path, tmp_path: Path) -> None:
+    """As MT-Bench: the second question behind the first answer; `judge --grade` finds both answers in the file."""
+    start_distributed()
+    tokenizer = load_tokenizer(str(place / "model"))
+    rows = [Row([{"role": "user", "content": "1?"}], metadata={"turns": ["1?", "2?"], "category": "math"})]
+    prompts = PromptDataset(rows, tokenizer, 100).prompts
+    turns = load_turns(EnvironmentConfig(name="questions"), RolloutConfig(), tokenizer)
+    seen: list[str] = []
+
+    class Stopping(Engine):
+        def answer(self, request: Request, sampling: Sampling) -> Completion:
+            seen.append(tokenizer.decode(request.prompt))
+            ids = [*tokenizer("Well.")["input_ids"], tokenizer.convert_tokens_to_ids("<|im_end|>")]
+            return Completion(ids, [0.0] * len(ids), "stop")
+
+    engine: Any = Stopping()
+    task = Task(prompts, load_rewards([RewardConfig(name="environment")]), Sampling(1, 64), turns=turns)
+    figures = evaluate(engine, tokenizer, task, tmp_path)
+    assert figures is not None
+    assert figures.accuracy == 1
+    assert seen[1] == seen[0] + "Well.<|im_end|>\n<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n"
+    answers = read_answers(str(tmp_path / RESPONSES), every=True)
+    assert [(a.turn, a.text, a.metadata["category"]) for a in answers.values()] == [
+        (k, "Well.", "math") for k in (1, 2)
+    ]
+    assert [m["content"] for m in json.loads([*answers][1])] == ["1?", "Well.", "2?"]
 
 
 def test_the_command(place: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples" / "suites"
 DATA = Path(__file__).parents[2] / "shared" / "data" / "datasets"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")
 ROWS = {"gsm8k": 1319, "gsm8k_5_shot": 1319, "math_500": 500, "aime_2025": 30, "human_eval": 164, "mbpp": 973,
-        "truthfulqa_mc1": 817, "hellaswag": 2000, "openbookqa": 500, "mmlu_stem": 3018, "ifeval": 540,
+        "truthfulqa_mc1": 817, "hellaswag": 2000, "openbookqa": 500, "mmlu_stem": 3018, "ifeval": 540, "mt_bench": 80,
         "bfcl_simple": 400, "bfcl_multiple": 200,
         "bfcl_parallel": 200, "bfcl_parallel_multiple": 200, "bfcl_live_simple": 258, "bfcl_irrelevance": 240,
         "bbh_causal_judgement": 187, "bbh_penguins_in_a_table": 146, "bbh_snarks": 178}  # fmt: skip
@@ -70,6 +70,9 @@ def test_examples_on_the_public_files(file: Path) -> None:
             public = [r["mc1_targets"]["choices"][0] for _, r in records(str(DATA / one.data))]
             assert [match and match[1] for match in said] == public
             assert {row.answer for row in rows} >= set("ABCDEFGH")
+            continue
+        if name == "mt_bench":
+            assert rows[0].metadata["turns"][1].startswith("Rewrite your previous response")
             continue
         if name == "ifeval":
             grades = compute_rewards([Sample(r.messages, "?", metadata=r.metadata) for r in first], rewards)

@@ -63,7 +63,7 @@ def respond(engine: RolloutEngine, tokenizer: Any, task: Task, output: Path) -> 
         seeds = range(task.seed + first * n, task.seed + (first + len(part)) * n)
         samples = generate_samples(engine, tokenizer, part, task.rewards, task.sampling, seeds, task.turns)
         seconds, tokens = seconds + samples.seconds, tokens + int(samples.sampled.sum())
-        lines = samples.to_first_rank(_records(samples, n))
+        lines = list(samples.to_first_rank(_records(samples, n)))
         if dist.get_rank() == 0:
             with file.open("ab") as stream:
                 stream.writelines(lines)
@@ -71,8 +71,6 @@ def respond(engine: RolloutEngine, tokenizer: Any, task: Task, output: Path) -> 
                 os.fsync(stream.fileno())
             if len(task.prompts) > every:
                 print(f"{first + len(part):,} of {len(task.prompts):,} prompts", flush=True)
-        else:
-            list(lines)
     return seconds, tokens
 
 
