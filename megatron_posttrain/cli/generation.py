@@ -33,7 +33,7 @@ def add_arguments(
     add("--samples", type=positive, metavar="N", help=f"responses a prompt (default: {samples})")
     add("--preset", metavar="NAME", help="greedy, qwen3-thinking or qwen3-non-thinking: what follows, and the "
         "template's thinking (default: none)")  # fmt: skip
-    add("--temperature", type=_temperature, metavar="T", help=f"of sampling; 0: greedy (default: the preset's, "
+    add("--temperature", type=float, metavar="T", help=f"of sampling; 0: greedy (default: the preset's, "
         f"{temperature:g} without one)")  # fmt: skip
     add("--top-p", type=float, metavar="P", help="of the likeliest tokens together (default: the preset's, 1)")
     add("--top-k", type=int, metavar="N", help="likeliest tokens; 0: all (default: the preset's, 0)")
@@ -50,13 +50,6 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def _temperature(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
     return value
 
 

@@ -55,12 +55,10 @@ def run(args: argparse.Namespace) -> int:
     output.mkdir(parents=True, exist_ok=True)
     (output / "verdicts.jsonl").write_bytes(b"".join(to_json(verdict) + b"\n" for verdict in verdicts))
     if verdicts:
-        found = (
-            room.grade_report(verdicts, names, canary, judge) if args.grade else room.report(verdicts, names, canary)
-        )
+        about = verdicts, names, canary
+        found = room.grade_report(*about, judge) if args.grade else room.report(*about)
         write_whole(output / "judge.json", json.dumps(found, indent=2, ensure_ascii=False))
-        text = grade_table(found) if args.grade else table(found)
-        print(text + f"\n\nwritten to {output}/judge.json and verdicts.jsonl")
+        print((grade_table if args.grade else table)(found) + f"\n\nwritten to {output}/judge.json and verdicts.jsonl")
     if missing:
         why, count = Counter(missing).most_common(1)[0]
         print(

@@ -92,19 +92,11 @@ def summary(groups: Sequence[list[Record]], sampling: Sampling, seconds: float, 
     # Responses to one prompt are not independent, so the prompts are the trials.
     low, high = wilson_interval(accuracy, len(groups))
     return Evaluation(
-        accuracy=accuracy,
-        accuracy_low=low,
-        accuracy_high=high,
-        reward=fmean(r["reward"] for r in records),
-        prompts=len(groups),
-        samples=sampling.n,
-        response_length=fmean(r["tokens"] for r in records),
-        truncated_fraction=fmean(r["finish_reason"] == "length" for r in records),
-        temperature=sampling.temperature,
-        max_tokens=sampling.max_tokens,
-        seconds=seconds,
-        tokens_per_second=tokens / seconds if seconds else 0.0,
-    )
+        accuracy=accuracy, accuracy_low=low, accuracy_high=high, reward=fmean(r["reward"] for r in records),
+        prompts=len(groups), samples=sampling.n, response_length=fmean(r["tokens"] for r in records),
+        truncated_fraction=fmean(r["finish_reason"] == "length" for r in records), temperature=sampling.temperature,
+        max_tokens=sampling.max_tokens, seconds=seconds, tokens_per_second=tokens / seconds if seconds else 0.0,
+    )  # fmt: skip
 
 
 def save(evaluation: Evaluation | Perplexity, output: Path, facts: dict[str, Any]) -> None:

@@ -99,11 +99,8 @@ def grade_answers(
 ) -> tuple[list[Record], list[str], float]:
     """Every answer by itself, with the conversation before it (Zheng et al. 2023, arXiv 2306.05685, section 3.1).
 
-    Args:
-        references: right answers by turn, by the `question_id` in a row's metadata.
-
-    Returns:
-        the grades, why others are missing, and the highest score of an answer that says nothing.
+    `references`: right answers by turn, by the `question_id` in a row's metadata. Returns the grades, why others are
+    missing, and the highest score of an answer that says nothing.
     """
     scale: Any = judge.function
     said = [(name, before, answer) for name, answers in models.items() for before, answer in answers.items()]
@@ -249,14 +246,9 @@ def report(verdicts: Sequence[Verdict], models: Sequence[str], canary: float) ->
     rows = [
         {"model": m} | dict(zip(names, each, strict=True)) for m, each in zip(models, ratings.T.tolist(), strict=True)
     ]
-    return {
-        "judge": {
-            "verdicts": len(verdicts),
-            "contradictory": fmean(v.contradiction for v in asked) if asked else 0.0,
-            "shown_first": fmean(v.shown_first or 0.0 for v in asked) if asked else 0.5,
-            "longer": fmean(long) if long else 0.5,
-            "canary": canary,
-        },
-        "pairs": pairs,
-        "models": sorted(rows, key=lambda row: -row["rating"]),
-    }
+    judge = {
+        "verdicts": len(verdicts), "contradictory": fmean(v.contradiction for v in asked) if asked else 0.0,
+        "shown_first": fmean(v.shown_first or 0.0 for v in asked) if asked else 0.5,
+        "longer": fmean(long) if long else 0.5, "canary": canary,
+    }  # fmt: skip
+    return {"judge": judge, "pairs": pairs, "models": sorted(rows, key=lambda row: -row["rating"])}

@@ -49,12 +49,8 @@ def respond(engine: RolloutEngine, tokenizer: Any, task: Task, output: Path) -> 
     It grows by those to `save_every` prompts at a time. A run that was killed goes on after the last whole part, with
     the same prompts in each part and the same seed for each response: the file is that of a run that was not.
 
-    Returns:
-        seconds of generation and tokens that were drawn, now.
-
-    Raises:
-        UserError: a reward fails on a sample.
-        ValueError: a prompt with `max_tokens` exceeds the engine's `max_model_len`.
+    Returns seconds of generation and tokens that were drawn, now. Raises UserError where a reward fails on a sample,
+    ValueError where a prompt with `max_tokens` exceeds the engine's `max_model_len`.
     """
     file, n, every, seconds, tokens = output / RESPONSES, task.sampling.n, task.save_every, 0.0, 0
     there = _whole_parts(file, every * n, len(task.prompts) * n) if dist.get_rank() == 0 else 0
@@ -83,16 +79,11 @@ def _records(samples: Samples, n: int) -> list[Record]:
     for k, text, messages in zip(samples.drawn, samples.texts, samples.messages, strict=False):
         prompt = samples.prompts[k]
         record = {
-            "index": prompt.index,
-            "sample": k % n,
-            "messages": prompt.messages,
-            "answer": prompt.answer,
-            "response": text,
-            "reward": float(samples.rewards[k]),
+            "index": prompt.index, "sample": k % n, "messages": prompt.messages, "answer": prompt.answer,
+            "response": text, "reward": float(samples.rewards[k]),
             "rewards": {name: float(values[k]) for name, values in samples.rewards_by_name.items()},
-            "tokens": int(samples.sampled[k]),
-            "finish_reason": samples.finish_reason(k),
-        }
+            "tokens": int(samples.sampled[k]), "finish_reason": samples.finish_reason(k),
+        }  # fmt: skip
         several = {"turns": messages} if len(messages) > 1 else {}  # else the response is the only one
         found.append(record | several | ({"metadata": prompt.metadata} if prompt.metadata else {}))
     return found

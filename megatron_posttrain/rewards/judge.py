@@ -94,26 +94,11 @@ class Judge:
     """
 
     def __init__(
-        self,
-        *,
-        address: str,
-        model: str,
-        mode: Literal["grade", "compare"] = "grade",
-        reference: bool = True,
-        rubric: str = "",
-        prompt: str | None = None,
-        low: float = 1,
-        high: float = 10,
-        temperature: float = 0.0,
-        max_tokens: int = 1024,
-        seconds: float = 60.0,
-        retries: int = 3,
-        concurrency: int = 64,
-        budget: int | None = None,
-        cache: str | None = None,
-        key: str = "OPENAI_API_KEY",
-        canaries: bool = True,
-    ) -> None:
+        self, *, address: str, model: str, mode: Literal["grade", "compare"] = "grade", reference: bool = True,
+        rubric: str = "", prompt: str | None = None, low: float = 1, high: float = 10, temperature: float = 0.0,
+        max_tokens: int = 1024, seconds: float = 60.0, retries: int = 3, concurrency: int = 64,
+        budget: int | None = None, cache: str | None = None, key: str = "OPENAI_API_KEY", canaries: bool = True,
+    ) -> None:  # fmt: skip
         import openai
 
         self._client = openai.AsyncOpenAI(
