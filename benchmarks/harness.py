@@ -23,7 +23,7 @@ from megatron_posttrain.evaluation.suite import Suite
 SUITES = Path(__file__).parents[1] / "examples" / "suites"
 SETS = {"gsm8k": ("math.yaml", "math"), "openbookqa": ("choice.yaml", "choice")}
 IGNORED = [",", "\\$", "(?s).*#### ", "\\.$"]  # as the harness's own gsm8k does
-PATTERNS = {
+PATTERNS: dict[str, dict[str, Any]] = {
     "gsm8k": {"regex_pattern": "(-?[$0-9.,]{2,})|(-?[0-9]+)", "group_select": -1},
     "openbookqa": {"regex_pattern": "^\\s*\\(?([A-D])\\b"},
 }
