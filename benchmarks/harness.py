@@ -81,7 +81,7 @@ def main() -> None:
     add("--data", type=Path, required=True, metavar="DIR", help="with gsm8k/ and openbookqa/")
     add("--output", type=Path, required=True, metavar="DIR")
     add("--prompts", type=int, default=200, help="of each set (default: 200)")
-    add("--max-tokens", type=int, nargs=2, default=(128, 8), metavar="N", help="of both sets (default: 128 8)")
+    add("--max-tokens", type=int, nargs=2, default=(320, 8), metavar="N", help="of both sets (default: 320 8)")
     args = parser.parse_args()
     place = args.output
     (place / "tasks").mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def main() -> None:
     start = [sys.executable, "-m", "megatron_posttrain", "evaluate", "--model", args.model]
     tasks = ["--lm-eval", ",".join(f"our_{name}" for name in SETS), "--data", str(place / "tasks")]
     for what, file, output in (
-        (["--suite", str(place / "suite.yaml")], "openbookqa/responses.jsonl", place / "ours"),
+        (["--suite", str(place / "suite.yaml"), "--save-every", "40"], "openbookqa/evaluation.json", place / "ours"),
         (tasks, "lm_eval.json", place / "theirs"),
     ):
         if not (output / file).exists():
