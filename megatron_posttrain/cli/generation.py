@@ -179,7 +179,8 @@ def dtype_of(args: argparse.Namespace) -> Any:
 
     stored = HfReader(args.model)
     named = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    return named.get(args.dtype) or stored.dtype(next(iter(stored.names())))
+    kept = (stored.dtype(name) for name in stored.names())  # beside codes and shapes of quantised tensors
+    return named.get(args.dtype) or next(dtype for dtype in kept if dtype.is_floating_point and dtype.itemsize > 1)
 
 
 def _check_engine(args: argparse.Namespace, architecture: Any, length: int, dtype_bytes: int) -> None:
