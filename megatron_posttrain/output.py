@@ -1,6 +1,7 @@
 """The directory that a command writes, and files in it that others read meanwhile."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_posttrain.errors import UserError
@@ -21,6 +22,14 @@ def check_output(directory: Path, key: str = "output", files: tuple[str, ...] = 
         if (directory / name).is_dir():
             raise UserError(f"{key}={directory}: {directory / name} is a directory, a file is to be written there")
     return there
+
+
+def columns(rows: Sequence[Sequence[object]]) -> str:
+    """A table as text: the first column to the left, the others to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    padded = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells)
+    return "\n".join("  ".join(row).rstrip() for row in padded)
 
 
 def write_whole(file: Path, text: str) -> None:

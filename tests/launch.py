@@ -45,9 +45,9 @@ def ranks(
 
 
 @contextlib.contextmanager
-def killed(processes: int, *arguments: str) -> Iterator[threading.Thread]:
+def killed(processes: int, *arguments: str, rollout: bool = False) -> Iterator[threading.Thread]:
     """Ranks while the block lasts: they get SIGKILL at its end."""
-    job = threading.Thread(target=ranks, args=(processes, *arguments), kwargs={"check": False})
+    job = threading.Thread(target=ranks, args=(processes, *arguments), kwargs={"check": False, "rollout": rollout})
     job.start()
     yield job
     supervisors = psutil.Process(_warm("").process.pid).children()

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_posttrain.data.dataset import PromptDataset
 from megatron_posttrain.data.rows import Row
-from megatron_posttrain.evaluation import evaluate
+from megatron_posttrain.evaluation import Task, evaluate
 from megatron_posttrain.parallel.groups import broadcast_object, start_distributed
 from megatron_posttrain.rewards import Reward
 from megatron_posttrain.rollout import Completion, Refit, RolloutEngine, Sampling, prove, vllm_fixes
@@ -206,7 +206,10 @@ def check_sampling(directory: Path, rank: int) -> dict[str, Any]:
     rows = [Row([{"role": "user", "content": f"{i} + {i}"}], str(2 * i), source=f"x:{i}") for i in range(5)]
     questions = PromptDataset(rows, tokenizer, 100).prompts
     length = Reward("length", 1.0, lambda sample: float(len(sample.response) % 2))
-    evaluation, records = evaluate(engine, tokenizer, questions, [length], Sampling(max_tokens=12, temperature=0.0))
+    place = directory / "evaluation"
+    place.mkdir(exist_ok=True)
+    greedy = Sampling(max_tokens=12, temperature=0.0)
+    evaluation: Any = broadcast_object(evaluate(engine, tokenizer, Task(questions, [length], greedy, 0, 3), place))
     results = {
         "same seeds": [c.token_ids for c in completions] == [c.token_ids for c in again],
         "other seeds": [c.token_ids for c in completions] == [c.token_ids for c in others],
@@ -218,8 +221,8 @@ def check_sampling(directory: Path, rank: int) -> dict[str, Any]:
         "empty": engine.generate([], sampling, []),
         "too long": outcome(lambda: engine.generate([[1] * 121], sampling, [0, 1])),
         "seeds": outcome(lambda: engine.generate([[1]], sampling, [0])),
-        "evaluation": dataclasses.asdict(evaluation),
-        "records": broadcast_object(records),  # rank 0 alone has them
+        "evaluation": dataclasses.asdict(evaluation),  # rank 0 alone has it
+        "records": [json.loads(line) for line in (place / "responses.jsonl").read_text().splitlines()],
     }
     engine.close()
     return results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_posttrain.cli.generation import dtype_of
 from megatron_posttrain.cli.main import main
 from megatron_posttrain.evaluation import wilson_interval
 from tests.launch import cold
@@ -98,6 +100,14 @@ def test_rows_without_an_answer(model: Path, data: Path, capsys: pytest.CaptureF
     data.write_text(json.dumps(ROWS[0]) + '\n{"prompt": "?"}')
     assert main(["evaluate", "--model", str(model), "--data", str(data)]) == 2
     assert f"{data}:2: no `answer`" in capsys.readouterr().err
+
+
+def test_the_dtype_is_that_of_what_is_not_quantised(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {"a": torch.zeros(2, dtype=torch.int64), "b": torch.zeros(2).to(torch.float8_e4m3fn)}
+    save_file(tensors | {"c": torch.zeros(2, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    assert dtype_of(argparse.Namespace(model=tmp_path, dtype="auto")) == torch.bfloat16
 
 
 def test_a_model_without_a_tensor(model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_posttrain.cli.main import main
-from megatron_posttrain.evaluation.judge import fit
+from megatron_posttrain.evaluation.judge import fit, read_answers
 from tests.test_rewards_judge import Judges
 
 PROMPTS = 15
@@ -134,6 +134,75 @@ def test_bradley_terry_solves_its_equations() -> None:
     for i in range(3):
         expected = sum((wins[i, j] + wins[j, i]) / (1 + np.exp(theta[j] - theta[i])) for j in range(3) if j != i)
         assert expected == pytest.approx(wins[i].sum(), rel=1e-4)
+
+
+def test_two_turns_are_graded(judges: Judges, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows in MT-Bench's form as `evaluate` leaves them; the second answer is judged behind the first."""
+    questions = [(f"Question {i}?", "And then?", ("writing", "math")[i % 2], i) for i in range(4)]
+
+    def responses(name: str, first: int, second: int) -> str:
+        lines = []
+        for one, two, category, number in questions:
+            asked, answer = [{"role": "user", "content": one}], f"<think>x</think>quality {first}"
+            turns = [
+                {"role": "assistant", "content": answer},
+                {"role": "user", "content": two},
+                {"role": "assistant", "content": f"quality {second}" if number or name == "b" else ""},
+            ]
+            facts = {"metadata": {"category": category, "question_id": number}}
+            lines.append(json.dumps({"messages": asked, "response": turns[-1]["content"], "turns": turns, **facts}))
+        (tmp_path / name).write_text("\n".join(lines))
+        return f"{name}={tmp_path / name}"
+
+    def reply(prompt: str) -> str:
+        asked, answer = re.findall(r"<(?:request|answer)>\n(.*?)\n</(?:request|answer)>", prompt, re.DOTALL)
+        said = re.findall(r"quality (\d+)", answer)
+        if "And then?" in asked:
+            assert re.search(r"user: Question \d\?\n\nassistant: quality \d\n\nuser: And then\?", asked)
+        assert ("right_answer>\n" in prompt) == ("Question 3" in asked)
+        assert ("second right" in prompt) == ("Question 3" in asked and "And then?" in asked)
+        return f"Hm. [[{said[0] if said else 1}]]"
+
+    judges.reply = reply
+    reference = {"question_id": 3, "choices": [{"index": 0, "turns": ["first right", "second right"]}]}
+    (tmp_path / "right.jsonl").write_text(json.dumps(reference))
+    line = ["--grade", "--references", str(tmp_path / "right.jsonl")]
+    files = [responses("a", 8, 5), responses("b", 9, 9)]
+    found = run(judges, tmp_path / "out", *files, *line)
+    rows = {(row["model"], row["category"]): row for row in found["models"]}
+    assert [*rows] == [(m, c) for m in "ab" for c in ("all", "writing", "math")]
+    a, b = rows["a", "all"], rows["b", "all"]
+    assert (a["answers"], a["turns"]) == (8, {"1": 8, "2": 4})  # an empty answer has the lowest grade, unasked
+    assert (b["grade"], b["low"], b["high"]) == (9, 9, 9)
+    # Means of the prompts: 6.5 three times, 4.5 of the empty one; 1.96 standard errors.
+    assert a["grade"] == pytest.approx(6)
+    assert a["high"] - a["grade"] == pytest.approx(1.96 * np.std([6.5, 6.5, 6.5, 4.5], ddof=1) / 2)
+    assert rows["a", "math"]["turns"] == {"1": 8, "2": 5}
+    assert (found["judge"]["low"], found["judge"]["high"], found["judge"]["canary"]) == (1, 10, 0)
+    said = capsys.readouterr().out
+    assert re.search(r"^a +writing +4 +5\.50 +3\.54 to +7\.46 +8\.00 +3\.00$", said, re.MULTILINE)
+    asked = len(judges.prompts)
+    judges.reply = lambda prompt: 500
+    assert run(judges, tmp_path / "out", *files, *line, retries=0) == found
+    assert len(judges.prompts) == asked  # all from the cache
+    (tmp_path / "right.jsonl").write_text('{"question_id": 3, "choices": []}')
+    assert (
+        main(["judge", *files, *line, "--address", "http://x/v1", "--judge", "m", "--output", str(tmp_path / "o")]) == 2
+    )
+    assert "right.jsonl:1: data.columns.turns: no column choices.0.turns" in capsys.readouterr().err
+
+
+def test_conversations_are_graded_by_turn(tmp_path: Path) -> None:
+    row = [("system", "s"), ("user", "a"), ("assistant", "1"), ("user", "b"), ("assistant", "2")]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [{"role": r, "content": c} for r, c in row]}))
+    found = list(read_answers(str(tmp_path / "rows.jsonl"), every=True).items())
+    assert [(len(json.loads(before)), answer.text, answer.turn) for before, answer in found] == [
+        (2, "1", 1),
+        (4, "2", 2),
+    ]
+    assert found[0][1].prompt == found[1][1].prompt
+    [(before, answer)] = read_answers(str(tmp_path / "rows.jsonl")).items()
+    assert (len(json.loads(before)), answer.text) == (4, "2")
 
 
 @pytest.mark.parametrize(

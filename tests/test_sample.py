@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from megatron_posttrain.cli.main import main
+from megatron_posttrain.config.schema import EnvironmentConfig, RewardConfig, RolloutConfig
 from megatron_posttrain.data.dataset import PromptDataset
 from megatron_posttrain.data.rows import Row, read_rows
 from megatron_posttrain.data.tokenize import load_tokenizer
 from megatron_posttrain.evaluation import sample as sampling_room
-from megatron_posttrain.evaluation.sample import RESPONSES, sample, write_rows
+from megatron_posttrain.evaluation.evaluate import evaluate
+from megatron_posttrain.evaluation.judge import read_answers
+from megatron_posttrain.evaluation.responses import RESPONSES, Task, begin
+from megatron_posttrain.evaluation.sample import write_rows
 from megatron_posttrain.parallel.groups import start_distributed
-from megatron_posttrain.rewards import Reward
+from megatron_posttrain.rewards import Reward, load_rewards
 from megatron_posttrain.rollout import Completion, Sampling
 from megatron_posttrain.rollout.engine import Request
-from tests.launch import ROOT, command, environment, ranks, torchrun
+from megatron_posttrain.rollout.turns import load_turns
+from tests.launch import command, killed, ranks
 from tests.rollout_models import EVEN, make_model, make_tokenizer
 from tests.stand_in import StandIn
 
@@ -47,6 +49,10 @@ def arguments(place: Path, output: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def answer(seed: int, tokens: int) -> list[int]:
+    return np.random.default_rng(seed).integers(30, 90, tokens).tolist()
+
+
 class Engine(StandIn):
     """A response depends on its seed alone."""
 
@@ -55,7 +61,7 @@ class Engine(StandIn):
 
     def answer(self, request: Request, sampling: Sampling) -> Completion:
         self.prompts += 1
-        ids = np.random.default_rng(request.seed).integers(30, 90, sampling.max_tokens).tolist()
+        ids = answer(request.seed, sampling.max_tokens)
         return Completion(ids, [0.0] * len(ids), "length")
 
 
@@ -68,9 +74,13 @@ def test_a_killed_run_goes_on_to_the_same_responses(place: Path, tmp_path: Path)
 
     def run(output: Path) -> int:
         engine: Any = Engine()
-        sample(engine, tokenizer, prompts, rewards, Sampling(4, 8), 5, output, 2)
+        figures = evaluate(engine, tokenizer, Task(prompts, rewards, Sampling(4, 8), 5, 2), output)
+        assert figures is not None
+        assert figures.accuracy == accuracy
         return engine.prompts // 4
 
+    texts = [tokenizer.decode(answer(5 + i, 8)) for i in range(28)]
+    accuracy = sum(len(text) % 2 == 0 for text in texts) / 28
     assert run(tmp_path) == 7
     whole = (tmp_path / RESPONSES).read_bytes()
     ends = [0, *np.cumsum([len(line) for line in whole.splitlines(keepends=True)]).tolist()]
@@ -81,6 +91,34 @@ def test_a_killed_run_goes_on_to_the_same_responses(place: Path, tmp_path: Path)
         assert (tmp_path / RESPONSES).read_bytes() == whole
         there = sum(end <= cut for end in ends) - 1
         assert drawn == (0 if there == 28 else 7 - there // 8 * 2)
+
+
+def test_two_turns_are_asked(place: Path, tmp_path: Path) -> None:
+    """As MT-Bench: the second question behind the first answer; `judge --grade` finds both answers in the file."""
+    start_distributed()
+    tokenizer = load_tokenizer(str(place / "model"))
+    rows = [Row([{"role": "user", "content": "1?"}], metadata={"turns": ["1?", "2?"], "category": "math"})]
+    prompts = PromptDataset(rows, tokenizer, 100).prompts
+    turns = load_turns(EnvironmentConfig(name="questions"), RolloutConfig(), tokenizer)
+    seen: list[str] = []
+
+    class Stopping(Engine):
+        def answer(self, request: Request, sampling: Sampling) -> Completion:
+            seen.append(tokenizer.decode(request.prompt))
+            ids = [*tokenizer("Well.")["input_ids"], tokenizer.convert_tokens_to_ids("<|im_end|>")]
+            return Completion(ids, [0.0] * len(ids), "stop")
+
+    engine: Any = Stopping()
+    task = Task(prompts, load_rewards([RewardConfig(name="environment")]), Sampling(1, 64), turns=turns)
+    figures = evaluate(engine, tokenizer, task, tmp_path)
+    assert figures is not None
+    assert figures.accuracy == 1
+    assert seen[1] == seen[0] + "Well.<|im_end|>\n<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n"
+    answers = read_answers(str(tmp_path / RESPONSES), every=True)
+    assert [(a.turn, a.text, a.metadata["category"]) for a in answers.values()] == [
+        (k, "Well.", "math") for k in (1, 2)
+    ]
+    assert [m["content"] for m in json.loads([*answers][1])] == ["1?", "Well.", "2?"]
 
 
 def test_the_command(place: Path, tmp_path: Path) -> None:
@@ -95,35 +133,50 @@ def test_the_command(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_killed_at_ten_moments(place: Path, tmp_path: Path) -> None:
     """Two processes killed at ten random moments leave, in the end, what one process leaves alone."""
-    start = time.monotonic()
-    command(*arguments(place, tmp_path / "whole"))
-    seconds = time.monotonic() - start
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    line += ["-m", "megatron_posttrain", *arguments(place, tmp_path / "killed")]
-    random, status = np.random.default_rng(0), 1
-    for _ in range(10):
-        job = psutil.Popen(line, cwd=ROOT, env=environment())
-        with contextlib.suppress(psutil.TimeoutExpired):
-            status = job.wait(random.uniform(0.2, 1.3) * seconds)
-        if job.is_running():
-            for process in [*job.children(recursive=True), job]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            job.wait()
-    if status:
-        torchrun(2, "-m", "megatron_posttrain", *arguments(place, tmp_path / "killed"))
+    rows, chance = [{"prompt": f"{i}?", "answer": str(i)} for i in range(160)], np.random.default_rng(0)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    file = tmp_path / "killed" / RESPONSES
+
+    def line(name: str) -> list[str]:
+        more = ["--data", str(tmp_path / "rows.jsonl"), "--max-tokens", "32"]
+        return ["-m", "megatron_posttrain", *arguments(place, tmp_path / name), *more]
+
+    def there() -> int:
+        return file.read_bytes().count(b"\n") if file.exists() else 0
+
+    command(*line("whole")[2:], rollout=True)
+    found = []
+    for _ in range(10):  # on the way to the first part that this attempt adds, or some parts behind it
+        parts, begun = int(chance.integers(4)), time.monotonic()
+        goal = there() + parts * 8
+        with killed(2, *line("killed"), rollout=True) as job:
+            while there() < goal and job.is_alive():
+                time.sleep(0.003)
+            time.sleep(chance.random() * 0.2 if parts else 1 + chance.random() * 20)
+        found.append((there(), file.stat().st_size if file.exists() else 0, round(time.monotonic() - begun, 1)))
+    print("responses, bytes, seconds after each kill:", found)
+    ranks(2, *line("killed"), rollout=True)
     for name in ("responses", "sft", "dpo", "grpo"):
-        whole, killed = ((tmp_path / run / f"{name}.jsonl").read_bytes() for run in ("whole", "killed"))
-        assert killed == whole
+        whole, cut = ((tmp_path / run / f"{name}.jsonl").read_bytes() for run in ("whole", "killed"))
+        assert cut == whole
 
 
 def test_other_settings_are_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / RESPONSES).touch()
     (tmp_path / "sample.json").write_text('{"seed": 1}')
     assert main(arguments(place, tmp_path)) == 2
-    assert "the responses in it were sampled with another model" in capsys.readouterr().err
+    assert "the responses in it were sampled with another model, weights, sampling" in capsys.readouterr().err
+
+
+def test_what_other_settings_left_is_not_summed_up(tmp_path: Path) -> None:
+    for settings, left in (({"seed": 1}, False), ({"seed": 1}, True), ({"seed": 2}, False)):
+        begin(tmp_path, settings, "evaluation.json")
+        assert [(tmp_path / name).exists() for name in (RESPONSES, "evaluation.json")] == [left] * 2
+        for name in (RESPONSES, "evaluation.json"):
+            (tmp_path / name).touch()
 
 
 def record(index: int, reward: float, tokens: int, cut: bool = False) -> dict[str, Any]:

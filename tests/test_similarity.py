@@ -29,13 +29,17 @@ def test_bleu_and_chrf() -> None:
 
 
 def test_rouge() -> None:
-    pytest.importorskip("rouge_score")
+    pytest.importorskip("rouge_score.rouge_scorer")
     # Longest common subsequence of 5 words; 5 said, 6 wanted: F1 10/11.
     assert load("rougeL")(Sample([], SAID[0], WANTED[0])) == pytest.approx(10 / 11)
     assert load("rouge2")(Sample([], SAID[0], WANTED[0])) == pytest.approx(2 * (3 / 4) * (3 / 5) / (3 / 4 + 3 / 5))
 
 
-def test_a_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    with pytest.raises(UserError, match=r"args.metric chrf: .*install it: pip install sacrebleu"):
-        load("chrf")
+@pytest.mark.parametrize(
+    ("metric", "module", "package"),
+    [("chrf", "sacrebleu", "sacrebleu"), ("rougeL", "rouge_score.rouge_scorer", "rouge-score")],
+)
+def test_a_library_that_is_not_there(metric: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"args.metric {metric}: .*; install it: pip install {package}$"):
+        load(metric)

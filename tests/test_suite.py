@@ -15,6 +15,7 @@ from megatron_posttrain.config.load import load_config
 from megatron_posttrain.data.files import records
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.evaluation.evaluate import VOTES, of_samples
+from megatron_posttrain.evaluation.responses import by_prompt
 from megatron_posttrain.evaluation.suite import EvaluationSet, Suite
 from megatron_posttrain.rewards import Sample, compute_rewards, load_rewards
 from tests.launch import command
@@ -24,7 +25,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples" / "suites"
 DATA = Path(__file__).parents[2] / "shared" / "data" / "datasets"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")
 ROWS = {"gsm8k": 1319, "gsm8k_5_shot": 1319, "math_500": 500, "aime_2025": 30, "human_eval": 164, "mbpp": 973,
-        "truthfulqa_mc1": 817, "hellaswag": 2000, "openbookqa": 500, "mmlu_stem": 3018, "ifeval": 540,
+        "truthfulqa_mc1": 817, "hellaswag": 2000, "openbookqa": 500, "mmlu_stem": 3018, "ifeval": 540, "mt_bench": 80,
         "bfcl_simple": 400, "bfcl_multiple": 200,
         "bfcl_parallel": 200, "bfcl_parallel_multiple": 200, "bfcl_live_simple": 258, "bfcl_irrelevance": 240,
         "bbh_causal_judgement": 187, "bbh_penguins_in_a_table": 146, "bbh_snarks": 178}  # fmt: skip
@@ -69,6 +70,9 @@ def test_examples_on_the_public_files(file: Path) -> None:
             public = [r["mc1_targets"]["choices"][0] for _, r in records(str(DATA / one.data))]
             assert [match and match[1] for match in said] == public
             assert {row.answer for row in rows} >= set("ABCDEFGH")
+            continue
+        if name == "mt_bench":
+            assert rows[0].metadata["turns"][1].startswith("Rewrite your previous response")
             continue
         if name == "ifeval":
             grades = compute_rewards([Sample(r.messages, "?", metadata=r.metadata) for r in first], rewards)
@@ -135,11 +139,11 @@ def test_figures_of_several_samples() -> None:
         *(record(0, r"\boxed{7}", True), record(0, "It is 7.0", True), record(0, r"\boxed{8}", False)),
         *(record(1, "<think>7</think> 9", False), record(1, "9", False), record(1, "7", True)),
     ]
-    found = of_samples(records, VOTES["math"])
+    found = of_samples(by_prompt(records), VOTES["math"])
     assert found["pass_at"] == pytest.approx({"1": 0.5, "2": (1 + 2 / 3) / 2, "3": 1})
     assert found["majority"] == 0.5  # 7 and 7.0 are one answer
     assert found["accuracy_low"] < 0.5 < found["accuracy_high"]
-    assert "majority" not in of_samples(records, None)
+    assert "majority" not in of_samples(by_prompt(records), None)
 
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,9 +173,20 @@ def test_the_command(tmp_path: Path) -> None:
     sets = {"one": common | {"rewards": [{"name": "exact"}]}, "two": common | drawn}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"sets": sets}))
     arguments = ["evaluate", "--model", str(tmp_path / "model"), "--suite", str(tmp_path / "suite.yaml")]
+    arguments += ["--save-every", "1"]
     said = command(*arguments, "--output", str(tmp_path / "out"), rollout=True).stdout
     assert re.search(r"^one +2 +1 ", said, re.MULTILINE)
     found = json.loads((tmp_path / "out" / "two" / "evaluation.json").read_text())
     assert found["pass_at"].keys() == {"1", "2", "4"}
     assert found["majority"] is not None
-    assert len((tmp_path / "out" / "two" / "responses.jsonl").read_text().splitlines()) == 8
+    # Ended in the second set, behind its first prompt: nothing that is there is generated or graded again.
+    file = tmp_path / "out" / "two" / "responses.jsonl"
+    whole = file.read_bytes().splitlines(keepends=True)
+    assert len(whole) == 8
+    kept = [line.replace(b'"reward":0.0', b'"reward":0.75') for line in whole[:4]]
+    file.write_bytes(b"".join([*kept, whole[4][:40]]))
+    (tmp_path / "out" / "two" / "evaluation.json").unlink()
+    said = command(*arguments, "--output", str(tmp_path / "out"), rollout=True).stdout
+    assert "out/one: finished before with the same settings" in said
+    assert file.read_bytes() == b"".join([*kept, *whole[4:]])
+    assert json.loads((tmp_path / "out" / "two" / "evaluation.json").read_text())["accuracy"] >= 0.5

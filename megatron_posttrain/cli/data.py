@@ -21,12 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("files", nargs="+", metavar="FILE", help="JSON lines or array, CSV (.gz, .zst too), Parquet, a dataset")
     add("--json", action="store_true", help="a list of {file, form, use, rows, columns_ignored}")
     add("--tokenizer", metavar="DIR", help="Hugging Face directory: token lengths, and the first rows' tokens")
-    add(
-        "--train-on",
-        choices=get_args(TrainOn),
-        default="all-assistant",
-        help="as data.train_on (default: all-assistant)",
-    )
+    on = "all-assistant"
+    add("--train-on", choices=get_args(TrainOn), default=on, help=f"as data.train_on (default: {on})")
     add("--rows", type=int, default=2, metavar="N", help="rows to show (default: 2)")
     add_row_arguments(parser)
 

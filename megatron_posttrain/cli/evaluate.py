@@ -56,8 +56,10 @@ def run(args: argparse.Namespace) -> int:
     # isort: split
     import torch.distributed as dist
 
-    from megatron_posttrain.evaluation.evaluate import evaluate, save, suite_table, table
+    from megatron_posttrain.evaluation.evaluate import EVALUATION, evaluate, save, saved, suite_table, table
     from megatron_posttrain.evaluation.perplexity import perplexity
+    from megatron_posttrain.evaluation.responses import begin
+    from megatron_posttrain.parallel.groups import broadcast_object
 
     sets, directory = _sets(args)
     output = Path(args.output)
@@ -66,20 +68,27 @@ def run(args: argparse.Namespace) -> int:
         check_output(place, "--output", FILES)
     job = prepare(args, sets, directory)
     engine = start_engine(args, job)
+    first = dist.get_rank() == 0
+    if first:
+        for task in job.tasks:
+            begin(places[task.name], task.settings, EVALUATION)
     results: dict[str, Any] = {}
     for task in job.tasks:
+        place = places[task.name]
+        if broadcast_object((place / EVALUATION).exists()):
+            if first:
+                results[task.name] = saved(place)
+                print(f"{place}: finished before with the same settings, kept as it is", flush=True)
+            continue
         if task.texts:
             size = min(task.sampling.max_tokens, job.max_model_len - 2)
-            results[task.name], records = perplexity(engine, job.tokenizer, task.texts, size), None
+            results[task.name] = perplexity(engine, job.tokenizer, task.texts, size)
         else:
-            results[task.name], records = evaluate(
-                engine, job.tokenizer, task.prompts, task.rewards, task.sampling, args.seed, task.turns
-            )
-        if dist.get_rank() == 0:
-            facts: dict[str, Any] = {"model": str(args.model), "data": task.data, "graded_by": task.graded_by}
-            save(results[task.name], records, places[task.name], facts)
-    if dist.get_rank() == 0:
-        print(table(results["evaluation"], facts) if args.data and not args.suite else suite_table(results))
+            results[task.name] = evaluate(engine, job.tokenizer, task, place)
+        if first:
+            save(results[task.name], place, task.about)
+    if first:
+        print(table(results["evaluation"], task.about) if args.data and not args.suite else suite_table(results))
         print(f"\nwritten to {output}/{'SET/' if args.suite else ''}{' and '.join(FILES[: 2 - bool(args.perplexity)])}")
     engine.close()
     dist.destroy_process_group()

@@ -1,9 +1,11 @@
 """What `evaluate` and `sample` share: a checked model, sets of prompts, and the engine that answers them."""
 
 import argparse
+import hashlib
+import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,14 @@ def add_arguments(
     add("--samples", type=positive, metavar="N", help=f"responses a prompt (default: {samples})")
     add("--preset", metavar="NAME", help="greedy, qwen3-thinking or qwen3-non-thinking: what follows, and the "
         "template's thinking (default: none)")  # fmt: skip
-    add("--temperature", type=_temperature, metavar="T", help=f"of sampling; 0: greedy (default: the preset's, "
+    add("--temperature", type=float, metavar="T", help=f"of sampling; 0: greedy (default: the preset's, "
         f"{temperature:g} without one)")  # fmt: skip
     add("--top-p", type=float, metavar="P", help="of the likeliest tokens together (default: the preset's, 1)")
     add("--top-k", type=int, metavar="N", help="likeliest tokens; 0: all (default: the preset's, 0)")
     add("--limit", type=positive, metavar="N", help="only the first N rows (default: all)")
     add("--seed", type=int, default=0, help="of sampling (default: 0)")
+    add("--save-every", type=positive, default=256, metavar="N", help="prompts after which responses are in the file "
+        "for good; the same command goes on behind them (default: 256)")  # fmt: skip
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: as stored (default)")
     add("--tensor", type=positive, default=1, metavar="N", help="tensor parallel ranks of an engine (default: 1)")
     parser.set_defaults(set_defaults={"max_tokens": max_tokens, "samples": samples, "temperature": temperature})
@@ -47,28 +51,6 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
-
-
-def _temperature(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
-    return value
-
-
-@dataclass(frozen=True)
-class Task:
-    """A set of prompts, what grades their responses, and how these are sampled."""
-
-    name: str
-    data: str
-    graded_by: str
-    rows: list[Any]
-    prompts: list[Any]
-    rewards: list[Any]
-    turns: Any
-    sampling: Any
-    texts: list[str]  # whose perplexity is measured; then the others are empty
 
 
 def given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
@@ -98,7 +80,7 @@ class Job:
     """A checked command line, and what was learned while checking it."""
 
     tokenizer: Any
-    tasks: list[Task]
+    tasks: list[Any]  # Task
     max_model_len: int
     dtype: Any  # torch's
 
@@ -117,7 +99,7 @@ def prepare(args: argparse.Namespace, sets: dict[str, Any], directory: Path = Pa
     tasks, lengths = [], []
     for name, one in sets.items():
         try:
-            task = _task(name, one, directory, tokenizer, args.omissions)
+            task = _task(args, name, one, directory, tokenizer)
             lengths.append(_length(task, architecture.context_length))
         except UserError as error:
             raise UserError(f"set {name}: {error}" if len(sets) > 1 else str(error)) from None
@@ -139,26 +121,44 @@ def start_engine(args: argparse.Namespace, job: Job) -> Any:
     )
 
 
-def _task(name: str, one: Any, directory: Path, tokenizer: Any, omissions: Any) -> Task:
+def _task(args: argparse.Namespace, name: str, one: Any, directory: Path, tokenizer: Any) -> Any:
     from megatron_posttrain.config.schema import RolloutConfig
     from megatron_posttrain.data.dataset import PromptDataset
+    from megatron_posttrain.evaluation.responses import Task
     from megatron_posttrain.rewards import load_rewards
     from megatron_posttrain.rollout.turns import load_turns
     from megatron_posttrain.training.limits import check_answers, rows_with_tools
 
+    about = {"model": str(args.model), "data": str(directory / one.data), "graded_by": one.graded_by}
     if one.perplexity is not None:
         texts = one.texts(directory)
-        return Task(name, str(directory / one.data), one.graded_by, [], [], [], None, one.sampling, texts)
+        return Task([], [], one.sampling, texts=texts, name=name, about=about, settings=_settings(args, one, texts))
     rewards = load_rewards(one.rewards)
     rows = one.rows(directory)
     check_answers(rows, one.rewards)
     turns = load_turns(one.environment, RolloutConfig(), tokenizer)
     rows = rows_with_tools(rows, turns.tools)
-    prompts = PromptDataset(rows, tokenizer, sys.maxsize, omissions=omissions).prompts
-    return Task(name, str(directory / one.data), one.graded_by, rows, prompts, rewards, turns, one.sampling, [])
+    asked = PromptDataset(rows, tokenizer, sys.maxsize, omissions=args.omissions).prompts
+    how = args.seed, args.save_every, turns, rows, (), name, about, _settings(args, one, asked)
+    return Task(asked, rewards, one.sampling, *how)
 
 
-def _length(task: Task, context_length: int) -> int:
+def _settings(args: argparse.Namespace, one: Any, asked: list[Any]) -> dict[str, Any]:
+    from megatron_posttrain.data.files import content
+    from megatron_posttrain.training.resume import fingerprint_of_config, fingerprint_of_weights
+
+    model = Path(args.model)
+    files = [spec.file for spec in (*one.rewards, one.environment) if spec is not None and spec.file]
+    found = {
+        "model": args.model, "weights": fingerprint_of_config(model) + fingerprint_of_weights(model),
+        "sampling": asdict(one.sampling), **one.model_dump(mode="json", include={"rewards", "environment"}),
+        "files": [content(file) for file in files], "prompts": hashlib.sha256(repr(asked).encode()).hexdigest()[:16],
+        "seed": args.seed, "dtype": args.dtype, "save_every": args.save_every,
+    }  # fmt: skip
+    return dict(json.loads(json.dumps(found)))  # as it comes back from a file
+
+
+def _length(task: Any, context_length: int) -> int:
     """Tokens of the longest prompt with its response, or of a window of perplexity."""
     if task.texts:
         return min(task.sampling.max_tokens + 2, context_length)  # the token before it, and one that must be drawn
@@ -179,7 +179,8 @@ def dtype_of(args: argparse.Namespace) -> Any:
 
     stored = HfReader(args.model)
     named = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    return named.get(args.dtype) or stored.dtype(next(iter(stored.names())))
+    kept = (stored.dtype(name) for name in stored.names())  # beside codes and shapes of quantised tensors
+    return named.get(args.dtype) or next(dtype for dtype in kept if dtype.is_floating_point and dtype.itemsize > 1)
 
 
 def _check_engine(args: argparse.Namespace, architecture: Any, length: int, dtype_bytes: int) -> None:

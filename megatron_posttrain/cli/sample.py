@@ -1,13 +1,11 @@
 """`sample`: N graded responses a prompt, alone or under `torchrun`; a run that was killed goes on where it was."""
 
 import argparse
-import hashlib
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 from megatron_posttrain.cli.generation import add_arguments as add_common
-from megatron_posttrain.cli.generation import positive, prepare, set_of, start_engine
+from megatron_posttrain.cli.generation import prepare, set_of, start_engine
+from megatron_posttrain.errors import UserError
 from megatron_posttrain.output import check_output
 
 FILES = ("responses.jsonl", "sample.json", "sft.jsonl", "dpo.jsonl", "grpo.jsonl")
@@ -21,8 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the shortest correct one, the one of the highest reward, or all (default: correct)")  # fmt: skip
     add("--mixed-only", action="store_true", help="no rows in sft.jsonl for prompts of which all or no responses "
         "are correct; dpo.jsonl and grpo.jsonl never have any")  # fmt: skip
-    add("--save-every", type=positive, default=256, metavar="N", help="prompts after which responses are in the file "
-        "for good (default: 256)")  # fmt: skip
     add("--output", default="runs/samples", metavar="DIR", help="responses.jsonl, and from it sft.jsonl, dpo.jsonl "
         "(best and worst response), grpo.jsonl (prompts with their difficulty) (default: runs/samples)")  # fmt: skip
 
@@ -34,24 +30,21 @@ def run(args: argparse.Namespace) -> int:
     # isort: split
     import torch.distributed as dist
 
-    from megatron_posttrain.evaluation.sample import SETTINGS, check_settings, sample, write_rows
+    from megatron_posttrain.evaluation.responses import begin, other_settings, respond
+    from megatron_posttrain.evaluation.sample import write_rows
 
     output = Path(args.output)
     check_output(output, "--output", FILES)
-    one = set_of(args)
-    job = prepare(args, {"sample": one})
+    job = prepare(args, {"sample": set_of(args)})
     [task] = job.tasks
-    settings = json.loads(json.dumps({
-        "model": args.model, "sampling": asdict(task.sampling), "rewards": one.model_dump(mode="json")["rewards"],
-        "prompts": hashlib.sha256(repr([p.token_ids for p in task.prompts]).encode()).hexdigest()[:16],
-        "seed": args.seed, "dtype": args.dtype, "save_every": args.save_every,
-    }))  # fmt: skip
-    check_settings(output, settings)
+    if (output / "responses.jsonl").exists() and (told := other_settings(output, task.settings)):
+        raise UserError(
+            f"--output {output}: the responses in it were sampled with {told}; choose another directory, or remove it"
+        )
     engine = start_engine(args, job)
     if dist.get_rank() == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    sample(engine, job.tokenizer, task.prompts, task.rewards, task.sampling, args.seed, output, args.save_every)
+        begin(output, task.settings)
+    respond(engine, job.tokenizer, task, output)
     if dist.get_rank() == 0:
         counts = write_rows(output, task.rows, args.keep, args.mixed_only)
         print(

@@ -14,10 +14,8 @@ from megatron_posttrain.rewards import load_rewards
 # What vLLM 0.32 needs on CPU: no compiler, no rewound generator (rollout/vllm_fixes.py), no binding to cores.
 CPU_OPTIONS = ("--enforce-eager", "--no-enable-chunked-prefill")
 # Its default share of the memory, 92%, is free on no machine that does anything else
-CPU_CACHE, CPU_CACHE_OPTIONS = (
-    ("--kv-cache-memory-bytes", str(4 << 30)),
-    ("--kv-cache-memory-bytes", "--gpu-memory-util"),
-)
+CPU_CACHE = ("--kv-cache-memory-bytes", str(4 << 30))
+CPU_CACHE_OPTIONS = ("--kv-cache-memory-bytes", "--gpu-memory-util")
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 

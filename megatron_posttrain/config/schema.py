@@ -298,7 +298,7 @@ class RewardConfig(Section):
 
 
 class EnvironmentConfig(Section):
-    name: str = Field(description="calculator | python | search, or one that `file` defines")
+    name: str = Field(description="calculator | python | search | questions, or one that `file` defines")
     file: str | None = key(None, "Python file that defines it with @environment(name)")
     args: dict[str, Any] = key({}, "the environment's own parameters")
     max_turns: PositiveInt = key(8, "of the model in a conversation")

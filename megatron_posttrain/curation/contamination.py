@@ -76,10 +76,8 @@ class Contamination:
         """Of each evaluation file: its prompts, those that rows share enough with, and those too short to tell."""
         return [
             {
-                "file": file,
-                "prompts": len(prompts),
-                "contaminated": len(self.hit.intersection(prompts)),
+                "file": file, "prompts": len(prompts), "contaminated": len(self.hit.intersection(prompts)),
                 "too_short": int((self._sizes[prompts.start : prompts.stop] < self._n).sum()),
             }
             for file, prompts in self.files
-        ]
+        ]  # fmt: skip

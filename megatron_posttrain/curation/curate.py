@@ -69,11 +69,7 @@ def option(name: str) -> str:
 
 
 def curate(
-    sources: Iterable[str],
-    output: Path,
-    rules: Rules,
-    columns: Columns | None = None,
-    evaluation_columns: Columns | None = None,
+    sources: Iterable[str], output: Path, rules: Rules, columns: Columns | None = None, against: Columns | None = None
 ) -> dict[str, Any]:
     """Writes OUTPUT/rows.jsonl and dropped.jsonl ({reason, detail, source, row}); returns what was dropped and why.
 
@@ -82,7 +78,7 @@ def curate(
     start = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
     part = output / (KEPT + ".part")
-    evaluation = Contamination(rules.against, rules.ngram, rules.overlap, rules.lcs, evaluation_columns)
+    evaluation = Contamination(rules.against, rules.ngram, rules.overlap, rules.lcs, against)
     near = NearDuplicates(rules.near) if rules.near else None
     exact: dict[bytes, str] = {}
     counts: Counter[str] = Counter()
@@ -110,12 +106,9 @@ def curate(
         kept.flush()
         counts |= _finish(part, output / KEPT, twins, dropped, rules)
     return {
-        "rows": total,
-        "kept": total - counts.total(),
-        "dropped": dict(counts.most_common()),
-        "evaluation": evaluation.report(),
-        "seconds": round(time.perf_counter() - start, 2),
-    }
+        "rows": total, "kept": total - counts.total(), "dropped": dict(counts.most_common()),
+        "evaluation": evaluation.report(), "seconds": round(time.perf_counter() - start, 2),
+    }  # fmt: skip
 
 
 def _finish(part: Path, kept: Path, twins: dict[int, int], dropped: Any, rules: Rules) -> Counter[str]:
@@ -175,14 +168,9 @@ def _text(row: Row, rules: Rules) -> str:
 
 
 def _reasons(
-    rows: Sequence[Row],
-    texts: Sequence[str],
-    hashes: Hashes,
-    offsets: Offsets,
-    rules: Rules,
-    exact: dict[bytes, str],
-    evaluation: Contamination,
-) -> dict[int, tuple[str, str]]:
+    rows: Sequence[Row], texts: Sequence[str], hashes: Hashes, offsets: Offsets, rules: Rules,
+    exact: dict[bytes, str], evaluation: Contamination,
+) -> dict[int, tuple[str, str]]:  # fmt: skip
     """Rows of a batch to drop, by number, with the first reason and its detail."""
     repeated = _repetition(hashes, offsets) if rules.repetition is not None else np.zeros(len(rows))
     contaminated = evaluation.find(hashes, offsets) if rules.against else {}

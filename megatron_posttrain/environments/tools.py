@@ -1,4 +1,4 @@
-"""Environments of tools: a calculator, Python in the sandbox, search over local files."""
+"""Environments of tools: a calculator, Python in the sandbox, search over local files; and one of questions."""
 
 import ast
 import math
@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_posttrain import sandbox
-from megatron_posttrain.environments.protocol import ERROR, ToolEnvironment, environment
+from megatron_posttrain.data.dataset import Prompt
+from megatron_posttrain.data.messages import Message
+from megatron_posttrain.environments.protocol import ERROR, Done, ToolEnvironment, Turn, environment
 from megatron_posttrain.errors import UserError
 
 _OPERATORS: dict[type, Callable[..., Any]] = {
@@ -120,3 +122,15 @@ def _passages(place: Path) -> list[str]:
     except (OSError, ValueError) as error:
         raise UserError(f"environment: 'search': args.files {place}: {error}") from None
     return [part.strip() for text in texts for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+
+@environment("questions")
+class QuestionsEnvironment:
+    """Asks the texts of `metadata.turns` behind the first, which is the prompt, one after the other, whatever is said,
+    as MT-Bench does. The reward `environment` is 1 where all were answered."""
+
+    def start(self, prompt: Prompt) -> Any:
+        return [str(text) for text in prompt.metadata["turns"][1:]]
+
+    def reply(self, state: Any, turn: Turn) -> list[Message] | Done:
+        return [{"role": "user", "content": state.pop(0)}] if state else Done(1.0)

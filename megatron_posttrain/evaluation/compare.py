@@ -6,8 +6,10 @@ from pathlib import Path
 from statistics import fmean
 
 from megatron_posttrain.errors import UserError
-from megatron_posttrain.evaluation.evaluate import CORRECT, by_prompt
+from megatron_posttrain.evaluation.evaluate import CORRECT, EVALUATION
+from megatron_posttrain.evaluation.responses import RESPONSES, read_responses
 from megatron_posttrain.evaluation.statistics import paired_difference
+from megatron_posttrain.output import columns
 
 Shares = Mapping[str, Mapping[str, float]]  # set -> prompt -> share of correct responses
 
@@ -23,34 +25,28 @@ def _files(directory: Path, name: str) -> dict[str, Path]:
 def read_results(directory: Path) -> Shares:
     """Of a directory that `evaluate` wrote, with or without --suite."""
     found = {}
-    for name, file in _files(directory, "responses.jsonl").items():
-        with file.open(encoding="utf-8") as lines:
-            groups = by_prompt(json.loads(line) for line in lines)
+    for name, file in _files(directory, RESPONSES).items():
         found[name] = {
             json.dumps([group[0]["messages"], group[0]["answer"]]): fmean(r["reward"] > CORRECT for r in group)
-            for group in groups
+            for group in read_responses(file.parent)
         }
     return found
 
 
 def compare(results: Sequence[Shares], names: Sequence[str]) -> str:
     """A table: each of the others against the first, on the prompts that both answered."""
-    width = max(map(len, (*(set_ for shares in results for set_ in shares), *names, "set")))
-    head = f"{'set':{width}} {'against ' + names[0]:{width + 8}} prompts  first second  difference  95% interval      p       smallest to be seen"  # noqa: E501
-    lines = [head]
+    head = ["set", f"against {names[0]}", "prompts", "first", "second", "difference", "95% interval", "p"]
+    lines, left = [[*head, "smallest to be seen"]], 0
     for name, others in zip(names[1:], results[1:], strict=True):
         for set_ in results[0]:
             first, second = results[0][set_], others.get(set_, {})
             if not (common := [key for key in first if key in second]):
                 raise UserError(f"{names[0]} and {name} have no prompt of set {set_ or 'evaluation'!r} in common")
             d = paired_difference([first[key] for key in common], [second[key] for key in common])
-            lines.append(
-                f"{set_:{width}} {name:{width + 8}} {d.prompts:7} {d.first:6.3f} {d.second:6.3f}  "
-                f"{d.difference:+10.3f}  {d.low:+.3f} to {d.high:+.3f}  {d.p_value:.4f}  {d.detectable:.3f}"
-            )
-            if left := len(first) + len(second) - 2 * len(common):
-                lines.append(f"  {left} prompts are in one of them only, and were left out")
-    return "\n".join(lines)
+            found = f"{d.first:.3f}", f"{d.second:.3f}", f"{d.difference:+.3f}", f"{d.low:+.3f} to {d.high:+.3f}"
+            lines.append([set_, name, str(d.prompts), *found, f"{d.p_value:.4f}", f"{d.detectable:.3f}"])
+            left += len(first) + len(second) - 2 * len(common)
+    return columns(lines) + (f"\n{left} prompts are in one of them only, and were left out" if left else "")
 
 
 def leaderboard(names: Sequence[str]) -> str:
@@ -58,12 +54,11 @@ def leaderboard(names: Sequence[str]) -> str:
     perplexity."""
     found: dict[str, dict[str, str]] = {name: {} for name in names}
     for name, row in found.items():
-        for set_, file in _files(Path(name), "evaluation.json").items():
+        for set_, file in _files(Path(name), EVALUATION).items():
             e = json.loads(file.read_text(encoding="utf-8"))
             half = (e.get("accuracy_high", 0) - e.get("accuracy_low", 0)) / 2
             figure = f"{e['accuracy']:.3f} +- {half:.3f}" if "accuracy" in e else f"{e['perplexity']:.3f} (perplexity)"
             row[set_ or Path(e["data"]).name] = figure
     sets = list(dict.fromkeys(key for row in found.values() for key in row))
     rows = [["run", *sets], *([name, *(row.get(key, "-") for key in sets)] for name, row in found.items())]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(f"{x:{w}}" for x, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return columns(rows)

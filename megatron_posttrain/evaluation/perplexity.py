@@ -24,7 +24,7 @@ class Perplexity:
 
     def __str__(self) -> str:
         return (
-            f"{self.texts:7} texts: perplexity {self.perplexity:.4f}, of words {self.word_perplexity:.4f}, "
+            f"{self.texts} texts: perplexity {self.perplexity:.4f}, of words {self.word_perplexity:.4f}, "
             f"{self.bits_per_byte:.4f} bits a byte, {self.tokens:,} tokens"
         )
 
@@ -58,10 +58,5 @@ def perplexity(engine: RolloutEngine, tokenizer: Any, texts: Sequence[str], size
     totals: list[float] = [0.0] * dist.get_world_size()
     dist.all_gather_object(totals, total)
     loss = -math.fsum(totals[:: engine.tensor])
-    return Perplexity(
-        perplexity=math.exp(loss / count),
-        word_perplexity=math.exp(loss / sum(len(re.split(r"\s+", text)) for text in texts)),
-        bits_per_byte=loss / math.log(2) / sum(len(text.encode()) for text in texts),
-        texts=len(texts),
-        tokens=count,
-    )
+    words, size = sum(len(re.split(r"\s+", text)) for text in texts), sum(len(text.encode()) for text in texts)
+    return Perplexity(math.exp(loss / count), math.exp(loss / words), loss / math.log(2) / size, len(texts), count)

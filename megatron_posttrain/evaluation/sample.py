@@ -1,79 +1,14 @@
-"""N responses a prompt, kept in a file as they come; rows for `sft`, `dpo` and `grpo` from them."""
+"""Rows for `sft`, `dpo` and `grpo` from N graded responses a prompt."""
 
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-import torch.distributed as dist
 from pydantic_core import to_json
 
-from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.data.rows import Row
-from megatron_posttrain.errors import UserError
-from megatron_posttrain.evaluation.evaluate import CORRECT, by_prompt, respond
-from megatron_posttrain.parallel.groups import broadcast_object
-from megatron_posttrain.rewards import Reward
-from megatron_posttrain.rollout import RolloutEngine, Sampling
-
-Record = dict[str, Any]
-RESPONSES, SETTINGS = "responses.jsonl", "sample.json"
-
-
-def sample(
-    engine: RolloutEngine,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    rewards: Sequence[Reward],
-    sampling: Sampling,
-    seed: int,
-    output: Path,
-    save_every: int,
-) -> None:
-    """Collective: OUTPUT/responses.jsonl with `sampling.n` graded responses to each prompt, in their order.
-
-    It grows by those to `save_every` prompts at a time. A run that was killed goes on after the last whole part, with
-    the same prompts in each part and the same seed for each response: the file is that of a run that was not.
-    """
-    file, n = output / RESPONSES, sampling.n
-    there = _whole_parts(file, save_every * n, len(prompts) * n) if dist.get_rank() == 0 else 0
-    done = int(str(broadcast_object(there)))
-    for first in range(done * save_every, len(prompts), save_every):
-        part = prompts[first : first + save_every]
-        seeds = range(seed + first * n, seed + (first + len(part)) * n)
-        _, records = respond(engine, tokenizer, part, rewards, sampling, seeds)
-        if dist.get_rank() == 0:
-            with file.open("ab") as lines:
-                lines.write(b"".join(to_json(record) + b"\n" for record in records))
-                lines.flush()
-                os.fsync(lines.fileno())
-            print(f"{first + len(part):,} of {len(prompts):,} prompts", flush=True)
-
-
-def _whole_parts(file: Path, size: int, total: int) -> int:
-    """Parts of `size` lines in a file of `total` at the end; it is cut after them: half a part may be there."""
-    ends = [0]
-    with file.open("ab+") as lines:
-        lines.seek(0)
-        ends += [lines.tell() for line in iter(lines.readline, b"") if line.endswith(b"\n")]
-        count = len(ends) - 1
-        if count != total:
-            count -= count % size
-        lines.truncate(ends[count])
-    return -(-count // size)
-
-
-def check_settings(output: Path, settings: Record) -> None:
-    """Raises UserError where responses lie in a directory that other settings made."""
-    if (output / SETTINGS).exists() and (output / RESPONSES).exists():
-        there = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
-        if other := [key for key in settings if there.get(key) != settings[key]]:
-            raise UserError(
-                f"--output {output}: the responses in it were sampled with another {', '.join(other)}: "
-                f"{there.get(other[0])!r}, now {settings[other[0]]!r}; choose another directory, or remove this one"
-            )
+from megatron_posttrain.evaluation.evaluate import CORRECT
+from megatron_posttrain.evaluation.responses import Record, read_responses
 
 
 def _shortest_correct(responses: list[Record]) -> list[Record]:
@@ -102,8 +37,7 @@ def write_rows(output: Path, rows: Sequence[Row], keep: str, mixed_only: bool) -
             correct have nothing to learn from with any rule of `correct`.
     """
     counts = dict.fromkeys(("prompts", "all_correct", "none_correct", "sft", "dpo", "grpo"), 0)
-    with (output / RESPONSES).open("rb") as lines:
-        groups = by_prompt(map(json.loads, lines))
+    groups = read_responses(output)
     shares = [fmean(r["reward"] > CORRECT for r in group) for group in groups]
     files = {name: (output / f"{name}.jsonl").open("wb") for name in ("sft", "dpo", "grpo")}
     for group, share in zip(groups, shares, strict=True):

@@ -63,7 +63,7 @@ class EvaluationSet(Section):
     preset: Literal["greedy", "qwen3-thinking", "qwen3-non-thinking"] = Field(
         "greedy", description="temperature, top_p, top_k, presence_penalty and thinking, where they are not given"
     )
-    temperature: NonNegativeFloat | None = None
+    temperature: NonNegativeFloat | None = Field(None, allow_inf_nan=False)
     top_p: Fraction | None = None
     top_k: NonNegativeInt | None = Field(None, description="0: all tokens")
     presence_penalty: float | None = None

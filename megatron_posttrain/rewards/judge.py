@@ -94,26 +94,11 @@ class Judge:
     """
 
     def __init__(
-        self,
-        *,
-        address: str,
-        model: str,
-        mode: Literal["grade", "compare"] = "grade",
-        reference: bool = True,
-        rubric: str = "",
-        prompt: str | None = None,
-        low: float = 1,
-        high: float = 10,
-        temperature: float = 0.0,
-        max_tokens: int = 1024,
-        seconds: float = 60.0,
-        retries: int = 3,
-        concurrency: int = 64,
-        budget: int | None = None,
-        cache: str | None = None,
-        key: str = "OPENAI_API_KEY",
-        canaries: bool = True,
-    ) -> None:
+        self, *, address: str, model: str, mode: Literal["grade", "compare"] = "grade", reference: bool = True,
+        rubric: str = "", prompt: str | None = None, low: float = 1, high: float = 10, temperature: float = 0.0,
+        max_tokens: int = 1024, seconds: float = 60.0, retries: int = 3, concurrency: int = 64,
+        budget: int | None = None, cache: str | None = None, key: str = "OPENAI_API_KEY", canaries: bool = True,
+    ) -> None:  # fmt: skip
         import openai
 
         self._client = openai.AsyncOpenAI(
@@ -125,7 +110,7 @@ class Judge:
         self._prompt = prompt or (SCORE_PROMPT if mode == "grade" else PAIR_PROMPT)
         if not low < high:
             raise UserError(f"rewards: 'judge': args.low: found {low:g}; allowed: less than args.high, {high:g}")
-        self._low, self._high = low, high
+        self.low, self.high = low, high
         self._fill(request="", answer="", reference="", rubric="", first="", second="")
         self._cache, self._gate = Cache(cache), asyncio.Semaphore(concurrency)
         self._left, self._canaries = budget, CANARY_ROWS if canaries else 0
@@ -160,9 +145,9 @@ class Judge:
             if self._reference and sample.answer:
                 shared["reference"] = f"<right_answer>\n{sample.answer}\n</right_answer>\n"
             grade = await self._verdict(self._fill(**shared, first="", second=""))
-            if not _NUMBER.fullmatch(grade) or not self._low <= float(grade) <= self._high:
-                raise GradingError(f"the judge's grade is {grade}; it must be from {self._low:g} to {self._high:g}")
-            return Score((float(grade) - self._low) / (self._high - self._low), {"canary": self._won})
+            if not _NUMBER.fullmatch(grade) or not self.low <= float(grade) <= self.high:
+                raise GradingError(f"the judge's grade is {grade}; it must be from {self.low:g} to {self.high:g}")
+            return Score((float(grade) - self.low) / (self.high - self.low), {"canary": self._won})
         if sample.answer is None:
             raise GradingError("args.mode is compare, but the row has no answer to compare with")
         orders = [(answer, sample.answer), (sample.answer, answer)]
@@ -178,7 +163,7 @@ class Judge:
 
     def _fill(self, **fields: str) -> str:
         try:
-            return self._prompt.format(low=f"{self._low:g}", high=f"{self._high:g}", **fields)
+            return self._prompt.format(low=f"{self.low:g}", high=f"{self.high:g}", **fields)
         except (KeyError, IndexError, ValueError) as error:
             allowed = "request, answer, reference, rubric, low, high, first, second"
             raise UserError(f"rewards: 'judge': args.prompt: {error!r} in braces; allowed: {allowed}") from None
