@@ -243,9 +243,9 @@ def test_a_run_goes_on_from_its_adapters(tmp_path: Path) -> None:
     def sft(output: Path, layout: str) -> None:
         line = [
             "sft", f"model.path={assets / 'model'}", f"data.train={assets / 'train.jsonl'}", f"output={output}",
-            "precision.dtype=fp32", "data.sequence_length=64", "training.global_batch_size=4", "training.steps=2",
-            "optimizer.lr=1e-2", "checkpoint.every=1", "checkpoint.keep=9", "logging.tensorboard=false",
-            "lora={rank: 4, dropout: 0.1}", *layout.split(),
+            "precision.dtype=fp32", "data.sequence_length=64", "training.global_batch_size=4",
+            "training.micro_batch_size=2", "training.steps=2", "optimizer.lr=1e-2", "checkpoint.every=1",
+            "checkpoint.keep=9", "logging.tensorboard=false", "lora={rank: 4, dropout: 0.1}", *layout.split(),
         ]  # fmt: skip
         ranks(2, "-m", "megatron_posttrain", *line)
 

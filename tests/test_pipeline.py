@@ -327,7 +327,7 @@ def test_stop_saves_and_the_next_run_goes_on(tmp_path: Path, capsys: pytest.Capt
         "parallel": {"tensor": 2},
         "precision": {"dtype": "fp32"},
         "data": {"train": str(assets / "train.jsonl"), "sequence_length": 64},
-        "training": {"steps": 20, "global_batch_size": 2},
+        "training": {"steps": 20, "global_batch_size": 2, "micro_batch_size": 2},
         "logging": {"tensorboard": False},
     }
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(config))

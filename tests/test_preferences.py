@@ -234,9 +234,5 @@ def test_layouts_and_packing_change_nothing(
         for layout in each:
             metrics = next(found)
             for key in ("loss", "grad_norm"):
-                ours = [m[key] for m in metrics]
-                assert ours == pytest.approx([m[key] for m in alone[name][:COMPARED]], rel=1e-4, abs=1e-5), (
-                    name,
-                    layout,
-                    key,
-                )
+                ours, wanted = ([m[key] for m in steps] for steps in (metrics, alone[name][:COMPARED]))
+                assert ours == pytest.approx(wanted, rel=1e-4, abs=1e-5), (name, layout, key)

@@ -31,8 +31,9 @@ def arguments(assets: Path, output: Path, dtype: str, *more: str) -> list[str]:
     return [
         "-m", "megatron_posttrain", "sft", f"model.path={assets / 'model'}", f"data.train={assets / 'train.jsonl'}",
         f"output={output}", f"precision.dtype={dtype}", "parallel.tensor=2", "parallel.expert=2",
-        "data.sequence_length=64", "training.global_batch_size=4", f"training.steps={STEPS}",
-        "optimizer.lr=1e-3", "optimizer.schedule=constant", "checkpoint.every=2", "logging.tensorboard=false", *more,
+        "data.sequence_length=64", "training.global_batch_size=4", "training.micro_batch_size=2",
+        f"training.steps={STEPS}", "optimizer.lr=1e-3", "optimizer.schedule=constant", "checkpoint.every=2",
+        "logging.tensorboard=false", *more,
     ]  # fmt: skip
 
 

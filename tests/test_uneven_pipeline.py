@@ -108,8 +108,9 @@ def test_resumes_without_a_pipeline(tmp_path: Path) -> None:
     def arguments(output: Path, *more: str) -> list[str]:
         return [
             "sft", f"model.path={assets / 'model'}", f"data.train={assets / 'train.jsonl'}", f"output={output}",
-            "precision.dtype=fp32", "data.sequence_length=64", "training.global_batch_size=4", "training.steps=4",
-            "optimizer.schedule=constant", "checkpoint.every=2", "logging.tensorboard=false", *more,
+            "precision.dtype=fp32", "data.sequence_length=64", "training.global_batch_size=4",
+            "training.micro_batch_size=2", "training.steps=4", "optimizer.schedule=constant",
+            "checkpoint.every=2", "logging.tensorboard=false", *more,
         ]  # fmt: skip
 
     ranks(2, "-m", "megatron_posttrain", *arguments(run, "parallel.pipeline=2", "training.steps=2"))
