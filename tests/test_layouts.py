@@ -14,6 +14,7 @@ from tests.launch import ranks
 from tests.layouts import reference
 from tests.models import make_qwen3
 
+ROWS = 2
 STEPS = 3  # the third depends on all that the optimizer keeps; the slow test takes ten
 LAYOUTS: dict[int, dict[str, list[dict[str, int]]]] = {
     1: {"dense": [{}], "moe": [{}]},
@@ -62,7 +63,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def expected(models: dict[str, str]) -> dict[str, Any]:
-    return {k: (reference.logprobs(path), *reference.train(path, STEPS)) for k, path in models.items()}
+    return {k: (reference.logprobs(path), *reference.train(path, STEPS, ROWS)) for k, path in models.items()}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,8 @@ def run(models: dict[str, str], out: Path, steps: int) -> dict[str, Any]:
     """One job a world size runs all its layouts: starting processes costs more than the work."""
     for processes in LAYOUTS:
         jobs = [
-            {"model": models[k], "layout": lay, "steps": steps, "export": True, "out": str(out / name(k, n, lay))}
+            {"model": models[k], "layout": lay, "steps": steps, "rows": ROWS, "export": True}
+            | {"out": str(out / name(k, n, lay))}
             for k, n, lay in CASES
             if n == processes
         ]
@@ -95,7 +97,7 @@ def check_training(found: dict[str, Any], losses: list[float], norms: list[float
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_ten_losses_and_gradient_norms_equal_transformers(models: dict[str, str], tmp_path: Path) -> None:
-    expected = {kind: reference.train(path, 10) for kind, path in models.items()}
+    expected = {kind: reference.train(path, 10, ROWS) for kind, path in models.items()}
     for case, found in run(models, tmp_path, 10).items():
         check_training(found, *expected[case.partition("-")[0]])
 
