@@ -31,7 +31,7 @@ WARM_UP = 2
 # Figures go through a descriptor of their own: libraries write to the others.
 CHILD = """import os, runpy, sys
 os.dup2(int(sys.argv.pop()), 3)
-runpy.run_module("benchmarks.grpo_peers", run_name="__main__", alter_sys=True)"""
+runpy.run_module(sys.argv.pop(), run_name="__main__", alter_sys=True)"""
 REWARD = """from megatron_posttrain.rewards import reward
 
 
@@ -160,10 +160,10 @@ def side(name: str, file: str) -> None:
 
 
 class Side:
-    def __init__(self, name: str, file: Path, log: Path) -> None:
+    def __init__(self, name: str, file: Path, log: Path, module: str = "benchmarks.grpo_peers") -> None:
         self.log, (read, write) = log, os.pipe()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", CHILD, "--side", name, str(file), str(write)],
+            [sys.executable, "-c", CHILD, "--side", name, str(file), module, str(write)],
             stdin=subprocess.PIPE, stdout=log.open("w"), stderr=subprocess.STDOUT, pass_fds=[write],
             env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
         )  # fmt: skip
@@ -223,7 +223,7 @@ def main() -> None:
     show(steps)
 
 
-def show(steps: dict[str, list[dict[str, float]]]) -> None:
+def show(steps: dict[str, list[dict[str, float]]], figure: str = "reward") -> None:
     for name, lines in steps.items():
         timed = lines[WARM_UP:]
         if len(timed) < 2:
@@ -233,7 +233,7 @@ def show(steps: dict[str, list[dict[str, float]]]) -> None:
         low, middle, high = statistics.quantiles([x["cpu"] / own["cpu"] for x, own in pairs], n=4)
         cpu, wall = (statistics.median(line[kind] for line in timed) for kind in ("cpu", "wall"))
         ratio = f"{middle:.2f} of ours ({low:.2f} to {high:.2f})"
-        rewards = f"reward {lines[0]['reward']:.3f} -> {lines[-1]['reward']:.3f}"
+        rewards = f"{figure} {lines[0]['reward']:.3f} -> {lines[-1]['reward']:.3f}"
         print(f"{name:9} {cpu:.3f} CPU s a step ({wall:.3f} s), {ratio}; {rewards}")
 
 

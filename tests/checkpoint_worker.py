@@ -68,7 +68,7 @@ def digest_of_weights(engine: Engine) -> str:
 def train(engine: Engine, first: int, count: int) -> list[float]:
     found = []
     for step in range(first, first + count):
-        rows = batch(step, engine.arch.vocab_size)
+        rows = batch(step, engine.arch.vocab_size, max(4, dist.get_world_size()))
         micro_batches = rank_micro_batches(rows, engine.groups, 1)
         result = engine.train_step(micro_batches, cross_entropy, per_token, 1e-3)
         found += [result.loss, result.grad_norm]

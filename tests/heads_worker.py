@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_posttrain.algorithms.losses import cross_entropy
 from megatron_posttrain.checkpoint.hf import check_directory
 from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.data.batch import PackedBatch, Sequence
@@ -22,10 +24,11 @@ from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.training.batches import rank_token_batches
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.heads import Output, Scalars, TopK
-from megatron_posttrain.training.totals import Mean, per_sequence
+from megatron_posttrain.training.totals import Mean, per_sequence, per_token
 
 LENGTHS = [5, 17, 33, 8, 12, 21]
 K = 7
+Z_LOSS = 0.1
 
 
 def sequences(vocabulary: int) -> list[Sequence]:
@@ -72,6 +75,9 @@ def run(job: dict[str, Any], layout: dict[str, int]) -> dict[str, Any]:
         values |= {index: value for index, value in pairs if index >= 0}
     result = trained.train_step(batches, squares, per_sequence, 1e-3, Scalars(last=True))
     facts |= {"loss": result.loss, "grad_norm": result.grad_norm, "value": result.metrics["value"].value}
+    language = Engine.of(config, arch, groups)
+    z_loss = language.train_step(batches, partial(cross_entropy, z_loss=Z_LOSS), per_token, 1e-3)
+    facts["z_loss"] = [z_loss.loss, z_loss.grad_norm, z_loss.metrics["z_loss"].value]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (top, values))
     facts["top"] = [found for _, found in sorted({k: v for part, _ in gathered for k, v in part.items()}.items())]

@@ -89,16 +89,36 @@ def test_goes_on_under_another_layout(runs: Path, name: str) -> None:
     assert facts(runs, name)[0]["then"] == pytest.approx(facts(runs, "all")[0]["then"], rel=1e-4)
 
 
-def test_every_rank_writes_its_share_from_a_share_of_host_memory(runs: Path) -> None:
-    sizes = [sum(f.stat().st_size for f in step(runs, "new").glob(f"__{rank}_*.distcp")) for rank in range(RANKS)]
+def check_memory_of_a_save(runs: Path, saved: str, name: str, count: int) -> None:
+    sizes = [sum(f.stat().st_size for f in step(runs, saved).glob(f"__{rank}_*.distcp")) for rank in range(count)]
     assert max(sizes) < 1.1 * min(sizes)
-    tensors = DistcpReader(step(runs, "new")).tensors.values()
-    for rank, found in enumerate(facts(runs, "whole")):
+    tensors = DistcpReader(step(runs, saved)).tensors.values()
+    for rank in range(count):
+        found = json.loads((runs / f"{name}.{rank}.json").read_text())
         # bf16 weights, fp32 main weights and two moments; on CPU a bucket on its way is in host memory too.
         pieces = sum(chunk.file.startswith(f"__{rank}_") for stored in tensors for chunk in stored.chunks)
         rounding = 512 * (pieces + 4)  # the tracker's
-        plans = (step(runs, "new") / ".metadata").stat().st_size  # of all ranks, on rank 0
+        plans = (step(runs, saved) / ".metadata").stat().st_size  # of all ranks, on rank 0
+        print(f"rank {rank} of {count}: a share of {found['share']:,} elements, peak of a save {found['peak']:,} bytes")
         assert 13 * found["share"] < found["peak"] < 14 * found["share"] + 8 * found["bucket"] + rounding + plans
+
+
+def test_every_rank_writes_its_share_from_a_share_of_host_memory(runs: Path) -> None:
+    check_memory_of_a_save(runs, "new", "whole", RANKS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{}, EXPERTS, SPLIT | EXPERTS])
+def test_eight_ranks_write_their_shares(tmp_path: Path, layout: dict[str, int]) -> None:
+    job = {"model": make_qwen3(tmp_path, "moe"), "layout": layout, "out": str(tmp_path / "x"), "train": 2}
+    again = job | {"out": str(tmp_path / "y"), "load": str(tmp_path / "save"), "train": 0}
+    (tmp_path / "jobs.json").write_text(
+        json.dumps([job | {"save": str(tmp_path / "save"), "then": 2}, again | {"then": 2}])
+    )
+    ranks(8, "-m", "tests.checkpoint_worker", str(tmp_path / "jobs.json"))
+    check_memory_of_a_save(tmp_path, "save", "x", 8)
+    before, after = ([json.loads((tmp_path / f"{n}.{r}.json").read_text()) for r in range(8)] for n in "xy")
+    assert [f["then"] for f in before] == [f["then"] for f in after]
 
 
 def test_a_resume_reads_each_byte_of_optimizer_states_once_and_no_weights(runs: Path) -> None:

@@ -16,6 +16,7 @@ from megatron_posttrain.data.rows import Row
 from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.rewards import Reward
 from megatron_posttrain.rollout.engine import Completion, Request, Sampling
+from megatron_posttrain.rollout.samples import generate_samples
 from megatron_posttrain.rollout.turns import ONE_TURN
 from tests.chat_tokenizers import CHATML, byte_tokenizer
 from tests.stand_in import StandIn
@@ -81,3 +82,24 @@ def test_what_is_saved_goes_on(tmp_path: Path, keys: list[str]) -> None:
         whole = [index for each in every for index in each["asked"][::2]]
         assert len(whole) == 18
         assert max(map(whole.count, whole)) <= 2
+
+
+def test_an_engine_that_only_generates() -> None:
+    """Of a caller's own: the same samples as from one that takes requests while others run."""
+
+    class Own(Uneven):
+        run: Any = property()  # has none
+
+        def generate(self, prompts: Any, sampling: Sampling, seeds: Any) -> list[Completion]:
+            asked = zip(prompts, seeds, strict=True)
+            return [self.answer(Request(prompt, seed, sampling.max_tokens), sampling) for prompt, seed in asked]
+
+    start_distributed()
+    tokenizer: Any = byte_tokenizer(CHATML)
+    rows = [Row([{"role": "user", "content": f"{i}?"}], str(i), source=f"x:{i}") for i in range(5)]
+    prompts = PromptDataset(rows, tokenizer, 100).prompts
+    rewards = [Reward("even", 1.0, lambda one: float(len(one.response) % 2))]
+    engines: list[Any] = [Own(), Uneven()]
+    own, other = (generate_samples(e, tokenizer, prompts, rewards, Sampling(2, 20), range(10)) for e in engines)
+    assert [ids.tolist() for ids in own.token_ids] == [ids.tolist() for ids in other.token_ids]
+    assert own.rewards.tolist() == other.rewards.tolist()

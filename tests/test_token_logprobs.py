@@ -35,22 +35,26 @@ def test_values_and_gradients_equal_float64(
     before = logits.clone()
     labels, weights = torch.randint(0, real, (30,)), torch.randn(30)
     leaf = logits.requires_grad_()
-    logprobs, entropy = module.token_logprobs(leaf, labels, real, GROUP, temperature)
+    logprobs, entropy, normalisers = module.token_logprobs(leaf, labels, real, GROUP, temperature)
     (gradient,) = torch.autograd.grad((logprobs * weights).sum(), leaf, retain_graph=True)
-    (of_both,) = torch.autograd.grad((logprobs * weights + entropy * weights.flip(0)).sum(), leaf)
+    z_loss = normalisers.square() * weights.roll(3)
+    of_all = torch.autograd.grad((logprobs * weights + entropy * weights.flip(0) + z_loss).sum(), leaf)[0]
 
     wide = before[:, :real].double().requires_grad_()
     all_logprobs = torch.log_softmax(wide / temperature, -1)
     expected = all_logprobs.gather(1, labels[:, None])[:, 0]
     expected_entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
     (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), wide, retain_graph=True)
-    (expected_both,) = torch.autograd.grad((expected * weights + expected_entropy * weights.flip(0)).sum(), wide)
+    expected_z_loss = torch.logsumexp(wide / temperature, -1).square() * weights.roll(3)
+    expected_sum = (expected * weights + expected_entropy * weights.flip(0) + expected_z_loss).sum()
+    (expected_of_all,) = torch.autograd.grad(expected_sum, wide)
     assert torch.equal(leaf.detach(), before)
     torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(entropy.double(), expected_entropy, rtol=0, atol=1e-5)
     tolerance = 1e-6 if dtype == torch.float32 else 2**-8
     torch.testing.assert_close(gradient[:, :real].double(), expected_gradient, rtol=tolerance, atol=1e-6)
-    torch.testing.assert_close(of_both[:, :real].double(), expected_both, rtol=tolerance, atol=5e-6)
+    torch.testing.assert_close(z_loss.double(), expected_z_loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(of_all[:, :real].double(), expected_of_all, rtol=tolerance, atol=5e-5)
     assert not gradient[:, real:].any()
 
 

@@ -30,9 +30,16 @@ def cross_entropy_terms(logprobs: Tensor, mask: Tensor) -> Tensor:
     return -(logprobs * mask)
 
 
-def cross_entropy(output: Mapping[str, Tensor], batch: PackedBatch) -> tuple[Tensor, dict[str, Mean]]:
-    """For `Engine.train_step`: the terms of -log p of a micro-batch's tokens."""
-    return cross_entropy_terms(output["logprobs"], batch.loss_mask), {}
+def cross_entropy(
+    output: Mapping[str, Tensor], batch: PackedBatch, z_loss: float = 0.0
+) -> tuple[Tensor, dict[str, Mean]]:
+    """For `Engine.train_step`: the terms of -log p + z_loss log^2 Z of a micro-batch's tokens, Z the normaliser of the
+    softmax (PaLM, arXiv 2204.02311, section 5)."""
+    terms, mask = cross_entropy_terms(output["logprobs"], batch.loss_mask), batch.loss_mask
+    if not z_loss:
+        return terms, {}
+    squares = output["normalisers"].square() * mask
+    return terms + z_loss * squares, {"z_loss": Mean(z_loss * squares.detach().sum(), mask.sum())}
 
 
 def policy_gradient_loss(

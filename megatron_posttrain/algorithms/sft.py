@@ -1,5 +1,7 @@
 """Supervised fine-tuning: cross-entropy on assistant tokens."""
 
+from functools import partial
+
 import torch
 
 from megatron_posttrain.algorithms.losses import cross_entropy, cross_entropy_terms
@@ -22,14 +24,14 @@ def sft(config: SftConfig) -> int:
     dataset = read_dataset(config, prepared)
     validation = read_dataset(config, prepared, held_out=True) if config.data.validation else None
     with Run(prepared, dataset) as run:
-        engine = run.model()
+        engine, loss = run.model(), partial(cross_entropy, z_loss=config.algorithm.z_loss)
         for step in run.steps():
             with step.phase("data"):
                 batch = dataset.batch(step.index, config.training.global_batch_size)
                 rows = [[TokenSequence(c.token_ids, c.loss_mask) for c in row] for row in batch]
                 micro_batches = rank_micro_batches(rows, run.groups, config.training.micro_batch_size)
             with step.phase("train"):
-                result = engine.train_step(micro_batches, cross_entropy, per_token, step.learning_rate)
+                result = engine.train_step(micro_batches, loss, per_token, step.learning_rate)
             figures: dict[str, float] = {
                 "tokens": sum(len(c.token_ids) for row in batch for c in row),
                 "loss_tokens": result.totals.tokens,

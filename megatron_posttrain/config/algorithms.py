@@ -24,7 +24,7 @@ from megatron_posttrain.config.schema import (
 
 
 class SftAlgorithm(Section):
-    pass
+    z_loss: NonNegativeFloat = Field(0.0, description="weight of the squared log of the softmax's normaliser: 1e-4")
 
 
 Band = tuple[PositiveFloat, PositiveFloat]
@@ -213,6 +213,7 @@ class ScoreConfig(SftConfig):
         (
             *("optimizer", "lora", "training.steps", "training.epochs", "training.skip_not_finite", "training.ema"),
             *("checkpoint", "data.validation", "data.overlong", "logging.profile", "logging.wandb", "logging.mlflow"),
+            "algorithm",
         ),
         "`score` does not train",
     )

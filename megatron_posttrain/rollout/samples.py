@@ -22,6 +22,7 @@ from megatron_posttrain.parallel.exchange import exchange, gather_rows, to_first
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rewards.grading import Grade, compute_rewards, metric_sums
 from megatron_posttrain.rewards.registry import Reward, Sample
+from megatron_posttrain.rollout.at_once import with_run
 from megatron_posttrain.rollout.engine import RolloutEngine, Sampling
 from megatron_posttrain.rollout.handout import Handout
 from megatron_posttrain.rollout.text import response_text, split_response, stop_token_ids
@@ -208,6 +209,7 @@ def generate_samples(
         carried: samples of other prompts, begun before, which come first and are completed.
         wanted: prompts, carried ones among them, after which the others are `left` as they are; None: all.
     """
+    rollout = with_run(rollout)
     of_sample = [prompt for prompt in prompts for _ in range(sampling.n)]
     episodes = [*carried, *(Episode(*each) for each in zip(of_sample, seeds, strict=True))]
     unit = 1 if all(item.per == "sample" for item in rewards) else sampling.n  # groups graded whole are never parted

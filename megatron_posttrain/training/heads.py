@@ -49,15 +49,15 @@ class OfLabels:
 
 @dataclass(frozen=True)
 class LabelLogprobs(OfLabels):
-    """Of every label that counts: `logprobs`, log softmax(logits / temperature), differentiable, and `entropy` of that
-    distribution, nats."""
+    """Of every label that counts: `logprobs`, log softmax(logits / temperature), `entropy` of that distribution and
+    `normalisers`, the log of the sum over the vocabulary of exp(logits / temperature); nats, differentiable."""
 
     temperature: float = 1.0
-    widths: ClassVar[Mapping[str, int]] = {"logprobs": 0, "entropy": 0}
+    widths: ClassVar[Mapping[str, int]] = {"logprobs": 0, "entropy": 0, "normalisers": 0}
 
     def __call__(self, logits: Tensor, rows: Rows) -> Output:
-        logprobs, entropy = token_logprobs(logits, rows.labels, rows.vocab_size, rows.tensor, self.temperature)
-        return {"logprobs": logprobs, "entropy": entropy}
+        found = token_logprobs(logits, rows.labels, rows.vocab_size, rows.tensor, self.temperature)
+        return dict(zip(self.widths, found, strict=True))
 
 
 @dataclass(frozen=True)

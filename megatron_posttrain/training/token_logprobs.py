@@ -15,8 +15,8 @@ CHUNK_ELEMENTS = 1 << 26  # logits turned to fp32 at a time: 256 MiB
 
 def token_logprobs(
     logits: Tensor, labels: Tensor, vocab_size: int, group: dist.ProcessGroup, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """log softmax(logits / temperature)[labels] and the entropy of the distribution.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log softmax(logits / temperature)[labels], the entropy of the distribution, and the log of its normaliser.
 
     Args:
         logits: [t, padded vocabulary / tensor size], this rank's columns.
@@ -25,7 +25,7 @@ def token_logprobs(
         group: tensor parallel group.
 
     Returns:
-        log-probs and entropy, in nats: each [t] fp32, differentiable in `logits`.
+        each [t] fp32, nats, differentiable in `logits`.
     """
     return _TokenLogprobs.apply(logits, labels, vocab_size, group, temperature)
 
@@ -50,7 +50,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, vocab_size: int, group: dist.ProcessGroup, temperature: float
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         columns = logits.shape[-1]
         first = group.rank() * columns
         real = max(0, min(columns, vocab_size - first))
@@ -69,24 +69,26 @@ class _TokenLogprobs(torch.autograd.Function):
             logprobs.append(sums[1] - log_normaliser)
             entropy.append(log_normaliser - sums[2] / sums[0])
             normalisers.append(log_normaliser + top)
-        entropies = torch.cat(entropy)
-        ctx.save_for_backward(logits, index, mine, torch.cat(normalisers), entropies)
+        entropies, log_normalisers = torch.cat(entropy), torch.cat(normalisers)
+        ctx.save_for_backward(logits, index, mine, log_normalisers, entropies)
         ctx.real, ctx.temperature = real, temperature
-        ctx.set_materialize_grads(False)  # most losses have no term of the entropy
-        return torch.cat(logprobs), entropies
+        ctx.set_materialize_grads(False)  # most losses have no term of the last two
+        return torch.cat(logprobs), entropies, log_normalisers
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad: Tensor | None, of_entropy: Tensor | None, of_normaliser: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         logits, index, mine, normaliser, entropy = ctx.saved_tensors
         grad = torch.zeros_like(normaliser) if grad is None else grad
+        of_all = grad if of_normaliser is None else grad - of_normaliser  # both through the softmax of all columns
         out = torch.zeros_like(logits) if ctx.real < logits.shape[-1] else torch.empty_like(logits)
         softmax_gradient = _fused(_softmax_gradient)
         for rows in row_chunks(logits):
             if ctx.real:
                 part = logits[rows, : ctx.real]
-                scale = grad[rows] / ctx.temperature
-                softmax = softmax_gradient(part, normaliser[rows], scale, ctx.temperature)
-                chosen = (scale * mine[rows])[:, None]
+                softmax = softmax_gradient(part, normaliser[rows], of_all[rows] / ctx.temperature, ctx.temperature)
+                chosen = (grad[rows] / ctx.temperature * mine[rows])[:, None]
                 softmax.scatter_add_(1, index[rows, None].clamp(max=ctx.real - 1), chosen)
                 if of_entropy is not None:  # dH / dz = -p (log p + H)
                     logs = _shifted(part, normaliser[rows], ctx.temperature)
