@@ -12,9 +12,10 @@ import psutil
 import pytest
 
 LONGEST_FIRST = (
-    "slurm", "layouts", "grpo", "lora", "transformer_engine", "resume", "rollout", "preferences", "not_finite",
-    "launch", "uneven_pipeline", "gpu_path", "tool_training", "ppo", "families_layouts", "resume_changes", "evaluate",
-    "failure", "checkpoints", "toy_algorithm", "convert", "optimization", "pipeline", "heads", "held_out",
+    "slurm", "lora", "layouts", "rollout", "families_layouts", "transformer_engine", "grpo", "preferences", "distill",
+    "routing_replay", "launch", "resume", "pipeline", "tool_training", "checkpoints", "not_finite", "optimization",
+    "resume_changes", "uneven_pipeline", "ppo", "refit", "gpu_path", "cuda_defaults", "failure", "evaluate",
+    "perplexity", "qlora", "shipped_adapters", "held_out", "toy_algorithm", "convert", "heads", "sample",
 )  # fmt: skip
 SHOWN = 5  # CPU seconds of a test that has a line of its own
 ADOPT_ORPHANS = 36  # PR_SET_CHILD_SUBREAPER of prctl(2): daemons stay below this process, and are counted
