@@ -1,6 +1,7 @@
 """Files that take longest come first, so that no process is left with one of them when the others are done.
 
-`--cpu` prints CPU seconds by file, all its processes' together: what a change costs, on a machine that others use too.
+`PYTEST_ADDOPTS=--cpu bash tests/run.sh` prints CPU seconds by file, with those of all processes that it started: what a
+change costs, on a machine that others use too.
 """
 
 import contextlib
