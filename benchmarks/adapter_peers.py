@@ -4,10 +4,10 @@
     python -m benchmarks.adapter_peers dpo [--experts] [--beta 0.1]
 
 Every side is a process of one thread that waits for its turn before each step. Same model (random), rows, batches,
-learning rate and optimizer, fp32. Answers have 32 to 160 tokens: we pack them, TRL packs SFT rows and pads pairs. LoRA:
-rank 8 on all linear layers of a dense model (PEFT has no adapters for transformers' experts). DPO: `trl` computes the
-reference in every step, its default; `trl-cached` beforehand, as we do. Prints each side's median and quartiles, the
-ratio of every turn to ours, the losses, and what our reference cost before the first step.
+learning rate and optimizer, fp32. A step has 8 answers (pairs) of 32 to 160 tokens, two a micro-batch: we pack those,
+TRL pads them. LoRA: rank 8 on all linear layers of a dense model (PEFT has no adapters for transformers' experts). DPO:
+`trl` computes the reference in every step, its default; `trl-cached` beforehand, as we do. Prints each side's median
+and quartiles, the ratio of every turn to ours, the losses, and what our reference cost before the first step.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def make_job(directory: Path, task: str, experts: bool, beta: float, steps: int)
     job: dict[str, Any] = {
         "model": {"path": str(directory / "model")},
         "precision": {"dtype": "fp32"},
-        "data": {"train": str(directory / "rows.jsonl"), "sequence_length": 256},
+        "data": {"train": str(directory / "rows.jsonl"), "sequence_length": 256, "packing": False},
         "optimizer": {"lr": 1e-4, "schedule": "constant", "beta2": 0.999, "weight_decay": 0.0},
         "training": {"global_batch_size": BATCH, "micro_batch_size": 2, "steps": steps, "seed": 0},
     }
