@@ -63,8 +63,7 @@ def make_job(directory: Path, task: str, experts: bool, beta: float, steps: int)
 
 
 def ours(task: str, job: dict[str, Any], turn: Turn) -> None:
-    from megatron_posttrain.algorithms.dpo import dpo
-    from megatron_posttrain.algorithms.reference import ReferenceLogprobs
+    from megatron_posttrain.algorithms.dpo import ReferenceLogprobs, dpo
     from megatron_posttrain.algorithms.sft import sft
     from megatron_posttrain.config.algorithms import DpoConfig, SftConfig
     from megatron_posttrain.training.run import listening

@@ -19,11 +19,11 @@ from megatron_posttrain.config.schema import CheckpointConfig
 from megatron_posttrain.errors import NotFiniteError
 from megatron_posttrain.models.sharded import unwrap
 from megatron_posttrain.platform import platform
-from megatron_posttrain.training.average import AVERAGE
 from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.checkpoints import Checkpoints
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.totals import per_token
+from megatron_posttrain.training.weight_sets import AVERAGE
 from tests.jobs import engine_of, run_jobs
 from tests.layouts.worker import batch
 from tests.not_finite_worker import loss

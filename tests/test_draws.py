@@ -1,6 +1,9 @@
 """Draws that were saved and loaded are those that went on: ahead of their step, cut off, or by a curriculum."""
 
 import json
+import math
+import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +16,11 @@ from megatron_posttrain.config.algorithms import GrpoConfig
 from megatron_posttrain.config.load import load_config
 from megatron_posttrain.data.dataset import PromptDataset
 from megatron_posttrain.data.rows import Row
+from megatron_posttrain.errors import UserError
 from megatron_posttrain.parallel.groups import start_distributed
-from megatron_posttrain.rewards import Reward
+from megatron_posttrain.rewards import Reward, Sample
 from megatron_posttrain.rollout.engine import Completion, Request, Sampling
-from megatron_posttrain.rollout.samples import generate_samples
+from megatron_posttrain.rollout.samples import Samples, generate_samples
 from megatron_posttrain.rollout.turns import ONE_TURN
 from tests.chat_tokenizers import CHATML, byte_tokenizer
 from tests.stand_in import StandIn
@@ -84,6 +88,50 @@ def test_what_is_saved_goes_on(tmp_path: Path, keys: list[str]) -> None:
         assert max(map(whole.count, whole)) <= 2
 
 
+def drawn(engine: Any, grade: Any, count: int = 5) -> Samples:
+    start_distributed()
+    tokenizer: Any = byte_tokenizer(CHATML)
+    rows = [Row([{"role": "user", "content": f"{i}?"}], str(i), source=f"x:{i}") for i in range(count)]
+    prompts = PromptDataset(rows, tokenizer, 100).prompts
+    rewards = [Reward("mine", 1.0, grade)]
+    return generate_samples(engine, tokenizer, prompts, rewards, Sampling(2, 20), range(2 * count))
+
+
+def test_rewards_run_while_others_are_drawn() -> None:
+    graded: list[str] = []
+    seen: list[int] = []
+
+    class Waits(Uneven):
+        at_once = 3
+
+        def wait(self, running: int) -> None:
+            """Of the last ones, which are not drawn until the first are graded."""
+            if running < self.at_once:
+                until = time.monotonic() + 10
+                while not graded and time.monotonic() < until:
+                    time.sleep(0.01)
+                seen.append(len(graded))
+
+    def grade(sample: Sample) -> float:
+        graded.append(sample.response)
+        return float(len(sample.response))
+
+    samples = drawn(Waits(), grade)
+    assert 0 < seen[0] < len(graded) == 10
+    assert samples.rewards.tolist() == [len(text) for text in samples.texts]
+
+
+def test_values_that_are_no_numbers_are_refused_or_masked() -> None:
+    """A function that never gives a number is wrong; one that sometimes gives none has met what it cannot grade."""
+    for value, shown in [(math.nan, "nan"), (None, "None"), ([1.0], "[1.0]")]:
+        with pytest.raises(UserError, match=re.escape(f"reward 'mine' returned {shown}; it must return")):
+            drawn(Uneven(), lambda sample, value=value: value)
+    samples = drawn(Uneven(), lambda sample: math.nan if len(sample.response) % 2 else 1.0)
+    assert 0 < samples.masked.sum() < 10
+    assert samples.masked.tolist() == [len(text) % 2 == 1 for text in samples.texts]
+    assert drawn(Uneven(), lambda sample: 1 / 0).masked.all()  # what raises may be a judge that is down
+
+
 def test_an_engine_that_only_generates() -> None:
     """Of a caller's own: the same samples as from one that takes requests while others run."""
 
@@ -94,12 +142,6 @@ def test_an_engine_that_only_generates() -> None:
             asked = zip(prompts, seeds, strict=True)
             return [self.answer(Request(prompt, seed, sampling.max_tokens), sampling) for prompt, seed in asked]
 
-    start_distributed()
-    tokenizer: Any = byte_tokenizer(CHATML)
-    rows = [Row([{"role": "user", "content": f"{i}?"}], str(i), source=f"x:{i}") for i in range(5)]
-    prompts = PromptDataset(rows, tokenizer, 100).prompts
-    rewards = [Reward("even", 1.0, lambda one: float(len(one.response) % 2))]
-    engines: list[Any] = [Own(), Uneven()]
-    own, other = (generate_samples(e, tokenizer, prompts, rewards, Sampling(2, 20), range(10)) for e in engines)
+    own, other = (drawn(engine, lambda one: float(len(one.response) % 2)) for engine in (Own(), Uneven()))
     assert [ids.tolist() for ids in own.token_ids] == [ids.tolist() for ids in other.token_ids]
     assert own.rewards.tolist() == other.rewards.tolist()

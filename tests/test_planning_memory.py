@@ -137,7 +137,7 @@ def held_state(arch: Architecture, layout: Layout, rank: int, dtype: str) -> lis
         modules, model_config = build_model(arch, layout, config.model, config.precision)
         with platform().megatron():
             chunks = wrap_for_data_parallel(modules, model_config, overlap=False)
-            optimizer = make_optimizer(chunks, model_config, config.optimizer, bf16=dtype == "bf16", overlap=False)
+            optimizer = make_optimizer(chunks, model_config, config.optimizer, overlap=False)
         weights = gradients = state = 0
         for chunk in chunks:
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):

@@ -17,8 +17,7 @@ import torch.distributed as dist
 
 from megatron_posttrain.algorithms.advantages import group_advantages
 from megatron_posttrain.algorithms.asked import held_out_figures
-from megatron_posttrain.algorithms.curriculum import Curriculum
-from megatron_posttrain.algorithms.dynamic_sampling import replace_equal
+from megatron_posttrain.algorithms.draws import Curriculum, replace_equal
 from megatron_posttrain.algorithms.grpo import set_advantages
 from megatron_posttrain.algorithms.losses import value_terms
 from megatron_posttrain.algorithms.policy import (
@@ -290,7 +289,7 @@ def test_curriculum_sets_aside_and_revisits() -> None:
     dataset: Any = PromptDataset.__new__(PromptDataset)
     known = [{}, {}, {}, {"difficulty": 1.0}, {"difficulty": 5}, {"difficulty": 0.5}]
     dataset.seed, dataset.prompts = 0, [Prompt(i, [1], None, known[i], []) for i in range(6)]
-    Epochs.__init__(dataset, dataset._make_rows)
+    Epochs.__init__(dataset)
     state: dict[str, Any] = {}
     curriculum = Curriculum(CurriculumConfig(revisit=2), dataset, state)
     right = {0: 0.0, 1: 1.0, 2: 1.0, 3: 0.0, 4: 1.0, 5: 1.0}  # reward of every second sample; of 2 of all

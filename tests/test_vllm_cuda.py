@@ -13,7 +13,7 @@ import torch
 
 from megatron_posttrain import rollout
 from megatron_posttrain.rollout import vllm_fixes
-from megatron_posttrain.rollout.engine import RolloutEngine, Sampling, _cuda_options
+from megatron_posttrain.rollout.engine import CUDA, RolloutEngine, Sampling
 from megatron_posttrain.rollout.isolation import Isolation
 
 
@@ -119,9 +119,8 @@ def test_flashinfer_compiles_nothing_at_its_first_call() -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     assert rollout._ENVIRONMENT["VLLM_ALLREDUCE_USE_FLASHINFER"] == "0"
-    options = _cuda_options(None, 0.5)
-    assert options.keys() <= {field.name for field in dataclasses.fields(EngineArgs)}
-    assert CompilationConfig(**options["compilation_config"]).pass_config.fuse_allreduce_rms is False
+    assert CUDA.keys() <= {field.name for field in dataclasses.fields(EngineArgs)}
+    assert CompilationConfig(**CUDA["compilation_config"]).pass_config.fuse_allreduce_rms is False
 
 
 def test_the_trainers_stream_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:

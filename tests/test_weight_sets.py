@@ -51,8 +51,7 @@ def test_a_set_takes_the_models_place_and_leaves_it(engine: Engine) -> None:
     first = [output["logprobs"].clone() for output in engine.forward(batches)]
     before = tensor_bytes()
     engine.keep_weights("reference")
-    assert engine.weight_sets.host_bytes == size
-    assert tensor_bytes() - before <= size  # the copy, and nothing beside it
+    assert 0 < tensor_bytes() - before <= size  # the copy, and nothing beside it
     for _ in range(2):
         engine.train_step(batches, cross_entropy, per_token, 1e-2)
     own = [p.detach().clone() for p in parameters]

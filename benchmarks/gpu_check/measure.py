@@ -19,9 +19,8 @@ from megatron_posttrain.config.schema import OptimizerConfig
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.build import build_model
 from megatron_posttrain.models.sharded import Exporter
-from megatron_posttrain.planning.flops import attention_pairs, layer_weights
+from megatron_posttrain.planning.flops import attention_dims, attention_pairs, layer_weights
 from megatron_posttrain.planning.known_models import KNOWN_MODELS
-from megatron_posttrain.planning.layers import attention_dims
 from megatron_posttrain.platform import platform
 from megatron_posttrain.platform.cuda import fp8_recipes
 from megatron_posttrain.training.optimizer import make_optimizer, overlaps, wrap_for_data_parallel
@@ -139,7 +138,7 @@ def optimizer_step(setting: Setting) -> Facts:
     subjects.groups()
     layer = Layer.make(single_layer("Qwen3-8B", setting.toy), "auto", None)
     with platform().megatron():
-        optimizer = make_optimizer([layer.wrapped], layer.config, OptimizerConfig(), bf16=True, overlap=overlaps(None))
+        optimizer = make_optimizer([layer.wrapped], layer.config, OptimizerConfig(), overlap=overlaps(None))
 
         def work() -> None:
             for parameter in layer.chunk.parameters():

@@ -21,14 +21,11 @@ def group_advantages(
 
     Args:
         rewards: [n], the samples of a prompt one after the other.
-        group_size: samples a prompt.
         normalize_std: divide by the unbiased standard deviation + epsilon; off is Dr. GRPO's (arXiv 2503.20783).
         leave_one_out: the baseline is the mean of the group's other samples (RLOO, arXiv 2402.14740).
-
         scale: whose standard deviation; "batch": of all advantages (arXiv 2506.10910, section 2.1).
 
-    Returns:
-        [n]; zero for a group whose rewards are all equal.
+    Returns [n]; zero for a group whose rewards are all equal.
     """
     if group_size < 1 or rewards.numel() % group_size:
         raise UserError(f"{rewards.numel()} rewards are not divisible into groups of {group_size}")
@@ -56,8 +53,7 @@ def generalized_advantages(
     Args:
         rewards, values, mask: [batch, sequence] of every token; `mask` is 1 where the policy wrote it.
 
-    Returns:
-        advantages and returns (advantage + value), each [batch, sequence], 0 where the mask is.
+    Returns advantages and returns (advantage + value), each [batch, sequence], 0 where the mask is.
     """
     counts = mask.bool()
     following = values.new_zeros(len(values))

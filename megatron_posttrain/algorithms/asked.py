@@ -1,4 +1,4 @@
-"""What a policy is asked, also of held-out prompts: figures by which a best step is chosen."""
+"""What a policy is asked, also of held-out prompts, and what grades its answers."""
 
 from __future__ import annotations
 
@@ -8,23 +8,82 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from megatron_posttrain.algorithms.model_reward import ModelReward
+import numpy as np
+
+from megatron_posttrain.algorithms.preferences import last_values, score_sequences
+from megatron_posttrain.algorithms.reward_model import HEAD
 from megatron_posttrain.config.algorithms import REWARD, GrpoConfig
+from megatron_posttrain.config.schema import RewardConfig
+from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import Prompt, PromptDataset
 from megatron_posttrain.data.rows import read_rows
+from megatron_posttrain.data.template import Template, load_tokenizer
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.evaluation.evaluate import CORRECT
 from megatron_posttrain.evaluation.statistics import clustered_interval, pass_at_k
+from megatron_posttrain.parallel.exchange import gathered
+from megatron_posttrain.parallel.groups import Groups
 from megatron_posttrain.platform import platform
-from megatron_posttrain.rewards.registry import Reward, load_rewards
+from megatron_posttrain.rewards.registry import MODEL, Reward, load_rewards
 from megatron_posttrain.rollout.replay import logged_file
-from megatron_posttrain.rollout.samples import Samples
+from megatron_posttrain.rollout.samples import Samples, mask
 from megatron_posttrain.rollout.turns import Turns, load_turns
+from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.limits import prompts_of, rollout_problems
-from megatron_posttrain.training.prepare import Prepared
+from megatron_posttrain.training.prepare import Prepared, check_beside
 from megatron_posttrain.training.schedule import total_steps
 
 Sets = dict[str, list[Prompt]]
+
+
+class ModelReward:
+    """The reward `reward_model`: what a model that `reward-model` trained gives conversations, in the trainer's layout.
+
+    It is frozen, of any size, and reads conversations through its own tokenizer and chat template. Raises UserError
+    where the directory is no reward model, or one that the trainer's layout cannot run.
+    """
+
+    def __init__(self, spec: RewardConfig, prepared: Prepared) -> None:
+        self.spec, self.config = spec, prepared.config
+        path, self.arch = check_beside("rewards.path", str(spec.path), prepared.layout)
+        if not self.arch.scalar_head:
+            raise UserError(f"rewards.path={path} is no reward model; allowed: OUTPUT/hf of the command reward-model")
+        self.tokenizer = load_tokenizer(path)
+
+    def load(self, groups: Groups) -> None:
+        """Collective: reads the weights."""
+        model = self.config.model.model_copy(update={"path": self.spec.path, "random_init": False})
+        self.engine = Engine(self.arch, groups, model, self.config.precision)
+
+    def add(self, samples: Samples, group: int) -> None:
+        """Collective: grades the samples, `group` of a prompt, beside what other rewards gave them."""
+        spec, values = self.spec, self._values(samples)
+        failed = np.isnan(values)
+        instead = 0.0 if spec.on_error == "mask" else float(spec.on_error)
+        samples.masked |= failed & (spec.on_error == "mask")
+        samples.rewards += spec.weight * np.where(failed, instead, values)
+        samples.rewards = mask(samples.rewards, samples.masked, group)
+        samples.rewards_by_name[spec.name] = values
+
+    def _values(self, samples: Samples) -> np.ndarray:
+        """[n] NaN where the model cannot read a conversation."""
+        drawn = zip(samples.drawn, samples.messages, strict=False)  # none but on the first ranks of replicas
+        mine = [(k, self._tokens(samples, k, turns)) for k, turns in drawn]
+        found = dict(pair for part in gathered(mine) for pair in part)
+        tokens = [found[k] for k in range(len(samples.prompts))]
+        known = [i for i, ids in enumerate(tokens) if 0 < len(ids) <= self.arch.context_length]
+        values = np.full(len(tokens), np.nan)
+        if known:
+            units = [[TokenSequence(tokens[i], np.ones(len(tokens[i])))] for i in known]
+            budget = max(self.config.data.sequence_length, *(len(tokens[i]) for i in known))
+            values[known] = score_sequences(self.engine, units, budget, HEAD, last_values).numpy()
+        return values
+
+    def _tokens(self, samples: Samples, k: int, turns: list[Any]) -> np.ndarray:
+        """Of sample `k`, as `reward-model` trains on conversations; none where the template does not write it."""
+        prompt = samples.prompts[k]
+        text = Template(self.tokenizer, prompt.options).render([*prompt.messages, *turns]) or ""
+        return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
 
 @dataclass
@@ -55,7 +114,7 @@ class Asked:
             prompts,
             turns,
             load_rewards(config.rewards, unsafe=config.sandbox.unsafe),
-            ModelReward.of(config, prepared),
+            next((ModelReward(spec, prepared) for spec in config.rewards if spec.name == MODEL), None),
             held_out_sets(config, prepared.tokenizer, turns.tools),
         )
 

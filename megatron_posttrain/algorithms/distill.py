@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_posttrain.algorithms.refit import Refits, token_budget
@@ -22,6 +21,8 @@ from megatron_posttrain.data.dataset import Prompt, TokenizedDataset
 from megatron_posttrain.data.tokenize import Conversation, load_tokenizer
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.parallel.exchange import summed
+from megatron_posttrain.parallel.groups import Groups
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout.engine import Sampling
 from megatron_posttrain.rollout.replay import logged_file
@@ -127,8 +128,9 @@ class Student:
         config = self.run.config.at(step.index)
         assert isinstance(config, DistillConfig)
         prompts = asked(rows, config, step.index)
+        groups, arch, budget = self.refits.engine.groups, self.refits.engine.arch, token_budget(config)
         if not prompts:
-            return self._share(rows, None, config), {"sampled_fraction": 0.0}
+            return rank_token_batches(rows, groups, arch, budget), {"sampled_fraction": 0.0}
         with step.phase("refit"):
             moved = self.refits.update(config, prompts, step.index)
         with step.phase("rollout"):
@@ -138,7 +140,7 @@ class Student:
             samples = generate_samples(rollout, tokenizer, prompts, [], sampling, (seeds >> 1).tolist())
             rollout.sleep()
         samples.advantages = torch.zeros(len(prompts))
-        micro_batches = self._share(rows, samples, config)
+        micro_batches = answered_batches(rows, samples, groups, arch, budget)
         save_samples(logged_file(self.run.directory / "rollouts", step.number), samples)
         figures = samples.metrics() | moved
         names = ("response_length", "truncated_fraction", *moved)
@@ -147,23 +149,22 @@ class Student:
         kept = sum(len(row.token_ids) for row in rows if row.index not in answered)
         return micro_batches, told | {"sampled_fraction": len(prompts) / len(rows), "tokens": kept + samples.tokens}
 
-    def _share(self, rows: list[TokenSequence], samples: Samples | None, config: DistillConfig) -> list[PackedBatch]:
-        """Collective: micro-batches of at most a token budget: answers have other lengths than the rows had."""
-        groups, arch = self.refits.engine.groups, self.refits.engine.arch
-        lengths = [len(row.token_ids) for row in rows]
-        place: dict[int, int] = {}
-        if samples is not None:
-            place = {prompt.index: number for number, prompt in enumerate(samples.prompts)}
-            lengths = [samples.total_lengths[place[i]] if i in place else n for i, n in enumerate(lengths)]
-        shares = token_shares(lengths, groups.layout, arch, token_budget(config))
-        mine = shares[groups.data.rank()]
-        sequences = dict(enumerate(rows))
-        if samples is not None:
-            wanted = [[place[i] for batch in share for i in batch if i in place] for share in shares]
-            received = samples.receive(wanted, groups.data.rank())
-            for i in (i for batch in mine for i in batch if i in place):
-                sequences[i] = replace(received(place[i]), index=i, extras={})
-        return pack_share(mine, sequences.__getitem__, groups.layout)
+
+def answered_batches(
+    rows: list[TokenSequence], samples: Samples, groups: Groups, arch: Architecture, budget: int
+) -> list[PackedBatch]:
+    """Collective: this rank's micro-batches of at most `budget` tokens, for answers have other lengths than the rows
+    had."""
+    place = {prompt.index: number for number, prompt in enumerate(samples.prompts)}
+    totals = samples.total_lengths
+    lengths = [totals[place[i]] if i in place else len(row.token_ids) for i, row in enumerate(rows)]
+    shares, rank = token_shares(lengths, groups.layout, arch, budget), groups.data.rank()
+    received = samples.receive([[place[i] for batch in share for i in batch if i in place] for share in shares], rank)
+
+    def sequence(i: int) -> TokenSequence:
+        return replace(received(place[i]), index=i, extras={}) if i in place else rows[i]
+
+    return pack_share(shares[rank], sequence, groups.layout)
 
 
 def asked(rows: Sequence[TokenSequence], config: DistillConfig, step: int) -> list[Prompt]:
@@ -201,6 +202,4 @@ def validation_divergence(engine: Engine, teacher: Teacher, dataset: TokenizedDa
     for batch, output in zip(batches, engine.forward(batches, DivergenceHead(teacher)), strict=True):
         values = output["divergence"][: len(batch.tokens)].cpu() * batch.loss_mask
         found += torch.stack([values.double().sum(), batch.loss_mask.double().sum()])
-    found = found.to(platform().device)
-    dist.all_reduce(found, group=engine.groups.data)
-    return Mean(*found.tolist())
+    return Mean(*summed(found, engine.groups.data).tolist())

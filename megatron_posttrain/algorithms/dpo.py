@@ -1,7 +1,14 @@
 """Direct preference optimization and its relatives, on pairs; KTO, on labelled answers."""
 
-from functools import partial
+from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,15 +24,20 @@ from megatron_posttrain.algorithms.preferences import (
     token_budget,
     unit_batches,
 )
-from megatron_posttrain.algorithms.reference import REFERENCE, ReferenceLogprobs, reference_directory
 from megatron_posttrain.config.algorithms import WITHOUT_REFERENCE, DpoAlgorithm, DpoConfig
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.data.pairs import Preference, PreferenceDataset
+from megatron_posttrain.errors import UserError
+from megatron_posttrain.parallel.groups import broadcast_object
 from megatron_posttrain.training.engine import LABEL_LOGPROBS, Engine, StepResult
 from megatron_posttrain.training.heads import Output
-from megatron_posttrain.training.prepare import prepare
+from megatron_posttrain.training.prepare import Prepared, prepare
+from megatron_posttrain.training.resume import fingerprint_of_config, fingerprint_of_weights
 from megatron_posttrain.training.run import Run
 from megatron_posttrain.training.totals import Mean, per_sequence, per_unit
+
+REFERENCE = "reference"  # the weight set
+ROWS_AT_A_TIME = 1024
 
 
 def dpo(config: DpoConfig) -> int:
@@ -34,7 +46,7 @@ def dpo(config: DpoConfig) -> int:
     labelled = config.algorithm.loss == "kto"
     dataset = read_preferences(prepared, config.data.sources, labelled=labelled)
     held_out = read_preferences(prepared, config.data.validation, labelled=labelled) if config.data.validation else None
-    directory = reference_directory(config)
+    directory = Path(config.algorithm.reference_cache or config.output_dir / "reference")
     reference = ReferenceLogprobs(directory / "train.npz", prepared, dataset)
     of_held_out = ReferenceLogprobs(directory / "validation.npz", prepared, held_out) if held_out else None
     update = kto_step if labelled else pair_step
@@ -44,11 +56,11 @@ def dpo(config: DpoConfig) -> int:
             rows = dataset.batch(step.index, config.training.global_batch_size)
             batch = [dataset.preferences[row] for row in rows]
             with step.phase("train"):
-                result = update(engine, config, batch, reference.of(rows), step.learning_rate)
+                result = update(engine, config, batch, reference.values[rows], step.learning_rate)
             figures: dict[str, float | Mean] = {"tokens": sum(x.tokens for x in batch)}
-            if held_out is not None and of_held_out is not None and step.validates:
+            if of_held_out is not None and step.validates:
                 with step.phase("validation", apart=True):
-                    figures |= validate(engine, config, held_out, of_held_out)
+                    figures |= validate(engine, config, of_held_out)
             step.log(result.figures(), figures)
     return run.status
 
@@ -72,7 +84,66 @@ def model_with_reference(run: Run, references: list[ReferenceLogprobs]) -> Engin
     return engine
 
 
-# ---- pairs -------------------------------------------------------------------------------------------------
+class ReferenceLogprobs:
+    """The reference model's log-probs of every conversation of a dataset, summed over its answer: computed once with
+    the weights that a run begins with, and kept on disk. `values`: [rows, 2], NaN where nothing asked for it yet.
+
+    Raises UserError where the file has those of another model, tokenizer, template, truncation or other rows.
+    """
+
+    def __init__(self, file: Path, prepared: Prepared, dataset: PreferenceDataset) -> None:
+        self.file, self.dataset = file, dataset
+        self.key = cache_key(prepared, dataset)
+        self.values = torch.full((len(dataset), 2), torch.nan)
+        if not file.exists():
+            return
+        with np.load(file) as stored:
+            key, self.values = json.loads(str(stored["key"])), torch.from_numpy(stored["values"])
+        if wrong := [name for name, value in self.key.items() if key.get(name) != value]:
+            raise UserError(
+                f"{file} has log-probs for another {', '.join(wrong)} than this run's; remove it, or give this run a "
+                "directory of its own in algorithm.reference_cache"
+            )
+
+    def missing(self, rows: Iterable[int]) -> list[int]:
+        """Collective: the rows that are not known, as rank 0 sees its file."""
+        self.values = torch.as_tensor(broadcast_object(self.values.numpy()))
+        unknown = self.values.isnan().any(-1).tolist()
+        return sorted({row for row in rows if unknown[row]})
+
+    def compute(self, engine: Engine, rows: list[int], run: Run) -> None:
+        """Collective: those of `rows`, under the present weights of `engine`; written by rank 0."""
+        budget = token_budget(run.config)
+        for start in range(0, len(rows), ROWS_AT_A_TIME):
+            part = rows[start : start + ROWS_AT_A_TIME]
+            units = sequences_of([self.dataset.preferences[row] for row in part])
+            found = score_sequences(engine, units, budget, LABEL_LOGPROBS, answer_logprobs)
+            self.values[part] = found.view(-1, 2)
+            run.say(f"reference log-probs of {start + len(part):,} of {len(rows):,} rows")
+        if run.is_main:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.file.with_name(f".{self.file.name}.partial.npz")
+            np.savez(partial, key=json.dumps(self.key), values=self.values.numpy())
+            partial.replace(self.file)
+
+
+def cache_key(prepared: Prepared, dataset: PreferenceDataset) -> dict[str, str]:
+    """All that the log-probs depend on, by the names that a message gives."""
+    config = prepared.config
+
+    def short(text: str) -> str:
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    seed, path = config.training.seed, prepared.model_path
+    weights = f" random {seed}" if config.model.random_init else fingerprint_of_weights(path)
+    return {
+        "model": fingerprint_of_config(path) + weights,
+        "precision": config.precision.model_dump_json(),
+        "tokenizer": short(prepared.tokenizer.backend_tokenizer.to_str()),
+        "template": short(str(prepared.tokenizer.chat_template)),
+        "truncation": f"{config.data.sequence_length} {config.data.overlong}",
+        "rows": dataset.fingerprint,  # tokens, and which of them count
+    }
 
 
 def pair_step(engine: Engine, config: DpoConfig, batch: list[Preference], reference: Tensor, lr: float) -> StepResult:
@@ -115,14 +186,10 @@ def pair_terms(
     return terms, metrics
 
 
-# ---- labelled answers --------------------------------------------------------------------------------------
-
-
 def kto_step(engine: Engine, config: DpoConfig, batch: list[Preference], reference: Tensor, lr: float) -> StepResult:
     """First the divergence of the policy from the reference, on answers to other prompts, without gradient."""
-    units = sequences_of(batch)
-    budget = token_budget(config)
-    mismatched = score_sequences(engine, [unit[1] for unit in units], budget, LABEL_LOGPROBS, answer_logprobs)
+    units, budget = sequences_of(batch), token_budget(config)
+    mismatched = score_sequences(engine, [unit[1:] for unit in units], budget, LABEL_LOGPROBS, answer_logprobs)
     divergence = float((mismatched - reference[:, 1]).mean())
     labels = torch.tensor([float(bool(found.label)) for found in batch])
     batches = unit_batches([unit[:1] for unit in units], engine, config)
@@ -162,24 +229,19 @@ def labelled_terms(
     }
 
 
-# ---- validation --------------------------------------------------------------------------------------------
-
-
-def validate(
-    engine: Engine, config: DpoConfig, dataset: PreferenceDataset, reference: ReferenceLogprobs
-) -> dict[str, float | Mean]:
+def validate(engine: Engine, config: DpoConfig, reference: ReferenceLogprobs) -> dict[str, Mean]:
     """Loss and metrics of the whole set under the present weights, named validation_*."""
-    units = sequences_of(dataset.preferences)
-    flat = [sequence for unit in units for sequence in unit]
-    logprobs = score_sequences(engine, flat, token_budget(config), LABEL_LOGPROBS, answer_logprobs).view(-1, 2)
+    preferences = reference.dataset.preferences
+    units, budget = sequences_of(preferences), token_budget(config)
+    logprobs = score_sequences(engine, units, budget, LABEL_LOGPROBS, answer_logprobs).view(-1, 2)
     if config.algorithm.loss == "kto":
-        labels = torch.tensor([float(bool(found.label)) for found in dataset.preferences])
+        labels = torch.tensor([float(bool(found.label)) for found in preferences])
         divergence = float((logprobs - reference.values)[:, 1].mean())
         terms, metrics = labelled_terms(
             config.algorithm.beta, logprobs[:, 0], reference.values[:, 0], labels, divergence
         )
     else:
-        lengths = torch.tensor([[float(mask[1:].sum()) for _, mask in x.conversations] for x in dataset.preferences])
+        lengths = torch.tensor([[float(mask[1:].sum()) for _, mask in x.conversations] for x in preferences])
         terms, found = pair_terms(config.algorithm, logprobs.T, lengths.T, reference.values.T)
         metrics = means(found)
     return {f"validation_{name}": value for name, value in {"loss": Mean(terms.sum(), len(terms)), **metrics}.items()}

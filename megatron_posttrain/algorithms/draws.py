@@ -1,38 +1,126 @@
 """Which prompts a step asks, and with which weights its samples are drawn: now, ahead of their step, or in parts."""
 
+import math
 import pickle
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch.distributed as dist
 
 from megatron_posttrain.algorithms.asked import Asked
-from megatron_posttrain.algorithms.curriculum import Curriculum
-from megatron_posttrain.algorithms.dynamic_sampling import replace_equal
-from megatron_posttrain.config.algorithms import GrpoConfig
-from megatron_posttrain.data.dataset import Prompt
+from megatron_posttrain.config.algorithms import CurriculumConfig, GrpoConfig
+from megatron_posttrain.data.dataset import Prompt, PromptDataset
+from megatron_posttrain.evaluation.evaluate import CORRECT
 from megatron_posttrain.parallel.exchange import to_first_rank
 from megatron_posttrain.parallel.groups import broadcast_object
 from megatron_posttrain.rollout.engine import RolloutEngine
-from megatron_posttrain.rollout.regroup import deal
-from megatron_posttrain.rollout.replay import logged_file, read_logged
+from megatron_posttrain.rollout.regroup import deal, join
 from megatron_posttrain.rollout.samples import Samples, collect_samples
 from megatron_posttrain.rollout.turns import Episode
 from megatron_posttrain.training.checkpoints import CARRIED_FILE
-from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.run import Run
 
 
-@dataclass
-class Logged:
-    """Samples that another run has logged, in place of `Draws`."""
+class Curriculum:
+    """Walks the dataset's epochs, past prompts that the policy nearly always or never solves: they are asked again
+    epochs later.
 
-    engine: Engine
+    A prompt's pass rate is the share of its samples that pass; of several visits the running mean in which each new one
+    weighs as much as all before it. Before the first visit it is 1 - `metadata.difficulty`, as `sample` writes it
+    (other scales, not from 0.0 to 1.0, say nothing). `state`: plain values that checkpoints keep; changed in place.
+    """
 
-    def take(self, config: GrpoConfig, step: int, batches: int) -> Samples:
-        return read_logged(logged_file(str(config.rollout.replay), step + 1), config, self.engine.arch)
+    def __init__(self, config: CurriculumConfig, dataset: PromptDataset, state: dict[str, Any]) -> None:
+        self.config, self.dataset = config, dataset
+        state |= {"place": 0, "rates": {}} | state  # rates: pass rate and epoch of the last visit, by the row's number
+        self.state = state
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """Those that are not set aside now."""
+        return [prompt for prompt in self.dataset.prompts if self._asks(prompt)]
+
+    def take(self, count: int) -> list[Prompt]:
+        """The next ones to ask."""
+        taken: list[Prompt] = []
+        while len(taken) < count:
+            (prompt,) = self.dataset.at(self.state["place"], 1)
+            taken += [prompt] if self._asks(prompt) else []
+            self.state["place"] += 1
+        return taken
+
+    def see(self, samples: Samples, group: int) -> None:
+        """Takes the pass rates of prompts, `group` samples each, and logs how many are set aside for what."""
+        rates, epoch = self.state["rates"], (self.state["place"] - 1) // len(self.dataset)
+        for k in range(0, len(samples.prompts), group):
+            graded = samples.rewards[k : k + group][~samples.masked[k : k + group]]
+            if len(graded):
+                index, share = str(samples.prompts[k].index), float(np.mean(graded > CORRECT))
+                rates[index] = [(rates[index][0] + share) / 2 if index in rates else share, epoch]
+        found = np.array([rate for rate, _ in rates.values()])
+        samples.logged |= {
+            "curriculum/solved": float((found >= self.config.solved).sum()) / len(self.dataset),
+            "curriculum/hopeless": float((found <= self.config.hopeless).sum()) / len(self.dataset),
+        }
+
+    def _asks(self, prompt: Prompt) -> bool:
+        difficulty = prompt.metadata.get("difficulty")
+        estimate = (1 - difficulty, 0) if isinstance(difficulty, float) and 0 <= difficulty <= 1 else None
+        if (known := self.state["rates"].get(str(prompt.index), estimate)) is None:
+            return True
+        rate, visited = known
+        epochs = self.state["place"] // len(self.dataset) - visited
+        return self.config.hopeless < rate < self.config.solved or epochs >= self.config.revisit
+
+
+def replace_equal(
+    samples: Samples,
+    prompts: Sequence[Prompt],
+    dataset: PromptDataset | Curriculum,
+    seed: Sequence[int],
+    batches: int,
+    collect: Callable[[list[Prompt], int], Samples],
+) -> Samples:
+    """Dynamic sampling (DAPO, arXiv 2503.14476, eq. 11): prompts whose samples all have one reward teach nothing.
+
+    Collective: samples of as many prompts, those with unequal rewards first; with equal ones where `batches` are not
+    enough, or no prompt is left.
+
+    Args:
+        samples: of `prompts`, the first batch.
+        seed: of this step's choice of further prompts, so that a resumed run makes the same.
+        collect: the samples of the batch with this number.
+    """
+    wanted, size = len(prompts), len(samples.prompts) // len(prompts)
+    parts, asked = [samples], {prompt.index for prompt in prompts}
+    for number in range(1, batches):
+        found = sum(int(_unequal(part, size).sum()) for part in parts)
+        left = [prompt for prompt in dataset.prompts if prompt.index not in asked]
+        if found >= wanted or not left:
+            break
+        # As many as should be enough at the rate seen so far
+        count = min(wanted, math.ceil((wanted - found) * len(asked) / max(1, found)))
+        further = [left[i] for i in np.random.default_rng([*seed, number]).permutation(len(left))[:count]]
+        asked |= {prompt.index for prompt in further}
+        parts.append(collect(further, number))
+    groups = [(part, group, useful) for part in parts for group, useful in enumerate(_unequal(part, size))]
+    chosen = sorted(groups, key=lambda group: not group[2])[:wanted]
+    figures = {
+        "generated_batches": float(len(parts)),
+        "generated_reward": float(np.concatenate([part.rewards for part in parts]).mean()),
+        "equal_fraction": 1 - float(np.mean([useful for *_, useful in groups])),
+    }
+    return join([(part, group * size + i) for part, group, _ in chosen for i in range(size)], figures)
+
+
+def _unequal(samples: Samples, size: int) -> np.ndarray:
+    """[prompts]"""
+    rewards = samples.rewards.reshape(-1, size)
+    return (rewards != rewards[:, :1]).any(1)
 
 
 @dataclass

@@ -5,18 +5,9 @@ The refit comes first in a step: a checkpoint is then saved while the trainer ha
 
 import torch
 
+from megatron_posttrain.algorithms import policy
 from megatron_posttrain.algorithms.advantages import group_advantages
 from megatron_posttrain.algorithms.asked import Asked
-from megatron_posttrain.algorithms.policy import (
-    Rollouts,
-    kl_in_reward,
-    receive_samples,
-    reference_of,
-    score_samples,
-    set_token_advantages,
-    spread,
-    update,
-)
 from megatron_posttrain.config.algorithms import GrpoConfig
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.rollout.samples import Samples
@@ -31,20 +22,14 @@ def grpo(config: GrpoConfig) -> int:
     prepared = prepare(config)
     asked = Asked.of(config, prepared)
     with Run(prepared, asked.prompts) as run:
-        engine = run.model(**reference_of(config))
-        rollouts = Rollouts.start(run, config, engine, asked)
+        engine = run.model(**policy.reference_of(config))
+        rollouts = policy.Rollouts.start(run, config, engine, asked)
         for step in run.steps():
-            now = rollouts.config(step.index)
-            with step.phase("refit"):
-                rollouts.refit(now, step.index)
-            with step.phase("rollout"):
-                samples = rollouts.draw(now, step.index, config.algorithm.dynamic_sampling or 1)
-            rollouts.grade(step, samples)
+            now, samples = rollouts.draw(step, config.algorithm.dynamic_sampling or 1)
             with step.phase("train"):
-                mini_batches = receive_samples(samples, engine, now)
-                score_samples(mini_batches, engine, now)
+                mini_batches = policy.scored_samples(samples, engine, now)
                 set_advantages(samples, [batch for batches in mini_batches for batch in batches], engine, now)
-                metrics = update(engine, samples, mini_batches, now, step.learning_rate)
+                metrics = policy.update(engine, samples, mini_batches, now, step.learning_rate)
             rollouts.finish(step, samples, metrics)
     return run.status
 
@@ -53,11 +38,11 @@ def set_advantages(samples: Samples, batches: list[PackedBatch], engine: Engine,
     """Collective: of every sample, and `advantages` of every token, beside the others of its prompt or of the step."""
     algorithm = config.algorithm
     if algorithm.baseline == "batch":
-        set_token_advantages(samples, batches, engine, algorithm)
+        policy.set_token_advantages(samples, batches, engine, algorithm)
         return
     rewards = torch.tensor(samples.rewards)
     if algorithm.kl_in == "reward":
-        paid = [kl_in_reward(batch, algorithm) for batch in batches]
+        paid = [policy.kl_in_reward(batch, algorithm) for batch in batches]
         rewards = rewards - sums_by_sequence(engine.groups, batches, paid, len(rewards))
     samples.advantages = group_advantages(
         rewards.float(),
@@ -67,4 +52,4 @@ def set_advantages(samples: Samples, batches: list[PackedBatch], engine: Engine,
         scale=algorithm.advantage_scale,
     )
     for batch in batches:
-        batch.extras["advantages"] = spread(batch, samples.advantages)
+        batch.extras["advantages"] = policy.spread(batch, samples.advantages)

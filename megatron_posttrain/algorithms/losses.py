@@ -58,8 +58,7 @@ def policy_gradient_loss(
         denominator: what the sum is divided by, where `logprobs` are a part of a larger batch;
             default: this batch's own count (tokens, sequences, or batch x sequence).
 
-    Returns:
-        scalar loss and metrics.
+    Returns scalar loss and metrics.
     """
     terms, metrics = policy_gradient_terms(logprobs, old_logprobs, advantages, mask, aggregation=aggregation, **options)
     return terms.sum() / (own_count(mask, aggregation) if denominator is None else denominator), metrics
@@ -108,32 +107,24 @@ def policy_gradient_terms(
             estimated by k1, k2 or k3 (Schulman 2020).
         entropy, entropy_coefficient: subtracts entropy_coefficient x the entropy of a token's distribution.
 
-    Returns:
-        terms, and metrics (sums over tokens that count: `clip_fraction`, `ratio`, `kl`).
-
-    Raises:
-        UserError: dual_clip not above 1 or with cispo, or a KL or importance option without its log-probs.
+    Returns terms, and metrics (sums over tokens that count: `clip_fraction`, `ratio`, `kl`). Raises UserError:
+    dual_clip not above 1 or with cispo, or a KL or importance option without its log-probs.
     """
-    importance = importance_cap is not None or token_band is not None or sequence_band is not None
-    _check(objective, dual_clip, rollout_logprobs, importance, reference_logprobs, kl_coefficient)
     mask = mask.to(logprobs.dtype)
     log_ratio = logprobs - old_logprobs
     if ratio_level == "sequence":
         log_ratio = _mean(log_ratio, mask).expand_as(logprobs)
     ratio = log_ratio.clamp(-RATIO_EXPONENT_LIMIT, RATIO_EXPONENT_LIMIT).exp()
-    if objective == "cispo":
-        losses, was_clipped = -ratio.clamp(max=1 + clip_high).detach() * advantages * logprobs, ratio > 1 + clip_high
-    else:
-        unclipped, clipped = -ratio * advantages, -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-        losses, was_clipped = torch.maximum(unclipped, clipped), clipped > unclipped
-    if dual_clip is not None:
-        losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
-    if importance:
-        assert rollout_logprobs is not None
+    losses, was_clipped = _clipped(ratio, logprobs, advantages, objective, clip_low, clip_high, dual_clip)
+    if importance_cap is not None or token_band is not None or sequence_band is not None:
+        if rollout_logprobs is None:
+            raise UserError("importance_cap, token_band and sequence_band need rollout_logprobs")
         losses = losses * importance_weights(
             old_logprobs, rollout_logprobs, mask, importance_cap, importance_level, token_band, sequence_band
         )
     metrics = {"clip_fraction": (was_clipped * mask).sum(), "ratio": (ratio * mask).sum()}
+    if kl_coefficient and reference_logprobs is None:
+        raise UserError("kl_coefficient needs reference_logprobs")
     if reference_logprobs is not None:
         divergence = kl_estimate(logprobs, reference_logprobs, kl_estimator)
         metrics["kl"] = (divergence * mask).sum()
@@ -146,6 +137,31 @@ def policy_gradient_terms(
     if aggregation == "sequence":
         losses = losses / mask.sum(-1, keepdim=True).clamp(min=1)
     return losses, {name: value.detach() for name, value in metrics.items()}
+
+
+def _clipped(
+    ratio: Tensor,
+    logprobs: Tensor,
+    advantages: Tensor,
+    objective: Objective,
+    low: float,
+    high: float,
+    dual_clip: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The objective's losses, and which tokens were clipped."""
+    if objective not in get_args(Objective):
+        raise UserError(f"objective must be clip or cispo, found {objective!r}")
+    if objective == "cispo":
+        if dual_clip is not None:
+            raise UserError("dual_clip has no effect on objective cispo")
+        return -ratio.clamp(max=1 + high).detach() * advantages * logprobs, ratio > 1 + high
+    unclipped, clipped = -ratio * advantages, -ratio.clamp(1 - low, 1 + high) * advantages
+    losses, was_clipped = torch.maximum(unclipped, clipped), clipped > unclipped
+    if dual_clip is not None:
+        if dual_clip <= 1 or not math.isfinite(dual_clip):
+            raise UserError(f"dual_clip must be above 1, found {dual_clip}")
+        losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
+    return losses, was_clipped
 
 
 def importance_weights(
@@ -229,30 +245,9 @@ def distillation_loss(
         beta: jsd: the teacher's share of the mixture.
         denominator: what the sum is divided by, where these are a part of a larger batch; default: their own count.
 
-    Returns:
-        scalar loss and metrics (`divergence`: sum over tokens that count).
+    Returns scalar loss and metrics (`divergence`: sum over tokens that count).
     """
     student, teacher = student_logits.flatten(0, 1), teacher_logits.flatten(0, 1)
     each = token_divergence(student, teacher, divergence, beta=beta, temperature=temperature)
     total = (each * mask.flatten()).sum()
     return total / (own_count(mask, "token") if denominator is None else denominator), {"divergence": total.detach()}
-
-
-def _check(
-    objective: str,
-    dual_clip: float | None,
-    rollout_logprobs: Tensor | None,
-    importance: bool,
-    reference_logprobs: Tensor | None,
-    kl_coefficient: float,
-) -> None:
-    if objective not in get_args(Objective):
-        raise UserError(f"objective must be clip or cispo, found {objective!r}")
-    if dual_clip is not None and objective == "cispo":
-        raise UserError("dual_clip has no effect on objective cispo")
-    if dual_clip is not None and (dual_clip <= 1 or not math.isfinite(dual_clip)):
-        raise UserError(f"dual_clip must be above 1, found {dual_clip}")
-    if importance and rollout_logprobs is None:
-        raise UserError("importance_cap, token_band and sequence_band need rollout_logprobs")
-    if kl_coefficient and reference_logprobs is None:
-        raise UserError("kl_coefficient needs reference_logprobs")

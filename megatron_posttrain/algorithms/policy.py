@@ -12,33 +12,28 @@ from operator import add
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_posttrain.algorithms.advantages import generalized_advantages
 from megatron_posttrain.algorithms.asked import Asked, held_out_figures
-from megatron_posttrain.algorithms.draws import Draws, Logged
+from megatron_posttrain.algorithms.draws import Draws
 from megatron_posttrain.algorithms.losses import kl_estimate, policy_gradient_terms
 from megatron_posttrain.algorithms.refit import Refits, token_budget
 from megatron_posttrain.config.algorithms import GrpoConfig, PolicyAlgorithm
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.errors import UserError
-from megatron_posttrain.platform import platform
+from megatron_posttrain.parallel.exchange import summed
 from megatron_posttrain.rollout.engine import Sampling
-from megatron_posttrain.rollout.replay import logged_file
+from megatron_posttrain.rollout.replay import logged_file, read_logged
 from megatron_posttrain.rollout.samples import Samples, generate_samples, save_samples
 from megatron_posttrain.rollout.text import stop_message
 from megatron_posttrain.training.batches import pack_share, to_rows, token_shares
-from megatron_posttrain.training.engine import Engine, StepResult
+from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.heads import LabelLogprobs, Output
 from megatron_posttrain.training.routing import Action, routing
 from megatron_posttrain.training.run import Run, Step
-from megatron_posttrain.training.sequences import (
-    batch_logprobs,
-    sums_by_sequence,
-    values_by_sequence,
-)
+from megatron_posttrain.training.sequences import batch_logprobs, sums_by_sequence, values_by_sequence
 from megatron_posttrain.training.totals import Mean, Totals
 
 REFERENCE = "reference"
@@ -64,8 +59,8 @@ class Rollouts:
     whole_config: GrpoConfig  # of all steps
     engine: Engine
     asked: Asked
-    draws: Draws | Logged
-    refits: Refits | None  # None where logged samples are replayed
+    draws: Draws | None  # None where logged samples are replayed
+    refits: Refits | None
     figures: dict[str, float] = field(default_factory=dict)  # of the last refit
 
     @classmethod
@@ -73,7 +68,7 @@ class Rollouts:
         """Collective: once the trainer has what memory it needs."""
         if config.rollout.replay is not None:
             run.say(f"samples of {config.rollout.replay}; no rollout engine")
-            return cls(run, config, engine, asked, Logged(engine), None)
+            return cls(run, config, engine, asked, None, None)
         if asked.model_reward is not None:
             asked.model_reward.load(run.groups)
         refits = Refits(config, run, engine)
@@ -88,33 +83,31 @@ class Rollouts:
         weight = {"entropy_coefficient": self.run.checkpoints.state.get("entropy_coefficient", 0.0)}
         return config.model_copy(update={"algorithm": config.algorithm.model_copy(update=weight)})
 
-    def refit(self, config: GrpoConfig, step: int) -> None:
-        """New weights into the rollout engine, and the proof that it holds them: a hard stop when it does not. Where it
-        is time for it the reference gets them too."""
-        every = config.algorithm.reference_every
-        if every is not None and step and step % every == 0:
-            self.engine.keep_weights(REFERENCE)
-        self._refit(config, step)
+    def draw(self, step: Step, batches: int = 1) -> tuple[GrpoConfig, Samples]:
+        """Collective: the run's config at a step, and the step's samples, graded; see `Draws`.
 
-    def _refit(self, config: GrpoConfig, step: int) -> None:
-        if self.refits is not None:
-            self.figures = self.refits.update(config, self.asked.prompts.prompts, step)
-
-    def draw(self, config: GrpoConfig, step: int, batches: int = 1) -> Samples:
-        """The step's samples; see `Draws`."""
-        samples = self.draws.take(config, step, batches)
-        if self.refits is not None:
-            self.refits.rollout.sleep()
+        New weights go into the rollout engine first, with the proof that it holds them: a hard stop when it does not.
+        Where it is time for it the reference gets them too.
+        """
+        config, every = self.config(step.index), self.whole_config.algorithm.reference_every
+        with step.phase("refit"):
+            if every is not None and step.index and step.index % every == 0:
+                self.engine.keep_weights(REFERENCE)
+            if self.refits is not None:
+                self.figures = self.refits.update(config, self.asked.prompts.prompts, step.index)
+        with step.phase("rollout"):
+            if self.draws is None or self.refits is None:
+                samples = read_logged(logged_file(str(config.rollout.replay), step.number), config, self.engine.arch)
+            else:
+                samples = self.draws.take(config, step.index, batches)
+                self.refits.rollout.sleep()
         samples.advantages = torch.zeros(len(samples.prompts))  # known when they were scored
-        return samples
-
-    def grade(self, step: Step, samples: Samples) -> None:
-        """Collective, while the engine sleeps: what a reward model adds to the rewards; what is masked."""
         if self.asked.model_reward is not None:
             with step.phase("reward_model"):
-                self.asked.model_reward.add(samples, self.whole_config.rollout.samples_per_prompt)
-        if self.whole_config.algorithm.mask_truncated:
+                self.asked.model_reward.add(samples, config.rollout.samples_per_prompt)
+        if config.algorithm.mask_truncated:
             samples.masked = samples.masked | samples.truncated
+        return config, samples
 
     def validate(self, step: Step) -> dict[str, float]:
         """Collective: what the weights after a step say to held-out prompts, with the same seeds at every look."""
@@ -124,7 +117,7 @@ class Rollouts:
         sampling = Sampling(
             rollout.validation_samples, rollout.max_tokens, rollout.temperature, repetitions=rollout.repetitions
         )
-        self._refit(config, step.number)
+        self.figures = self.refits.update(config, asked.prompts.prompts, step.number)
 
         def draw(prompts: list[Prompt]) -> Samples:
             seeds = range(len(prompts) * sampling.n)
@@ -180,10 +173,10 @@ def receive_samples(samples: Samples, engine: Engine, config: GrpoConfig) -> lis
     return [pack_share(shares[mine], sequence, groups.layout) for shares in updates]
 
 
-def score_samples(mini_batches: list[list[PackedBatch]], engine: Engine, config: GrpoConfig) -> None:
-    """The trainer's own log-probs of what was sampled, where several updates or rewards need them; the reference's for
-    KL."""
-    algorithm = config.algorithm
+def scored_samples(samples: Samples, engine: Engine, config: GrpoConfig) -> list[list[PackedBatch]]:
+    """As `receive_samples`, with the trainer's own log-probs where several updates or rewards need them, and the
+    reference's for KL."""
+    algorithm, mini_batches = config.algorithm, receive_samples(samples, engine, config)
 
     def score(name: str, action: Action = None) -> None:
         for batches in mini_batches:
@@ -201,48 +194,51 @@ def score_samples(mini_batches: list[list[PackedBatch]], engine: Engine, config:
     if algorithm.kl_coefficient:
         with engine.weights(REFERENCE):
             score("reference_logprobs")
+    return mini_batches
+
+
+def train_updates(
+    engine: Engine, mini_batches: list[list[PackedBatch]], offload: bool, action: Action = None, **options: Any
+) -> tuple[dict[str, float | Mean], list[Output]]:
+    """An optimizer step for each mini-batch, with `options` of `Engine.train_step`: figures, and what it kept."""
+    results = []
+    for number, batches in enumerate(mini_batches):
+        if number and offload:
+            engine.offload()  # as before the first: no update has states beside its activations
+        with routing(engine, action):
+            results.append(engine.train_step(batches, **options))
+    figures = {name: sum(getattr(r, name) for r in results) / len(results) for name in ("loss", "grad_norm")}
+    metrics = {name: reduce(add, (r.metrics[name] for r in results)) for name in results[0].metrics}
+    return figures | metrics, [output for result in results for output in result.outputs]
 
 
 def update(
     engine: Engine, samples: Samples, mini_batches: list[list[PackedBatch]], config: GrpoConfig, lr: float
 ) -> dict[str, float | Mean]:
-    """An optimizer step for each mini-batch.
+    """The policy's updates.
 
     A single one needs no pass for the old log-probs before it, where its own are those of the policy that sampled.
     """
-    head = LabelLogprobs(config.rollout.temperature)
-    loss, over = partial(policy_loss, config.algorithm), partial(denominator, config)
-    results: list[StepResult] = []
     keep = len(mini_batches) == 1 or config.recorded
-    for number, batches in enumerate(mini_batches):
-        if number and config.rollout.offload:
-            engine.offload()  # as before the first: no update has states beside its activations
-        with routing(engine, None if config.algorithm.routing_replay == "none" else "replay"):
-            results.append(engine.train_step(batches, loss, over, lr, head, keep=keep))
-    everything = [batch for batches in mini_batches for batch in batches]
-    outputs = [output for result in results for output in result.outputs] if keep else None
-    return (
-        {
-            "loss": sum(r.loss for r in results) / len(results),
-            "grad_norm": sum(r.grad_norm for r in results) / len(results),
-        }
-        | {name: reduce(add, (r.metrics[name] for r in results)) for name in results[0].metrics}
-        | compare(engine, samples, everything, outputs, config)
+    action: Action = None if config.algorithm.routing_replay == "none" else "replay"
+    loss, over = partial(policy_loss, config.algorithm), partial(denominator, config)
+    options: dict[str, Any] = {"lr": lr, "head": LabelLogprobs(config.rollout.temperature), "keep": keep}
+    figures, outputs = train_updates(
+        engine, mini_batches, config.rollout.offload, action, loss_function=loss, over=over, **options
     )
+    everything = [batch for batches in mini_batches for batch in batches]
+    return figures | compare(engine, samples, everything, outputs if keep else None, config)
 
 
 def compare(
     engine: Engine, samples: Samples, batches: list[PackedBatch], outputs: list[Output] | None, config: GrpoConfig
 ) -> dict[str, float]:
     """Collective: how far the trainer's log-probs of the samples are from the engine's; sets `samples.differences`, and
-    `samples.by_token` where it is asked for.
+    `samples.by_token` where it is asked for. `outputs`: of the policy that sampled, on the last stage; None: the
+    batches have its log-probs.
 
-    Args:
-        outputs: of the policy that sampled, on the last stage; None: the batches have its log-probs.
-
-    Returns:
-        of the ratios trainer / engine of all tokens that count: percentiles 1 and 99, to 1%, and the share outside of
-        `token_band`.
+    Returns of the ratios trainer / engine of all tokens that count percentiles 1 and 99, to 1%, and the share outside
+    of `token_band`.
     """
     groups, low_high = engine.groups, config.algorithm.token_band or BAND
     own = [b.extras["old_logprobs"] for b in batches] if outputs is None else [o["logprobs"] for o in outputs]
@@ -263,15 +259,11 @@ def compare(
         counted = torch.cat([found[b.loss_mask != 0] for b, found in zip(batches, log_ratios, strict=True)])
         counts[:-1] = torch.bincount(torch.bucketize(counted, RATIO_BINS), minlength=len(RATIO_BINS) + 1)
         counts[-1] = ((counted < math.log(low_high[0])) | (counted > math.log(low_high[1]))).sum()
-    everywhere = counts.to(platform().device)
-    dist.all_reduce(everywhere)
-    *bins, outside = everywhere.tolist()
+    *bins, outside = summed(counts).tolist()
     below, total = torch.tensor(bins).cumsum(0), max(1.0, sum(bins))
-
-    def percentile(share: float) -> float:
-        return float(RATIO_BINS[(below < share * total).sum().clamp(max=len(RATIO_BINS) - 1)].exp())
-
-    return {"mismatch_p01": percentile(0.01), "mismatch_p99": percentile(0.99), "mismatch_outside": outside / total}
+    ranks = ((below < share * total).sum().clamp(max=len(RATIO_BINS) - 1) for share in (0.01, 0.99))
+    p01, p99 = (float(RATIO_BINS[rank].exp()) for rank in ranks)
+    return {"mismatch_p01": p01, "mismatch_p99": p99, "mismatch_outside": outside / total}
 
 
 def denominator(config: GrpoConfig, totals: Totals) -> float:
@@ -341,14 +333,12 @@ def set_token_advantages(
         mask, values = rows(batch.loss_mask), rows(batch.extras.get("values", torch.zeros(len(batch.tokens))))
         last = (mask.flip(-1).cumsum(-1).flip(-1) == 1) * mask
         rewards = rows(spread(batch, totals)) * last - rows(kl_in_reward(batch, algorithm))
-        both = generalized_advantages(rewards, values, mask, gamma=gamma, lam=lam)
+        advantages, returns = generalized_advantages(rewards, values, mask, gamma=gamma, lam=lam)
         real = torch.arange(mask.shape[1]) < batch.cu_seqlens.diff()[:, None]
-        batch.extras |= {name: found[real] for name, found in zip(("advantages", "returns"), both, strict=True)}
+        batch.extras |= {"advantages": advantages[real], "returns": returns[real]}
         own = batch.extras["advantages"].double()
         moments += torch.stack([own.sum(), own.square().sum(), batch.loss_mask.double().sum()])
-    moments = moments.to(platform().device)
-    dist.all_reduce(moments, group=engine.groups.data)
-    total, squares, count = moments.tolist()
+    total, squares, count = summed(moments, engine.groups.data).tolist()
     mean = total / max(1.0, count)
     deviation = math.sqrt(max(0.0, squares / max(1.0, count) - mean**2))
     for batch in batches:

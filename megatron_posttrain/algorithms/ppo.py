@@ -4,21 +4,14 @@ The critic gives every token a value, from which advantages follow (generalized 
 the same micro-batches, saved and resumed with the policy, and exported to `critic/`.
 """
 
-from functools import partial, reduce
-from operator import add
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
+from megatron_posttrain.algorithms import policy
 from megatron_posttrain.algorithms.asked import Asked
 from megatron_posttrain.algorithms.losses import value_terms
-from megatron_posttrain.algorithms.policy import (
-    Rollouts,
-    receive_samples,
-    reference_of,
-    score_samples,
-    set_token_advantages,
-    update,
-)
 from megatron_posttrain.checkpoint.hf import model_directory
 from megatron_posttrain.config.algorithms import PpoConfig
 from megatron_posttrain.data.batch import PackedBatch
@@ -45,26 +38,21 @@ def ppo(config: PpoConfig) -> int:
     own, algorithm = critic_config(config), config.algorithm
     with Run(prepared, asked.prompts) as run:
         critic = Engine.of(own, critic_arch, run.groups)
-        engine = run.model(beside={CRITIC: critic}, **reference_of(config))
-        rollouts = Rollouts.start(run, config, engine, asked)
+        engine = run.model(beside={CRITIC: critic}, **policy.reference_of(config))
+        rollouts = policy.Rollouts.start(run, config, engine, asked)
         for step in run.steps():
-            now = rollouts.config(step.index)
-            with step.phase("refit"):
-                rollouts.refit(now, step.index)
-            with step.phase("rollout"):
-                samples = rollouts.draw(now, step.index)
-            rollouts.grade(step, samples)
+            now, samples = rollouts.draw(step)
             with step.phase("train"):
-                mini_batches = receive_samples(samples, engine, now)
+                mini_batches = policy.scored_samples(samples, engine, now)
                 batches = [batch for batches in mini_batches for batch in batches]
-                score_samples(mini_batches, engine, now)
                 score_values(critic, batches)
-                set_token_advantages(samples, batches, engine, now.algorithm, gamma=algorithm.gamma, lam=algorithm.lam)
+                discounts = {"gamma": algorithm.gamma, "lam": algorithm.lam}
+                policy.set_token_advantages(samples, batches, engine, now.algorithm, **discounts)
                 rate = learning_rate(own.optimizer, step.index, run.total_steps)
-                metrics = update_critic(critic, mini_batches, config, rate)
+                critic_figures = update_critic(critic, mini_batches, config, rate)
                 # At a rate of 0 the optimizer has states, which a checkpoint needs, and weights stay
                 policy_rate = 0.0 if step.index < config.critic.warmup_steps else step.learning_rate
-                metrics |= update(engine, samples, mini_batches, now, policy_rate)
+                metrics = critic_figures | policy.update(engine, samples, mini_batches, now, policy_rate)
             rollouts.finish(step, samples, metrics)
         if not run.status:
             export(critic, model_directory(own.model.path), run.directory / CRITIC, config.model.tokenizer)
@@ -109,14 +97,10 @@ def update_critic(
     critic: Engine, mini_batches: list[list[PackedBatch]], config: PpoConfig, lr: float
 ) -> dict[str, float | Mean]:
     """An optimizer step for each mini-batch."""
+    options: dict[str, Any] = {"over": lambda totals: max(1, totals.tokens), "lr": lr, "head": HEAD}
     loss = partial(value_loss, config.algorithm.value_clip)
-    results = []
-    for number, batches in enumerate(mini_batches):
-        if number and config.rollout.offload:
-            critic.offload()
-        results.append(critic.train_step(batches, loss, lambda totals: max(1, totals.tokens), lr, HEAD))
-    metrics = {name: reduce(add, (r.metrics[name] for r in results)) for name in results[0].metrics}
-    return {"critic_grad_norm": sum(r.grad_norm for r in results) / len(results)} | metrics
+    figures, _ = policy.train_updates(critic, mini_batches, config.rollout.offload, loss_function=loss, **options)
+    return {"critic_grad_norm": figures.pop("grad_norm")} | figures
 
 
 def value_loss(value_clip: float | None, output: Output, batch: PackedBatch) -> tuple[Tensor, dict[str, Mean]]:

@@ -33,8 +33,7 @@ def dpo_loss(
         scalar loss, and means over these pairs of accuracy, margin, chosen_reward, rejected_reward, chosen_logprobs
         and rejected_logprobs.
 
-    Raises:
-        UserError: an option that the loss does not have, or lengths that it needs.
+    Raises UserError: an option that the loss does not have, or lengths that it needs.
     """
     terms, metrics = dpo_terms(chosen, rejected, reference_chosen, reference_rejected, **options)
     return _over_pairs(terms, metrics, denominator)
@@ -152,8 +151,7 @@ def reward_model_loss(
 ) -> tuple[Tensor, Metrics]:
     """Mean over pairs of the Bradley-Terry loss; `reward_model_terms` has the formula.
 
-    Returns:
-        scalar loss, and means over these pairs of accuracy, margin, chosen_reward and rejected_reward.
+    Returns scalar loss, and means over these pairs of accuracy, margin, chosen_reward and rejected_reward.
     """
     terms, metrics = reward_model_terms(chosen, rejected, margin=margin, center=center)
     return _over_pairs(terms, metrics, denominator)

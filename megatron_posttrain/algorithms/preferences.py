@@ -1,10 +1,10 @@
 """What training on preferences shares: rows, micro-batches that hold whole pairs, and one value per conversation."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_posttrain.config.schema import Config
@@ -12,6 +12,7 @@ from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.pairs import Preference, PreferenceDataset
 from megatron_posttrain.data.rows import read_rows
+from megatron_posttrain.parallel.exchange import summed
 from megatron_posttrain.platform import platform
 from megatron_posttrain.training.batches import rank_micro_batches, rank_token_batches, to_rows
 from megatron_posttrain.training.engine import Engine
@@ -59,8 +60,7 @@ def unit_batches(units: Sequence[Sequence[TokenSequence]], engine: Engine, confi
     `token_budget` allows. A unit's sequences are never parted."""
     if not config.data.packing:
         return rank_micro_batches(units, engine.groups, config.training.micro_batch_size)
-    flat = [sequence for unit in units for sequence in unit]
-    return rank_token_batches(flat, engine.groups, engine.arch, token_budget(config))
+    return rank_token_batches(list(chain(*units)), engine.groups, engine.arch, token_budget(config))
 
 
 def sides(batch: PackedBatch) -> tuple[list[int], list[int], list[int]]:
@@ -87,16 +87,16 @@ def last_values(output: Output, batch: PackedBatch) -> Tensor:
 
 @torch.no_grad()
 def score_sequences(
-    engine: Engine, sequences: Sequence[TokenSequence], budget: int, head: Head, values: SequenceValues
+    engine: Engine, units: Iterable[Sequence[TokenSequence]], budget: int, head: Head, values: SequenceValues
 ) -> Tensor:
-    """Collective: [sequences] fp32 on the host of every rank, under the present weights, without gradient.
+    """Collective: [sequences of all units] fp32 on the host of every rank, under the present weights, without gradient.
 
     Raises NotFiniteError on all ranks where one is not finite.
     """
     # One by one: nothing here needs both conversations of a pair.
-    numbered = [replace(sequence, index=index, unit=None) for index, sequence in enumerate(sequences)]
+    numbered = [replace(sequence, index=index, unit=None) for index, sequence in enumerate(chain(*units))]
     batches = rank_token_batches(numbered, engine.groups, engine.arch, budget)
-    found = torch.zeros(len(sequences))
+    found = torch.zeros(len(numbered))
     for batch, output in zip(batches, engine.forward(batches, head), strict=True):
         unpadded = {name: each[: len(batch.tokens)] for name, each in output.items()}
         of_batch = values(unpadded, batch.to(platform().device)).cpu()
@@ -105,11 +105,7 @@ def score_sequences(
                 found[index] = value
     if anywhere(not found.isfinite().all()):
         engine.refuse_outputs(batches, head)
-    if engine.groups.data.size() > 1:
-        everywhere = found.to(platform().device)
-        dist.all_reduce(everywhere, group=engine.groups.data)  # zero where another rank has it
-        found = everywhere.cpu()
-    return found
+    return summed(found, engine.groups.data)  # zero where another rank has it
 
 
 def means(metrics: Mapping[str, Tensor]) -> dict[str, Mean]:

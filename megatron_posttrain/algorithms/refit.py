@@ -2,9 +2,8 @@
 
 import time
 from collections.abc import Sequence
-from functools import partial
 
-import torch
+from torch import Tensor
 
 from megatron_posttrain.config.algorithms import DistillConfig, GrpoConfig
 from megatron_posttrain.config.schema import Config
@@ -57,22 +56,23 @@ class Refits:
     def update(self, config: RlConfig, prompts: Sequence[Prompt], version: int) -> dict[str, float]:
         """Collective: the trainer's weights into the engine, and the proof on the first `prompts`; figures of both."""
         self._make_room(config)
-        figures = self._ship() if config.rollout.adapters == "ship" else self._bring(version)
+        figures: dict[str, float] = {}
+        if config.rollout.adapters == "ship":
+            directory = self.run.directory / "rollouts" / "adapter"
+            export_adapter(self.engine, self.run.prepared.model_path, directory)
+            self.rollout.ship(directory)
+        else:
+            self.engine.gather_weights()
+            with platform().megatron():
+                figures = self._refit.figures(self._refit.from_trainer(version))
         start = time.perf_counter()
-        own = partial(_canary_logprobs, self.engine, token_budget(config))
+
+        def own(sequences: list[list[int]]) -> list[Tensor]:
+            whole = [TokenSequence(ids, [1] * len(ids)) for ids in sequences]
+            return sequence_logprobs(self.engine, whole, token_budget(config), temperature=1.0)
+
         prove(self.rollout, [p.token_ids for p in prompts[:CANARY_PROMPTS]], own, config.rollout.proof_tolerance)
         return figures | {"proof_seconds": time.perf_counter() - start + self._refit.digest_seconds}
-
-    def _bring(self, version: int) -> dict[str, float]:
-        self.engine.gather_weights()
-        with platform().megatron():
-            return self._refit.figures(self._refit.from_trainer(version))
-
-    def _ship(self) -> dict[str, float]:
-        directory = self.run.directory / "rollouts" / "adapter"
-        export_adapter(self.engine, self.run.prepared.model_path, directory)
-        self.rollout.ship(directory)
-        return {}
 
     def _make_room(self, config: RlConfig) -> None:
         """Before vLLM asks for its share of the memory."""
@@ -83,8 +83,3 @@ class Refits:
 def token_budget(config: Config) -> int:
     """Tokens of a micro-batch; samples share it."""
     return config.data.sequence_length * config.training.micro_batch_size
-
-
-def _canary_logprobs(engine: Engine, budget: int, sequences: list[list[int]]) -> list[torch.Tensor]:
-    whole = [TokenSequence(ids, [1] * len(ids)) for ids in sequences]
-    return sequence_logprobs(engine, whole, budget, temperature=1.0)

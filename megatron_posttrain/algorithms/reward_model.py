@@ -76,9 +76,8 @@ def pair_loss(center: float, margins: Tensor, output: Output, batch: PackedBatch
 
 def validate(engine: Engine, config: RewardModelConfig, dataset: PreferenceDataset) -> dict[str, Mean]:
     """Loss and metrics of the whole set under the present weights, named validation_*."""
-    flat = [sequence for unit in sequences_of(dataset.preferences) for sequence in unit]
-    rewards = score_sequences(engine, flat, token_budget(config), HEAD, last_values).view(-1, 2)
+    units = sequences_of(dataset.preferences)
+    rewards = score_sequences(engine, units, token_budget(config), HEAD, last_values).view(-1, 2)
     margin = torch.tensor([found.margin for found in dataset.preferences])
     terms, metrics = reward_model_terms(*rewards.T, margin=margin, center=config.algorithm.center)
-    found = {"loss": Mean(terms.sum(), len(terms)), **means(metrics)}
-    return {f"validation_{name}": value for name, value in found.items()}
+    return {f"validation_{name}": value for name, value in means({"loss": terms, **metrics}).items()}

@@ -36,9 +36,8 @@ from megatron_posttrain.training.weight_sets import HostWeights
 class Teacher:
     """What a frozen model thinks of micro-batches that are looked at before the student trains on them.
 
-    Args:
-        student: whose columns of the vocabulary this rank has. Where the vocabularies differ in size (padding: the
-            tokenizer is one) only columns that both have count.
+    This rank has the student's columns of the vocabulary. Where the vocabularies differ in size (padding: the tokenizer
+    is one) only columns that both have count.
     """
 
     def __init__(self, arch: Architecture, student: Engine, config: DistillConfig) -> None:

@@ -36,11 +36,9 @@ class Difference:
 
 
 def compare(a: Path, b: Path, tolerance: float | None = None, source: Path | None = None) -> Iterator[Difference | str]:
-    """The differences, and the names of tensors that are equal, in the order of `a`.
-
-    Equal means the same dtype and bits; with a `tolerance`, values (as float64) that differ by no more, NaN
-    equal to NaN. `source`: the Hugging Face directory of a Megatron checkpoint that has none of its own.
-    """
+    """The differences, and the names of tensors that are equal, in the order of `a`. Equal means the same dtype and
+    bits; with a `tolerance`, values (as float64) that differ by no more, NaN equal to NaN. `source`: the Hugging Face
+    directory of a Megatron checkpoint that has none of its own."""
     left, right = _sides(a, b, source)
     for name in dict.fromkeys([*left.kinds, *right.kinds]):
         if name not in left.kinds or name not in right.kinds:

@@ -1,6 +1,7 @@
 """Hugging Face directories into Megatron distributed checkpoints and back, one tensor in memory at a time."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -62,9 +63,9 @@ class Conversion:
     @property
     def largest(self) -> int:
         """Bytes of the largest tensor, in the wider of source and target."""
-        sizes: dict[str, int] = {}
+        sizes = Counter[str]()
         for item in self.items:
-            sizes[item.name] = sizes.get(item.name, 0) + item.nbytes
+            sizes[item.name] += item.nbytes
         return max(sizes.values())
 
     def run(self, target: Path, options: StreamOptions) -> int:
@@ -77,17 +78,11 @@ def plan_hf_to_megatron(directory: Path, options: ConvertOptions, weights: bool 
     config = read_json(directory / "config.json" if directory.is_dir() or weights else directory)
     arch = registry.architecture_from_hf(config, keep_mtp=options.keep_mtp)
     if not weights:
-        kind = options.dtype or torch.bfloat16
-        nothing: dict[str, Tensor] = {}
-        planned = megatron.plan_files(
-            arch, lambda plan: plan.mapping.dtype or kind, nothing.__getitem__, options.shard_bytes
-        )
+        kind, nothing = options.dtype or torch.bfloat16, dict[str, Tensor]().__getitem__
+        planned = megatron.plan_files(arch, lambda plan: plan.mapping.dtype or kind, nothing, options.shard_bytes)
         return Conversion(arch, planned.files, {}, planned.finish, _bytes_in(arch, config))
-    reader = HfReader(directory)
-    arch = _as_stored(arch, reader)
-    check_tensors(reader, arch)
+    reader, arch, layout = _checked(directory, arch)
     hf_files.side_file_paths(directory)
-    layout = directory_layout(reader, arch)
 
     def dtype_of(plan: TensorPlan) -> torch.dtype:
         kinds = {reader.plain_dtype(layout.places[name].name) for name in plan.hf}
@@ -98,7 +93,7 @@ def plan_hf_to_megatron(directory: Path, options: ConvertOptions, weights: bool 
         return kinds.pop()
 
     planned = megatron.plan_files(arch, dtype_of, table_reader(reader, arch), options.shard_bytes)
-    side = fp8.without(registry.hf_config(arch, config))
+    side = registry.hf_config(arch, config)
 
     def finish(partial: Path) -> None:
         target = partial / megatron.HF_FILES
@@ -112,11 +107,14 @@ def plan_hf_to_megatron(directory: Path, options: ConvertOptions, weights: bool 
     return Conversion(arch, planned.files, inputs, finish, reader.nbytes, _left_behind(directory, options))
 
 
-def _as_stored(arch: Architecture, reader: HfReader) -> Architecture:
-    """Without multi-token-prediction layers, where the config speaks of them and the directory has none."""
-    without = replace(arch, num_mtp_layers=0)
+def _checked(directory: Path, arch: Architecture) -> tuple[HfReader, Architecture, DiskLayout]:
+    """A directory's tensors, checked, and its architecture: without multi-token-prediction layers, where the config
+    speaks of them and the directory has none."""
+    reader, without = HfReader(directory), replace(arch, num_mtp_layers=0)
     extra = set(registry.layout(arch).places) - set(registry.layout(without).places)
-    return arch if extra & set(reader.names()) else without
+    arch = arch if extra & set(reader.names()) else without
+    check_tensors(reader, arch)
+    return reader, arch, directory_layout(reader, arch)
 
 
 def _left_behind(directory: Path, options: ConvertOptions) -> list[str]:
@@ -146,14 +144,11 @@ def _with_dtype(config: HfConfig, dtype: torch.dtype | None) -> HfConfig:
 
 
 def side_files(directory: Path, source: Path | None) -> Path:
-    """The Hugging Face directory with config, tokenizer and template of a Megatron checkpoint.
-
-    `source`, else the one inside the checkpoint, else the model that a trainer's config.yaml names.
-    """
-    if source is None and (directory / megatron.HF_FILES / "config.json").exists():
-        source = directory / megatron.HF_FILES
+    """The Hugging Face directory with config, tokenizer and template of a Megatron checkpoint. `source`, else the one
+    inside the checkpoint, else the model that a trainer's config.yaml names."""
+    inside = directory / megatron.HF_FILES
     if source is None:
-        source = _of_run(directory, "model.path")
+        source = inside if (inside / "config.json").exists() else _of_run(directory, "model.path")
     if source is None:
         missing = f"{directory}: has no {megatron.HF_FILES}/config.json"
         raise UserError(f"{missing}; name the model's directory with --source")
@@ -176,16 +171,15 @@ def _of_run(directory: Path, key: str) -> Path | None:
 def plan_megatron_to_hf(directory: Path, options: ConvertOptions) -> Conversion:
     """Checks that the checkpoint has every tensor of the model."""
     source = side_files(directory, options.source)
+    inside = source == directory / megatron.HF_FILES
     config = read_json(source / "config.json")
-    arch = registry.architecture_from_hf(config, keep_mtp=options.keep_mtp and source == directory / megatron.HF_FILES)
+    arch = registry.architecture_from_hf(config, keep_mtp=options.keep_mtp and inside)
     reader = megatron.MegatronReader(directory, arch)
     layout = registry.layout(arch, _fused(directory, source, arch, options))
     dtypes = {reader.dtype(plan) for plan in registry.tensors(arch) if plan.mapping.dtype is None}
-    written = _with_dtype(
-        registry.hf_config(arch, config), options.dtype or (dtypes.pop() if len(dtypes) == 1 else None)
-    )
-    own = options.source is not None or source == directory / megatron.HF_FILES
-    tokenizer = None if own else _of_run(directory, "model.tokenizer")
+    common = dtypes.pop() if len(dtypes) == 1 else None
+    written = _with_dtype(registry.hf_config(arch, config), options.dtype or common)
+    tokenizer = None if options.source or inside else _of_run(directory, "model.tokenizer")
     sources = {directory / chunk.file for stored in reader.reader.tensors.values() for chunk in stored.chunks}
     bytes_in = sum(math.prod(plan.local_shape(1)) * reader.dtype(plan).itemsize for plan in registry.tensors(arch))
     inputs = _inputs(directory, sources, options)
@@ -195,10 +189,7 @@ def plan_megatron_to_hf(directory: Path, options: ConvertOptions) -> Conversion:
 def plan_merge(base: Path, options: ConvertOptions) -> Conversion:
     """`options.adapter` merged in fp32 into the Hugging Face directory `base`; checks both from their headers."""
     config = read_json(base / "config.json")
-    reader = HfReader(base)
-    arch = _as_stored(registry.architecture_from_hf(config, keep_mtp=options.keep_mtp), reader)
-    check_tensors(reader, arch)
-    layout = directory_layout(reader, arch)
+    reader, arch, layout = _checked(base, registry.architecture_from_hf(config, keep_mtp=options.keep_mtp))
     assert options.adapter is not None
     inputs = _inputs(base, reader.files | {options.adapter / WEIGHTS}, options)
     written = _with_dtype(registry.hf_config(arch, config), options.dtype)
@@ -229,7 +220,7 @@ def _to_hf(
     files = {name: OutputFile(name, [header], len(header)) for name, header in headers.items()}
     for name, target in targets.items():
         files[target.file.name].add(Item(name, target.dtype, target.stop - target.start, tensors[name][2]))
-    config = fp8.without(config) | ({fp8.FIELD: fp8.SECTION} if options.quantize else {})
+    config = config | ({fp8.FIELD: fp8.SECTION} if options.quantize else {})
 
     def finish(partial: Path) -> None:
         hf_files.write_side_files(partial, targets, config, source, options.custom_code, tokenizer)
@@ -255,7 +246,7 @@ def _planned_tensors(
     adapter = None if options.adapter is None else read_adapter(options.adapter, registry.layout(arch, fused=True))
     if adapter is not None:
         adapter.check(registry.shapes(arch))
-    quantised = set()
+    quantised: set[str] = set()
     if options.quantize:
         if layout.fused:
             raise UserError("--quantize fp8-block: the format has no fused experts; use --experts separate")
@@ -272,15 +263,13 @@ def _planned_tensors(
 
     tensors: dict[str, Planned] = {}
     for name, shape in layout.shapes.items():
-        part = layout.table_names(name)[0]
+        part = layout.table_names[name][0]
         if part in quantised:
             tensors[name] = (fp8.DTYPE, shape, partial(quantise, part, 0))
             tensors[name + fp8.SUFFIX] = (torch.float32, fp8.scale_shape(shape), partial(quantise, part, 1))
             continue
-        dtype = reader.hf_dtype(part)
-        if options.dtype is not None and name not in layout.dtypes:
-            dtype = options.dtype
-        tensors[name] = (dtype, shape, partial(layout.blocks, name, parts))
+        wanted = None if name in layout.dtypes else options.dtype
+        tensors[name] = (wanted or reader.hf_dtype(part), shape, partial(layout.blocks, name, parts))
     return tensors
 
 

@@ -47,10 +47,8 @@ class _Frame(io.RawIOBase):
 
 @functools.lru_cache(maxsize=1024)
 def archive(dtype: torch.dtype, shape: Shape) -> tuple[bytes, bytes]:
-    """What `torch.load` wants to find before and after the bytes of a contiguous tensor.
-
-    The bytes start at a multiple of 64 when the archive does.
-    """
+    """What `torch.load` wants to find before and after the bytes of a contiguous tensor. The bytes start at a multiple
+    of 64 when the archive does."""
     frame = _Frame()
     with torch.serialization.skip_data():  # memory that is neither written nor read takes none
         torch.save(torch.empty(shape, dtype=dtype), frame)  # type: ignore[arg-type]
@@ -132,10 +130,8 @@ def write_metadata(directory: Path, tensors: dict[str, Stored], objects: dict[st
 
 
 class DistcpReader:
-    """The tensors of a directory by key; nothing is loaded.
-
-    `UserError` for a directory that is not a distributed checkpoint, and for missing or truncated files.
-    """
+    """The tensors of a directory by key; nothing is loaded. `UserError` for a directory that is not a distributed
+    checkpoint, and for missing or truncated files."""
 
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
@@ -175,10 +171,8 @@ class DistcpReader:
         return self.tensors[key]
 
     def get(self, key: str, leading: Shape = ()) -> Tensor:
-        """Tensor `key`, or its part at index `leading` of the first dimensions.
-
-        A view of the file where one chunk holds it, else put together in memory.
-        """
+        """Tensor `key`, or its part at index `leading` of the first dimensions. A view of the file where one chunk
+        holds it, else put together in memory."""
         dtype, shape, chunks = self.stored(key)
         depth = len(leading)
         indices = [(c, tuple(i - o for i, o in zip(leading, c.offsets, strict=False))) for c in chunks]

@@ -17,11 +17,9 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def check_directory(directory: Path | str, serving: bool = False) -> tuple[HfConfig, Architecture]:
-    """The config and architecture of a directory whose tensors are all there, in the right shapes.
-
-    Reads config.json and headers only. `UserError` names the first tensor that is missing, misshapen
-    or not part of the model. `serving`: what compressed-tensors packed (tools/quantize.py) is left to vLLM.
-    """
+    """The config and architecture of a directory whose tensors are all there, in the right shapes. Reads config.json
+    and headers only. `UserError` names the first tensor that is missing, misshapen or not part of the model. `serving`:
+    what compressed-tensors packed (tools/quantize.py) is left to vLLM."""
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory")
@@ -63,9 +61,8 @@ def check_tensors(reader: HfReader, arch: Architecture) -> None:
             hint = nearest(name, unknown)
             raise UserError(f"{reader.directory}: missing tensor '{name}' of shape {list(shape)}{hint}")
         if (found := reader.entry(name)).shape != shape:
-            raise UserError(
-                f"{found.file}: tensor '{name}' has shape {list(found.shape)}, config.json asks for {list(shape)}"
-            )
+            shapes = f"has shape {list(found.shape)}, config.json asks for {list(shape)}"
+            raise UserError(f"{found.file}: tensor '{name}' {shapes}")
     if unknown:
         raise UserError(
             f"{reader.entry(unknown[0]).file}: tensor '{unknown[0]}' is not part of config.json's "
@@ -90,10 +87,8 @@ def model_directory(path: str, key: str = "model.path") -> Path:
         try:
             return Path(snapshot_download(path, local_files_only=True))
         except LocalEntryNotFoundError:
-            raise UserError(
-                f"{key}: no directory '{path}', and no hub model of that id in the local cache "
-                "(fetch it first with `hf download`)"
-            ) from None
+            cached = "no hub model of that id in the local cache (fetch it first with `hf download`)"
+            raise UserError(f"{key}: no directory '{path}', and {cached}") from None
     raise UserError(f"{key}: no directory '{path}'{nearest_file(Path(path))}")
 
 
@@ -118,12 +113,7 @@ def table_reader(reader: HfReader, arch: Architecture) -> Read:
 
 
 def directory_writer(
-    directory: Path | str,
-    arch: Architecture,
-    *,
-    source: Path | str,
-    stages: Mapping[str, int] | None = None,
-    **options: Any,
+    directory: Path | str, arch: Architecture, *, source: Path, stages: Mapping[str, int] | None = None, **options: Any
 ) -> tuple[DiskLayout, HfWriter]:
     """The writer of a whole Hugging Face directory, and the layout of its tensors; `options`: `HfWriter`'s.
 
@@ -132,12 +122,12 @@ def directory_writer(
     tensor of the weight table, where several processes share the work.
     """
     layout, kinds = registry.layout(arch), {}
-    if has_weights(Path(source)):  # else: random initialisation
+    if has_weights(source):  # else: random initialisation
         reader = HfReader(source)
         layout = directory_layout(reader, arch)
         kinds = {name: reader.plain_dtype(name) for name in reader.names()}
     usual = kinds.get(EMBEDDING, torch.bfloat16)  # of a new head
     contents = {name: (kinds.get(name, layout.dtypes.get(name, usual)), shape) for name, shape in layout.shapes.items()}
-    config = fp8.without(registry.hf_config(arch, read_json(Path(source) / "config.json")))
-    owners = None if stages is None else {name: stages[layout.table_names(name)[0]] for name in contents}
+    config = registry.hf_config(arch, read_json(source / "config.json"))
+    owners = None if stages is None else {name: stages[layout.table_names[name][0]] for name in contents}
     return layout, HfWriter(directory, contents, config, source=source, owners=owners, **options)

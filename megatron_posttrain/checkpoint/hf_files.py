@@ -1,7 +1,5 @@
-"""The files of a Hugging Face directory: safetensors read lazily, and written as a stream.
-
-A directory that is written is there only when it is complete.
-"""
+"""The files of a Hugging Face directory: safetensors read lazily, and written as a stream. A directory that is written
+is there only when it is complete."""
 
 import json
 import math
@@ -107,11 +105,9 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 class HfReader:
-    """The tensors of a directory with `model.safetensors` or an index of several files; nothing is loaded.
-
-    `UserError` names the file and the tensor when a file of the index is missing or truncated, or the
-    index and the files do not agree.
-    """
+    """The tensors of a directory with `model.safetensors` or an index of several files; nothing is loaded. `UserError`
+    names the file and the tensor when a file of the index is missing or truncated, or the index and the files do not
+    agree."""
 
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
@@ -186,11 +182,8 @@ class HfReader:
 def plan_shards(
     tensors: Tensors, shard_bytes: int | None, owners: Mapping[str, int] | None = None
 ) -> tuple[dict[str, Entry], dict[str, bytes]]:
-    """Every tensor's place, and the header of every file, before anything is written.
-
-    Files are filled in order up to `shard_bytes` (None: 5 GB); a larger tensor has a file of its own. No file has
-    tensors of two `owners`.
-    """
+    """Every tensor's place, and the header of every file, before anything is written. Files are filled in order up to
+    `shard_bytes` (None: 5 GB); a larger tensor has a file of its own. No file has tensors of two `owners`."""
     files: list[list[str]] = []
     for owner in sorted(set(owners.values())) if owners else [None]:
         split = split_state_dict_into_shards_factory(
@@ -228,35 +221,22 @@ class HfWriter:
 
     Args:
         tensors: dtype and shape by name, all of them, in the order of the files.
-        config: the config.json.
-        source: a directory whose side files (tokenizer, chat template, generation config, licence) are
-            carried along.
-        shard_bytes: largest size of a file's tensors.
-        custom_code: carry Python files of `source` along too; without it they stay behind and
-            config.json loses its `auto_map`.
+        source: a directory whose side files (tokenizer, chat template, generation config, licence) are carried along;
+            Python files, and config.json's `auto_map`, only with `custom_code`.
         overwrite: replace an existing directory; without it that is a `UserError`.
         tokenizer: the directory whose tokenizer and chat template are carried in place of `source`'s.
         owners: the process that writes a tensor, by name.
     """
 
     def __init__(
-        self,
-        directory: Path | str,
-        tensors: Tensors,
-        config: HfConfig,
-        *,
-        source: Path | str | None = None,
-        shard_bytes: int = SHARD_BYTES,
-        custom_code: bool = False,
-        overwrite: bool = False,
-        tokenizer: Path | None = None,
-        owners: Mapping[str, int] | None = None,
-    ) -> None:
+        self, directory: Path | str, tensors: Tensors, config: HfConfig, *, source: Path | str | None = None,
+        shard_bytes: int = SHARD_BYTES, custom_code: bool = False, overwrite: bool = False,
+        tokenizer: Path | None = None, owners: Mapping[str, int] | None = None,
+    ) -> None:  # fmt: skip
         self.directory, self.tokenizer, self.overwrite = Path(directory), tokenizer, overwrite
-        self.partial = partial_of(self.directory)
+        self.partial, self.owners = partial_of(self.directory), owners
         self.config, self.custom_code = config, custom_code
         self.source = None if source is None else Path(source)
-        self.owners = owners
         self.targets, self.headers = plan_shards(tensors, shard_bytes, owners)
         self.missing: set[str] = set()
         self.open_files = ExitStack()
@@ -371,13 +351,9 @@ def is_of_tokenizer(path: Path) -> bool:
 
 
 def write_side_files(
-    directory: Path,
-    targets: Mapping[str, Entry],
-    config: HfConfig,
-    source: Path | None,
-    custom_code: bool,
+    directory: Path, targets: Mapping[str, Entry], config: HfConfig, source: Path | None, custom_code: bool,
     tokenizer: Path | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """What a directory has beside its tensors: index, config.json and what `source` has."""
     if source is not None:
         carry_side_files(source, directory, custom_code, tokenizer)

@@ -24,6 +24,7 @@ from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models.disk_layout import DiskLayout, Place
 from megatron_posttrain.models.modules.lora import scaling
 
+ByTensor = dict[str, dict[str, tuple[Tensor, Tensor]]]  # 3-D tensor on disk -> its part -> (A, B)
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -75,11 +76,9 @@ class Adapter:
 
 
 def read_adapter(directory: Path | str, fused: DiskLayout | None = None) -> Adapter:
-    """A directory with `adapter_config.json` and `adapter_model.safetensors`.
-
-    `fused`: the model's tensors with its experts in 3-D ones, for adapters that are written so. `UserError` for
-    adapters with more (trained biases, replaced modules).
-    """
+    """A directory with `adapter_config.json` and `adapter_model.safetensors`. `fused`: the model's tensors with its
+    experts in 3-D ones, for adapters that are written so. `UserError` for adapters with more (trained biases, replaced
+    modules)."""
     directory = Path(directory)
     config = read_json(directory / CONFIG)
     for key, allowed in OFF.items():
@@ -120,13 +119,14 @@ def _split_experts(name: str, a: Tensor, b: Tensor, fused: DiskLayout, config: d
     experts = fused.shapes[name][0]
     if len(a) % experts or b.shape[1] % experts:
         raise UserError(f"adapter: '{name}' has {experts} experts, the adapter is for another number of them")
-    of_expert = a.view(experts, -1, a.shape[1]), b.view(len(b), -1, experts).permute(2, 0, 1)
-    scaling = _scaling(config, name)
+    a, b, scaling = (
+        a.view(experts, -1, a.shape[1]),
+        b.view(len(b), -1, experts).permute(2, 0, 1),
+        _scaling(config, name),
+    )
     return {
-        part.removesuffix(".weight"): Pair(
-            of_expert[0][place.expert], _rows(place).view(of_expert[1]).contiguous(), scaling
-        )
-        for part in fused.table_names(name)
+        part.removesuffix(".weight"): Pair(a[place.expert], _rows(place).view(b).contiguous(), scaling)
+        for part in fused.table_names[name]
         if part.endswith(".weight") and (place := fused.places[part]).expert is not None
     }
 
@@ -148,22 +148,17 @@ def _scaling(config: dict[str, Any], module: str) -> float:
 
 
 def write_adapter(
-    directory: Path | str,
-    pairs: Iterable[tuple[Any, ...]],
-    lora: LoraConfig,
-    base_model: str | None = None,
+    directory: Path | str, pairs: Iterable[tuple[Any, ...]], lora: LoraConfig, base_model: str | None = None,
     layout: DiskLayout | None = None,
-) -> None:
-    """PEFT's files from (module, A [rank, in], B [out, rank], magnitudes [out] or None).
-
-    `layout`: the tensors of the base's directory, whose way of holding experts the adapter follows.
-    """
+) -> None:  # fmt: skip
+    """PEFT's files from (module, A [rank, in], B [out, rank], magnitudes [out] or None). `layout`: the tensors of the
+    base's directory, whose way of holding experts the adapter follows."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     modules: list[str] = []
     parameters: set[str] = set()
-    by_tensor: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    by_tensor: ByTensor = {}
     for module, a, b, m in pairs:
         place = None if layout is None else layout.places[f"{module}.weight"]
         if place is not None and place.fusion is not None:
@@ -199,10 +194,8 @@ def write_adapter(
     write_json(directory / CONFIG, config)
 
 
-def _join_experts(
-    by_tensor: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], layout: DiskLayout
-) -> Iterator[tuple[str, Tensor]]:
-    """PEFT's tensors of adapters of experts, from those of (3-D tensor on disk) -> (its parts)."""
+def _join_experts(by_tensor: ByTensor, layout: DiskLayout) -> Iterator[tuple[str, Tensor]]:
+    """PEFT's tensors of adapters of experts."""
     for name, parts in by_tensor.items():
         container = name.rpartition(".")[0]
         inner = [other for other in _held_by(container, layout) if other in by_tensor]

@@ -41,10 +41,8 @@ class Key(NamedTuple):
 
 
 def key_of(plan: TensorPlan, arch: Architecture, layer_axis: bool | None = None) -> Key:
-    """Where `GPTModel.sharded_state_dict` of megatron-core 0.16.1 (local layers) puts a tensor.
-
-    `layer_axis`: all layers in one tensor; None: as megatron-core, for models without experts.
-    """
+    """Where `GPTModel.sharded_state_dict` of megatron-core 0.16.1 (local layers) puts a tensor. `layer_axis`: all
+    layers in one tensor; None: as megatron-core, for models without experts."""
     name = plan.mapping.megatron.replace(".local_experts.*.", ".experts.")
     if arch.mla is None:  # with latent attention the local layers keep the names of their norms
         for ours, merged in MERGED_NORMS[:2]:
@@ -88,7 +86,7 @@ class Planned(NamedTuple):
 
 
 def plan_files(
-    arch: Architecture, dtype_of: Callable[[TensorPlan], torch.dtype], read: Read, shard_bytes: int | None
+    arch: Architecture, dtype_of: Callable[..., torch.dtype], read: Read, shard_bytes: int | None
 ) -> Planned:
     """Every tensor's place in files of about `shard_bytes` (None: 2 GB), and from where its bytes come (`read`)."""
     files: list[OutputFile] = []
@@ -134,10 +132,8 @@ def _modules(key: str) -> list[str]:
 
 
 class MegatronReader:
-    """The tensors of a model in a distributed checkpoint, ours or a trainer's, by the weight table.
-
-    `UserError` names the first tensor of the model that the checkpoint lacks or has in another shape.
-    """
+    """The tensors of a model in a distributed checkpoint, ours or a trainer's, by the weight table. `UserError` names
+    the first tensor of the model that the checkpoint lacks or has in another shape."""
 
     def __init__(self, directory: Path | str, arch: Architecture) -> None:
         self.reader, self.arch = DistcpReader(directory), arch
@@ -164,9 +160,8 @@ class MegatronReader:
         rows = len(key.sizes)
         padded = isinstance(plan.mapping, Vocabulary) and shape[rows] >= wanted[rows]
         if shape != wanted and not (padded and shape[rows + 1 :] == wanted[rows + 1 :]):
-            raise UserError(
-                f"{self.reader.directory}: tensor '{key.key}' has shape {list(shape)}, the model's is {list(wanted)}"
-            )
+            shapes = f"has shape {list(shape)}, the model's is {list(wanted)}"
+            raise UserError(f"{self.reader.directory}: tensor '{key.key}' {shapes}")
 
     def dtype(self, plan: TensorPlan) -> torch.dtype:
         return self.reader.stored(self.keys[plan.name].key).dtype

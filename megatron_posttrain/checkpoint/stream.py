@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from megatron_posttrain.errors import UserError
 
+Files = list["OutputFile"]
+Finish = Callable[[Path], None]  # adds to a directory what is not in its files
 THREADS = 2  # of a process alone: most of the time is the kernel's copying, for which one core is too slow
 STEP_BYTES = 1 << 26  # converted, checked and written at a time
 STATE = "plan.json"
@@ -63,11 +65,7 @@ def ranks() -> tuple[int, int]:
 
 
 def write_stream(
-    directory: Path,
-    files: list[OutputFile],
-    fingerprint: dict[str, Any],
-    finish: Callable[[Path], None],
-    options: StreamOptions,
+    directory: Path, files: Files, fingerprint: dict[str, Any], finish: Finish, options: StreamOptions
 ) -> int:
     """Writes `files` and then what `finish` adds; the directory is there only when all of it is.
 
@@ -81,7 +79,7 @@ def write_stream(
 
         start_distributed()
     partial = partial_of(directory)
-    _together(lambda: _prepare(directory, partial, files, fingerprint, options), rank == 0)
+    _together(lambda: _prepare(directory, files, fingerprint, options), rank == 0)
     mine = [file for file in share(files, world)[rank] if not _is_whole(partial, file)]
     total = sum(part.nbytes for file in mine for part in file.parts if isinstance(part, Item))
     every = 2.0 if sys.stderr.isatty() else 30.0  # seconds; on a terminal, in a log
@@ -98,9 +96,9 @@ def write_stream(
     return total
 
 
-def share(files: list[OutputFile], processes: int) -> list[list[OutputFile]]:
+def share(files: Files, processes: int) -> list[Files]:
     """The files of each process: the largest first, always to the one with the fewest bytes."""
-    shares: list[list[OutputFile]] = [[] for _ in range(processes)]
+    shares: list[Files] = [[] for _ in range(processes)]
     loads = [0] * processes
     for file in sorted(files, key=lambda file: (-file.nbytes, file.name)):
         least = loads.index(min(loads))
@@ -162,10 +160,9 @@ def _is_whole(partial: Path, file: OutputFile) -> bool:
     return path.exists() and path.stat().st_size == file.nbytes
 
 
-def _prepare(
-    directory: Path, partial: Path, files: list[OutputFile], fingerprint: dict[str, Any], options: StreamOptions
-) -> None:
+def _prepare(directory: Path, files: Files, fingerprint: dict[str, Any], options: StreamOptions) -> None:
     check_target(directory, options.overwrite)
+    partial = partial_of(directory)
     plan = {"inputs": fingerprint, "files": {file.name: file.nbytes for file in files}}
     state = partial / STATE
     if options.resume and state.exists():
@@ -246,7 +243,7 @@ def write_all(out: Any, content: memoryview) -> None:
         done += out.write(content[done:])
 
 
-def _finish(directory: Path, partial: Path, files: list[OutputFile], finish: Callable[[Path], None]) -> None:
+def _finish(directory: Path, partial: Path, files: Files, finish: Finish) -> None:
     if missing := [file.name for file in files if not _is_whole(partial, file)]:
         raise UserError(f"{partial / missing[0]}: was not written (is the directory shared by all processes?)")
     finish(partial)

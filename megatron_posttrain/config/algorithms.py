@@ -1,7 +1,5 @@
-"""The algorithms: for each its config and one row of the table that commands, `doctor`, `plan` and benchmarks read.
-
-No torch here: `--help` and `plan` start without it.
-"""
+"""The algorithms: for each its config and one row of the table that commands, `doctor`, `plan` and benchmarks read. No
+torch here: `--help` and `plan` start without it."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -20,50 +18,45 @@ from megatron_posttrain.config.schema import (
     SandboxConfig,
     Scheduled,
     Section,
+    key,
 )
 
 
 class SftAlgorithm(Section):
-    z_loss: NonNegativeFloat = Field(0.0, description="weight of the squared log of the softmax's normaliser: 1e-4")
+    z_loss: NonNegativeFloat = key(0.0, "weight of the squared log of the softmax's normaliser: 1e-4")
 
 
 Band = tuple[PositiveFloat, PositiveFloat]
 
 
 class PolicyAlgorithm(Section):
-    objective: Literal["clip", "cispo"] = Field("clip", description="cispo: capped ratio without gradient")
-    clip_low: Scheduled[PositiveFloat] = Field(0.2, description="ratio is clipped at 1 - clip_low")
-    clip_high: Scheduled[PositiveFloat] = Field(0.2, description="ratio is clipped at 1 + clip_high")
-    dual_clip: PositiveFloat | None = Field(None, description="lower bound c * A for negative advantages")
-    ratio_level: Literal["token", "sequence"] = Field("token", description="sequence: GSPO")
+    objective: Literal["clip", "cispo"] = key("clip", "cispo: capped ratio without gradient")
+    clip_low: Scheduled[PositiveFloat] = key(0.2, "ratio is clipped at 1 - clip_low")
+    clip_high: Scheduled[PositiveFloat] = key(0.2, "ratio is clipped at 1 + clip_high")
+    dual_clip: PositiveFloat | None = key(None, "lower bound c * A for negative advantages")
+    ratio_level: Literal["token", "sequence"] = key("token", "sequence: GSPO")
     aggregation: Literal["token", "sequence", "constant"] = "token"
-    mask_truncated: bool = Field(False, description="responses that rollout.max_tokens cut off do not train")
-    importance_cap: PositiveFloat | None = Field(
-        None, description="truncated importance sampling: largest ratio of trainer's to engine's probability; null: off"
+    mask_truncated: bool = key(False, "responses that rollout.max_tokens cut off do not train")
+    importance_cap: PositiveFloat | None = key(None, "truncated importance sampling: largest ratio trainer / engine")
+    importance_level: Literal["token", "sequence"] = key("token", "whose ratio importance_cap caps")
+    token_band: Band | None = key(None, "tokens whose such ratio is outside do not train: [0.5, 5.0]")
+    sequence_band: Band | None = key(None, "as token_band, of a response's geometric mean ratio")
+    stop_outside: Fraction | None = key(
+        None, "share of tokens outside token_band (null: [0.5, 5.0]) above which the run ends; null: never"
     )
-    importance_level: Literal["token", "sequence"] = Field("token", description="whose ratio importance_cap caps")
-    token_band: Band | None = Field(None, description="tokens whose such ratio is outside do not train: [0.5, 5.0]")
-    sequence_band: Band | None = Field(None, description="as token_band, of a response's geometric mean ratio")
-    stop_outside: Fraction | None = Field(
-        None, description="share of tokens outside token_band (null: [0.5, 5.0]) above which the run ends; null: never"
-    )
-    routing_replay: Literal["none", "rollout", "old"] = Field(
+    routing_replay: Literal["none", "rollout", "old"] = key(
         "none",
-        description="experts that training sends tokens to again: those that vLLM chose, or the policy that "
+        "experts that training sends tokens to again: those that vLLM chose, or the policy that "
         "the first of several updates begins with; their weights stay the router's",
     )
-    kl_coefficient: Scheduled[NonNegativeFloat] = Field(0.0, description="weight of the KL to the reference")
+    kl_coefficient: Scheduled[NonNegativeFloat] = key(0.0, "weight of the KL to the reference")
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
-    reference_every: PositiveInt | None = Field(
-        None, description="steps after which the policy becomes the reference; null: it stays the starting model"
+    reference_every: PositiveInt | None = key(None, "steps after which the policy becomes the reference; null: never")
+    entropy_coefficient: Scheduled[NonNegativeFloat] = key(
+        0.0, "weight of the entropy bonus; with entropy_target: by how much a step moves the weight"
     )
-    entropy_coefficient: Scheduled[NonNegativeFloat] = Field(
-        0.0, description="weight of the entropy bonus; with entropy_target: by how much a step moves the weight"
-    )
-    entropy_target: PositiveFloat | None = Field(
-        None, description="nats; the bonus grows from 0 while entropy is below, and shrinks above"
-    )
+    entropy_target: PositiveFloat | None = key(None, "nats; below it the bonus grows from 0, above it shrinks")
 
     @property
     def needs_reference(self) -> bool:
@@ -88,17 +81,15 @@ class PolicyAlgorithm(Section):
 
 
 class GrpoAlgorithm(PolicyAlgorithm):
-    preset: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo", "reinforce_plus_plus"] | None = Field(
-        None, description="published values for what the config leaves out; --print-config shows them"
+    preset: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo", "reinforce_plus_plus"] | None = key(
+        None, "published values for what the config leaves out; --print-config shows them"
     )
-    baseline: Literal["group", "batch"] = Field(
-        "group", description="mean reward that is subtracted: a prompt's, or that of all tokens of the step"
-    )
-    leave_one_out: bool = Field(False, description="baseline from the group's other samples")
-    normalize_std: bool = Field(True, description="divide advantages by their standard deviation")
-    advantage_scale: Literal["group", "batch"] = Field("group", description="whose standard deviation")
-    dynamic_sampling: PositiveInt | None = Field(
-        None, description="prompts of equal rewards are replaced by others, of at most so many batches; null: they stay"
+    baseline: Literal["group", "batch"] = key("group", "subtracted mean reward: a prompt's, or of the step's tokens")
+    leave_one_out: bool = key(False, "baseline from the group's other samples")
+    normalize_std: bool = key(True, "divide advantages by their standard deviation")
+    advantage_scale: Literal["group", "batch"] = key("group", "whose standard deviation")
+    dynamic_sampling: PositiveInt | None = key(
+        None, "prompts of equal rewards are replaced by others, of at most so many batches; null: they stay"
     )
 
     @model_validator(mode="before")
@@ -111,26 +102,22 @@ class GrpoAlgorithm(PolicyAlgorithm):
         if self.baseline == "batch" and (
             self.leave_one_out or not self.normalize_std or self.advantage_scale == "group" or self.dynamic_sampling
         ):
-            yield (
-                "baseline=batch goes with advantage_scale=batch, normalize_std=true, leave_one_out=false and "
-                "dynamic_sampling=null"
-            )
+            others = "normalize_std=true, leave_one_out=false and dynamic_sampling=null"
+            yield f"baseline=batch goes with advantage_scale=batch, {others}"
         if self.advantage_scale == "batch" and not self.normalize_std:
             yield "advantage_scale=batch has no effect with normalize_std=false"
 
 
 class PpoAlgorithm(PolicyAlgorithm):
-    gamma: Fraction = Field(1.0, description="discount of a later token's reward")
-    lam: Fraction = Field(0.95, alias="lambda", description="of generalized advantage estimation")
-    value_clip: PositiveFloat | None = Field(
-        0.2, description="largest move of a value in the critic's loss; null: not clipped"
-    )
+    gamma: Fraction = key(1.0, "discount of a later token's reward")
+    lam: Fraction = key(0.95, "of generalized advantage estimation", alias="lambda")
+    value_clip: PositiveFloat | None = key(0.2, "largest move of a value in the critic's loss; null: not clipped")
 
 
 class CriticConfig(Section):
-    path: str | None = Field(None, description="Hugging Face directory, also of a reward model; null: the policy's")
-    lr: PositiveFloat = Field(1e-5, description="peak learning rate, on the policy's schedule")
-    warmup_steps: NonNegativeInt = Field(0, description="first steps, in which the policy stays as it is")
+    path: str | None = key(None, "Hugging Face directory, also of a reward model; null: the policy's")
+    lr: PositiveFloat = key(1e-5, "peak learning rate, on the policy's schedule")
+    warmup_steps: NonNegativeInt = key(0, "first steps, in which the policy stays as it is")
 
 
 PreferenceLoss = Literal["sigmoid", "robust", "ipo", "apo_zero", "apo_down", "simpo", "orpo", "kto"]
@@ -157,44 +144,34 @@ def preference_problems(
 
 
 class DpoAlgorithm(Section):
-    loss: PreferenceLoss = Field("sigmoid", description="kto reads labelled rows, the others pairs")
-    beta: PositiveFloat = Field(0.1, description="strength of the pull to the reference; orpo: weight of the odds")
-    label_smoothing: Fraction = Field(0.0, description="share of preferences that are wrong; sigmoid and robust")
-    length_normalized: bool = Field(False, description="log-ratios over the answer's tokens")
-    sft_weight: NonNegativeFloat = Field(0.0, description="of the chosen answer's mean -log p")
-    gamma: NonNegativeFloat = Field(0.0, description="simpo: the margin that is asked for")
-    reference_cache: str | None = Field(
-        None, description="directory of the reference's log-probs, for several runs; null: OUTPUT/reference"
-    )
+    loss: PreferenceLoss = key("sigmoid", "kto reads labelled rows, the others pairs")
+    beta: PositiveFloat = key(0.1, "strength of the pull to the reference; orpo: weight of the odds")
+    label_smoothing: Fraction = key(0.0, "share of preferences that are wrong; sigmoid and robust")
+    length_normalized: bool = key(False, "log-ratios over the answer's tokens")
+    sft_weight: NonNegativeFloat = key(0.0, "of the chosen answer's mean -log p")
+    gamma: NonNegativeFloat = key(0.0, "simpo: the margin that is asked for")
+    reference_cache: str | None = key(None, "directory of the reference's log-probs; null: OUTPUT/reference")
 
 
 class RewardModelAlgorithm(Section):
-    center: NonNegativeFloat = Field(0.0, description="weight of the squared sum of a pair's rewards")
+    center: NonNegativeFloat = key(0.0, "weight of the squared sum of a pair's rewards")
 
 
 class DistillAlgorithm(Section):
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
-        "forward_kl", description="forward_kl: KL(teacher || student)"
-    )
-    beta: Fraction = Field(0.5, description="jsd: the teacher's share of the mixture")
-    temperature: PositiveFloat = Field(1.0, description="of both distributions")
-    top_k: PositiveInt | None = Field(
-        None, description="the teacher's k likeliest tokens, and all others as one; null: the whole vocabulary"
-    )
-    student_fraction: Fraction = Field(
-        0.0, description="of a step's conversations: the student answers their last turn itself, in place of the row"
-    )
-    estimator: Literal["exact", "policy_gradient"] = Field(
-        "exact", description="policy_gradient: reverse KL from the sampled tokens' log-probs alone, as an advantage"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = key("forward_kl", "forward_kl: KL(teacher || student)")
+    beta: Fraction = key(0.5, "jsd: the teacher's share of the mixture")
+    temperature: PositiveFloat = key(1.0, "of both distributions")
+    top_k: PositiveInt | None = key(None, "the teacher's k likeliest tokens, and all others as one; null: all")
+    student_fraction: Fraction = key(0.0, "of conversations, whose last turn the student answers itself")
+    estimator: Literal["exact", "policy_gradient"] = key(
+        "exact", "policy_gradient: reverse KL from the sampled tokens' log-probs alone, as an advantage"
     )
 
 
 class TeacherConfig(Section):
     path: str = Field(description="Hugging Face directory or hub id in the local cache")
-    offload: bool = Field(False, description="weights in host memory but while it looks at a step's rows")
-    cache: str | None = Field(
-        None, description="directory of its top_k tokens, 8 x top_k bytes a token that counts; read where it has all"
-    )
+    offload: bool = key(False, "weights in host memory but while it looks at a step's rows")
+    cache: str | None = key(None, "directory of its top_k tokens, 8 x top_k bytes a token; read where it has all")
 
 
 CONVERSATIONS_ONLY = dict.fromkeys(("data.train_on", "data.cache"), "only sft and distill choose and keep tokens")
@@ -284,9 +261,9 @@ class DistillConfig(Config):
 
 
 class CurriculumConfig(Section):
-    solved: Fraction = Field(0.9, description="running pass rate (reward above 0.5) from which a prompt is set aside")
-    hopeless: Fraction = Field(0.0, description="pass rate down to which it is set aside")
-    revisit: int = Field(3, ge=2, description="epochs after which it is asked again")
+    solved: Fraction = key(0.9, "running pass rate (reward above 0.5) from which a prompt is set aside")
+    hopeless: Fraction = key(0.0, "pass rate down to which it is set aside")
+    revisit: int = key(3, "epochs after which it is asked again", ge=2)
 
 
 class GrpoConfig(Config):
@@ -300,10 +277,8 @@ class GrpoConfig(Config):
         default_factory=lambda: [RewardConfig(name="math")],
         description="the sum of weight x reward; `file`: Python file that defines it with @reward(name)",
     )
-    environment: EnvironmentConfig | None = Field(None, description="what answers the model's turns; null: one turn")
-    curriculum: CurriculumConfig | None = Field(
-        None, description="sets prompts aside that the policy nearly always or never solves; null: all are asked"
-    )
+    environment: EnvironmentConfig | None = key(None, "what answers the model's turns; null: one turn")
+    curriculum: CurriculumConfig | None = key(None, "sets prompts aside that are nearly always or never solved")
     sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
     algorithm: GrpoAlgorithm = Field(default_factory=GrpoAlgorithm)
 
@@ -328,14 +303,9 @@ class GrpoConfig(Config):
         a = self.algorithm
         return self.stale and (a.importance_cap, a.token_band, a.sequence_band) == (None, None, None)
 
-    @property
-    def compares_samples(self) -> bool:
-        """Whether an advantage is a sample's, beside the others of its prompt."""
-        return isinstance(self.algorithm, GrpoAlgorithm) and self.algorithm.baseline == "group"
-
     def problems(self, world_size: int) -> Iterator[str]:
         rollout, length, update = self.rollout.at(None), self.data.sequence_length, self.training.global_batch_size
-        samples = rollout.prompts_per_step * rollout.samples_per_prompt
+        samples, replay = rollout.prompts_per_step * rollout.samples_per_prompt, rollout.replay
         if samples % update:
             yield (
                 f"training.global_batch_size={update} does not divide the samples of a step, "
@@ -344,23 +314,18 @@ class GrpoConfig(Config):
         yield from (f"algorithm.{problem}" for problem in self.algorithm.problems())
         if samples == update and self.algorithm.routing_replay == "old":
             yield "algorithm.routing_replay=old has no effect with one update a step; allowed: none, rollout"
-        if rollout.samples_per_prompt < 2 and self.compares_samples:
-            yield (
-                "rollout.samples_per_prompt=1: a sample is compared with the others of its prompt, so nothing would be "
-                "learned; allowed: 2 or more"
-            )
+        if rollout.samples_per_prompt < 2 and getattr(self.algorithm, "baseline", None) == "group":
+            yield "rollout.samples_per_prompt=1: a sample is compared with others of its prompt; allowed: 2 or more"
         yield from engine_key_problems(rollout, length, world_size)
         if rollout.validation_samples > 1 and self.data.validation is None:
             yield f"rollout.validation_samples={rollout.validation_samples} needs data.validation"
-        if rollout.replay is not None and self.data.validation is not None:
+        if replay is not None and self.data.validation is not None:
             yield "rollout.replay leaves no engine to answer data.validation; allowed: one of them"
-        if rollout.replay is not None and self.algorithm.routing_replay == "rollout":
+        if replay is not None and self.algorithm.routing_replay == "rollout":
             yield "rollout.replay: logged samples have no experts; allowed: algorithm.routing_replay of none or old"
         if rollout.thinking_tokens is not None and rollout.thinking_tokens >= rollout.max_tokens:
-            yield (
-                f"rollout.thinking_tokens={rollout.thinking_tokens} has no effect beside "
-                f"rollout.max_tokens={rollout.max_tokens}; allowed: fewer, or null"
-            )
+            beside = f"beside rollout.max_tokens={rollout.max_tokens}; allowed: fewer, or null"
+            yield f"rollout.thinking_tokens={rollout.thinking_tokens} has no effect {beside}"
         yield from self._cut_off_problems()
         yield from self._reward_problems()
 
@@ -371,28 +336,20 @@ class GrpoConfig(Config):
         if self.rollout.replay is not None and (extra or self.curriculum is not None):
             yield "rollout.replay: logged samples are not drawn; rollout.oversample and curriculum have no effect"
         if self.recorded and self.algorithm.routing_replay == "old":
-            yield (
-                "algorithm.routing_replay=old: of stale samples the old policy is what drew them, so there is no pass "
-                "that records its choice; allowed: none, rollout"
-            )
+            yield "algorithm.routing_replay=old: no pass records what drew stale samples; allowed: none, rollout"
         if partial and not 0 < extra <= prompts:
-            yield (
-                f"rollout.partial with rollout.oversample={extra}: the next step completes what was cut off; allowed: "
-                f"1 to prompts_per_step={prompts}, or partial=false"
-            )
+            allowed = f"1 to prompts_per_step={prompts}, for the next step to complete, or partial=false"
+            yield f"rollout.partial with rollout.oversample={extra}; allowed: {allowed}"
         if partial and self.environment is not None:
             yield "rollout.partial: the state of an environment is not carried on; allowed: false"
 
     def _reward_problems(self) -> Iterator[str]:
         if self.environment is None and any(r.name == "environment" and r.file is None for r in self.rewards):
             yield "rewards: 'environment' is what an environment gives, and there is none; set `environment`"
-        early = {
-            "algorithm.dynamic_sampling": getattr(self.algorithm, "dynamic_sampling", None),
-            "curriculum": self.curriculum,
-        }
-        for key, value in early.items():
+        sampling = getattr(self.algorithm, "dynamic_sampling", None)
+        for name, value in {"algorithm.dynamic_sampling": sampling, "curriculum": self.curriculum}.items():
             if value is not None and any(r.name == "reward_model" for r in self.rewards):
-                yield f"{key} looks at rewards before a reward_model gives its own; allowed: null"
+                yield f"{name} looks at rewards before a reward_model gives its own; allowed: null"
 
 
 class PpoConfig(GrpoConfig):
@@ -403,20 +360,13 @@ class PpoConfig(GrpoConfig):
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A training command.
-
-    Args:
-        help: one line.
-        rows: what `data.train` holds.
-        held_out: figures of held-out rows by which a best step can be chosen, logged as validation_*.
-        function: `module:function`; takes the config, returns an exit status; None: the one of the command's name.
-    """
+    """A training command."""
 
     config: type[Config]
     help: str
-    rows: Literal["conversations", "prompts", "preferences", "any"] = "conversations"
-    held_out: tuple[str, ...] = ()
-    function: str | None = None
+    rows: Literal["conversations", "prompts", "preferences", "any"] = "conversations"  # in `data.train`
+    held_out: tuple[str, ...] = ()  # figures by which a best step can be chosen, logged as validation_*
+    function: str | None = None  # `module:function`: config -> exit status; None: the one of the command's name
 
     @property
     def name(self) -> str:

@@ -18,13 +18,9 @@ ConfigType = TypeVar("ConfigType", bound=BaseModel)
 def load_config(
     schema: type[ConfigType], file: str | Path | None, overrides: Sequence[str] = (), *, resolve: bool = True
 ) -> ConfigType:
-    """Reads `file` (its `defaults:` parents first), applies overrides, validates against `schema`.
-
-    Args:
-        resolve: whether `${key}` is replaced by that key's value; else it stays as it is written.
-
-    Raises UserError for a missing file, bad YAML, an unknown key (with the nearest valid one) or a bad value.
-    """
+    """Reads `file` (its `defaults:` parents first), applies overrides, validates against `schema`. `resolve`: `${key}`
+    is replaced by that key's value; else it stays as it is written. Raises UserError for a missing file, bad YAML, an
+    unknown key (with the nearest valid one) or a bad value."""
     tree = _read(Path(file), ()) if file is not None else OmegaConf.create({})
     for override in overrides:
         key, separator, value = override.partition("=")
@@ -92,11 +88,7 @@ def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, 
         name = info.alias or name
         if nested is None or not (info.is_required() or isinstance(default, BaseModel)):
             shown = "(required)" if info.is_required() else _short(default)
-            yield (
-                prefix + name,
-                shown,
-                "; ".join(part for part in (_allowed(info.annotation), info.description) if part),
-            )
+            yield prefix + name, shown, "; ".join(filter(None, (_allowed(info.annotation), info.description)))
         if nested is not None:  # of a list's entries, or of a section that may be null, as well
             yield from keys(nested, f"{prefix}{name}{'[]' if typing.get_origin(info.annotation) is list else ''}.")
 

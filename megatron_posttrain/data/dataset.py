@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -49,16 +49,23 @@ def draw(sizes: Seq[int], weights: Seq[float] | None, random: np.random.Generato
 class Epochs:
     """The rows of step n: epochs, each in its own order, laid end to end, so that no row is left out.
 
-    A pure function of (seed, step): a resumed run needs no state, and every rank computes the same.
-
-    Args:
-        equal: whether all epochs have as many rows.
+    A pure function of (seed, step): a resumed run needs no state, and every rank computes the same. `equal`: all epochs
+    have as many rows.
     """
 
-    def __init__(self, make_rows: Callable[[int], Seq[Any]], equal: bool = True) -> None:
-        self.epoch_rows = lru_cache(maxsize=2)(make_rows)  # a batch may reach into the next epoch
+    seed: int
+
+    def __init__(self, equal: bool = True) -> None:
+        self.epoch_rows = lru_cache(maxsize=2)(self._make_rows)  # a batch may reach into the next epoch
         self.rows_per_epoch = len(self.epoch_rows(0))  # of the first one
         self._sizes, self._equal = [self.rows_per_epoch], equal
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def _make_rows(self, epoch: int) -> list[Any]:
+        """The rows of an epoch in their order; here all items, each a row."""
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self)).tolist()
 
     def _size(self, epoch: int) -> int:
         while len(self._sizes) <= epoch:
@@ -93,8 +100,7 @@ class TokenizedDataset(Epochs):
             are dropped. Both are counted: `dropped`, `truncated`, and `message` for the log.
         weights: of each source, in proportion to which an epoch takes conversations; None: each conversation once.
 
-    Raises:
-        UserError: no conversation, or none of a source with a weight, fits.
+    Raises UserError: no conversation, or none of a source with a weight, fits.
     """
 
     def __init__(
@@ -130,7 +136,7 @@ class TokenizedDataset(Epochs):
         self.counted = sum(int(x.counted[numbers].sum()) for x, numbers in zip(sources, kept, strict=True))
         for i in np.flatnonzero(whole > sequence_length).tolist():
             self.counted -= int(np.count_nonzero(self._mask(i, int(whole[i]))[sequence_length:]))
-        super().__init__(self._make_rows, equal=weights is None or not packing)
+        super().__init__(equal=weights is None or not packing)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -215,10 +221,8 @@ class Prompt:
 class PromptDataset(Epochs):
     """Prompts for reinforcement learning and evaluation; `prompts` holds all of them in the file's order.
 
-    Prompts of more than `max_prompt_length` tokens are left out and counted in `dropped`.
-
-    Raises:
-        UserError: a row whose last message is an assistant's, or no prompt short enough.
+    Prompts of more than `max_prompt_length` tokens are left out and counted in `dropped`. Raises UserError: a row whose
+    last message is an assistant's, or no prompt short enough.
     """
 
     def __init__(
@@ -243,7 +247,7 @@ class PromptDataset(Epochs):
                 f"{longest}); raise data.sequence_length or lower rollout.max_tokens"
             )
         self.dropped = len(rows) - len(self.prompts)
-        super().__init__(self._make_rows)
+        super().__init__()
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -260,9 +264,6 @@ class PromptDataset(Epochs):
         for prompt in self.prompts:
             total.update(f"{prompt.token_ids} {prompt.answer!r}\n".encode())
         return total.hexdigest()[:16]
-
-    def _make_rows(self, epoch: int) -> list[int]:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts)).tolist()
 
     def batch(self, step: int, prompts_per_step: int) -> list[Prompt]:
         """The prompts of rollout step `step`, counted from 0."""

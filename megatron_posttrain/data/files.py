@@ -18,6 +18,7 @@ Located = tuple[str, Any]  # "file:line" of a record, for messages about it, and
 COMPRESSIONS = (".gz", ".zst")
 TEXT = (".jsonl", ".json", ".ndjson", ".csv", ".txt")
 TABLES = (".parquet", ".arrow")
+BLANK = b"\xef\xbb\xbf \t\r\n"  # also a byte order mark
 STARTS = {
     b"\x1f\x8b": "compressed by gzip without the suffix .gz", b"\x28\xb5\x2f\xfd": "compressed without the suffix .zst",
     b"BZh": "compressed by bzip2", b"\xfd7zXZ": "compressed by xz", b"PK\x03\x04": "a zip archive or a spreadsheet",
@@ -96,35 +97,30 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 
-# ---- JSON --------------------------------------------------------------------------------------------------
-
-
 def _json(path: Path) -> Iterator[Located]:
     lines = _lines(path)
     head = b""
-    while not head.strip(b"\xef\xbb\xbf \t\r\n"):  # the first line that is not blank
+    while not head.strip(BLANK):  # the first line that is not blank
         following = next(lines, None)
         if following is None:
             return
         head += following
     _check_start(path, head)
-    opening = head.strip(b"\xef\xbb\xbf \t\r\n")
-    if opening.startswith(b"[") or opening == b"{" or _suffix(path) == ".json":
-        whole = head + b"".join(lines)
-        try:
-            document = json.loads(whole, parse_constant=_no_number)
-        except ValueError as error:
-            # A row a line in a file named .json, or lists as lines; anything else is a broken document.
-            if opening in (b"[", b"{") or "Extra data" not in str(error):
-                raise _malformed(path, 1, error) from None
-            yield from _json_lines(path, iter(whole.splitlines(keepends=True)))
-            return
-        if opening.startswith(b"[") or _suffix(path) == ".json":
-            yield from _entries(path, document)
-            return
-        yield f"{path}:1", document
+    opening = head.strip(BLANK)
+    entries = opening.startswith(b"[") or _suffix(path) == ".json"
+    if not entries and opening != b"{":
+        yield from _json_lines(path, itertools.chain(head.splitlines(keepends=True), lines))
         return
-    yield from _json_lines(path, itertools.chain(head.splitlines(keepends=True), lines))
+    whole = head + b"".join(lines)
+    try:
+        document = json.loads(whole, parse_constant=_no_number)
+    except ValueError as error:
+        # A row a line in a file named .json, or lists as lines; anything else is a broken document.
+        if opening in (b"[", b"{") or "Extra data" not in str(error):
+            raise _malformed(path, 1, error) from None
+        yield from _json_lines(path, iter(whole.splitlines(keepends=True)))
+    else:
+        yield from _entries(path, document) if entries else [(f"{path}:1", document)]
 
 
 def _check_start(path: Path, head: bytes) -> None:
@@ -141,7 +137,7 @@ def _check_start(path: Path, head: bytes) -> None:
 
 def _json_lines(path: Path, lines: Iterator[bytes]) -> Iterator[Located]:
     for number, line in enumerate(lines, start=1):
-        if not line.strip(b"\xef\xbb\xbf \t\r\n"):
+        if not line.strip(BLANK):
             continue
         try:
             yield f"{path}:{number}", json.loads(line.rstrip(), parse_constant=_no_number)
@@ -169,18 +165,13 @@ def _entries(path: Path, document: Any) -> Iterator[Located]:
         arrays = {key: value for key, value in document.items() if isinstance(value, list | dict)}
         entries = next(iter(arrays.values()), None)
         first = entries[0] if isinstance(entries, list) and entries else None
-        if len(arrays) != 1 or not isinstance(first, dict) or {"role", "from"} & set(first):
-            yield f"{path}:1", document
-            return
-        document = entries
+        if len(arrays) == 1 and isinstance(first, dict) and not {"role", "from"} & set(first):
+            document = entries
     if not isinstance(document, list):
         yield f"{path}:1", document
         return
     for number, entry in enumerate(document):
         yield f"{path}[{number}]", entry
-
-
-# ---- tables ------------------------------------------------------------------------------------------------
 
 
 def _csv(path: Path) -> Iterator[Located]:

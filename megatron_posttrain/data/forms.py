@@ -1,5 +1,6 @@
 """The row forms of public data: which keys make one, what it is for, how it becomes messages."""
 
+import itertools
 import json
 import math
 import re
@@ -26,15 +27,16 @@ class Form:
     name: str
     use: str  # sft | rl | preference
     keys: tuple[str, ...]
-    read: Callable[[Record], dict[str, Any]]
+    reader: Callable[..., dict[str, Any]]  # of (record, *keys)
     more: tuple[str, ...] = ()  # keys that are read when they are there
+
+    def read(self, record: Record) -> dict[str, Any]:
+        """A row's fields. Raises BadRow."""
+        return self.reader(record, *self.keys)
 
     @property
     def reads(self) -> tuple[str, ...]:
         return (*self.keys, *self.more)
-
-
-# ---- conversations -----------------------------------------------------------------------------------------
 
 
 def _text(record: Record, key: str, default: str | None = None) -> str:
@@ -71,15 +73,15 @@ def transcript(text: str) -> list[Message]:
     return [{"role": roles[name], "content": said.strip()} for name, said in pairs]
 
 
-def _from_text(record: Record) -> dict[str, Any]:
-    turns = transcript(_text(record, "text"))
+def _from_text(record: Record, key: str) -> dict[str, Any]:
+    turns = transcript(_text(record, key))
     if not turns:
         raise BadRow("text must be a transcript of `Human:` and `Assistant:` turns; " + DESCRIPTION)
     return {"messages": turns}
 
 
-def _sharegpt(record: Record) -> dict[str, Any]:
-    turns = record["conversations"]
+def _sharegpt(record: Record, key: str) -> dict[str, Any]:
+    turns = record[key]
     for number, turn in enumerate(turns if isinstance(turns, list) else []):
         called = isinstance(turn, dict) and turn.get("from") == "function_call"
         if called and not record.get("tools"):
@@ -87,33 +89,26 @@ def _sharegpt(record: Record) -> dict[str, Any]:
                 f"conversations[{number}] is a function_call, and the row has no `tools`: the model would learn to "
                 "call what it is not told of; allowed: a list of tools, or its JSON text, beside conversations"
             )
-    return {"messages": read_messages(turns, "conversations"), **_answer(record)}
+    return _messages(record, key)
 
 
-def _one(key: str, messages: Callable[[Any, str], list[Message]]) -> Callable[[Record], dict[str, Any]]:
-    def read(record: Record) -> dict[str, Any]:
-        return {"messages": messages(record[key], key), **_answer(record)}
-
-    return read
+def _messages(record: Record, key: str) -> dict[str, Any]:
+    return {"messages": read_messages(record[key], key), **_answer(record)}
 
 
-def _pair(prompt: str, response: str) -> Callable[[Record], dict[str, Any]]:
-    def read(record: Record) -> dict[str, Any]:
-        return {"messages": [*_turns(record[prompt], prompt), *_reply(record[response], response)], **_answer(record)}
-
-    return read
+def _prompt(record: Record, key: str) -> dict[str, Any]:
+    return {"messages": _turns(record[key], key), **_answer(record)}
 
 
-def _instruction(context: str, response: str) -> Callable[[Record], dict[str, Any]]:
-    def read(record: Record) -> dict[str, Any]:
-        parts = [_text(record, "instruction"), _text(record, context, "")]
-        question = "\n\n".join(part for part in parts if part)
-        return {"messages": [{"role": "user", "content": question}, *_reply(record[response], response)]}
-
-    return read
+def _pair(record: Record, prompt: str, response: str) -> dict[str, Any]:
+    return {"messages": [*_turns(record[prompt], prompt), *_reply(record[response], response)], **_answer(record)}
 
 
-# ---- prompts -----------------------------------------------------------------------------------------------
+def _instruction(record: Record, key: str, *others: str) -> dict[str, Any]:
+    """Of `others` the last is the response; what the instruction is about is `input` or, in Dolly's form, `context`."""
+    parts = [_text(record, key), _text(record, "context" if others == ("response",) else "input", "")]
+    question = "\n\n".join(part for part in parts if part)
+    return {"messages": [{"role": "user", "content": question}, *_reply(record[others[-1]], others[-1])]}
 
 
 def _answer(record: Record) -> dict[str, Any]:
@@ -149,49 +144,38 @@ def _number(answer: Any) -> str:
     raise BadRow(f"answer must be a string or a number, found {kind(answer)}")
 
 
-# ---- preferences -------------------------------------------------------------------------------------------
-
-
-def _comparison(key: str | None) -> Callable[[Record], dict[str, Any]]:
+def _comparison(record: Record, *keys: str) -> dict[str, Any]:
     """Two answers to one prompt; without a prompt, two conversations with a common beginning."""
-
-    def read(record: Record) -> dict[str, Any]:
-        prompt = _turns(record[key], key) if key else []
-        values = {name: record[name] for name in ("chosen", "rejected")}
-        chosen, rejected = (
-            (transcript(x) if isinstance(x, str) else []) or _reply(x, name) for name, x in values.items()
-        )
-        # The answers may repeat the prompt (UltraFeedback); what both begin with belongs to the prompt.
-        if prompt and chosen[: len(prompt)] == prompt and rejected[: len(prompt)] == prompt:
-            prompt = []
-        common = 0
-        while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
-            common += 1
-        if common == len(chosen) or common == len(rejected):
-            # One side ends where the other goes on, or they are the same: the last turn is the answer.
-            common = max(common - 1, 0)
-        prompt, chosen, rejected = [*prompt, *chosen[:common]], chosen[common:], rejected[common:]
-        if not prompt:
-            raise BadRow("chosen and rejected have no common beginning, and there is no prompt")
-        for name, turns in (("chosen", chosen), ("rejected", rejected)):
-            if not turns or turns[0]["role"] != "assistant":
-                raise BadRow(f"{name} must go on with an assistant's turn, found {kind(turns[:1])}")
-        margin = record.get("margin")
-        if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
-            raise BadRow(f"margin must be a number, found {kind(margin)}")
-        return {"messages": prompt, "chosen": chosen, "rejected": rejected, "margin": margin}
-
-    return read
+    *prompts, _, _ = keys
+    prompt = [turn for key in prompts for turn in _turns(record[key], key)]
+    values = {name: record[name] for name in ("chosen", "rejected")}
+    chosen, rejected = ((transcript(x) if isinstance(x, str) else []) or _reply(x, name) for name, x in values.items())
+    # The answers may repeat the prompt (UltraFeedback); what both begin with belongs to the prompt.
+    if prompt and chosen[: len(prompt)] == prompt and rejected[: len(prompt)] == prompt:
+        prompt = []
+    pairs = zip(chosen, rejected, strict=False)
+    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if common == len(chosen) or common == len(rejected):
+        # One side ends where the other goes on, or they are the same: the last turn is the answer.
+        common = max(common - 1, 0)
+    prompt, chosen, rejected = [*prompt, *chosen[:common]], chosen[common:], rejected[common:]
+    if not prompt:
+        raise BadRow("chosen and rejected have no common beginning, and there is no prompt")
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        if not turns or turns[0]["role"] != "assistant":
+            raise BadRow(f"{name} must go on with an assistant's turn, found {kind(turns[:1])}")
+    margin = record.get("margin")
+    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
+        raise BadRow(f"margin must be a number, found {kind(margin)}")
+    return {"messages": prompt, "chosen": chosen, "rejected": rejected, "margin": margin}
 
 
-def _labelled(key: str, response: str | None) -> Callable[[Record], dict[str, Any]]:
-    def read(record: Record) -> dict[str, Any]:
-        messages = _turns(record[key], key) + (_reply(record[response], response) if response else [])
-        if messages[-1]["role"] != "assistant":
-            raise BadRow(f"a labelled row must end with the assistant's turn, found {kind(messages[-1])}")
-        return {"messages": messages, "label": _label(record["label"])}
-
-    return read
+def _labelled(record: Record, key: str, *others: str) -> dict[str, Any]:
+    *responses, label = others
+    messages = _turns(record[key], key) + [turn for name in responses for turn in _reply(record[name], name)]
+    if messages[-1]["role"] != "assistant":
+        raise BadRow(f"a labelled row must end with the assistant's turn, found {kind(messages[-1])}")
+    return {"messages": messages, "label": _label(record[label])}
 
 
 def _label(value: Any) -> bool | None:
@@ -201,39 +185,37 @@ def _label(value: Any) -> bool | None:
     return bool(value) if value in (0, 1) else None
 
 
-def _judged(record: Record) -> dict[str, Any]:
+def _judged(record: Record, key: str, one: str, two: str) -> dict[str, Any]:
     """Two outputs of which `preference` says the better one: 1 or 2, and 0, 1.5 or nothing for a tie (AlpacaEval)."""
     better = record.get("preference") or 1.5
     if isinstance(better, bool) or not isinstance(better, int | float) or not 1 <= better <= 2:
         raise BadRow(f"preference must be 1 or 2, or 0 for a tie, found {kind(better)}")
     if better == 1.5:
         raise LeftOut("preference says that neither output is better")
-    sides = ("output_1", "output_2") if better < 1.5 else ("output_2", "output_1")
-    chosen, rejected = (_reply(record[name], name) for name in sides)
-    return {"messages": _turns(record["instruction"], "instruction"), "chosen": chosen, "rejected": rejected}
+    chosen, rejected = (_reply(record[name], name) for name in ((one, two) if better < 1.5 else (two, one)))
+    return {"messages": _turns(record[key], key), "chosen": chosen, "rejected": rejected}
 
 
 # The first form whose keys are all there is the row's.
 BESIDE = ("answer", "solution", "reward_model", "extra_info", "data_source", "ability")
 FORMS: tuple[Form, ...] = (
     *(
-        Form("comparison", "preference", (key, "chosen", "rejected"), _comparison(key), ("margin",))
-        for key in ("prompt", "messages", "conversations", "question")
+        Form("comparison", "preference", (*prompt, "chosen", "rejected"), _comparison, ("margin",))
+        for prompt in (("prompt",), ("messages",), ("conversations",), ("question",), ())
     ),
-    Form("comparison", "preference", ("chosen", "rejected"), _comparison(None), ("margin",)),
     Form("judged outputs", "preference", ("instruction", "output_1", "output_2"), _judged, ("preference",)),
-    Form("labelled", "preference", ("prompt", "completion", "label"), _labelled("prompt", "completion")),
-    Form("labelled", "preference", ("prompt", "response", "label"), _labelled("prompt", "response")),
-    Form("labelled", "preference", ("messages", "response", "label"), _labelled("messages", "response")),
-    Form("labelled", "preference", ("messages", "label"), _labelled("messages", None)),
-    Form("messages", "sft", ("messages",), _one("messages", read_messages), BESIDE),
+    Form("labelled", "preference", ("prompt", "completion", "label"), _labelled),
+    Form("labelled", "preference", ("prompt", "response", "label"), _labelled),
+    Form("labelled", "preference", ("messages", "response", "label"), _labelled),
+    Form("labelled", "preference", ("messages", "label"), _labelled),
+    Form("messages", "sft", ("messages",), _messages, BESIDE),
     Form("ShareGPT", "sft", ("conversations",), _sharegpt, BESIDE),
-    Form("prompt and response", "sft", ("prompt", "response"), _pair("prompt", "response"), BESIDE),
-    Form("prompt and response", "sft", ("prompt", "completion"), _pair("prompt", "completion"), BESIDE),
-    Form("Alpaca", "sft", ("instruction", "output"), _instruction("input", "output"), ("input",)),
-    Form("GPTeacher", "sft", ("instruction", "input", "response"), _instruction("input", "response"), ("input",)),
-    Form("Dolly", "sft", ("instruction", "response"), _instruction("context", "response"), ("context",)),
-    *(Form(key, "rl", (key,), _one(key, _turns), BESIDE) for key in ("prompt", "question", "problem")),
+    Form("prompt and response", "sft", ("prompt", "response"), _pair, BESIDE),
+    Form("prompt and response", "sft", ("prompt", "completion"), _pair, BESIDE),
+    Form("Alpaca", "sft", ("instruction", "output"), _instruction, ("input",)),
+    Form("GPTeacher", "sft", ("instruction", "input", "response"), _instruction, ("input",)),
+    Form("Dolly", "sft", ("instruction", "response"), _instruction, ("context",)),
+    *(Form(key, "rl", (key,), _prompt, BESIDE) for key in ("prompt", "question", "problem")),
     Form("transcript", "sft", ("text",), _from_text),
 )
 # Read beside every form.

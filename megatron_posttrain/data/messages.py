@@ -143,9 +143,6 @@ def _weight(message: Message, at: str) -> float:
     return weight
 
 
-# ---- tools -------------------------------------------------------------------------------------------------
-
-
 def read_tools(value: Any) -> list[Any]:
     """Tool schemas given as a list or as its JSON text; bare functions are wrapped as templates expect."""
     tools = decoded(value, "tools") if isinstance(value, str) and value.strip() else value or []

@@ -58,8 +58,7 @@ def deal(
         units: of every index; equal ones stay together, in their order. None: each its own.
         work: of every index, in any unit; None: its length.
 
-    Raises:
-        ValueError: nothing to deal, or a unit that exceeds the capacity.
+    Raises ValueError: nothing to deal, or a unit that exceeds the capacity.
     """
     if not lengths:
         raise ValueError("no sequences to split")

@@ -21,18 +21,13 @@ class Preference:
     """Two conversations that belong together: with the chosen and the rejected answer; of a labelled row the answer
     itself, and another prompt's answer in its place."""
 
-    first: Tokens
-    second: Tokens
+    conversations: list[Tokens]  # two
     margin: float = 0.0
     label: bool | None = None
 
     @property
-    def conversations(self) -> tuple[Tokens, Tokens]:
-        return self.first, self.second
-
-    @property
     def tokens(self) -> int:
-        return len(self.first[0]) + len(self.second[0])
+        return sum(len(tokens) for tokens, _ in self.conversations)
 
 
 class PreferenceDataset(Epochs):
@@ -44,8 +39,7 @@ class PreferenceDataset(Epochs):
         overlong: drop a pair with a longer conversation, or cut ends off; a cut one of which no token of an answer
             is left, or whose answers are the same then, is dropped. Counted, for `message`.
 
-    Raises:
-        UserError: with file and line, a row of the other form, equal answers, or no common prompt; no row that fits.
+    Raises UserError: with file and line, a row of the other form, equal answers, or no common prompt; no row that fits.
     """
 
     def __init__(
@@ -69,7 +63,7 @@ class PreferenceDataset(Epochs):
                 f"data.sequence_length is {sequence_length}, and none of the {len(rows)} rows fits (the longest has "
                 f"{self.longest} tokens); raise it to {self.longest}, or set data.overlong=truncate"
             )
-        super().__init__(self._make_rows)
+        super().__init__()
 
     def __len__(self) -> int:
         return len(self.preferences)
@@ -93,19 +87,15 @@ class PreferenceDataset(Epochs):
         """Of the tokens, what counts of them, margins and labels."""
         total = hashlib.sha256()
         for found in self.preferences:
-            total.update(f"{found.margin} {found.label} {len(found.first[0])} {len(found.second[0])}".encode())
+            first, second = (len(tokens) for tokens, _ in found.conversations)
+            total.update(f"{found.margin} {found.label} {first} {second}".encode())
             for tokens, mask in found.conversations:
                 total.update(tokens.tobytes() + mask.tobytes())
         return total.hexdigest()[:16]
 
-    def _make_rows(self, epoch: int) -> list[int]:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.preferences)).tolist()
-
     def batch(self, step: int, count: int) -> list[int]:
         """Which of `preferences` optimizer step `step`, counted from 0, takes."""
         return self.take(step * count, count)
-
-    # ---- rows to tokens ----------------------------------------------------------------------------------------
 
     def _pair(self, row: Row) -> Preference:
         if row.label is not None:
@@ -122,7 +112,7 @@ class PreferenceDataset(Epochs):
                 f"{row.source}: chosen and rejected share no prompt: the template writes {len(prompts[0])} tokens "
                 f"before the one answer, and before the other {len(prompts[1])} that are not the same"
             )
-        return Preference(_arrays(sides[0]), _arrays(sides[1]), row.margin or 0.0)
+        return Preference([*map(_arrays, sides)], row.margin or 0.0)
 
     def _labelled(self, rows: Seq[Row]) -> list[Preference]:
         """Of every row the answer, and the next answer in the file that is another prompt's."""
@@ -138,8 +128,8 @@ class PreferenceDataset(Epochs):
             other = next((theirs for _, their, theirs, _ in following if their != prompt), None)
             if other is None:
                 raise UserError(f"{row.source}: kto compares with answers to other prompts, and all rows have this one")
-            own, mismatched = (self._encode(row, prompt, reply) for reply in (answer, other))
-            found.append(Preference(_arrays(own), _arrays(mismatched), label=label))
+            sides = [_arrays(self._encode(row, prompt, reply)) for reply in (answer, other)]
+            found.append(Preference(sides, label=label))
         return found
 
     def _encode(self, row: Row, prompt: list[Message], answer: list[Message]) -> Conversation:
@@ -160,7 +150,7 @@ class PreferenceDataset(Epochs):
             self.dropped += 1
             return None
         self.truncated += 1
-        return Preference(cut[0], cut[1], found.margin, found.label)
+        return Preference(cut, found.margin, found.label)
 
 
 def _arrays(conversation: Conversation) -> Tokens:

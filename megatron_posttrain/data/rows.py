@@ -57,9 +57,8 @@ def read_rows(
         columns: our column names to the file's (`{"prompt": "question.stem"}`, a list joins several).
         use: `preference` reads rows of two or of labelled answers, which are refused otherwise.
 
-    Raises:
-        UserError: a missing file, a malformed line, an unknown row form, a wrong type, an empty source;
-            with the file and the line's number.
+    Raises UserError: a missing file, a malformed line, an unknown row form, a wrong type, an empty source; with the
+    file and the line's number.
     """
     rows: list[Row] = []
     reader = Reader(columns or {}, use or ("sft" if require_assistant else "other"))
@@ -102,7 +101,8 @@ class Reader:
         except LeftOut as reason:
             self.left_out[str(reason)] += 1
             return None
-        self.ignored.update(columns_ignored(record, row.form))
+        read = row.form.reads if row.form else ()
+        self.ignored.update(key for key in record if key not in KNOWN and key not in read)
         return row, record
 
 
@@ -130,11 +130,6 @@ def tell_ignored(columns: Mapping[str, int]) -> None:
     if columns:
         counts = ", ".join(f"{key} ({n:,})" for key, n in sorted(columns.items(), key=lambda item: -item[1]))
         tell(f"columns that no form reads, with the rows that have them: {counts}")
-
-
-def columns_ignored(record: Mapping[str, Any], form: Form | None) -> list[str]:
-    """Keys of a record that neither its form nor the closed list of keys without a meaning knows."""
-    return [key for key in record if key not in KNOWN and (form is None or key not in form.reads)]
 
 
 def _row(record: Any, where: str, columns: Columns) -> tuple[Row, dict[str, Any]]:

@@ -48,11 +48,8 @@ VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 def load_tokenizer(directory: str | Path, model: str | Path | None = None) -> Any:
     """The fast tokenizer of a local directory (or of a hub id in the local cache), with its chat template.
 
-    Args:
-        model: directory of the model that is used with it, where it is another one; `model_of` knows it.
-
-    Raises:
-        UserError: nothing to load there, no chat template, or a tokenizer that cannot report offsets.
+    `model`: directory of the model that is used with it, where it is another one; `model_of` knows it.
+    Raises UserError: nothing to load there, no chat template, or a tokenizer that cannot report offsets.
     """
     from transformers import AutoTokenizer
 
@@ -170,16 +167,11 @@ class Template:
             raise UserError(f"{self.source}: {error}") from None
 
 
-# ---- what a template leaves out ----------------------------------------------------------------------------
-
-
 def refuse_omissions(template: Template, messages: list[Message], text: str) -> None:
     """Refuse a conversation of which the rendered text lacks a message's text, a tool, a tool call or an option.
 
     Reasoning of earlier turns may be left out, as reasoning models' templates do; that of the last may not.
-
-    Raises:
-        UserError: with the row and what is left out.
+    Raises UserError: with the row and what is left out.
     """
     lost = next(_omitted(template, messages, text), None)
     if lost:

@@ -78,9 +78,8 @@ def encode_conversation(
         options: what the template gets beside the messages: `tools` and keys of its own.
         omissions: what to do with a conversation of which the template leaves something out.
 
-    Raises:
-        UserError: the template refuses the conversation, leaves something of it out, or a turn's span cannot
-            be established (`source` says where).
+    Raises UserError: the template refuses the conversation, leaves something of it out, or a turn's span cannot be
+    established (`source` says where).
     """
     template = Template(tokenizer, options or {}, source)
     messages = template.normal(messages)
@@ -129,9 +128,6 @@ def _mask(offsets: list[Span], spans: list[tuple[Span, float]], everything: bool
         tokens = range(bisect_right(ends, start), bisect_left(starts, end))
         mask[tokens.start : tokens.stop] = [weight] * len(tokens)
     return mask
-
-
-# ---- spans without markers ---------------------------------------------------------------------------------
 
 
 def _find_spans(template: Template, messages: list[Message], text: str) -> dict[int, Span]:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_posttrain.doctor.findings import Findings
+from megatron_posttrain.parallel.exchange import gathered
 from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.platform import platform
 
@@ -24,9 +25,7 @@ def check_bandwidth(findings: Findings, largest_mib: int) -> None:
                      "start with torchrun: torchrun --nproc-per-node N -m megatron_posttrain doctor ...")  # fmt: skip
         return
     start_distributed()
-    ranks = dist.get_world_size()
-    hosts: list[str] = [""] * ranks
-    dist.all_gather_object(hosts, socket.gethostname())
+    ranks, hosts = dist.get_world_size(), gathered(socket.gethostname())
     for mib in sorted({1, largest_mib}):
         bus = collectives(mib * 2**20)
         text = ", ".join(f"{name} {rate:.2f} GB/s" for name, rate in bus.items())
@@ -93,7 +92,5 @@ def _report_links(findings: Findings, rates: list[float], hosts: list[str]) -> N
         names = [f"{i} ({hosts[i]}) -> {(i + 1) % n} ({hosts[(i + 1) % n]}) {rates[i]:.2f}" for i in slow]
         worst = min(rates[i] for i in chosen)
         shown = f"{len(chosen)} {kind}: median {middle:.2f} GB/s, slowest {worst:.2f}"
-        if slow:
-            findings.add("warn", "links", f"{shown}: {'; '.join(names)}", "look at these devices, cables and adapters")
-        else:
-            findings.add("ok", "links", shown)
+        wrong = [f"{shown}: {'; '.join(names)}"] if slow else []
+        findings.verdict("links", wrong, shown, "look at these devices, cables and adapters", "warn")

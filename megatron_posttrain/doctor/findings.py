@@ -1,6 +1,6 @@
 """One line of the doctor's table."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -23,6 +23,13 @@ class Findings(list[Finding]):
 
     def add(self, status: Status, check: str, found: str, fix: str = "") -> None:
         self.append(Finding(status, check, found, fix))
+
+    def verdict(self, check: str, wrong: Iterable[str], ok: str, fix: str = "", status: Status = "fail") -> None:
+        """A line for each thing that is wrong, or one that is `ok`."""
+        before = len(self)
+        self.extend(Finding(status, check, found, fix) for found in wrong)
+        if len(self) == before:
+            self.add("ok", check, ok)
 
     def attempt(
         self, check: str, function: Callable[[], Value], ok: Callable[[Value], str] | None = None, fix: str = ""

@@ -5,6 +5,7 @@ import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -147,22 +148,16 @@ class JobCheck:
         )
         if layout is None:
             return None
-        reasons = list(batch_problems(config, layout))
-        for reason in reasons:
-            findings.add("fail", "batch", reason, "change training.* or rollout.* to a multiple")
-        if not reasons:
-            shown = f"{config.training.global_batch_size} rows or samples an optimizer step on {layout.data} replicas"
-            findings.add("ok", "batch", shown)
+        shown = f"{config.training.global_batch_size} rows or samples an optimizer step on {layout.data} replicas"
+        fix = "change training.* or rollout.* to a multiple"
+        findings.verdict("batch", batch_problems(config, layout), shown, fix)
         return layout
 
     def _engine(self, config: GrpoConfig | DistillConfig) -> None:
         """What vLLM would refuse."""
-        reasons = list(rollout_problems(config, self.arch, self.device))
-        for reason in reasons:
-            self.findings.add("fail", "rollout", reason)
-        if not reasons:
-            shapes = "" if self.arch is not None else " (the model's shapes are not known)"
-            self.findings.add("ok", "rollout", f"nothing that vLLM would refuse on {self.device}{shapes}")
+        shapes = "" if self.arch is not None else " (the model's shapes are not known)"
+        wrong = rollout_problems(config, self.arch, self.device)
+        self.findings.verdict("rollout", wrong, f"nothing that vLLM would refuse on {self.device}{shapes}")
 
     @property
     def rows(self) -> str:
@@ -181,12 +176,8 @@ class JobCheck:
         if isinstance(self.config, GrpoConfig):
             from megatron_posttrain.rewards.registry import load_rewards
 
-            specs, unsafe = self.config.rewards, self.config.sandbox.unsafe
-            self.findings.attempt(
-                "rewards",
-                lambda: load_rewards(specs, unsafe=unsafe),
-                lambda found: ", ".join(reward.name for reward in found),
-            )
+            read = partial(load_rewards, self.config.rewards, unsafe=self.config.sandbox.unsafe)
+            self.findings.attempt("rewards", read, lambda found: ", ".join(reward.name for reward in found))
 
     def _source(self, check: str, sources: list[str]) -> None:
         missing = [place for place in sources if not Path(place).exists()]
@@ -204,15 +195,8 @@ class JobCheck:
                 fix = "raise data.sequence_length, or set data.overlong=truncate" if lost else ""
                 self.findings.add("warn" if lost else "ok", check, dataset.message, fix)
             return
-        rows = self.findings.attempt(
-            check,
-            lambda: read_rows(
-                sources,
-                require_assistant=self.rows == "conversations",
-                columns=self.config.data.columns,
-                use="preference" if self.rows == "preferences" else None,
-            ),
-        )
+        use = {"preferences": "preference", "conversations": "sft"}.get(self.rows)
+        rows = self.findings.attempt(check, lambda: read_rows(sources, columns=self.config.data.columns, use=use))
         if rows is None:
             return
         if self.tokenizer is None:
@@ -221,8 +205,8 @@ class JobCheck:
             config = self.config
             from megatron_posttrain.rollout.turns import load_turns
 
-            given, unsafe = (config.environment, config.rollout, self.tokenizer), config.sandbox.unsafe
-            turns = self.findings.attempt("environment", lambda: load_turns(*given, unsafe=unsafe))
+            make = partial(load_turns, config.environment, config.rollout, self.tokenizer, unsafe=config.sandbox.unsafe)
+            turns = self.findings.attempt("environment", make)
             if turns is not None:
                 self.findings.attempt(
                     check, lambda: prompts_of(config, rows, self.tokenizer, turns.tools), lambda found: found.message
@@ -303,10 +287,8 @@ def workload(config: Config) -> Workload:
         lora_rank=config.lora.rank if config.lora else None,
         quantization=config.lora.quantization if config.lora else None,
     )
-    if isinstance(config, DpoConfig):
-        return replace(work, task="dpo")
-    if isinstance(config, RewardModelConfig):
-        return replace(work, task="reward-model")
+    if isinstance(config, DpoConfig | RewardModelConfig):
+        return replace(work, task=config.command)
     if isinstance(config, DistillConfig):
         teacher = load_architecture(config.teacher.path)[1]
         return replace(work, task="distill", beside=teacher, beside_path=config.teacher.path)

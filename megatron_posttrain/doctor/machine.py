@@ -35,11 +35,9 @@ def check_versions(findings: Findings) -> None:
         elif not requirement.specifier.contains(found, prereleases=True):
             wrong.append(f"{requirement.name} {found}, needs {requirement.specifier}")
     repair = "run `bash tools/setup.sh`, which installs the pinned set"
-    if wrong:
-        findings.add("fail", "versions", "; ".join(wrong), repair)
-    else:
-        shown = ", ".join(f"{name} {_version(name)}" for name in ("torch", "megatron-core", "transformers"))
-        findings.add("ok", "versions", f"{len(requirements)} requirements hold: {shown}")
+    shown = ", ".join(f"{name} {_version(name)}" for name in ("torch", "megatron-core", "transformers"))
+    told = ["; ".join(wrong)] if wrong else []
+    findings.verdict("versions", told, f"{len(requirements)} requirements hold: {shown}", repair)
     _check_lock(findings, repair)
 
 
@@ -67,11 +65,9 @@ def _check_lock(findings: Findings, repair: str) -> None:
     # A build for a certain CUDA may say so after a +, which the lock leaves out and == then does not ask for.
     wrong = [pin for pin in pins if (at := found[pin.name]) is None or not pin.specifier.contains(at, prereleases=True)]
     differ = [f"{pin.name} {found[pin.name] or 'absent'} (lock: {str(pin.specifier)[2:]})" for pin in wrong]
-    if differ:
-        more = f" and {len(differ) - 4} more" if len(differ) > 4 else ""
-        findings.add("warn", "lock", f"{len(differ)} of {len(pins)} differ: {', '.join(differ[:4])}{more}", repair)
-    else:
-        findings.add("ok", "lock", f"all {len(pins)} packages as in requirements/{lock.name}")
+    more = f" and {len(differ) - 4} more" if len(differ) > 4 else ""
+    told = [f"{len(differ)} of {len(pins)} differ: {', '.join(differ[:4])}{more}"] if differ else []
+    findings.verdict("lock", told, f"all {len(pins)} packages as in requirements/{lock.name}", repair, "warn")
 
 
 def _version(name: str) -> str | None:
@@ -86,17 +82,12 @@ def check_device(findings: Findings) -> None:
     shown = f"{facts['count']} x {facts['name']}, {facts['memory_gib']} GiB"
     if platform().name == "cpu":
         shown = f"no GPU: {facts['count']} CPU cores, {facts['memory_gib']} GiB"
-        if unused := gpu_without_cuda():
-            findings.add("fail", "device", f"{unused} is there, but this torch cannot use it",
-                         "install torch for CUDA (`bash tools/setup.sh`), or update the driver")  # fmt: skip
-            return
-        findings.add("ok", "device", shown)
+        wrong = [f"{unused} is there, but this torch cannot use it"] if (unused := gpu_without_cuda()) else []
+        findings.verdict("device", wrong, shown, "install torch for CUDA (`bash tools/setup.sh`), or update the driver")
         return
     shown += f"; driver {facts['driver']}, CUDA {facts['cuda']}, NCCL {facts['nccl']}"
-    if facts["supported"]:
-        findings.add("ok", "device", shown)
-    else:
-        findings.add("fail", "device", f"{shown}; this torch has no kernels for it", "install a newer torch for CUDA")
+    wrong = [] if facts["supported"] else [f"{shown}; this torch has no kernels for it"]
+    findings.verdict("device", wrong, shown, "install a newer torch for CUDA")
     if not platform().has_transformer_engine():
         findings.add("warn", "Transformer Engine", "not installed: torch's own layers, no FP8",
                      "install the extra `cuda`")  # fmt: skip
@@ -109,11 +100,10 @@ def check_disk(findings: Findings, output: Path, needed_gib: float | None) -> No
         return
     free = shutil.disk_usage(place).free / 2**30
     shown = f"{free:,.0f} GiB free for {output}"
-    if needed_gib is not None and needed_gib > free:
-        findings.add("fail", "disk", f"{shown}, about {needed_gib:,.1f} GiB needed",
-                     "free space, lower checkpoint.keep, or set another `output`")  # fmt: skip
-    else:
-        findings.add("ok", "disk", shown + (f", about {needed_gib:,.1f} needed" if needed_gib is not None else ""))
+    lacks = needed_gib is not None and needed_gib > free
+    wrong = [f"{shown}, about {needed_gib:,.1f} GiB needed"] if lacks else []
+    shown += f", about {needed_gib:,.1f} needed" if needed_gib is not None else ""
+    findings.verdict("disk", wrong, shown, "free space, lower checkpoint.keep, or set another `output`")
     shared = Path("/dev/shm")
     if shared.is_dir() and (size := shutil.disk_usage(shared).total / 2**30) < SHARED_MEMORY_GIB:
         findings.add("warn", "shared memory", f"/dev/shm has {size:.2f} GiB",
@@ -127,11 +117,10 @@ def check_compiler(findings: Findings) -> None:
     """On CUDA, where Triton compiles a launcher for every kernel, in training and in vLLM; on CPU nothing does."""
     if platform().name != "cuda":
         return
-    if problem := compiler_problem():
-        findings.add("fail", "compiler", problem, "on every node: install gcc and the headers of this Python (Debian: "
-                     "apt-get install gcc python3-dev), or set CC")  # fmt: skip
-    else:
-        findings.add("ok", "compiler", "compiles against Python.h")
+    fix = (
+        "on every node: install gcc and the headers of this Python (Debian: apt-get install gcc python3-dev), or set CC"
+    )
+    findings.verdict("compiler", filter(None, [compiler_problem()]), "compiles against Python.h", fix)
 
 
 def compiler_problem() -> str:

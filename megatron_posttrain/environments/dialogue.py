@@ -9,9 +9,9 @@ from megatron_posttrain.data.messages import BadRow, Message, read_messages
 from megatron_posttrain.data.template import PROBE, Template
 from megatron_posttrain.environments.protocol import Call, Environment
 from megatron_posttrain.errors import UserError
+from megatron_posttrain.rewards.calls import HERMES
 
 CallForm = Literal["hermes", "llama"]
-_HERMES = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _QUESTION: list[Message] = [{"role": "user", "content": "?"}]
 
 
@@ -30,7 +30,7 @@ def call_form(tokenizer: Any, tools: list[dict[str, Any]]) -> CallForm | None:
 def read_calls(form: CallForm | None, text: str) -> tuple[Call, ...]:
     """The tool calls of a turn, without its reasoning."""
     if form == "hermes":
-        return tuple(_call(found, "arguments") for found in _HERMES.findall(text))
+        return tuple(_call(found, "arguments") for found in HERMES.findall(text))
     text = text.removeprefix("<|python_tag|>").strip()
     return (_call(text, "parameters"),) if form == "llama" and text.startswith('{"name"') else ()
 
@@ -59,8 +59,7 @@ def following_tokens(
         said: what an environment answered.
         ends: tokens that end a turn, one of which the model has written.
 
-    Raises:
-        BadRow: these are no messages, or the template cannot write them.
+    Raises BadRow: these are no messages, or the template cannot write them.
     """
     messages = read_messages(said, "reply")
     if not messages:

@@ -11,7 +11,7 @@ from megatron_posttrain.config.schema import EnvironmentConfig
 from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.data.messages import Message
 from megatron_posttrain.errors import UserError, nearest
-from megatron_posttrain.rewards.registry import Definition, bind, define, find, last_line
+from megatron_posttrain.rewards.registry import bind, define, find, last_line
 
 ERROR = "error: "  # begins what a tool that failed tells the model
 LONGEST_RESULT = 4000  # characters of a tool's result
@@ -62,12 +62,7 @@ class Environment(Protocol):
 def environment(name: str) -> Callable[[Target], Target]:
     """Makes a class an environment that the configuration can name. Keyword-only parameters of its `__init__` are keys
     of `environment.args`, checked by their types."""
-
-    def register(target: Target) -> Target:
-        define("environment", name, Definition(target))
-        return target
-
-    return register
+    return define("environment", name)
 
 
 class ToolEnvironment:

@@ -23,11 +23,10 @@ from megatron_posttrain.models.modules.lora import (
     add_to_grouped_output,
     add_to_logits,
     add_to_output,
-    scaling,
 )
 from megatron_posttrain.models.modules.nf4 import BLOCK, quantising_linears, run_dequantised
-from megatron_posttrain.models.sharded import GROUPED_EXPERT, layer_numbers, partition, position, table_name, unwrap
-from megatron_posttrain.models.weights import Mapping, Replicated, RowParallel, TensorPlan, Vocabulary, expand, unmerged
+from megatron_posttrain.models.sharded import GROUPED_EXPERT, local_tensors, naming, partition, position, unwrap
+from megatron_posttrain.models.weights import GatedMLP, Mapping, Replicated, RowParallel, TensorPlan, Vocabulary, expand
 from megatron_posttrain.parallel.groups import Groups
 from megatron_posttrain.parallel.layout import Layout
 
@@ -39,9 +38,7 @@ ROUTER = "mlp.router.weight"
 @dataclass(frozen=True)
 class Target:
     """A row of the family's weight table whose weight has an adapter, and the rows of its A, B and magnitudes.
-
-    `owners`: by Hugging Face tensor of the weight the number of its A; -1: not adapted.
-    """
+    `owners`: by Hugging Face tensor of the weight the number of its A; -1: not adapted."""
 
     weight: Mapping
     owners: tuple[int, ...]
@@ -82,10 +79,8 @@ class Adapters:
                     yield module, a[owner], module + B, module + M if self.lora.use_dora else None
 
     def names_in_both(self) -> set[str]:
-        """Names of experts' linear layers that other adapted layers have too.
-
-        PEFT 0.21.2 takes the latter for experts of transformers 4 (`_convert_peft_config_moe`) and gives them none.
-        """
+        """Names of experts' linear layers that other adapted layers have too. PEFT 0.21.2 takes the latter for experts
+        of transformers 4 (`_convert_peft_config_moe`) and gives them none."""
         names: tuple[set[str], set[str]] = set(), set()
         for module, *_ in self.modules():
             names[".experts." in module].add(module.rpartition(".")[2])
@@ -98,10 +93,8 @@ def adapter_name(weight: str, letter: str) -> str:
 
 
 def find_adapters(arch: Architecture, lora: LoraConfig, *, fused: bool = False) -> Adapters:
-    """What `lora.targets` asks for. `fused`: the directory of the base holds experts in 3-D tensors.
-
-    UserError for a target that no linear layer of the model is called by.
-    """
+    """What `lora.targets` asks for. `fused`: the directory of the base holds experts in 3-D tensors. UserError for a
+    target that no linear layer of the model is called by."""
     fusions = {part: f for f in registry.layout(arch, fused).fusions for part in f.parts}
     wanted = [lora.targets] if isinstance(lora.targets, str) else lora.targets
     rows = [row for row in registry.table(arch) if _is_linear(row) or _is_named(row)]
@@ -156,12 +149,8 @@ def _target(row: Mapping, hit: list[bool], lora: LoraConfig, shared: bool) -> Ta
     kind = RowParallel if isinstance(row, RowParallel) else Replicated
     names = [name.removesuffix(".weight") for name in row.hf]
     where: dict[str, Any] = {"layers": row.layers, "experts": row.experts, "hf_layer_offset": row.hf_layer_offset}
-    a = kind(
-        adapter_name(row.megatron, "a"),
-        tuple(names[source] + A for source in of_a),
-        tuple((lora.rank, row.shapes[source][1]) for source in of_a),
-        **where,
-    )
+    shapes = tuple((lora.rank, row.shapes[source][1]) for source in of_a)
+    a = kind(adapter_name(row.megatron, "a"), tuple(names[source] + A for source in of_a), shapes, **where)
 
     def outputs(letter: str, suffix: str, width: tuple[int, ...]) -> Mapping:
         changes: dict[str, Any] = {
@@ -183,7 +172,7 @@ def check_quantization(arch: Architecture, layout: Layout) -> None:
             name = row.hf[0].removesuffix(".weight").rpartition(".")[2]
             key = f" x parallel.{'expert_tensor' if row.experts else 'tensor'}={size}" if size > 1 else ""
             raise UserError(
-                f"lora.quantization=nf4: {name} has {columns} inputs, which are not divisible by blocks of {BLOCK}{key}"
+                f"lora.quantization=nf4: {name} has {columns} inputs, not divisible by blocks of {BLOCK}{key}"
             )
 
 
@@ -195,25 +184,20 @@ def building(lora: LoraConfig | None, *, random: bool) -> AbstractContextManager
 
 def attach(chunks: Sequence[nn.Module], adapters: Adapters, groups: Groups, *, seed: int) -> None:
     """Freezes the model and gives its linear layers adapters: A uniform in +-1 / sqrt(in), as PEFT draws it, B zero.
-
-    The same whole adapter under every layout.
-    """
+    The same whole adapter under every layout."""
     from megatron_posttrain.models.modules.experts import GroupedExperts
 
-    arch, lora = adapters.arch, adapters.lora
-    factor = scaling(lora.alpha, lora.rank, lora.use_rslora)
-    expert = position(groups.expert)
-    offset = expert[0] * (arch.moe.num_experts // expert[1]) if arch.moe else 0
+    lora = adapters.lora
     for chunk in chunks:
         model: Any = unwrap(chunk)
-        numbers = layer_numbers(model)
+        table_name = naming(model, adapters.arch, position(groups.expert))
         model.requires_grad_(False)
         run_dequantised(model, (GroupedExperts,))
         if getattr(model, "pre_process", False):
             # Layers that are recomputed, and stages without an adapter, need something to differentiate by.
             model.embedding.register_forward_hook(_require_gradient)
         for local_name, weight in list(model.named_parameters()):
-            plan = adapters.weights.get(table_name(local_name, numbers, offset))
+            plan = adapters.weights.get(table_name(local_name))
             if plan is None:
                 continue
             owned = plan.expert is not None
@@ -224,20 +208,15 @@ def attach(chunks: Sequence[nn.Module], adapters: Adapters, groups: Groups, *, s
             gathered = owned or local_name == "output_layer.weight"  # `output_rows` gathers before the output layer
             split = Split(by, group, groups.layout.sequence_parallel and not gathered, owned)
             b = adapters.plans[adapter_name(plan.name, "b")]
-            owners = _owners(b.mapping, adapters.target(plan).owners, rank, size).to(weight.device)
-            inputs = plan.local_shape(size)[1]
-            module = LoraLinear(weight, inputs, owners, lora.rank, factor, lora.dropout, split, lora.use_dora)
+            numbers_of_a = adapters.target(plan).owners
+            segments = b.mapping.segments(rank, size)
+            owners = torch.cat([torch.full((stop - start,), numbers_of_a[n or 0]) for n, start, stop in segments])
+            module = LoraLinear(weight, plan.local_shape(size)[1], owners.to(weight.device), lora, split)
             with torch.no_grad():
                 drawn = partial(_initial, (lora.rank, plan.shapes[0][1]), seed)
                 adapters.plans[adapter_name(plan.name, "a")].fill(module.a, drawn, rank, size)
             _register(model, local_name, module)
             weight.adapter = module
-
-
-def _owners(b: Mapping, owners: tuple[int, ...], rank: int, size: int) -> Tensor:
-    """[out] of this rank: the number of the A that each row of B meets."""
-    parts = b.segments(rank, size)
-    return torch.cat([torch.full((stop - start,), owners[source or 0]) for source, start, stop in parts])
 
 
 def seed_of(*parts: int | str) -> int:
@@ -258,7 +237,7 @@ def _register(model: Any, weight: str, module: LoraLinear) -> None:
         layer.lora = module
         add_to_logits(layer)
         return
-    if (grouped := GROUPED_EXPERT.search(unmerged(weight))) is None:
+    if (grouped := GROUPED_EXPERT.search(weight)) is None:
         layer.lora = module
         layer.register_forward_hook(add_to_output, prepend=True)  # before those that rearrange the output
         return
@@ -268,12 +247,14 @@ def _register(model: Any, weight: str, module: LoraLinear) -> None:
     layer.lora[grouped[3]] = module
 
 
+def _layers(chunks: Sequence[nn.Module]) -> list[LoraLinear]:
+    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, LoraLinear)]
+
+
 def begin(chunks: Sequence[nn.Module]) -> None:
     """Collective, once the model has its weights: adapters that change nothing."""
-    for chunk in chunks:
-        for module in chunk.modules():
-            if isinstance(module, LoraLinear):
-                module.begin()
+    for module in _layers(chunks):
+        module.begin()
 
 
 def _require_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -283,39 +264,51 @@ def _require_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
 @contextlib.contextmanager
 def disabled(chunks: Sequence[nn.Module]) -> Iterator[None]:
     """Meanwhile the model is its base."""
-    found = [m for chunk in chunks for m in chunk.modules() if isinstance(m, LoraLinear)]
-    for module in found:
+    for module in _layers(chunks):
         module.enabled = False
     try:
         yield
     finally:
-        for module in found:
+        for module in _layers(chunks):
             module.enabled = True
 
 
 def finalizing_copies(finalize: Callable[..., None]) -> Callable[..., None]:
-    """megatron-core's function that reduces a step's gradients, and `sum_copied_gradients` after it."""
+    """megatron-core's function that reduces a step's gradients, after which expert tensor ranks sum those of their
+    copies of an expert's A or B. It sums those of dense layers, over tensor ranks; of experts it knows no copies."""
 
     def both(model: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
         finalize(model, *args, **kwargs)
-        sum_copied_gradients(model)
+        found: dict[Any, list[Tensor]] = {}
+        for parameter in (p for chunk in model for p in chunk.parameters()):
+            if (group := getattr(parameter, "sum_gradients_over", None)) is not None:
+                found.setdefault(group, []).append(parameter.main_grad)  # type: ignore[attr-defined]
+        for group, gradients in found.items():
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            torch.distributed.all_reduce(flat, group=group)
+            for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
 
     return both
 
 
-def sum_copied_gradients(chunks: Sequence[nn.Module]) -> None:
-    """Collective, after a step's gradients: expert tensor ranks sum those of their copies of an expert's A or B.
+def sharded(chunk: nn.Module, adapters: Adapters, groups: Groups) -> dict[str, Any]:
+    """What checkpoints hold of a chunk whose adapters are trained: these alone, in megatron-core's distributed format,
+    which any other layout can read, by their names in the chunk."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 
-    megatron-core sums those of dense layers, over tensor ranks; of experts it knows no copies.
-    """
-    found: dict[Any, list[Tensor]] = {}
-    for chunk in chunks:
-        parameters: list[Any] = list(chunk.parameters())
-        for parameter in parameters:
-            if (group := getattr(parameter, "sum_gradients_over", None)) is not None:
-                found.setdefault(group, []).append(parameter.main_grad)
-    for group, gradients in found.items():
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        torch.distributed.all_reduce(flat, group=group)
-        for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(summed.view_as(gradient))
+    names = {id(parameter): name for name, parameter in unwrap(chunk).named_parameters()}
+    found: dict[str, Any] = {}
+    for plan, tensor in local_tensors([chunk], adapters.plans, adapters.arch, position(groups.expert)):
+        owned = plan.expert is not None
+        place = position(groups.expert_tensor if owned else groups.tensor)
+        copy = (groups.expert_copies if owned else groups.copies).rank()
+        rank, size = partition(plan, tensor, *place)
+        offsets = [(plan.mapping.dim, rank, size)] if size > 1 else []
+        replica = (0, 0 if size > 1 else place[0], copy)
+        shard = ShardedTensor.from_rank_offsets(plan.name, tensor, *offsets, replica_id=replica)
+        # A shard of gate and up is one of each, not a range of rows
+        gated = isinstance(plan.mapping, GatedMLP) and size > 1
+        found[names[id(tensor)]] = apply_swiglu_sharded_factory(shard, ()) if gated else shard
+    return found

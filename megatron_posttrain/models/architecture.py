@@ -1,8 +1,5 @@
-"""What a model is, apart from any framework: read from a Hugging Face config by a family's file.
-
-The engine, the weight tables, the converters and the planner read this; only a family's file reads
-Hugging Face names.
-"""
+"""What a model is, apart from any framework: read from a Hugging Face config by a family's file. The engine, the weight
+tables, the converters and the planner read this; only a family's file reads Hugging Face names."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self

@@ -27,13 +27,15 @@ from megatron_posttrain.upstream.megatron import (
 # Tokens that a rank's matrix products come in multiples of: Transformer Engine refuses others.
 FP8_TOKENS = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Options = dict[str, Any]  # fields of megatron-core's config
 
 
 def use_transformer_engine(model: ModelConfig) -> bool:
     """Raises UserError where Transformer Engine is asked for and not there."""
     found = platform().has_transformer_engine()
     if model.implementation == "transformer_engine" and not found:
-        raise UserError("model.implementation: transformer_engine is not installed here; allowed: auto, torch")
+        where = f"Transformer Engine is not installed on this {platform().name} machine"
+        raise UserError(f"model.implementation=transformer_engine, but {where}; allowed here: auto, torch")
     return model.implementation != "torch" and found
 
 
@@ -54,9 +56,7 @@ def transformer_config(arch: Architecture, layout: Layout, model: ModelConfig, p
     return config
 
 
-def config_options(
-    arch: Architecture, layout: Layout, model: ModelConfig, precision: PrecisionConfig
-) -> dict[str, Any]:
+def config_options(arch: Architecture, layout: Layout, model: ModelConfig, precision: PrecisionConfig) -> Options:
     """The fields of megatron-core's config that are not left at their defaults."""
     transformer_engine = use_transformer_engine(model)
     options = _sizes(arch) | _parallelism(arch, layout, precision) | _fusions(arch, transformer_engine)
@@ -66,10 +66,7 @@ def config_options(
         options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif model.recompute == "selective":
         options |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-    options |= _fp8(arch, layout, precision, transformer_engine)
-    if arch.mla is not None:
-        options |= _latent_attention(arch)
-    return options
+    return options | _fp8(arch, layout, precision, transformer_engine) | _latent_attention(arch)
 
 
 def build_model(
@@ -79,14 +76,15 @@ def build_model(
     from megatron.core import parallel_state as ps
     from megatron.core.models.gpt import GPTModel
 
+    chunks: list[torch.nn.Module] = []
+    transformer_engine = use_transformer_engine(model)
     with platform().megatron():
         config = transformer_config(arch, layout, model, precision)
-        chunks = []
         for index in range(layout.chunks):
             stage = index if layout.virtual_pipeline else None
             chunk = GPTModel(
                 config,
-                block_spec(config, arch, use_transformer_engine(model), stage),
+                block_spec(config, arch, transformer_engine, stage),
                 vocab_size=padded_vocab_size(arch.vocab_size, layout.tensor),
                 max_sequence_length=arch.max_position,
                 pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
@@ -101,12 +99,11 @@ def build_model(
                 chunk.rotary_pos_emb.inv_freq = frequencies.to(platform().device)
             mark_experts(chunk)
             keep_correction_biases(chunk)
-            if use_transformer_engine(model):
-                _accumulate_in_main_gradients(chunk)
+            if transformer_engine:
                 count_down_projections_once(chunk)
             elif layout.sequence_parallel:
                 split_down_projections(chunk)
-            _drop_biases(chunk, arch)
+            _adjust(chunk, arch)
             if arch.padding_token is not None and chunk.pre_process:
                 _leave_padding_alone(chunk.embedding.word_embeddings, arch.padding_token)
             if arch.scalar_head and chunk.post_process:
@@ -116,11 +113,9 @@ def build_model(
 
 
 def _leave_padding_alone(embedding: torch.nn.Module, token: int) -> None:
-    """The padding token's word embedding gets no gradient, as in transformers (`padding_idx`).
-
-    There it starts as zero, where a norm multiplies gradients by 1 / sqrt(epsilon): one sampled padding token has the
-    whole model's gradient clipped to nothing.
-    """
+    """The padding token's word embedding gets no gradient, as in transformers (`padding_idx`). There it starts as zero,
+    where a norm multiplies gradients by 1 / sqrt(epsilon): one sampled padding token has the whole model's gradient
+    clipped to nothing."""
     from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
     def stop(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
@@ -132,30 +127,23 @@ def _leave_padding_alone(embedding: torch.nn.Module, token: int) -> None:
     embedding.register_forward_hook(stop)  # type: ignore[arg-type]
 
 
-def _accumulate_in_main_gradients(chunk: torch.nn.Module) -> None:
-    """Transformer Engine's products add weight gradients to the fp32 main gradients themselves.
-
-    Not by megatron-core's option for it, which wants apex for the output layer.
-    """
-    for module in chunk.modules():
-        if hasattr(module, "fuse_wgrad_accumulation"):
-            module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
-
-
-def _drop_biases(chunk: torch.nn.Module, arch: Architecture) -> None:
-    """megatron-core has one switch for the biases of attention's output and of the MLP; models differ in them."""
+def _adjust(chunk: torch.nn.Module, arch: Architecture) -> None:
+    """What megatron-core's options cannot say: it has one switch for the biases of attention's output and of the MLP,
+    and wants apex to let Transformer Engine's products add weight gradients to the fp32 main gradients themselves."""
     for name, module in chunk.named_modules():
         attention = name.endswith("linear_proj") and not arch.attention_output_bias
         mlp = name.endswith(("linear_fc1", "linear_fc2")) and not arch.mlp_bias
         if (attention or mlp) and getattr(module, "bias", None) is not None:
             module.bias = None
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
-def _sizes(arch: Architecture) -> dict[str, Any]:
+def _sizes(arch: Architecture) -> Options:
     # Of two functions by this name the one that megatron-core's fused activation is chosen by.
     from megatron.core.fusions.fused_bias_geglu import quick_gelu
 
-    options: dict[str, Any] = {
+    options: Options = {
         "num_layers": arch.num_layers,
         "hidden_size": arch.hidden_size,
         "num_attention_heads": arch.num_heads,
@@ -184,7 +172,7 @@ def _sizes(arch: Architecture) -> dict[str, Any]:
     return options
 
 
-def _parallelism(arch: Architecture, layout: Layout, precision: PrecisionConfig) -> dict[str, Any]:
+def _parallelism(arch: Architecture, layout: Layout, precision: PrecisionConfig) -> Options:
     dtype = DTYPES[precision.dtype]
     # In megatron-core's language: E embedding, t transformer layer, | next chunk, L loss.
     stages = "E" + "|".join("t" * count for count in stage_layers(layout, arch.num_layers)) + "L"
@@ -211,7 +199,7 @@ def _parallelism(arch: Architecture, layout: Layout, precision: PrecisionConfig)
     }
 
 
-def _fusions(arch: Architecture, transformer_engine: bool) -> dict[str, Any]:
+def _fusions(arch: Architecture, transformer_engine: bool) -> Options:
     compiled = transformer_engine or kernels.compiled_pointwise()
     biased_experts = arch.moe is not None and (arch.attention_output_bias or arch.mlp_bias)
     return {
@@ -249,28 +237,26 @@ def check_fp8(arch: Architecture, layout: Layout, precision: PrecisionConfig, ca
         )
 
 
-def _fp8(arch: Architecture, layout: Layout, precision: PrecisionConfig, transformer_engine: bool) -> dict[str, Any]:
-    """Linear layers and experts in FP8; router, logits, norms and attention stay as they are.
-
-    Per-tensor scales have e5m2's range for gradients; scales per block (DeepSeek-V3, arXiv 2412.19437, 3.3;
-    OCP MX) are fine enough for e4m3 everywhere.
-    """
-    recipe, ends = precision.fp8, precision.bf16_ends
+def _fp8(arch: Architecture, layout: Layout, precision: PrecisionConfig, transformer_engine: bool) -> Options:
+    """Linear layers and experts in FP8; router, logits, norms and attention stay as they are. Per-tensor scales have
+    e5m2's range for gradients; scales per block (DeepSeek-V3, arXiv 2412.19437, 3.3; OCP MX) are fine enough for e4m3
+    everywhere."""
+    recipe = precision.fp8
     if recipe is not None and not transformer_engine:
         raise UserError(f"precision.fp8: {recipe} needs Transformer Engine, which is not in use here; allowed: null")
     check_fp8(arch, layout, precision, torch.cuda.get_device_capability() if recipe is not None else (0, 0))
     if recipe is None:
         return {}
-    options: dict[str, Any] = {"fp8": "e4m3" if recipe in ("blockwise", "mxfp8") else "hybrid", "fp8_recipe": recipe}
+    options: Options = {"fp8": "e4m3" if recipe in ("blockwise", "mxfp8") else "hybrid", "fp8_recipe": recipe}
     if recipe == "delayed":
         options |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
-    if ends:
-        options |= {"first_last_layers_bf16": True}
-        options |= {"num_layers_at_start_in_bf16": ends, "num_layers_at_end_in_bf16": ends}
+    if ends := precision.bf16_ends:
+        options |= dict.fromkeys(("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"), ends)
+        options["first_last_layers_bf16"] = True
     return options
 
 
-def _experts(arch: Architecture, layout: Layout, model: ModelConfig, transformer_engine: bool) -> dict[str, Any]:
+def _experts(arch: Architecture, layout: Layout, model: ModelConfig, transformer_engine: bool) -> Options:
     moe, wanted, balancing = arch.moe, model.moe.aux_loss_coefficient, model.moe.load_balancing
     assert moe is not None
     coefficient = moe.aux_loss_coefficient if wanted is None else wanted
@@ -298,7 +284,7 @@ def _experts(arch: Architecture, layout: Layout, model: ModelConfig, transformer
     } | (_deepep(layout) if model.moe.dispatcher == "deepep" else {})
 
 
-def _deepep(layout: Layout) -> dict[str, Any]:
+def _deepep(layout: Layout) -> Options:
     if not platform().has_deepep():
         raise UserError("model.moe.dispatcher: deepep needs CUDA and the package deep_ep; allowed here: alltoall")
     if layout.tensor * layout.expert == 1:
@@ -306,9 +292,10 @@ def _deepep(layout: Layout) -> dict[str, Any]:
     return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}
 
 
-def _latent_attention(arch: Architecture) -> dict[str, Any]:
-    mla, rope = arch.mla, arch.rope
-    assert mla is not None
+def _latent_attention(arch: Architecture) -> Options:
+    if (mla := arch.mla) is None:
+        return {}
+    rope = arch.rope
     scaled = rope if rope.scaling == "yarn" else replace(rope, factor=1.0, mscale=1.0, mscale_all_dim=0.0)
     return {
         "q_lora_rank": mla.q_rank,
@@ -320,8 +307,4 @@ def _latent_attention(arch: Architecture) -> dict[str, Any]:
         "rotary_base": rope.base,
         "rotary_scaling_factor": scaled.factor,
         "original_max_position_embeddings": rope.original_max_position or arch.max_position,
-        "beta_fast": rope.beta_fast,
-        "beta_slow": rope.beta_slow,
-        "mscale": scaled.mscale,
-        "mscale_all_dim": scaled.mscale_all_dim,
-    }
+    } | {name: getattr(scaled, name) for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")}

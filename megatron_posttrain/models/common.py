@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_posttrain.errors import UserError, nearest
-from megatron_posttrain.models.architecture import Architecture, HfConfig, Rope
+from megatron_posttrain.models.architecture import Architecture, HfConfig, MixtureOfExperts, Rope
 from megatron_posttrain.models.disk_layout import Fusion
 from megatron_posttrain.models.weights import QKV, GatedMLP, Mapping, Replicated, RowParallel, Vocabulary, on
 
@@ -12,13 +12,14 @@ LAYER = "decoder.layers.*."
 HF_LAYER = "model.layers.*."
 
 # Experts as most families name them, fused as transformers 5 holds them
+EXPERTS = f"{HF_LAYER}mlp.experts."
 EXPERT_FUSIONS = (
-    Fusion(
-        f"{HF_LAYER}mlp.experts.gate_up_proj",
-        (f"{HF_LAYER}mlp.experts.*.gate_proj.weight", f"{HF_LAYER}mlp.experts.*.up_proj.weight"),
-    ),
-    Fusion(f"{HF_LAYER}mlp.experts.down_proj", (f"{HF_LAYER}mlp.experts.*.down_proj.weight",)),
+    Fusion(f"{EXPERTS}gate_up_proj", (f"{EXPERTS}*.gate_proj.weight", f"{EXPERTS}*.up_proj.weight")),
+    Fusion(f"{EXPERTS}down_proj", (f"{EXPERTS}*.down_proj.weight",)),
 )
+
+Names = tuple[str, str, str]
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 # Fields of `Architecture` -> of a config
 FIELDS = {
@@ -41,12 +42,11 @@ ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"),
 }
-
-
 ROPE_KEYS = {
     "rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "finetuned",
 }  # fmt: skip
 OLD_NAMES = {"type": "rope_type"}  # of rope_scaling -> of rope_parameters
+SCORE = "score.weight"  # of a model `ForSequenceClassification`
 
 
 def need(config: HfConfig, *keys: str) -> Any:
@@ -55,9 +55,6 @@ def need(config: HfConfig, *keys: str) -> Any:
         if config.get(key) is not None:
             return config[key]
     raise UserError(f"config.json lacks '{keys[0]}'{nearest(keys[0], config)}")
-
-
-SCORE = "score.weight"  # of a model `ForSequenceClassification`
 
 
 def require(config: HfConfig, key: str, allowed: Sequence[Any], default: Any) -> None:
@@ -92,6 +89,20 @@ def rope(config: HfConfig, default_base: float = 10_000.0) -> Rope:
     if kind != "linear":
         found["original_max_position"] = original
     return Rope(base=base, scaling=kind, **{"factor": longest / original, **found})
+
+
+def mixture(
+    config: HfConfig, count: Sequence[str], width: str, aux_loss: float = 0.001, **fields: Any
+) -> MixtureOfExperts:
+    """The fields that families read alike. `count`, `width`: keys of the experts' number (by its old and new names) and
+    width; `aux_loss`: the coefficient where the config has none."""
+    return MixtureOfExperts(
+        num_experts=need(config, *count),
+        top_k=need(config, "num_experts_per_tok", "experts_per_token"),
+        expert_ffn_size=need(config, width),
+        aux_loss_coefficient=float(config.get("router_aux_loss_coef", aux_loss)),
+        **fields,
+    )
 
 
 def base_architecture(config: HfConfig, **fields: Any) -> Architecture:
@@ -161,19 +172,13 @@ def attention(arch: Architecture, layer: str = LAYER) -> list[Mapping]:
     if arch.attention_output_bias:
         table.append(Replicated(f"{ours}linear_proj.bias", (f"{theirs}o_proj.bias",), ((arch.hidden_size,),)))
     if arch.qk_norm:
-        table += [
-            Replicated(f"{ours}{x}_layernorm.weight", (f"{theirs}{x}_norm.weight",), ((arch.head_dim,),)) for x in "qk"
-        ]
+        norm = ((arch.head_dim,),)
+        table += [Replicated(f"{ours}{x}_layernorm.weight", (f"{theirs}{x}_norm.weight",), norm) for x in "qk"]
     return table
 
 
 def gated_mlp(
-    ours: str,
-    theirs: str,
-    hidden: int,
-    ffn: int,
-    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
-    bias: bool = False,
+    ours: str, theirs: str, hidden: int, ffn: int, names: Names = PROJECTIONS, bias: bool = False
 ) -> list[Mapping]:
     """A gated MLP whose modules are called `ours` + linear_fc1 and `theirs` + `names` (gate, up, down)."""
     gate, up, down = (f"{theirs}{name}." for name in names)
@@ -189,25 +194,20 @@ def gated_mlp(
     return table
 
 
-def dense_mlp(arch: Architecture, layer: str = LAYER) -> list[Mapping]:
-    return gated_mlp(f"{layer}mlp.", f"{HF_LAYER}mlp.", arch.hidden_size, arch.ffn_size, bias=arch.mlp_bias)
+def dense_mlp(arch: Architecture) -> list[Mapping]:
+    return gated_mlp(f"{LAYER}mlp.", f"{HF_LAYER}mlp.", arch.hidden_size, arch.ffn_size, bias=arch.mlp_bias)
 
 
 def router(arch: Architecture, name: str = "mlp.gate", layer: str = LAYER) -> list[Mapping]:
     assert arch.moe is not None
     count = arch.moe.num_experts
     ours, theirs = f"{layer}mlp.router.", f"{HF_LAYER}{name}."
-    table = [Replicated(f"{ours}weight", (f"{theirs}weight",), ((count, arch.hidden_size),))]
-    if arch.moe.router_bias:
-        table.append(Replicated(f"{ours}bias", (f"{theirs}bias",), ((count,),)))
-    return list(table)
+    weight = Replicated(f"{ours}weight", (f"{theirs}weight",), ((count, arch.hidden_size),))
+    return [weight, *([Replicated(f"{ours}bias", (f"{theirs}bias",), ((count,),))] if arch.moe.router_bias else [])]
 
 
 def experts(
-    arch: Architecture,
-    theirs: str = "mlp.experts.*.",
-    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
-    layer: str = LAYER,
+    arch: Architecture, theirs: str = "mlp.experts.*.", names: Names = PROJECTIONS, layer: str = LAYER
 ) -> list[Mapping]:
     """One expert of a layer; for `on(layers, ..., experts=arch.moe.num_experts)`."""
     assert arch.moe is not None

@@ -1,8 +1,6 @@
-"""The keys of config.json that a family reads, and those that change nothing of what a model computes.
-
-All others are refused unless their value asks for nothing (false, null, 0, empty): a key that is passed over in
-silence is another model.
-"""
+"""The keys of config.json that a family reads, and those that change nothing of what a model computes. All others are
+refused unless their value asks for nothing (false, null, 0, empty): a key that is passed over in silence is another
+model."""
 
 from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models.architecture import HfConfig

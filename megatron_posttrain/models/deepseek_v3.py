@@ -4,7 +4,7 @@ import torch
 
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import common
-from megatron_posttrain.models.architecture import Architecture, HfConfig, MixtureOfExperts, MultiLatentAttention
+from megatron_posttrain.models.architecture import Architecture, HfConfig, MultiLatentAttention
 from megatron_posttrain.models.weights import ColumnParallel, Mapping, Replicated, RowParallel, on
 
 FUSIONS = common.EXPERT_FUSIONS
@@ -31,13 +31,13 @@ def architecture(config: HfConfig) -> Architecture:
     groups, chosen = config.get("n_group") or 1, config.get("topk_group") or 1
     if groups > 1 and chosen != groups and top_k // chosen != 2:
         # A group's score is the sum of its two best experts; megatron-core sums its top_k // topk_group best.
-        raise UserError(
-            f"config.json: num_experts_per_tok is {top_k}; with topk_group={chosen} it has to be {2 * chosen}"
-        )
-    moe = MixtureOfExperts(
-        num_experts=common.need(config, "n_routed_experts", "num_local_experts"),
-        top_k=top_k,
-        expert_ffn_size=width,
+        needed = f"with topk_group={chosen} it has to be {2 * chosen}"
+        raise UserError(f"config.json: num_experts_per_tok is {top_k}; {needed}")
+    moe = common.mixture(
+        config,
+        ("n_routed_experts", "num_local_experts"),
+        "moe_intermediate_size",
+        0.0,
         shared_ffn_size=width * (config.get("n_shared_experts") or 0),
         first_dense_layers=config.get("first_k_dense_replace", 3),
         score_function="sigmoid",
@@ -87,53 +87,40 @@ def attention(arch: Architecture, layer: str) -> list[Mapping]:
     )  # fmt: skip
 
 
-def moe_block(arch: Architecture, layer: str) -> list[Mapping]:
+def sparse(arch: Architecture, layers: range, layer: str, offset: int = 0) -> list[Mapping]:
+    """Router, shared expert and experts of `layers`, whose Hugging Face numbers are larger by `offset`."""
     moe = arch.moe
     assert moe is not None
-    bias = Replicated(
-        f"{layer}mlp.router.expert_bias",
-        (f"{common.HF_LAYER}mlp.gate.e_score_correction_bias",),
-        ((moe.num_experts,),),
-        dtype=torch.float32,
-    )
+    ours, theirs = f"{layer}mlp.router.expert_bias", f"{common.HF_LAYER}mlp.gate.e_score_correction_bias"
+    bias = Replicated(ours, (theirs,), ((moe.num_experts,),), dtype=torch.float32)
     rows = [*common.router(arch, layer=layer), bias]
     if moe.shared_ffn_size:
         ours, theirs = f"{layer}mlp.shared_experts.", f"{common.HF_LAYER}mlp.shared_experts."
         rows += common.gated_mlp(ours, theirs, arch.hidden_size, moe.shared_ffn_size)
-    return rows
+    experts = on(layers, common.experts(arch, layer=layer), experts=moe.num_experts, hf_layer_offset=offset)
+    return on(layers, rows, hf_layer_offset=offset) + experts
 
 
-def mtp_block(arch: Architecture) -> list[Mapping]:
-    """What a multi-token-prediction layer has beside its transformer layer."""
-    hidden = arch.hidden_size
-    return _rows(
+def table(arch: Architecture) -> list[Mapping]:
+    assert arch.moe is not None
+
+    def base(layer: str) -> list[Mapping]:
+        return [*common.layer_norms(arch, layer), *attention(arch, layer)]
+
+    hidden, mtp, first = arch.hidden_size, range(arch.num_mtp_layers), arch.num_layers
+    stored = [f"model.layers.{first + number}." for number in mtp]
+    rows = common.embeddings(arch, copies=tuple(f"{name}embed_tokens.weight" for name in stored))
+    rows += on(range(first), base(common.LAYER))
+    rows += on(common.layers(arch, moe=False), common.dense_mlp(arch))
+    rows += sparse(arch, range(arch.moe.first_dense_layers, first), common.LAYER)
+    rows += common.output(arch, copies=tuple(f"{name}shared_head.head.weight" for name in stored))
+    inner = f"{MTP}transformer_layer."
+    block = _rows(  # what a multi-token-prediction layer has beside its transformer layer
         MTP, common.HF_LAYER,
         (Replicated, "enorm", "enorm", (hidden,)),
         (Replicated, "hnorm", "hnorm", (hidden,)),
         (ColumnParallel, "eh_proj", "eh_proj", (hidden, 2 * hidden)),
         (Replicated, "final_layernorm", "shared_head.norm", (hidden,)),
     )  # fmt: skip
-
-
-def table(arch: Architecture) -> list[Mapping]:
-    moe = arch.moe
-    assert moe is not None
-
-    def sparse(layers: range, layer: str, offset: int = 0) -> list[Mapping]:
-        rows = on(layers, moe_block(arch, layer), hf_layer_offset=offset)
-        experts = common.experts(arch, layer=layer)
-        return rows + on(layers, experts, experts=moe.num_experts, hf_layer_offset=offset)
-
-    def base(layer: str) -> list[Mapping]:
-        return [*common.layer_norms(arch, layer), *attention(arch, layer)]
-
-    mtp, first = range(arch.num_mtp_layers), arch.num_layers
-    stored = [f"model.layers.{first + number}." for number in mtp]
-    rows = common.embeddings(arch, copies=tuple(f"{name}embed_tokens.weight" for name in stored))
-    rows += on(range(first), base(common.LAYER))
-    rows += on(common.layers(arch, moe=False), common.dense_mlp(arch))
-    rows += sparse(range(moe.first_dense_layers, first), common.LAYER)
-    rows += common.output(arch, copies=tuple(f"{name}shared_head.head.weight" for name in stored))
-    inner = f"{MTP}transformer_layer."
-    rows += on(mtp, [*mtp_block(arch), *base(inner)], hf_layer_offset=first)
-    return rows + sparse(mtp, inner, first)
+    rows += on(mtp, [*block, *base(inner)], hf_layer_offset=first)
+    return rows + sparse(arch, mtp, inner, first)

@@ -18,11 +18,9 @@ from megatron_posttrain.models.weights import Read, Shape, TensorPlan, numbered
 
 @dataclass(frozen=True)
 class Fusion:
-    """One tensor on disk that holds `parts` of the table, for every expert where they have experts.
-
-    Of parts [out, in] it is [experts, parts * out, in], the parts one after the other; `interleaved`: row
-    by row in turns; `transposed`: [experts, in, parts * out].
-    """
+    """One tensor on disk that holds `parts` of the table, for every expert where they have experts. Of parts [out, in]
+    it is [experts, parts * out, in], the parts one after the other; `interleaved`: row by row in turns; `transposed`:
+    [experts, in, parts * out]."""
 
     hf: str
     parts: tuple[str, ...]
@@ -84,12 +82,12 @@ class DiskLayout:
                         self.dtypes[stored] = mapping.dtype
             if mapping.copies:
                 self.copies[plan.hf[0]] = mapping.copies
-        self._parts: dict[str, list[str]] = {}
+        self.table_names: dict[str, list[str]] = {}  # of what a tensor on disk consists, by expert and then by part
         for name, place in self.places.items():
-            self._parts.setdefault(place.name, []).append(name)
+            self.table_names.setdefault(place.name, []).append(name)
         for name, copies in self.copies.items():
-            self._parts |= {copy: [name] for copy in copies}
-        for names in self._parts.values():
+            self.table_names |= {copy: [name] for copy in copies}
+        for names in self.table_names.values():
             names.sort(key=lambda name: (self.places[name].expert or 0, self.places[name].part))
 
     @property
@@ -106,11 +104,9 @@ class DiskLayout:
         return read
 
     def blocks(self, stored: str, parts: Callable[[str], Iterable[Tensor]]) -> Iterator[Tensor]:
-        """The tensor `stored` on disk as blocks that follow each other in memory.
-
-        `parts(name)` gives a tensor of the table as parts, one below the other. Holds one expert at most.
-        """
-        for _, group in groupby(self._parts[stored], key=lambda name: self.places[name].expert):
+        """The tensor `stored` on disk as blocks that follow each other in memory. `parts(name)` gives a tensor of the
+        table as parts, one below the other. Holds one expert at most."""
+        for _, group in groupby(self.table_names[stored], key=lambda name: self.places[name].expert):
             names = list(group)
             fusion = self.places[names[0]].fusion
             if fusion is None or not (fusion.interleaved or fusion.transposed):
@@ -123,15 +119,9 @@ class DiskLayout:
                 self.places[name]._replace(expert=None).view(block).copy_(tensor)
             yield block
 
-    def table_names(self, stored: str) -> list[str]:
-        """Of what tensors of the table `stored` consists, by expert and then by part."""
-        return self._parts[stored]
-
     def assemble(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors on disk from the table's, which come in any order; those on disk pass as they are.
-
-        Holds the fused tensors that are not yet complete, and nothing else.
-        """
+        """The tensors on disk from the table's, which come in any order; those on disk pass as they are. Holds the
+        fused tensors that are not yet complete, and nothing else."""
         pending: dict[str, Tensor] = {}
         left: dict[str, int] = {}
         for name, tensor in tensors:

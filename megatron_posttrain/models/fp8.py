@@ -1,8 +1,6 @@
-"""Weights in blockwise FP8, as DeepSeek-V3 publishes them (arXiv 2412.19437, section 3.3.2).
-
-A weight [out, in] is e4m3; beside it lies one fp32 scale for each block of 128 x 128, by which the stored
-values are multiplied (`weight_scale_inv`).
-"""
+"""Weights in blockwise FP8, as DeepSeek-V3 publishes them (arXiv 2412.19437, section 3.3.2). A weight [out, in] is
+e4m3; beside it lies one fp32 scale for each block of 128 x 128, by which the stored values are multiplied
+(`weight_scale_inv`)."""
 
 from collections.abc import Collection
 from typing import Any
@@ -23,10 +21,8 @@ SECTION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
 
 
 def block_size(config: HfConfig) -> tuple[int, int] | None:
-    """Rows and columns of a block; None for weights that are not quantised.
-
-    `UserError` for a quantisation that cannot be read.
-    """
+    """Rows and columns of a block; None for weights that are not quantised. `UserError` for a quantisation that cannot
+    be read."""
     section = config.get(FIELD)
     if not section:
         return None
@@ -37,11 +33,6 @@ def block_size(config: HfConfig) -> tuple[int, int] | None:
             "allowed: none, or fp8 (e4m3) with weight_block_size"
         )
     return block[0], block[1]
-
-
-def without(config: HfConfig) -> HfConfig:
-    """The config of the same model in plain weights."""
-    return {key: value for key, value in config.items() if key != FIELD}
 
 
 def scale_shape(shape: Shape, block: tuple[int, int] = (BLOCK, BLOCK)) -> Shape:

@@ -1,20 +1,16 @@
-"""gpt-oss (arXiv 2508.10925): attention sinks, windows in every other layer, experts with biases.
-
-Its checkpoints hold all experts of a layer in one tensor, [experts, in, out], the rows of gate and up in
-turns; the table names the parts as if each were a tensor of its own.
-"""
+"""gpt-oss (arXiv 2508.10925): attention sinks, windows in every other layer, experts with biases. Its checkpoints hold
+all experts of a layer in one tensor, [experts, in, out], the rows of gate and up in turns; the table names the parts as
+if each were a tensor of its own."""
 
 from megatron_posttrain.models import common
-from megatron_posttrain.models.architecture import Architecture, HfConfig, MixtureOfExperts
+from megatron_posttrain.models.architecture import Architecture, HfConfig
 from megatron_posttrain.models.disk_layout import Fusion
 from megatron_posttrain.models.weights import ColumnParallel, Mapping, on
 
-EXPERTS = f"{common.HF_LAYER}mlp.experts."
-
 
 def _fusion(disk: str, kind: str, parts: tuple[str, ...]) -> Fusion:
-    names = tuple(f"{EXPERTS}*.{part}.{kind}" for part in parts)
-    return Fusion(f"{EXPERTS}{disk}", names, interleaved=True, transposed=kind == "weight")
+    names = tuple(f"{common.EXPERTS}*.{part}.{kind}" for part in parts)
+    return Fusion(f"{common.EXPERTS}{disk}", names, interleaved=True, transposed=kind == "weight")
 
 
 ALWAYS_FUSED = True
@@ -32,14 +28,8 @@ def architecture(config: HfConfig) -> Architecture:
     common.require(config, "swiglu_limit", (7.0,), 7.0)
     count = common.need(config, "num_hidden_layers")
     types = config.get("layer_types") or ["sliding_attention", "full_attention"] * count
-    moe = MixtureOfExperts(
-        num_experts=common.need(config, "num_local_experts", "num_experts"),
-        top_k=common.need(config, "num_experts_per_tok", "experts_per_token"),
-        expert_ffn_size=common.need(config, "intermediate_size"),
-        softmax_after_top_k=True,
-        router_bias=True,
-        aux_loss_coefficient=float(config.get("router_aux_loss_coef", 0.0)),
-    )
+    names = ("num_local_experts", "num_experts")
+    moe = common.mixture(config, names, "intermediate_size", 0.0, softmax_after_top_k=True, router_bias=True)
     return common.base_architecture(
         config,
         rope=common.rope(config, default_base=150_000.0),
@@ -55,10 +45,7 @@ def architecture(config: HfConfig) -> Architecture:
 
 
 def table(arch: Architecture) -> list[Mapping]:
-    sinks = ColumnParallel(
-        f"{common.LAYER}self_attention.core_attention.softmax_offset",
-        (f"{common.HF_LAYER}self_attn.sinks",),
-        ((arch.num_heads,),),
-    )
+    name = f"{common.LAYER}self_attention.core_attention.softmax_offset"
+    sinks = ColumnParallel(name, (f"{common.HF_LAYER}self_attn.sinks",), ((arch.num_heads,),))
     rows = common.table(arch, common.router(arch, "mlp.router"), common.experts(arch))
     return rows + on(range(arch.num_layers), [sinks])

@@ -12,10 +12,8 @@ from megatron_posttrain.models.sharded import unwrap
 
 
 class ScalarHead(torch.nn.Module):
-    """[n, hidden] -> [n, 1] fp32 in place of the output layer, the same on all tensor ranks; for `output_rows`.
-
-    Begins from N(0, 1 / (hidden + 1)) (arXiv 2009.01325, appendix B), the same numbers under every layout.
-    """
+    """[n, hidden] -> [n, 1] fp32 in place of the output layer, the same on all tensor ranks; for `output_rows`. Begins
+    from N(0, 1 / (hidden + 1)) (arXiv 2009.01325, appendix B), the same numbers under every layout."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -30,11 +28,9 @@ class ScalarHead(torch.nn.Module):
 
 @contextmanager
 def output_rows(model: torch.nn.Module, rows: Tensor) -> Iterator[None]:
-    """Forward passes meanwhile give logits [1, n, vocabulary] of `rows` [n] of this context rank's tokens only.
-
-    Nothing changes in a chunk that has no output layer. Under sequence parallelism the hidden states are gathered
-    here instead of in the layer, because rows are numbers of all tensor ranks' tokens.
-    """
+    """Forward passes meanwhile give logits [1, n, vocabulary] of `rows` [n] of this context rank's tokens only. Nothing
+    changes in a chunk that has no output layer. Under sequence parallelism the hidden states are gathered here instead
+    of in the layer, because rows are numbers of all tensor ranks' tokens."""
     layer: Any = getattr(unwrap(model), "output_layer", None)
     if layer is None:
         yield

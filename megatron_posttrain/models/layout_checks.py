@@ -69,8 +69,8 @@ def check_layout(layout: Layout, arch: Architecture | None) -> Layout:
     raise UserError(f"parallel: {'; '.join(found)}. Nearest layouts that work on {layout.world_size} ranks: {advice}")
 
 
-def nearest_layouts(layout: Layout, arch: Architecture | None, count: int = 3) -> list[Layout]:
-    """Valid layouts on the same ranks, fewest and smallest changes first."""
+def nearest_layouts(layout: Layout, arch: Architecture | None) -> list[Layout]:
+    """Three valid layouts on the same ranks, fewest and smallest changes first."""
     sizes = [n for n in range(1, layout.world_size + 1) if layout.world_size % n == 0]
     experts = sizes if arch is None or arch.moe is not None else [1]
     virtual = dict.fromkeys((layout.virtual_pipeline, None))
@@ -81,4 +81,4 @@ def nearest_layouts(layout: Layout, arch: Architecture | None, count: int = 3) -
             pairs = zip(layout.sizes.values(), other.sizes.values(), strict=True)
             distance = sum((x != y) + max(x, y) / min(x, y) for x, y in pairs)
             found.append((distance, len(found), other))
-    return [other for _, _, other in sorted(found)[:count]]
+    return [other for _, _, other in sorted(found)[:3]]

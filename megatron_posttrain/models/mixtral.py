@@ -1,7 +1,7 @@
 """Mixtral (arXiv 2401.04088): every layer has experts; the top-k probabilities are renormalised."""
 
 from megatron_posttrain.models import common
-from megatron_posttrain.models.architecture import Architecture, HfConfig, MixtureOfExperts
+from megatron_posttrain.models.architecture import Architecture, HfConfig
 from megatron_posttrain.models.disk_layout import Fusion
 from megatron_posttrain.models.weights import Mapping
 
@@ -17,12 +17,7 @@ FUSIONS = (
 
 
 def architecture(config: HfConfig) -> Architecture:
-    moe = MixtureOfExperts(
-        num_experts=common.need(config, "num_local_experts", "num_experts"),
-        top_k=common.need(config, "num_experts_per_tok"),
-        expert_ffn_size=common.need(config, "intermediate_size"),
-        aux_loss_coefficient=float(config.get("router_aux_loss_coef", 0.001)),
-    )
+    moe = common.mixture(config, ("num_local_experts", "num_experts"), "intermediate_size")
     window = common.sliding_layers(config, config.get("sliding_window"), 0)
     return common.base_architecture(config, moe=moe, **window)
 

@@ -1,7 +1,5 @@
-"""Qwen2, Qwen2.5 and Qwen2-MoE (arXiv 2407.10671): query, key and value biases; a gated shared expert.
-
-Qwen3 and Qwen3-MoE (arXiv 2505.09388): query-key norms; experts without shared ones.
-"""
+"""Qwen2, Qwen2.5 and Qwen2-MoE (arXiv 2407.10671): query, key and value biases; a gated shared expert. Qwen3 and
+Qwen3-MoE (arXiv 2505.09388): query-key norms; experts without shared ones."""
 
 from typing import Any
 
@@ -34,19 +32,12 @@ def architecture(config: HfConfig) -> Architecture:
     return common.base_architecture(config, **fields)
 
 
-def mixture(config: HfConfig, **shared: Any) -> MixtureOfExperts:
+def mixture(config: HfConfig, **fields: Any) -> MixtureOfExperts:
     step = config.get("decoder_sparse_step", 1)
     count = common.need(config, "num_hidden_layers")
     dense = {layer for layer in range(count) if (layer + 1) % step} | set(config.get("mlp_only_layers") or [])
-    return MixtureOfExperts(
-        num_experts=common.need(config, "num_experts", "num_local_experts"),
-        top_k=common.need(config, "num_experts_per_tok"),
-        expert_ffn_size=common.need(config, "moe_intermediate_size"),
-        dense_layers=tuple(sorted(dense)),
-        normalize_top_k=bool(config.get("norm_topk_prob", False)),
-        aux_loss_coefficient=float(config.get("router_aux_loss_coef", 0.001)),
-        **shared,
-    )
+    fields |= {"dense_layers": tuple(sorted(dense)), "normalize_top_k": bool(config.get("norm_topk_prob", False))}
+    return common.mixture(config, ("num_experts", "num_local_experts"), "moe_intermediate_size", **fields)
 
 
 def table(arch: Architecture) -> list[Mapping]:

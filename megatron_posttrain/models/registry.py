@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from megatron_posttrain.errors import UserError, nearest
-from megatron_posttrain.models import deepseek_v3, gpt_oss, llama, mixtral, qwen
+from megatron_posttrain.models import deepseek_v3, fp8, gpt_oss, llama, mixtral, qwen
 from megatron_posttrain.models.architecture import Architecture, HfConfig
 from megatron_posttrain.models.config_keys import check_keys
 from megatron_posttrain.models.disk_layout import DiskLayout
@@ -24,9 +24,7 @@ CLASSIFIER = "ForSequenceClassification"  # how names of reward models' classes 
 
 def architecture_from_hf(config: HfConfig, keep_mtp: bool = False) -> Architecture:
     """Reads a config.json. `UserError`, with the list of what is supported, for an unknown model.
-
-    Multi-token-prediction layers are dropped unless `keep_mtp`: no loss of ours trains them.
-    """
+    Multi-token-prediction layers are dropped unless `keep_mtp`: no loss of ours trains them."""
     kind = config.get("model_type")
     if kind not in FAMILIES:
         supported = ", ".join(sorted(FAMILIES))
@@ -46,9 +44,10 @@ def architecture_from_hf(config: HfConfig, keep_mtp: bool = False) -> Architectu
 
 
 def hf_config(arch: Architecture, source: HfConfig) -> HfConfig:
-    """The config.json of `arch`, which was read from `source`: all of it but the layers that were dropped, or the
-    head that is another."""
-    config = source | {name: arch.num_mtp_layers for name in deepseek_v3.MTP_COUNTS if source.get(name)}
+    """The config.json of `arch` in plain weights, which was read from `source`: all of it but the layers that were
+    dropped, the quantisation, or the head that is another."""
+    config = {key: value for key, value in source.items() if key != fp8.FIELD}
+    config |= {name: arch.num_mtp_layers for name in deepseek_v3.MTP_COUNTS if source.get(name)}
     if arch.scalar_head:
         names = [re.sub("ForCausalLM$", CLASSIFIER, name) for name in source.get("architectures") or []]
         config |= {"architectures": names, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}

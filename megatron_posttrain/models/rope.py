@@ -25,11 +25,8 @@ def _frequencies(rope: Rope, dim: int) -> tuple[Tensor, float]:
     values = {name: getattr(rope, name) for name in names if getattr(rope, name) is not None}
     if original := rope.original_max_position:
         values["original_max_position_embeddings"] = original
-    config = PreTrainedConfig(
-        head_dim=dim,
-        hidden_size=dim,
-        num_attention_heads=1,
-        max_position_embeddings=round(rope.factor * original),
-        rope_parameters={"rope_type": kind, "rope_theta": rope.base} | values,
-    )
+    parameters = {"rope_type": kind, "rope_theta": rope.base} | values
+    sizes = {"head_dim": dim, "hidden_size": dim, "num_attention_heads": 1}
+    longest = round(rope.factor * original)
+    config = PreTrainedConfig(**sizes, max_position_embeddings=longest, rope_parameters=parameters)
     return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))

@@ -1,7 +1,7 @@
 """Weights between Hugging Face tensors and the shards of a parallel Megatron model."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import groupby
 
@@ -17,6 +17,7 @@ from megatron_posttrain.models.shares import Shares, Slot, Wanted, all_of
 from megatron_posttrain.models.weights import Replicated, TensorPlan, unmerged
 from megatron_posttrain.parallel.groups import Groups
 
+Chunks = Sequence[nn.Module]
 # An expert's parameter in Transformer Engine's grouped linear layer, and its adapter's
 GROUPED_EXPERT = re.compile(r"(?<=mlp\.experts\.)(linear_fc[12])\.(weight|bias)(\d+)$")
 GROUPED_ADAPTER = re.compile(r"(?<=mlp\.experts\.)(linear_fc[12])\.lora\.(\d+)\.([ab])$")
@@ -37,28 +38,27 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
-def layer_numbers(model: nn.Module) -> dict[str, int]:
-    """Global numbers from 0 by the local prefix of a layer, such as `decoder.layers.1`."""
-    return {
+def naming(model: nn.Module, arch: Architecture, expert: tuple[int, int]) -> Callable[[str], str]:
+    """What gives a local parameter or module its name in the weight table, with global numbers from 0 of layers and
+    experts. `expert`: (rank, size) of expert parallelism."""
+    numbers = {
         prefix: number - 1
         for prefix, module in model.named_modules()
         if LAYER.fullmatch(prefix) and isinstance(number := getattr(module, "layer_number", None), int)
     }
+    offset = expert[0] * (arch.moe.num_experts // expert[1]) if arch.moe else 0
 
+    def table_name(name: str) -> str:
+        name = GROUPED_EXPERT.sub(r"local_experts.\3.\1.\2", unmerged(name))
+        name = GROUPED_ADAPTER.sub(r"local_experts.\2.\1.lora.\3", name)
+        name = LAYER.sub(lambda match: f"{match[1]}.{numbers.get(match[0], match[2])}", name)
+        return EXPERT.sub(lambda match: str(int(match[1]) + offset), name)
 
-def table_name(name: str, numbers: dict[str, int], expert_offset: int) -> str:
-    """The name in the weight table (global layer and expert numbers) of a local parameter or module."""
-    name = GROUPED_EXPERT.sub(r"local_experts.\3.\1.\2", unmerged(name))
-    name = GROUPED_ADAPTER.sub(r"local_experts.\2.\1.lora.\3", name)
-    name = LAYER.sub(lambda match: f"{match[1]}.{numbers.get(match[0], match[2])}", name)
-    return EXPERT.sub(lambda match: str(int(match[1]) + expert_offset), name)
+    return table_name
 
 
 def local_tensors(
-    model_chunks: Sequence[nn.Module],
-    plans: dict[str, TensorPlan],
-    arch: Architecture,
-    expert: tuple[int, int] = (0, 1),
+    chunks: Chunks, plans: dict[str, TensorPlan], arch: Architecture, expert: tuple[int, int]
 ) -> Iterator[tuple[TensorPlan, Tensor]]:
     """Every parameter of this rank (and buffer that checkpoints hold) with its plan.
 
@@ -68,12 +68,10 @@ def local_tensors(
     the model's where they are the model's.
     """
     adapters = any(ADAPTER in name for name in plans)
-    offset = expert[0] * (arch.moe.num_experts // expert[1]) if arch.moe else 0
-    for chunk in model_chunks:
-        model = unwrap(chunk)
-        numbers = layer_numbers(model)
+    for model in map(unwrap, chunks):
+        table_name = naming(model, arch, expert)
         for local_name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            name = table_name(local_name, numbers, offset)
+            name = table_name(local_name)
             if (ADAPTER in name) != adapters:
                 continue
             if arch.tied_embeddings and name == "output_layer.weight":
@@ -85,11 +83,9 @@ def local_tensors(
 
 
 def partition(plan: TensorPlan, local: Tensor, rank: int, size: int) -> tuple[int, int]:
-    """(rank, size) of the split of a local tensor: (0, 1) where the module keeps it whole.
-
-    Transformer Engine holds MLA's down-projections whole on every rank, megatron-core's own layers split
-    them. `ValueError` when the tensor has neither shape.
-    """
+    """(rank, size) of the split of a local tensor: (0, 1) where the module keeps it whole. Transformer Engine holds
+    MLA's down-projections whole on every rank, megatron-core's own layers split them. `ValueError` when the tensor has
+    neither shape."""
     shape = logical_shape(local)
     if shape == plan.local_shape(1):
         return 0, 1
@@ -102,17 +98,11 @@ def partition(plan: TensorPlan, local: Tensor, rank: int, size: int) -> tuple[in
 
 
 class Exporter:
-    """Knows once and for all which rank holds what; `hf_tensors()` can then be called at every refit.
-
-    Collective over the pipeline group. `ValueError` when a tensor of the table is on no stage.
-    """
+    """Knows once and for all which rank holds what; `hf_tensors()` can then be called at every refit. Collective over
+    the pipeline group. `ValueError` when a tensor of the table is on no stage."""
 
     def __init__(
-        self,
-        model_chunks: Sequence[nn.Module],
-        arch: Architecture,
-        groups: Groups,
-        plans: Iterable[TensorPlan] | None = None,
+        self, chunks: Chunks, arch: Architecture, groups: Groups, plans: Iterable[TensorPlan] | None = None
     ) -> None:
         """`plans`: of the adapters, where they are to be exported; None: the model's, with the adapters merged."""
         self.arch, self.groups = arch, groups
@@ -120,16 +110,16 @@ class Exporter:
         self.tensor, self.expert_tensor = position(groups.tensor), position(groups.expert_tensor)
         self.expert = position(groups.expert)
         self.stage, self.stages = position(groups.pipeline)
-        self.device = next(model_chunks[0].parameters()).device
+        self.device = next(chunks[0].parameters()).device
         rows = groupby(self.plans, key=lambda plan: (id(plan.mapping), plan.layer))
         self.slots = [Slot(list(plans)) for _, plans in rows]
-        self._find_local(model_chunks, arch)
+        self._find_local(chunks)
         self._agree_on_owners()
 
-    def _find_local(self, model_chunks: Sequence[nn.Module], arch: Architecture) -> None:
+    def _find_local(self, chunks: Chunks) -> None:
         plans = {plan.name: plan for plan in self.plans}
         found: dict[str, Tensor] = {}
-        for plan, tensor in local_tensors(model_chunks, plans, arch, self.expert):
+        for plan, tensor in local_tensors(chunks, plans, self.arch, self.expert):
             found.setdefault(plan.name, tensor)  # tied: the embedding comes before its copy in the output layer
         for slot in self.slots:
             slot.local = [found[plan.name] for plan in slot.plans if plan.name in found]

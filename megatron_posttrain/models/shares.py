@@ -122,13 +122,8 @@ class Exchange:
 
 
 class Schedule:
-    """Who sends what to whom: it follows from the layout, the slots and what engine ranks want.
-
-    Args:
-        slots: of the weight table, with their stages; the ranks' own shards are not looked at.
-        wanted: of engine ranks, one after the other; `by_stage`: of the first rank of each pipeline stage.
-        node: ranks of a node.
-    """
+    """Who sends what to whom: it follows from the layout, the slots of the weight table and their stages, `node`, the
+    ranks of a node, and what is wanted by engine ranks, one after the other, or by the first rank of each stage."""
 
     def __init__(
         self, slots: Sequence[Slot], layout: Layout, wanted: Sequence[Wanted], node: int, by_stage: bool = False
@@ -220,23 +215,13 @@ class Schedule:
 
 
 class Shares:
-    """What ranks want of the model, as often as it is asked for, and whether it arrived.
-
-    Args:
-        slots: of the weight table, with this rank's shards; `plans`: the table; `disk`: of the Hugging Face directory.
-        wanted, by_stage: see `Schedule`.
-    """
+    """What ranks want of the model, as often as it is asked for, and whether it arrived. `slots`: of the weight table,
+    `plans`, with this rank's shards; `disk`: of the Hugging Face directory; `wanted`, `by_stage`: see `Schedule`."""
 
     def __init__(
-        self,
-        slots: Sequence[Slot],
-        plans: Iterable[TensorPlan],
-        disk: DiskLayout,
-        layout: Layout,
-        wanted: Sequence[Wanted],
-        device: torch.device,
-        by_stage: bool = False,
-    ) -> None:
+        self, slots: Sequence[Slot], plans: Iterable[TensorPlan], disk: DiskLayout, layout: Layout,
+        wanted: Sequence[Wanted], device: torch.device, by_stage: bool = False,
+    ) -> None:  # fmt: skip
         self.disk, self.device, self.rank = disk, device, dist.get_rank()
         self.shapes = {name: shape for plan in plans for name, shape in plan.named_shapes()}
         self.schedule = Schedule(slots, layout, wanted, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), by_stage)
@@ -262,7 +247,7 @@ class Shares:
         """`hf_tensors` as they go into an engine, and what is summed for `problem`."""
         self._sums, self._arrived = [], {}
         for stored, tensor in tensors:
-            for name in self.disk.table_names(stored):
+            for name in self.disk.table_names[stored]:
                 if name in self.wanted:
                     self._arrived[name] = digest(inside(self.disk.places[name].view(tensor), self.wanted[name]))
             yield stored, tensor
@@ -270,9 +255,7 @@ class Shares:
     @torch.no_grad()
     def problem(self) -> str | None:
         """Collective, after a refit: what went into the engine is not what the trainer's ranks hold; None where it is.
-
-        Every rank that owns a shard sums the bits of what it is to send, and whoever receives those of what it got.
-        """
+        Every rank that owns a shard sums the bits of what it is to send, and whoever receives those of what it got."""
         sums = torch.zeros(self.schedule.engine, len(self.numbers), dtype=torch.int64, device=self.device)
         if self._sums:
             rows, columns, values = zip(*self._sums, strict=True)

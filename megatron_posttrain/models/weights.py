@@ -1,9 +1,8 @@
 """Two-way weight mappings: a Megatron parameter on the left, Hugging Face tensors on the right.
 
-A mapping says of which slices of which Hugging Face tensors one tensor-parallel shard consists
-(`segments`); reading (`split`) and writing (`join`) both follow from that one description.
-Megatron names are those of megatron-core's local layer spec with one module per expert; `*` stands for
-the layer number and then for the expert number, both global and from 0.
+A mapping says of which slices of which Hugging Face tensors one tensor-parallel shard consists (`segments`); reading
+(`fill`) and writing (`parts`) both follow from that one description. Megatron names are those of megatron-core's local
+layer spec with one module per expert; `*` stands for the layer number, then for the expert number, global and from 0.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -117,11 +116,8 @@ class GatedMLP(Mapping):
 
 @dataclass(frozen=True)
 class QKV(Mapping):
-    """Query, key and value, interleaved by query group: [its query heads, its key, its value].
-
-    A shard is an equal share of those rows. With fewer groups than shards a group is cut, and
-    megatron-core gathers it before attention.
-    """
+    """Query, key and value, interleaved by query group: [its query heads, its key, its value]. A shard is an equal
+    share of those rows. With fewer groups than shards a group is cut, and megatron-core gathers it before attention."""
 
     groups: int = 1
 

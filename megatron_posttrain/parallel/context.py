@@ -8,10 +8,8 @@ from torch import Tensor
 
 
 def local_index(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
-    """[t / size] positions of this rank's tokens: chunks `rank` and `2 * size - 1 - rank` of every sequence.
-
-    Each sequence's length must be a multiple of 2 * size. Two chunks balance causal attention's work.
-    """
+    """[t / size] positions of this rank's tokens: chunks `rank` and `2 * size - 1 - rank` of every sequence. Each
+    sequence's length must be a multiple of 2 * size. Two chunks balance causal attention's work."""
     if size == 1:
         return torch.arange(int(cu_seqlens[-1]))
     bounds = cu_seqlens.tolist()
@@ -24,11 +22,9 @@ def local_index(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
 
 
 def gather_tokens(local: Tensor, cu_seqlens: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[t / size, ...] of every rank -> [t, ...] in natural order, differentiable.
-
-    Every rank goes on to compute the same loss of all t values, so the gradient of a rank's own part is
-    already whole: backward takes it and sums nothing.
-    """
+    """[t / size, ...] of every rank -> [t, ...] in natural order, differentiable. Every rank goes on to compute the
+    same loss of all t values, so the gradient of a rank's own part is already whole: backward takes it and sums
+    nothing."""
     if group.size() == 1:
         return local
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region

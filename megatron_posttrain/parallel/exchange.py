@@ -1,12 +1,15 @@
 """Collectives on arrays of the host, over all ranks, whatever the device that the backend sends from."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_posttrain.platform import platform
+
+Value = TypeVar("Value")
 
 
 def gather_rows(values: Tensor) -> Tensor:
@@ -15,6 +18,20 @@ def gather_rows(values: Tensor) -> Tensor:
     rows = mine.new_empty(dist.get_world_size(), *mine.shape)
     dist.all_gather(list(rows), mine)
     return rows.cpu()
+
+
+def summed(own: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Over the ranks of `group`, or all of them."""
+    everywhere = own.to(platform().device, copy=True)
+    dist.all_reduce(everywhere, group=group)
+    return everywhere.cpu()
+
+
+def gathered(own: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
+    """What each rank of `group`, or of all, gives, on every one of them."""
+    found = [own] * dist.get_world_size(group)
+    dist.all_gather_object(found, own, group=group)
+    return found
 
 
 def exchange(flat: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:

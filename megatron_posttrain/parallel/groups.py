@@ -85,8 +85,8 @@ def make_groups(layout: Layout, seed: int) -> Groups:
     )
 
 
-def broadcast_object(value: Value, source: int = 0) -> Value:
-    """Rank `source`'s value in every rank."""
+def broadcast_object(value: Value) -> Value:
+    """Rank 0's value in every rank."""
     box = [value]
-    dist.broadcast_object_list(box, src=source)
+    dist.broadcast_object_list(box)
     return box[0]

@@ -69,11 +69,9 @@ class Layout:
 
 
 def stage_layers(layout: Layout, num_layers: int) -> list[int]:
-    """Layers of each model chunk, in the order of the model; chunk c is on stage c % pipeline.
-
-    As even as possible. What is left over goes to the middle first, then to the chunk with the embedding, and
-    never to the one with the output head, whose logits cost most. These two may have no layer at all.
-    """
+    """Layers of each model chunk, in the order of the model; chunk c is on stage c % pipeline. As even as possible.
+    What is left over goes to the middle first, then to the chunk with the embedding, and never to the one with the
+    output head, whose logits cost most. These two may have no layer at all."""
     chunks = layout.pipeline * layout.chunks
     size, extra = divmod(num_layers, chunks)
     larger = [*range(1, chunks - 1), 0][:extra]

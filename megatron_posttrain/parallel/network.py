@@ -19,9 +19,7 @@ def raise_file_limit() -> None:
 
 def check_interfaces() -> list[str]:
     """Interfaces that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name. Raises UserError where this host has none such.
-
-    gloo takes names; NCCL takes beginnings of names, exact ones behind `=`, and what to leave out behind `^`.
-    """
+    gloo takes names; NCCL takes beginnings of names, exact ones behind `=`, and what to leave out behind `^`."""
     here = [name for _, name in socket.if_nameindex()]
     used: list[str] = []
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):

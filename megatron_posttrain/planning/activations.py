@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.parallel.layout import Layout
-from megatron_posttrain.planning.layers import attention_dims
+from megatron_posttrain.planning.flops import attention_dims
 from megatron_posttrain.planning.layouts import chunk_layers, depth_of, layer_kinds
 
 LOGPROB_CHUNK = 1 << 26  # elements of logits in fp32 at a time, training/token_logprobs.py

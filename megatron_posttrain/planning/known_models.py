@@ -8,9 +8,9 @@ from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture, MixtureOfExperts, MultiLatentAttention, Rope
 
 
-def _qwen3(layers: int, hidden: int, heads: int, ffn: int, tied: bool, groups: int = 8) -> Architecture:
+def _qwen3(layers: int, hidden: int, heads: int, ffn: int, tied: bool) -> Architecture:
     return Architecture(
-        "qwen3", layers, hidden, heads, groups, 128, ffn, 151936, 40960,
+        "qwen3", layers, hidden, heads, 8, 128, ffn, 151936, 40960,
         rope=Rope(1e6), tied_embeddings=tied, qk_norm=True,
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ from megatron_posttrain.errors import UserError, nearest
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.layout_checks import problems
 from megatron_posttrain.parallel.layout import LAYOUT_KEYS, Layout, batch_problem, stage_layers
-from megatron_posttrain.planning.layers import window_of
+from megatron_posttrain.planning.flops import window_of
 
 MICRO_BATCHES = (1, 2, 4, 8)
 FEWEST_TOKENS = 2048  # of a sequence on one context parallel rank: below, communication dominates
@@ -39,12 +39,6 @@ def parse_layout(text: str, gpus: int) -> Layout:
             raise UserError(f"--layout: {key}={value or '(nothing)'}: allowed are whole numbers of at least 1")
         sizes[key] = int(value)
     return make_layout(gpus, **sizes)
-
-
-def hard_problem(layout: Layout, arch: Architecture) -> str | None:
-    """Why the layout means nothing for the model. Cut key-value heads, which training refuses, still have a
-    memory and a time."""
-    return next(problems(layout, replace(arch, num_query_groups=arch.num_heads)), None)
 
 
 def depth_of(layout: Layout) -> Layout:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.parallel.layout import Layout
-from megatron_posttrain.planning.layers import Linear, attention_linears, mlp_linears
+from megatron_posttrain.planning.flops import Linear, attention_linears, mlp_linears
 from megatron_posttrain.planning.layouts import chunk_layers, depth_of, expert_data, stage_kinds
 
 ALIGNMENT = 64  # elements; param_and_grad_buffer.py, _pad_start_of_param_if_needed

@@ -1,6 +1,7 @@
 """Memory and time of a workload under a layout, and the ranking of all layouts that training accepts."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -9,18 +10,10 @@ from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.layout_checks import problems
 from megatron_posttrain.parallel.layout import Layout, batch_problem
+from megatron_posttrain.planning import layouts
 from megatron_posttrain.planning.activations import Shapes, logits_bytes, stage_activations
-from megatron_posttrain.planning.flops import adapter_weights, flops_per_token
+from megatron_posttrain.planning.flops import Linear, adapter_weights, flops_per_token, layer_linears
 from megatron_posttrain.planning.gpus import Gpu
-from megatron_posttrain.planning.layers import Linear, layer_linears
-from megatron_posttrain.planning.layouts import (
-    MICRO_BATCHES,
-    depth_of,
-    enumerate_layouts,
-    expert_data,
-    hard_problem,
-    stage_kinds,
-)  # fmt: skip
 from megatron_posttrain.planning.parameters import rank_state, stage_elements, trained_elements
 from megatron_posttrain.planning.rollout import ENGINE_GIB, GIB, RolloutPlan, plan_rollouts, refit_seconds, rollout_part
 from megatron_posttrain.planning.step_time import step_time
@@ -175,7 +168,7 @@ def _communicators(layout: Layout) -> int:
         "context": (layout.context, 1),
         "pipeline": (layout.pipeline, 2),  # and the tied embeddings'
         "expert": (layout.expert * layout.expert_tensor, 2),  # with expert tensor and without
-        "expert data": (expert_data(layout), 1 if layout.expert > 1 else 0),
+        "expert data": (layouts.expert_data(layout), 1 if layout.expert > 1 else 0),
     }
     return sum(count for size, count in sizes.values() if size > 1)
 
@@ -189,11 +182,11 @@ def _stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int
     memory = _states(arch, layout, stage, exact)
     if work.lora:
         adapters = _adapters(arch, layout, stage, work.rank)
-        states = adapters[0] / (layout.data * layout.context) + adapters[1] / expert_data(layout)
+        states = adapters[0] / (layout.data * layout.context) + adapters[1] / layouts.expert_data(layout)
         memory["weights"] = 2.0 * sum(stage_elements(arch, layout, stage)) + 2 * sum(adapters)
         if work.quantization is not None:
-            linears = sum(_of_linears(arch, layout, stage, _local_weights))
-            layers = sum(count for _, count in stage_kinds(arch, depth_of(layout))[stage])
+            linears = sum(_of_linears(arch, layout, stage, lambda linear, tensor: math.prod(linear.local(tensor))))
+            layers = sum(count for _, count in layouts.stage_kinds(arch, layouts.depth_of(layout))[stage])
             memory["weights"] -= (2 - NF4_BYTES) * linears
             memory["dequantised"] = 2 * linears / max(1, layers)  # one layer at a time
         memory |= {"gradients": 4 * sum(adapters), "optimizer": 12 * states}
@@ -230,7 +223,7 @@ def _states(arch: Architecture, layout: Layout, stage: int, exact: bool) -> dict
         state = rank_state(arch, layout, stage * (layout.world_size // layout.pipeline))
         return {"weights": state.weights, "gradients": state.gradients, "optimizer": state.optimizer}
     dense, experts = stage_elements(arch, layout, stage)
-    states = dense / (layout.data * layout.context) + experts / expert_data(layout)
+    states = dense / (layout.data * layout.context) + experts / layouts.expert_data(layout)
     return {"weights": 2.0 * (dense + experts), "gradients": 4.0 * (dense + experts), "optimizer": 12.0 * states}
 
 
@@ -239,18 +232,13 @@ def _adapters(arch: Architecture, layout: Layout, stage: int, rank: int) -> tupl
     return _of_linears(arch, layout, stage, lambda linear, tensor: adapter_weights(linear, rank, tensor))
 
 
-def _local_weights(linear: Linear, tensor: int) -> float:
-    inputs, outputs = linear.local(tensor)
-    return inputs * outputs
-
-
 def _of_linears(
     arch: Architecture, layout: Layout, stage: int, size: Callable[[Linear, int], float]
 ) -> tuple[float, float]:
     """Sums of `size`(layer, tensor ranks) over the linear layers of a stage's rank: dense, and of its experts."""
     held = arch.moe.num_experts / layout.expert if arch.moe is not None else 0
     dense, experts = 0.0, 0.0
-    for layer, count in stage_kinds(arch, depth_of(layout))[stage]:
+    for layer, count in layouts.stage_kinds(arch, layouts.depth_of(layout))[stage]:
         for linear, of_expert in layer_linears(arch, layer):
             if of_expert:
                 experts += count * held * size(linear, layout.expert_tensor)
@@ -270,7 +258,8 @@ def check_precision(work: Workload, gpu: Gpu) -> None:
 def plan_layout(arch: Architecture, layout: Layout, work: Workload, gpu: Gpu) -> Estimate:
     """The estimate of a given layout, with the best micro batch size where none is given. Raises UserError."""
     check_precision(work, gpu)
-    if (problem := hard_problem(layout, arch)) is not None:
+    # Cut key-value heads, which training refuses, still have a memory and a time
+    for problem in problems(layout, replace(arch, num_query_groups=arch.num_heads)):
         raise UserError(f"--layout {layout}: {problem}")
     sizes = _micro_batches(work)
     possible = [size for size in sizes if work.global_batch % (size * layout.data) == 0]
@@ -308,7 +297,7 @@ def plan(arch: Architecture, gpus: int, work: Workload, gpu: Gpu) -> list[Estima
 
 
 def _micro_batches(work: Workload) -> Sequence[int]:
-    return (work.micro_batch,) if work.micro_batch else MICRO_BATCHES
+    return (work.micro_batch,) if work.micro_batch else layouts.MICRO_BATCHES
 
 
 def _recomputes(work: Workload) -> tuple[str, ...]:
@@ -318,7 +307,7 @@ def _recomputes(work: Workload) -> tuple[str, ...]:
 def _search(arch: Architecture, gpus: int, work: Workload, gpu: Gpu) -> list[Estimate]:
     """One estimate of every split: layouts that differ in their virtual pipeline alone are one."""
     best: dict[Layout, Estimate] = {}
-    for layout, micro_batch in enumerate_layouts(
+    for layout, micro_batch in layouts.enumerate_layouts(
         arch, gpus, domain=gpu.group, global_batch=work.global_batch, sequence_length=work.sequence_length,
         micro_batches=_micro_batches(work),
     ):  # fmt: skip

@@ -55,9 +55,9 @@ def rollout_of(e: Estimate, gpu: Gpu) -> dict[str, Any]:
     return {"tensor": e.rollout.tensor, "offload": e.offload, "gpu_memory_fraction": max(share, 0.0)}
 
 
-def launch_of(task: str, gpus: int, gpu: Gpu, config: str = "plan.yaml") -> str:
+def launch_of(task: str, gpus: int, gpu: Gpu) -> str:
     """The torchrun command, to be started on every node."""
     per_node = min(gpus, gpu.per_node)
     nodes = -(-gpus // per_node)
     where = "--standalone" if nodes == 1 else f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint FIRST_NODE:29500"
-    return f"torchrun {where} --nproc-per-node {per_node} -m megatron_posttrain {command_of(task)} --config {config}"
+    return f"torchrun {where} --nproc-per-node {per_node} -m megatron_posttrain {command_of(task)} --config plan.yaml"

@@ -6,9 +6,8 @@ from functools import lru_cache
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.parallel.layout import Layout
-from megatron_posttrain.planning.flops import layer_weights
+from megatron_posttrain.planning.flops import layer_weights, mlp_linears
 from megatron_posttrain.planning.gpus import Gpu, constants_of
-from megatron_posttrain.planning.layers import mlp_linears
 from megatron_posttrain.planning.parameters import rank_state
 from megatron_posttrain.planning.step_time import COLLECTIVE_LOSS
 from megatron_posttrain.planning.workload import Workload
@@ -34,15 +33,10 @@ class RolloutPlan:
 
 
 @lru_cache(maxsize=64)
-def _elements(arch: Architecture) -> tuple[int, int]:
-    """Of dense weights and of experts."""
-    state = rank_state(arch, Layout(), 0)
-    return state.dense_elements, state.expert_elements
-
-
 def weight_elements(arch: Architecture) -> int:
     """All parameters but those of multi-token prediction, which training drops."""
-    return sum(_elements(arch))
+    state = rank_state(arch, Layout(), 0)
+    return state.dense_elements + state.expert_elements
 
 
 def cache_bytes_per_token(arch: Architecture, tensor: int = 1, dtype_bytes: int = 2) -> float:

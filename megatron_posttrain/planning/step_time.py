@@ -13,9 +13,15 @@ import numpy as np
 
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.parallel.layout import Layout
-from megatron_posttrain.planning.flops import attention_pairs
+from megatron_posttrain.planning.flops import (
+    Linear,
+    attention_dims,
+    attention_linears,
+    attention_pairs,
+    mlp_linears,
+    window_of,
+)
 from megatron_posttrain.planning.gpus import Efficiency, Gpu, constants_of
-from megatron_posttrain.planning.layers import Linear, attention_dims, attention_linears, mlp_linears, window_of
 from megatron_posttrain.planning.layouts import depth_of, expert_data, stage_kinds
 from megatron_posttrain.planning.workload import Workload
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_posttrain.rewards.registry import GradingError, Sample, reward
 
-_HERMES = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+HERMES = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _FENCE = re.compile(r"```(?:\w+)?\s*\n(.*?)```", re.DOTALL)
 Call = tuple[str, dict[str, Any]]
 
@@ -41,7 +41,7 @@ def calls(sample: Sample) -> float:
 def _read(text: str) -> list[Call] | None:
     """The calls of an answer; None where it is not written as calls."""
     try:
-        if found := _HERMES.findall(text):
+        if found := HERMES.findall(text):
             values = [json.loads(one) for one in found]
             return [(value["name"], dict(value.get("arguments", {}))) for value in values]
         fenced = _FENCE.findall(text)

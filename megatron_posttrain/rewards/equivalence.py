@@ -112,9 +112,6 @@ def _right_side(expected: str, given: str) -> str:
     return right.strip() if right and single and "," not in left else given
 
 
-# ---- words --------------------------------------------------------------------------------------------------
-
-
 def _squeezed(text: str) -> str:
     """Without white space, where no two numbers or words stand side by side."""
     return text if re.search(r"\w \w|\} \d|\d \\frac", text) else text.replace(" ", "")
@@ -128,9 +125,6 @@ def _is_text(text: str) -> bool:
 
 def _as_words(text: str) -> str:
     return re.sub(r"[\s{}()]+", " ", text).strip(" .'\"").casefold()
-
-
-# ---- lists --------------------------------------------------------------------------------------------------
 
 
 def _elements(text: str) -> tuple[str, list[str]] | None:

@@ -12,11 +12,20 @@ from functools import cache
 from itertools import groupby
 from typing import Any
 
+from megatron_posttrain.errors import UserError
 from megatron_posttrain.rewards.registry import GradingError, Reward, Sample, Score, last_line
 
 log = logging.getLogger(__name__)
 LONGEST_SHOWN = 200  # characters of a response in a message
 THREADS = 16  # in which environments answer
+
+
+class BadValue(GradingError):
+    """A reward's function has returned what is no finite number."""
+
+
+class NoNumber(str):
+    """Why a sample has no grade: a `BadValue`."""
 
 
 @dataclass(frozen=True)
@@ -30,21 +39,58 @@ class Grade:
     metrics: Mapping[str, float] = field(default_factory=dict)  # figures that rewards log, as `REWARD/NAME`
 
 
-def compute_rewards(samples: Sequence[Sample], rewards: Sequence[Reward], *, threads: int = 8) -> list[Grade]:
-    """Grade every sample with every reward; the samples of a prompt come one after the other.
+class Grading:
+    """Grades samples as they come: a reward of single samples begins at once, others when all are there.
 
     Plain functions run in at most `threads` threads, coroutines all at once. A reward that raises, returns something
     else than a finite number or takes too long is logged with its first sample and ends nothing.
     """
-    units = [(item, unit) for item in rewards for unit in _units(item, samples)]
-    grading = _grade_all([(item, [samples[i] for i in unit]) for item, unit in units], threads)
-    results = asyncio.run_coroutine_threadsafe(grading, _loop()).result()
-    scores: list[dict[str, Score | str]] = [{} for _ in samples]
-    for (item, unit), result in zip(units, results, strict=True):
-        for k, i in enumerate(unit):
-            scores[i][item.name] = result if isinstance(result, str) else result[k]
-    _log_failures(samples, rewards, scores)
-    return [_combine(rewards, scored) for scored in scores]
+
+    def __init__(self, rewards: Sequence[Reward], threads: int = 8) -> None:
+        self.rewards, self._gate = rewards, asyncio.Semaphore(threads)
+        self._samples: dict[int, Sample] = {}
+        self._begun: dict[tuple[str, int], Future[list[Score] | str]] = {}
+
+    def add(self, number: int, sample: Sample) -> None:
+        self._samples[number] = sample
+        for item in self.rewards:
+            if item.per == "sample":
+                self._begun[item.name, number] = self._begin(item, [sample])
+
+    def _begin(self, item: Reward, samples: list[Sample]) -> Future[list[Score] | str]:
+        return asyncio.run_coroutine_threadsafe(_grade(item, samples, self._gate), _loop())
+
+    def grades(self, numbers: Sequence[int]) -> tuple[list[Sample], list[Grade]]:
+        """These samples, of which those of a prompt come one after the other, and what they are worth."""
+        samples = [self._samples[number] for number in numbers]
+        begun = [
+            (item, unit, self._begin(item, [samples[i] for i in unit]) if item.per != "sample" else None)
+            for item in self.rewards
+            for unit in _units(item, samples)
+        ]
+        scores: list[dict[str, Score | str]] = [{} for _ in samples]
+        for item, unit, future in begun:
+            result = (future or self._begun[item.name, numbers[unit[0]]]).result()
+            for k, i in enumerate(unit):
+                scores[i][item.name] = result if isinstance(result, str) else result[k]
+        _log_failures(samples, self.rewards, scores)
+        return samples, [_combine(self.rewards, scored) for scored in scores]
+
+
+def compute_rewards(samples: Sequence[Sample], rewards: Sequence[Reward], *, threads: int = 8) -> list[Grade]:
+    """Of samples that are all there, see `Grading`; those of a prompt come one after the other."""
+    grading = Grading(rewards, threads)
+    for number, sample in enumerate(samples):
+        grading.add(number, sample)
+    return grading.grades(range(len(samples)))[1]
+
+
+def check_values(rewards: Sequence[Reward], grades: Sequence[Grade]) -> None:
+    """Raises UserError for a reward that has given none of a replica's samples a number: its function is wrong."""
+    for item in rewards:
+        found = [grade.failures.get(item.name) for grade in grades]
+        if found and all(isinstance(why, NoNumber) for why in found):
+            raise UserError(f"reward {item.name!r} {found[0]} (so for each of {len(found)} samples)")
 
 
 def metric_sums(grades: Iterable[Grade]) -> dict[str, tuple[float, int]]:
@@ -79,11 +125,6 @@ def _combine(rewards: Sequence[Reward], scored: Mapping[str, Score | str]) -> Gr
     )
 
 
-async def _grade_all(jobs: Sequence[tuple[Reward, list[Sample]]], threads: int) -> list[list[Score] | str]:
-    gate = asyncio.Semaphore(threads)
-    return list(await asyncio.gather(*(_grade(item, samples, gate) for item, samples in jobs)))
-
-
 async def _grade(item: Reward, samples: list[Sample], gate: asyncio.Semaphore) -> list[Score] | str:
     """Scores, or why there are none."""
     argument: Any = samples[0] if item.per == "sample" else samples
@@ -97,7 +138,7 @@ async def _grade(item: Reward, samples: list[Sample], gate: asyncio.Semaphore) -
     except TimeoutError:
         return f"took longer than {item.seconds} s"
     except GradingError as error:
-        return str(error)
+        return NoNumber(error) if isinstance(error, BadValue) else str(error)
     except (Exception, SystemExit) as error:
         return last_line(error)
 
@@ -126,7 +167,7 @@ def _results(item: Reward, value: Any, count: int) -> Sequence[Any]:
         return [value]
     values = value.tolist() if getattr(value, "ndim", 0) == 1 else value
     if not isinstance(values, list | tuple) or len(values) != count:
-        raise GradingError(f"returned {value!r:.200}; it must return a list of {count} numbers, one a sample")
+        raise BadValue(f"returned {value!r:.200}; it must return a list of {count} numbers, one a sample")
     return values
 
 
@@ -135,7 +176,7 @@ def _score(item: Reward, value: Any) -> Score:
     plain: Any = value.value if isinstance(value, Score) else value
     number = plain.item() if getattr(plain, "ndim", None) == 0 else plain  # a scalar of numpy or torch
     if not isinstance(number, int | float) or not math.isfinite(number):
-        raise GradingError(f"returned {plain!r}; it must return a finite number")
+        raise BadValue(f"returned {plain!r}; it must return a finite number")
     return Score(float(number), metrics)
 
 

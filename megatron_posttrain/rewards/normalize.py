@@ -76,8 +76,6 @@ def normalize(answer: str) -> str:
     return re.sub(r"(?<=[^A-Za-z0-9)},]) | (?=[^A-Za-z0-9\\({.])", "", text)
 
 
-# ---- numbers ------------------------------------------------------------------------------------------------
-
 _DIGITS = 1000  # longer numbers are compared as text
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d{1,3}(?: \d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)"
 _FRACTION = (
@@ -130,8 +128,6 @@ def base_of(text: str) -> str | None:
     match = _NUMBER.fullmatch(text) if len(text) <= _DIGITS else None
     return match["base"] if match else None
 
-
-# ---- units --------------------------------------------------------------------------------------------------
 
 _SHORT_UNIT = re.compile("[mgshLlNJWVKCF]")
 _GLUED_UNIT = re.compile(

@@ -92,19 +92,20 @@ def reward(name: str, *, per: Per = "sample", needs_answer: bool = False) -> Cal
     checked by their types. A class is made once, from `args`, and its instance is called.
     `per`: what a call grades, see `Reward`; `needs_answer`: rows without `answer` are refused.
     """
+    return define("reward", name, per, needs_answer)
+
+
+def define(kind: str, name: str, *facts: Any) -> Callable[[Target], Target]:
+    """Puts a reward or an environment under its name, with further `facts` of its `Definition`. Raises UserError where
+    the file has it already."""
 
     def register(target: Target) -> Target:
-        define("reward", name, Definition(target, per, needs_answer))
+        if (kind, name) in _registering:
+            raise UserError(f"{kind} {name!r} is defined twice")
+        _registering[kind, name] = Definition(target, *facts)
         return target
 
     return register
-
-
-def define(kind: str, name: str, definition: Definition) -> None:
-    """Puts a reward or an environment under its name. Raises UserError where the file has it already."""
-    if (kind, name) in _registering:
-        raise UserError(f"{kind} {name!r} is defined twice")
-    _registering[kind, name] = definition
 
 
 def find(kind: str, name: str, file: str | None, key: str) -> Definition:

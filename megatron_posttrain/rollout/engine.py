@@ -1,5 +1,6 @@
 """One rank of a vLLM engine inside every trainer rank (SPMD, vLLM's `external_launcher`)."""
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_posttrain.models.shares import Box
+from megatron_posttrain.parallel.exchange import gathered
 from megatron_posttrain.parallel.groups import broadcast_object, start_distributed
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout import vllm_fixes
@@ -34,7 +36,17 @@ ALWAYS: dict[str, Any] = {
     "disable_log_stats": True,
     "use_tqdm_on_load": False,
 }
-CPU_BLOCK_SIZE = 32  # the attention kernel wants multiples of 32; vLLM's 128 shares no prefix of a short prompt
+CPU: dict[str, Any] = {
+    "enforce_eager": True,  # no Inductor, no C++ compiler; see Isolation for functions beside the model
+    "block_size": 32,  # the attention kernel wants multiples of 32; vLLM's 128 shares no prefix of a short prompt
+}
+CUDA: dict[str, Any] = {  # written from vLLM 0.32's sources
+    "enable_sleep_mode": True,
+    # On from two ranks on Hopper; it is FlashInfer's all-reduce, see the package's environment.
+    "compilation_config": {"pass_config": {"fuse_allreduce_rms": False}},
+    # FlashInfer's TRTLLM experts have crashed or kept stale weights on a weight update.
+    "kernel_config": {"moe_backend": "triton"},
+}
 
 
 @dataclass(frozen=True)
@@ -95,12 +107,8 @@ class RolloutEngine:
         load_weights: False where a refit brings them before anything is generated: nothing is read.
         choices: of the experts of a token (`choice_type`), which completions then have; None: they have none.
 
-    Raises:
-        ValueError: `tensor` does not divide the world.
-        UserError: vLLM cannot run the model so.
+    Raises ValueError where `tensor` does not divide the world, UserError where vLLM cannot run the model so.
     """
-
-    _adapter: Any = None  # vLLM's request for what was shipped
 
     def __init__(
         self,
@@ -126,6 +134,7 @@ class RolloutEngine:
         self.at_once, self.version = max_num_seqs, 0
         self.replica, self.replicas = dist.get_rank() // tensor, dist.get_world_size() // tensor
         self._cpu = platform().name == "cpu"
+        self._adapter: Any = None  # vLLM's request for what was shipped
         options: dict[str, Any] = {
             "model": str(model_path),
             "dtype": dtype,
@@ -135,19 +144,42 @@ class RolloutEngine:
             "max_num_seqs": max_num_seqs,
             "load_format": "auto" if load_weights else "dummy",
             "quantization": quantization,
+            "kv_cache_memory_bytes": kv_cache_bytes or (CPU_CACHE_BYTES if self._cpu else None),
             "seed": seed,
             "distributed_executor_backend": "external_launcher",
             "enable_return_routed_experts": choices is not None and not self._cpu,
             **ALWAYS,
+            **(
+                vllm_fixes.CPU_OPTIONS | CPU if self._cpu else CUDA | {"gpu_memory_utilization": gpu_memory_utilization}
+            ),
         }
-        options |= _lora_options(lora_rank)
-        options |= _cpu_options(kv_cache_bytes) if self._cpu else _cuda_options(kv_cache_bytes, gpu_memory_utilization)
+        if lora_rank is not None:
+            room = next(room for room in RANKS if room >= lora_rank)
+            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
         rank = dist.get_rank()
         local = os.environ.get("LOCAL_RANK", str(torch.cuda.current_device() if not self._cpu else rank))
         self._isolated = Isolation({"RANK": str(rank), "LOCAL_RANK": local})
+        self._llm: Any = self._start(options)
+        # vLLM would destroy the trainer's process groups when this engine is collected, or at exit.
+        self._llm.llm_engine.engine_core._finalizer.detach()
+        if choices is not None and self._cpu:
+            RoutedExperts(self._core, choices)
+
+    @property
+    def _core(self) -> Any:
+        return self._llm.llm_engine.engine_core.engine_core
+
+    @property
+    def _peers(self) -> dist.ProcessGroup:
+        """The replica's ranks, by gloo."""
+        from vllm.distributed.parallel_state import get_tp_group
+
+        return get_tp_group().cpu_group
+
+    def _start(self, options: dict[str, Any]) -> Any:
         token = str(broadcast_object(uuid.uuid4().hex[:12]))
         on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's; vLLM sets another one
-        with self._isolated(), shared_device(), warnings.catch_warnings():
+        with self._isolated(), shared_device(), warnings.catch_warnings(), contextlib.ExitStack() as fixes:
             warnings.simplefilter("ignore")  # what vLLM says about GPU parts that are not there
             logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
             from vllm import LLM
@@ -156,27 +188,21 @@ class RolloutEngine:
             from megatron_posttrain.rollout import transfer
 
             options["weight_transfer_config"] = WeightTransferConfig(backend=transfer.NAME)
+            fixes.enter_context(vllm_fixes.counted_nodes(on_node))
+            if self._cpu:
+                fixes.enter_context(vllm_fixes.private_shared_memory(token))
+                fixes.enter_context(vllm_fixes.unbound_memory())
+                if options["enable_expert_parallel"]:
+                    vllm_fixes.map_experts()
             try:
-                with vllm_fixes.counted_nodes(on_node):
-                    self._llm: Any = self._start(LLM, options, token)
+                llm = LLM(**options)
             except Exception as error:
-                if (told := explained(error, str(model_path))) is None:
+                if (told := explained(error, options["model"])) is None:
                     raise
                 raise told from error
-        # vLLM would destroy the trainer's process groups when this engine is collected, or at exit.
-        self._llm.llm_engine.engine_core._finalizer.detach()
-        if choices is not None and self._cpu:
-            RoutedExperts(self._llm.llm_engine.engine_core.engine_core, choices)
-
-    def _start(self, make: Any, options: dict[str, Any], token: str) -> Any:
-        if not self._cpu:
-            return make(**options)
-        if options["enable_expert_parallel"]:
-            vllm_fixes.map_experts()
-        with vllm_fixes.private_shared_memory(token), vllm_fixes.unbound_memory():
-            llm = make(**options)
-            dist.barrier()  # every rank has mapped the memory before its names go
-        return llm
+            if self._cpu:
+                dist.barrier()  # every rank has mapped the memory before its names go
+            return llm
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
         """`sampling.n` completions of every prompt: completion j of prompt i is number i * n + j.
@@ -186,9 +212,8 @@ class RolloutEngine:
             seeds: one per completion. Equal prompt, seed and weights give equal tokens; on CUDA up to rounding that
                 depends on what else is in the batch.
 
-        Raises:
-            ValueError: a prompt is empty or too long, or the number of seeds is not len(prompts) * n.
-            RuntimeError: ranks of one replica were given different arguments.
+        Raises ValueError for a prompt that is empty or too long, and for another number of seeds; RuntimeError where
+        ranks of one replica were given different arguments.
         """
         if len(seeds) != len(prompts) * sampling.n:
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts x {sampling.n} completions")
@@ -199,8 +224,8 @@ class RolloutEngine:
                     f"wanted is 1 to max_model_len ({self.max_model_len}) together"
                 )
         self._check_replica_agrees((prompts, sampling, seeds))
-        of_seed = [(list(prompts[k // sampling.n]), seed, sampling.max_tokens) for k, seed in enumerate(seeds)]
-        waiting = [{k: Request(*each) for k, each in enumerate(of_seed)}]
+        limit = sampling.max_tokens
+        waiting = [{k: Request(list(prompts[k // sampling.n]), seed, limit) for k, seed in enumerate(seeds)}]
         done: dict[int, Completion] = {}
         self.run(lambda room, idle: waiting.pop() if waiting else {}, done.__setitem__, sampling)
         return [done[k] for k in range(len(seeds))]
@@ -226,10 +251,8 @@ class RolloutEngine:
             from vllm.sampling_params import RepetitionDetectionParams
 
             options: dict[str, Any] = {
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": sampling.top_k,
-                "presence_penalty": sampling.presence_penalty,
+                **{name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "presence_penalty")},
+                "stop_token_ids": list(sampling.stop_token_ids),
                 "ignore_eos": True,  # ends are the caller's `stop_token_ids`, not the directory's
                 "logprobs": 0,
                 "flat_logprobs": True,
@@ -237,39 +260,30 @@ class RolloutEngine:
                 "skip_clone": True,
             }
             if sampling.repetitions is not None:
-                detection = RepetitionDetectionParams(REPEATED_TOKENS, 1, sampling.repetitions)
-                options["repetition_detection"] = detection
-            engine = self._llm.llm_engine
-            scheduler = engine.engine_core.engine_core.scheduler
+                options["repetition_detection"] = RepetitionDetectionParams(REPEATED_TOKENS, 1, sampling.repetitions)
             while True:
                 # Where the cache has no room for what it has, vLLM lets requests wait
-                room = 0 if scheduler.get_request_counts()[1] else self.at_once - len(running)
+                room = 0 if self._core.scheduler.get_request_counts()[1] else self.at_once - len(running)
                 if new := feed(room, not running):
                     prompts = [{"prompt_token_ids": request.prompt} for request in new.values()]
-                    params = [
-                        SamplingParams(
-                            max_tokens=r.limit, seed=r.seed, stop_token_ids=list(sampling.stop_token_ids), **options
-                        )
-                        for r in new.values()
-                    ]
+                    params = [SamplingParams(max_tokens=r.limit, seed=r.seed, **options) for r in new.values()]
                     numbers = self._llm.enqueue(prompts, params, lora_request=self._adapter, use_tqdm=False)
                     for number, name in zip(numbers, new, strict=True):
                         running[number.partition("-")[0]] = number, name
                 if not running:
                     return
-                for output in engine.step():
+                for output in self._llm.llm_engine.step():
                     take(running.pop(output.request_id)[1], _completion(output.outputs[0], self.choices))
                 if enough():
                     self._cut(dict(running.values()), take)
                     return
 
     def _cut(self, running: Mapping[str, int], take: Callable[[int, Completion], None]) -> None:
-        engine = self._llm.llm_engine
         for number, name in running.items():
-            state = engine.output_processor.request_states[number]
+            state = self._llm.llm_engine.output_processor.request_states[number]
             logprobs = state.logprobs_processor.logprobs
             take(name, Completion(list(state.detokenizer.output_token_ids), list(logprobs.logprobs), "cut"))
-        engine.abort_request(list(running), internal=True)
+        self._llm.llm_engine.abort_request(list(running), internal=True)
 
     def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """log p of every token of each prompt but its first, given those before it; one more fits `max_model_len`."""
@@ -291,12 +305,9 @@ class RolloutEngine:
 
     def share(self, value: Any) -> Any:
         """What the first rank of the replica gives, on all of its ranks; also while the engine sleeps."""
-        if self.tensor == 1:
-            return value
-        from vllm.distributed.parallel_state import get_tp_group
-
         box = [value]
-        dist.broadcast_object_list(box, src=self.replica * self.tensor, group=get_tp_group().cpu_group)
+        if self.tensor > 1:
+            dist.broadcast_object_list(box, src=self.replica * self.tensor, group=self._peers)
         return box[0]
 
     def taken(self, shapes: dict[str, tuple[int, ...]]) -> list[dict[str, Box]]:
@@ -304,17 +315,13 @@ class RolloutEngine:
         not while it sleeps. Nothing is loaded."""
         with self._isolated():
             from vllm.config import set_current_vllm_config
-            from vllm.distributed.parallel_state import get_tp_group
 
             from megatron_posttrain.rollout import transfer
 
             tensors = {name: torch.empty(shape, dtype=self.dtype, device="meta") for name, shape in shapes.items()}
             with set_current_vllm_config(self._llm.llm_engine.vllm_config):
                 (boxes,) = self._llm.apply_model(partial(transfer.taken, tensors=tensors))
-            found: list[Any] = [boxes] * self.tensor
-            if self.tensor > 1:
-                dist.all_gather_object(found, boxes, group=get_tp_group().cpu_group)
-        return found
+            return gathered(boxes, self._peers) if self.tensor > 1 else [boxes]
 
     def update_weights(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
         """Replaces all weights and drops the prefix cache; see `Refit`, which is what to call."""
@@ -342,13 +349,10 @@ class RolloutEngine:
             self._forget()
 
     def sleep(self) -> None:
-        """Gives the GPU's memory, weights and cache, to the trainer; nothing on CPU. A refit wakes it.
-
-        Level 2: level 1 would keep a copy of the weights in host memory, which the refit replaces anyway, but where
-        only adapters are shipped.
-        """
+        """Gives the GPU's memory, weights and cache, to the trainer; nothing on CPU. A refit wakes it."""
         if not self._cpu:
             with self._isolated():
+                # Level 1 keeps the weights in host memory; a refit replaces them, but where only adapters are shipped
                 self._llm.sleep(level=2 if self._adapter is None else 1)
 
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
@@ -358,21 +362,17 @@ class RolloutEngine:
                 self._llm.wake_up(tags=[part])
 
     def close(self) -> None:
-        """Frees the engine. The trainer's process groups live on, and another engine may be made.
-
-        vLLM's own shutdown also destroys torch.distributed's default group; this is that shutdown without it.
-        """
+        """Frees the engine; vLLM's own shutdown also destroys torch.distributed's default group."""
         from vllm.distributed import parallel_state
 
-        core = self._llm.llm_engine.engine_core.engine_core
         with self._isolated():
             if not self._cpu and self._llm.llm_engine.is_sleeping():
                 from vllm.device_allocator.cumem import CuMemAllocator
 
                 vllm_fixes.map_when_freed(CuMemAllocator.get_instance())
-            core.structured_output_manager.clear_backend()
-            core.model_executor.shutdown()
-            core.scheduler.shutdown()
+            self._core.structured_output_manager.clear_backend()
+            self._core.model_executor.shutdown()
+            self._core.scheduler.shutdown()
             parallel_state.destroy_model_parallel()
             if parallel_state._WORLD is not None:
                 parallel_state._WORLD.destroy()
@@ -383,40 +383,9 @@ class RolloutEngine:
         """Shards that run different requests wait for each other for ever."""
         if self.tensor == 1:
             return
-        from vllm.distributed.parallel_state import get_tp_group
-
         digest = hashlib.sha256(repr(arguments).encode()).hexdigest()
-        digests: list[str | None] = [None] * self.tensor
-        dist.all_gather_object(digests, digest, group=get_tp_group().cpu_group)
-        if len(set(digests)) > 1:
+        if len(set(gathered(digest, self._peers))) > 1:
             raise RuntimeError(f"the ranks of rollout replica {self.replica} were given different prompts or seeds")
-
-
-def _lora_options(rank: int | None) -> dict[str, Any]:
-    if rank is None:
-        return {}
-    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(room for room in RANKS if room >= rank)}
-
-
-def _cpu_options(kv_cache_bytes: int | None) -> dict[str, Any]:
-    return vllm_fixes.CPU_OPTIONS | {
-        "enforce_eager": True,  # no Inductor, no C++ compiler; see Isolation for functions beside the model
-        "kv_cache_memory_bytes": kv_cache_bytes or CPU_CACHE_BYTES,
-        "block_size": CPU_BLOCK_SIZE,
-    }
-
-
-def _cuda_options(kv_cache_bytes: int | None, gpu_memory_utilization: float) -> dict[str, Any]:
-    """Written from vLLM 0.32's sources; see the package's documentation for what has been run."""
-    return {
-        "enable_sleep_mode": True,
-        "kv_cache_memory_bytes": kv_cache_bytes,
-        "gpu_memory_utilization": gpu_memory_utilization,
-        # On from two ranks on Hopper; it is FlashInfer's all-reduce, see the package's environment.
-        "compilation_config": {"pass_config": {"fuse_allreduce_rms": False}},
-        # FlashInfer's TRTLLM experts have crashed or kept stale weights on a weight update.
-        "kernel_config": {"moe_backend": "triton"},
-    }
 
 
 def _completion(output: Any, choices: np.dtype[Any] | None) -> Completion:

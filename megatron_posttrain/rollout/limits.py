@@ -35,23 +35,19 @@ def engine_problems(
     dtype_bytes: int,
     keys: EngineKeys = EngineKeys(),
 ) -> Iterator[str]:
-    """Why an engine of `tensor` ranks for sequences of `length` tokens cannot run; one reason each.
-
-    Args:
-        device: cpu or cuda.
-        cache_bytes: of one rank; None: sized by the engine.
+    """Why an engine of `tensor` ranks for sequences of `length` tokens cannot run on `device` (cpu or cuda); one reason
+    each. `cache_bytes`: of one rank; None: sized by the engine.
     """
     if length > arch.context_length:
         yield f"{keys.length}={length} is longer than the {arch.context_length} positions of the model"
-    for name, size in (("attention heads", arch.num_heads), ("MLP width", arch.ffn_size)):
-        if size % tensor:
-            yield f"{keys.tensor}={tensor} does not divide the model's {name} ({size})"
     if expert and arch.moe is None:
         yield "rollout.expert=true: the model has no experts"
-    if arch.moe is not None:
-        name, size = (
-            ("number of experts", arch.moe.num_experts) if expert else ("experts' width", arch.moe.expert_ffn_size)
-        )
+    sizes = {"model's attention heads": arch.num_heads, "model's MLP width": arch.ffn_size}
+    if arch.moe is not None and expert:
+        sizes["number of experts"] = arch.moe.num_experts
+    elif arch.moe is not None:
+        sizes["experts' width"] = arch.moe.expert_ffn_size
+    for name, size in sizes.items():
         if size % tensor:
             yield f"{keys.tensor}={tensor} does not divide the {name} ({size})"
     if device == "cpu":

@@ -1,17 +1,17 @@
 """Refit: the trainer's weights into the engine, and the proof that they arrived."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.sharded import Exporter
 from megatron_posttrain.models.shares import Shares, Wanted, all_of, bounds
+from megatron_posttrain.parallel.exchange import gathered
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout.engine import Completion, RolloutEngine
 
@@ -28,11 +28,8 @@ class RefitError(RuntimeError):
 
 
 class Refit:
-    """Owns the life of a weight update: wake, stream, finish, forget what the old weights computed.
-
-    Args:
-        engine: whose weights are replaced.
-        exporter: of the trainer's weights, for `from_trainer`.
+    """Owns the life of a weight update: wake, stream, finish, forget what the old weights computed. `exporter`: of the
+    trainer's weights, for `from_trainer`.
     """
 
     def __init__(self, engine: RolloutEngine, exporter: Exporter | None = None) -> None:
@@ -48,7 +45,7 @@ class Refit:
         for boxes in self.engine.taken(disk.shapes):
             wanted.append({})
             for stored, box in boxes.items():
-                for name in disk.table_names(stored):  # of fused tensors all
+                for name in disk.table_names[stored]:  # of fused tensors all
                     mine = box if disk.places[name].fusion is None else all_of(shapes[name])
                     wanted[-1][name] = bounds(wanted[-1].get(name, mine), mine)
         return self.exporter.shares(wanted)
@@ -68,9 +65,8 @@ class Refit:
                 what was yielded before `update` returns.
             version: of the weights, counted by the caller.
 
-        Raises:
-            RefitError: a tensor of the model did not come, one came that the model does not have, or, on all ranks,
-                one is not what the trainer holds.
+        Raises RefitError: a tensor of the model did not come, one came that the model does not have, or, on all ranks,
+        one is not what the trainer holds.
         """
         platform().synchronize()
         start = time.perf_counter()
@@ -88,8 +84,7 @@ class Refit:
         if self.exporter is not None:
             for _ in tensors:  # where it failed: all ranks send to each other
                 pass
-            problems: list[str | None] = [None] * dist.get_world_size()
-            dist.all_gather_object(problems, self.shares.problem() or problem)
+            problems = gathered(self.shares.problem() or problem)
             problem = problem or next(filter(None, problems), None)
         if problem:
             raise RefitError(f"refit {version}: {problem}") from cause
@@ -99,12 +94,6 @@ class Refit:
     def figures(self, seconds: float) -> dict[str, float]:
         """Of a refit from the trainer that took so long: gigabytes that this rank received, and those a second."""
         return {"refit_gb": self.shares.received / 1e9, "refit_gb_per_second": self.shares.received / 1e9 / seconds}
-
-
-@dataclass(frozen=True)
-class _Finding:
-    statistic: float
-    message: str
 
 
 def prove(
@@ -123,11 +112,8 @@ def prove(
             [length - 1]: log p(token t + 1 given tokens 0..t), at temperature 1.
         tolerance: nats, of the largest difference in fp32 and of the mean one in bf16; None: 1e-3 and 0.25.
 
-    Returns:
-        The largest (fp32) or mean (bf16) difference, of the worst replica.
-
-    Raises:
-        RefitError: it exceeds the tolerance, or a value is not finite.
+    Returns the largest (fp32) or mean (bf16) difference, of the worst replica. Raises RefitError: it exceeds the
+    tolerance, or a value is not finite.
     """
     fp32 = engine.dtype == torch.float32
     limit = tolerance if tolerance is not None else (FP32_TOLERANCE if fp32 else BF16_TOLERANCE)
@@ -136,18 +122,14 @@ def prove(
     completions = engine.greedy(prompts, min(CANARY_TOKENS, room))
     own = [p + c.token_ids for p, c in zip(prompts, completions, strict=True)]
     # A wrong replica says other tokens. The trainer's ranks must all score the same, so they score them all.
-    gathered: list[list[list[int]] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
-    sequences = list(dict.fromkeys(tuple(s) for said in gathered for s in said or ()))
+    sequences = list(dict.fromkeys(tuple(s) for said in gathered(own) for s in said))
     scores = trainer_logprobs([list(s) for s in sequences])
     trainer = dict(zip(sequences, scores, strict=True))
     finding = _compare(prompts, completions, [trainer[tuple(s)] for s in own], fp32, limit, engine.replica)
-    findings: list[_Finding | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(findings, finding)
-    worst = max((f for f in findings if f), key=lambda f: (f.statistic != f.statistic, f.statistic))
-    if not worst.statistic <= limit:
-        raise RefitError(worst.message)
-    return worst.statistic
+    statistic, message = max(gathered(finding), key=lambda found: (math.isnan(found[0]), found[0]))
+    if not statistic <= limit:
+        raise RefitError(message)
+    return statistic
 
 
 def _compare(
@@ -157,7 +139,8 @@ def _compare(
     fp32: bool,
     limit: float,
     replica: int,
-) -> _Finding:
+) -> tuple[float, str]:
+    """The largest (fp32) or mean (bf16) difference, and a message about it."""
     difference, where = [], []
     for i, (prompt, completion, score) in enumerate(zip(prompts, completions, scores, strict=True)):
         own = score.detach().double().cpu()[len(prompt) - 1 :].tolist()
@@ -167,7 +150,7 @@ def _compare(
     values = torch.tensor(difference, dtype=torch.float64)
     statistic = float(values.max() if fp32 else values.mean())  # NaN wins in both
     i, position, token, engine, trainer = where[int(values.nan_to_num(nan=torch.inf).argmax())]
-    return _Finding(
+    return (
         statistic,
         f"the engine does not hold the trainer's weights: {'largest' if fp32 else 'mean'} difference of "
         f"log-probs {statistic:.3g} exceeds the tolerance {limit:.3g}; worst at canary prompt {i}, position "

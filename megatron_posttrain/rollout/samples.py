@@ -18,9 +18,8 @@ from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.data.messages import Message
 from megatron_posttrain.environments.dialogue import read_calls
-from megatron_posttrain.parallel.exchange import exchange, gather_rows, to_first_rank
-from megatron_posttrain.platform import platform
-from megatron_posttrain.rewards.grading import Grade, compute_rewards, metric_sums
+from megatron_posttrain.parallel.exchange import exchange, gather_rows, gathered, summed, to_first_rank
+from megatron_posttrain.rewards.grading import Grade, Grading, check_values, metric_sums
 from megatron_posttrain.rewards.registry import Reward, Sample
 from megatron_posttrain.rollout.at_once import with_run
 from megatron_posttrain.rollout.engine import RolloutEngine, Sampling
@@ -106,8 +105,7 @@ class Samples:
             wanted: of every data parallel rank, its samples; the same on all ranks.
             data_rank: this rank's.
 
-        Returns:
-            the training sequence of a sample that this rank wanted.
+        Returns the training sequence of a sample that this rank wanted.
         """
         rank, world = dist.get_rank(), dist.get_world_size()
         row = 0 if self.choices is None else self.choices.itemsize
@@ -143,10 +141,7 @@ class Samples:
         prompt = np.asarray(self.prompts[sample].token_ids, np.int32)
         drawn = np.concatenate([np.full(len(prompt), np.nan, np.float32), logprobs.view(np.float32)])
         counts = ~np.isnan(drawn) & ~self.masked[sample]
-        extras = {
-            "rollout_logprobs": np.nan_to_num(drawn),
-            "advantages": counts * np.float32(self.advantages[sample]),
-        }
+        extras = {"rollout_logprobs": np.nan_to_num(drawn), "advantages": counts * np.float32(self.advantages[sample])}
         chosen = None
         if self.choices is not None:
             chosen = np.frombuffer(experts.tobytes(), self.choices, count=len(drawn) - 1)
@@ -201,7 +196,8 @@ def generate_samples(
     carried: Sequence[Episode] = (),
     wanted: int | None = None,
 ) -> Samples:
-    """Collective: replicas generate as they have room and grade what they drew; facts of it go to every rank.
+    """Collective: replicas generate as they have room and grade what they drew, while others are drawn; facts of it go
+    to every rank.
 
     Args:
         sampling: `n` samples a prompt; they stop at the tokenizer's own tokens.
@@ -216,7 +212,13 @@ def generate_samples(
     handout = Handout(rollout, len(episodes), unit, sampling.n, len(carried) // sampling.n, wanted)
     single = replace(sampling, n=1, stop_token_ids=stop_token_ids(tokenizer))
     start = time.perf_counter()
-    own = converse(rollout, tokenizer, episodes, single, turns, handout)
+    grading = Grading(rewards)
+
+    def ended(number: int) -> None:  # it is graded now, but not where it may be left for a later step: judges cost
+        if wanted is None and dist.get_rank() % rollout.tensor == 0:
+            grading.add(number, _said(tokenizer, episodes[number], turns))
+
+    own = converse(rollout, tokenizer, episodes, single, turns, handout, ended)
     seconds = float(gather_rows(torch.tensor(time.perf_counter() - start, dtype=torch.float32)).max())
     handout.forget()
     left: list[Episode] = []
@@ -224,7 +226,10 @@ def generate_samples(
         numbers, left = _complete(rollout, episodes, own, sampling.n, wanted)
         place = {number: k for k, number in enumerate(numbers)}
         episodes, own = [episodes[i] for i in numbers], [place[i] for i in own if i in place]
-    samples = _grade(rollout, tokenizer, episodes, own, rewards, turns, sampling.n)
+    if wanted is not None and dist.get_rank() % rollout.tensor == 0:
+        for number in own:
+            grading.add(number, _said(tokenizer, episodes[number], turns))
+    samples = _samples(rollout, tokenizer, episodes, own, grading, turns, sampling.n)
     samples.seconds, samples.left = seconds, left
     return samples
 
@@ -239,37 +244,31 @@ def _complete(
     everywhere = gather_rows(ended).sum(0).view(-1, group)
     chosen = everywhere.all(1).nonzero().flatten()[:wanted].tolist()
     kept = {number for prompt in chosen for number in range(prompt * group, (prompt + 1) * group)}
-    parts: list[dict[int, Episode]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, {i: e for i, e in mine.items() if i not in kept})
+    parts = gathered({i: e for i, e in mine.items() if i not in kept})
     begun = {i: e for part in parts for i, e in part.items()}
     return sorted(kept), [begun.get(i, e) for i, e in enumerate(episodes) if i not in kept]
 
 
-def _grade(
+def _samples(
     rollout: RolloutEngine,
     tokenizer: Any,
     episodes: Sequence[Episode],
     own: Sequence[int],
-    rewards: Sequence[Reward],
+    grading: Grading,
     turns: Turns,
     group: int,
 ) -> Samples:
-    """Collective: grades the replica's `own` episodes; facts of all go to every rank."""
-    mine = [episodes[i] for i in own]
-    logprobs = [np.array(e.logprobs, np.float32) for e in mine]
-    sampled = [int((~np.isnan(values)).sum()) for values in logprobs]
-    said: list[Sample] = []
+    """Collective: the replica's `own` episodes with their grades; facts of all go to every rank."""
+    mine, rewards = [episodes[i] for i in own], grading.rewards
+    said, grades = grading.grades(own) if dist.get_rank() % rollout.tensor == 0 else ([], [])
+    check_values(rewards, grades)
+    grades = list(map(_graded, mine, grades)) if said else []
     facts = torch.zeros(len(episodes), 7 + len(rewards), dtype=torch.float64)  # each from one rank
-    if dist.get_rank() % rollout.tensor == 0:
-        said = [_said(tokenizer, *each, turns) for each in zip(mine, sampled, strict=True)]
-    grades = list(map(_graded, mine, compute_rewards(said, rewards))) if said else []
-    for i, e, count, grade in zip(own, mine, sampled, grades, strict=False):
-        counts = len(e.token_ids), count, e.finish_reason == "length", rollout.replica, e.version
+    for i, e, sample, grade in zip(own, mine, said, grades, strict=False):
+        counts = len(e.token_ids), sample.tokens, e.finish_reason == "length", rollout.replica, e.version
         named = (grade.rewards.get(r.name, np.nan) for r in rewards)
         facts[i] = torch.tensor([*counts, grade.total, grade.masked, *named], dtype=torch.float64)
-    facts = facts.to(platform().device)
-    dist.all_reduce(facts)
-    known = facts.cpu().numpy().T
+    known = summed(facts).numpy().T
     lengths, counted, truncated, replicas, versions = known[:5].astype(np.int64)
     named_turns = turns.metrics if said else []  # nothing of a replica's other ranks, which know no text
     turn_sums = {name: (float(sum(e.metrics[name] for e in mine)), len(mine)) for name in named_turns}
@@ -283,7 +282,7 @@ def _grade(
         masked=known[6].astype(bool),
         drawn=own,
         token_ids=[np.array(e.token_ids, np.int32) for e in mine],
-        logprobs=logprobs,
+        logprobs=[np.array(e.logprobs, np.float32) for e in mine],
         messages=[e.messages for e in mine] if said else [],
         texts=[
             response_text(tokenizer, e.token_ids) if e.begun else x.response
@@ -309,15 +308,15 @@ def mask(totals: Floats, masked: NDArray[np.bool_], group: int) -> Floats:
 
 def _means(sums: dict[str, tuple[float, int]]) -> dict[str, float]:
     """Collective: means over the samples of all ranks; names may differ between ranks."""
-    parts: list[dict[str, tuple[float, int]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, sums)
+    parts = gathered(sums)
     names = dict.fromkeys(name for part in parts for name in part)
     of = {name: [part[name] for part in parts if name in part] for name in names}
     return {name: sum(total for total, _ in pairs) / sum(count for _, count in pairs) for name, pairs in of.items()}
 
 
-def _said(tokenizer: Any, episode: Episode, sampled: int, turns: Turns) -> Sample:
+def _said(tokenizer: Any, episode: Episode, turns: Turns) -> Sample:
     """What rewards see: the last turn. One that still asks a tool has no answer, whatever the call holds."""
+    sampled = int((~np.isnan(episode.logprobs)).sum())
     prompt, text = episode.prompt, response_text(tokenizer, episode.said)
     reasoning, final = split_response(tokenizer, episode.asked, episode.said, text)
     final = "" if read_calls(turns.form, final) else final

@@ -7,7 +7,7 @@ of the model are the engine's own and are never made anew from text.
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -113,17 +113,16 @@ def converse(
     sampling: Sampling,
     turns: Turns = ONE_TURN,
     handout: Handout | None = None,
+    ended: Callable[[int], None] = lambda number: None,
 ) -> list[int]:
     """Collective over a replica: carries `episodes` on to their ends; `sampling.max_tokens` bounds all turns of one.
 
-    Args:
-        handout: which of them are this replica's; None: an equal share, and of what is left as many as it has room for.
-
-    Returns:
-        numbers of the episodes that it has had, in their order. Some were cut off where the handout had enough.
+    `handout`: which of them are this replica's; None: an equal share, and of what is left as many as it has room for.
+    `ended` is told the number of each that has come to its end, while others go on.
+    Returns numbers of the episodes that it has had, in their order. Some were cut off where the handout had enough.
     """
     handout = handout or Handout(rollout, len(episodes), 1)
-    conversations = _Conversations(rollout, tokenizer, episodes, sampling, turns, handout)
+    conversations = _Conversations(rollout, tokenizer, episodes, sampling, turns, handout, ended)
     rollout.run(conversations.feed, conversations.take, sampling, handout.enough)
     return sorted(conversations.own)
 
@@ -138,6 +137,7 @@ class _Conversations:
     sampling: Sampling
     turns: Turns
     handout: Handout
+    ended: Callable[[int], None]
     own: list[int] = field(default_factory=list)
     ready: list[int] = field(default_factory=list)
     pending: dict[int, Future[Any] | None] = field(default_factory=dict)  # a future on the first rank of the replica
@@ -149,7 +149,7 @@ class _Conversations:
                 if self.episodes[i].finish_reason == "cut":
                     self.ready.append(i)
                 else:  # it has ended in an earlier step, as the rest of its prompt had not
-                    self.handout.complete(i)
+                    self.end(i)
         while self.pending:
             self._hear(wait_for_one=idle and not self.ready)
             if self.ready or not idle:
@@ -172,7 +172,11 @@ class _Conversations:
         elif e.finish_reason == "length" and not repeats and self.stop_thinking(e):
             self.ready.append(name)
         elif e.finish_reason != "cut":
-            self.handout.complete(name)
+            self.end(name)
+
+    def end(self, number: int) -> None:
+        self.handout.complete(number)
+        self.ended(number)
 
     def _request(self, e: Episode) -> Request:
         left, thinking = self.sampling.max_tokens - len(e.token_ids), self.turns.thinking_tokens
@@ -191,7 +195,7 @@ class _Conversations:
             if self.go_on(self.episodes[i], *answer):
                 self.ready.append(i)
             else:
-                self.handout.complete(i)
+                self.end(i)
 
     def stop_thinking(self, e: Episode) -> bool:
         """Ends the reasoning of a turn that is at its limit; whether the turn goes on."""

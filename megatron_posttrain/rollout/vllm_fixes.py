@@ -62,15 +62,11 @@ def private_shared_memory(token: str) -> Iterator[None]:
 
     original = _CPUSHMDistributed.make_group_name
     prefix = f"megatron-posttrain-{token}-"
-
-    def make_group_name(communicator: Any) -> str:
-        return prefix + original(communicator).replace("/", "")
-
-    _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
+    renamed = staticmethod(lambda communicator: prefix + original(communicator).replace("/", ""))
     try:
-        yield
+        with replaced([(_CPUSHMDistributed, "make_group_name", renamed)]):
+            yield
     finally:
-        _CPUSHMDistributed.make_group_name = staticmethod(original)
         for path in SHARED_MEMORY.glob(f"{prefix}*"):
             path.unlink(missing_ok=True)
 

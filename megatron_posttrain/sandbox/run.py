@@ -65,8 +65,6 @@ def run(
     limits see to that (man 7 namespaces, man 2 seccomp).
 
     Args:
-        code: the program.
-        stdin: what it reads.
         files: texts by name, written to its directory first.
         seconds: of wall time; also of CPU time, of each process.
         memory_mib: address space of each process, and memory of all of them (looked at ten times a second).
@@ -143,15 +141,12 @@ def _launch(job: dict[str, object], stdin: str, seconds: float, memory_mib: int,
         finally:
             os.close(reported)
         watch = _Watch(process, reports, seconds, memory_mib << 20, output_kib << 10)
-        try:
-            watch.until_closed()
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # the launcher and process 1, with it all others
-            process.wait()
-            for stream in (process.stdout, process.stderr):
-                if stream is not None:
-                    stream.close()
+        with process:
+            try:
+                watch.until_closed()
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)  # the launcher and process 1, with it all others
         return watch.result()
 
 

@@ -18,43 +18,29 @@ Shares = list[list[list[int]]]  # indices of sequences: [data parallel rank][mic
 
 
 def rank_micro_batches(rows: Sequence[Row], groups: Groups, micro_batch_size: int) -> list[PackedBatch]:
-    """This data parallel rank's rows, `micro_batch_size` of them a micro-batch.
-
-    Micro-batch number m of the global batch holds the same rows whatever the layout, so that a balancing
-    loss over a micro-batch is the same too.
-    """
-    layout, rank = groups.layout, groups.data.rank()
-    merged = [
-        [sequence for row in rows[i : i + micro_batch_size] for sequence in row]
-        for i in range(0, len(rows), micro_batch_size)
-    ]
-    return [pack_batch(m, multiple=layout.sequence_multiple) for m in merged[rank :: layout.data]]
+    """This data parallel rank's rows, `micro_batch_size` of them a micro-batch. Micro-batch number m of the global
+    batch holds the same rows whatever the layout, so that a balancing loss over a micro-batch is the same too."""
+    layout, starts = groups.layout, range(0, len(rows), micro_batch_size)
+    merged = [[sequence for row in rows[i : i + micro_batch_size] for sequence in row] for i in starts]
+    mine = merged[groups.data.rank() :: layout.data]
+    return [pack_batch(sequences, multiple=layout.sequence_multiple) for sequences in mine]
 
 
 def token_shares(
     lengths: Sequence[int], layout: Layout, arch: Architecture, token_budget: int, units: Sequence[int] | None = None
 ) -> Shares:
-    """Who trains what: micro-batches of at most `token_budget` tokens, ranks with about equal FLOPs, units whole.
-
-    A pure function of its arguments, the same on every rank: tokens need not be there to know who needs them.
-    """
-    return deal(
-        lengths,
-        token_budget,
-        ranks=layout.data,
-        multiple=layout.micro_batch_multiple // layout.data,
-        units=units,
-        work=sequence_flops(arch, lengths),
-    )
+    """Who trains what: micro-batches of at most `token_budget` tokens, ranks with about equal FLOPs, units whole. A
+    pure function of its arguments, the same on every rank: tokens need not be there to know who needs them."""
+    multiple, work = layout.micro_batch_multiple // layout.data, sequence_flops(arch, lengths)
+    return deal(lengths, token_budget, ranks=layout.data, multiple=multiple, units=units, work=work)
 
 
 def pack_share(
-    share: Sequence[Sequence[int]], sequence: Callable[[int], TokenSequence], layout: Layout
+    share: Sequence[list[int]], sequence: Callable[[int], TokenSequence], layout: Layout
 ) -> list[PackedBatch]:
     """Micro-batches of the sequences with these indices, which are asked for one micro-batch at a time."""
-    return [
-        pack_batch([sequence(i) for i in indices] or [filler()], multiple=layout.sequence_multiple) for indices in share
-    ]
+    found = ([sequence(index) for index in indices] or [filler()] for indices in share)
+    return [pack_batch(sequences, multiple=layout.sequence_multiple) for sequences in found]
 
 
 def rank_token_batches(sequences: Row, groups: Groups, arch: Architecture, token_budget: int) -> list[PackedBatch]:

@@ -15,19 +15,20 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_posttrain.config.schema import CheckpointConfig
 from megatron_posttrain.errors import SaveError, UserError
+from megatron_posttrain.models import adapters
 from megatron_posttrain.parallel.groups import broadcast_object
 from megatron_posttrain.platform import platform
-from megatron_posttrain.training.adapter_state import sharded_adapters
-from megatron_posttrain.training.average import AVERAGE, make_room
 from megatron_posttrain.training.deadline import Deadline
-from megatron_posttrain.training.disk import agree, cause, checkpoint_bytes, described, first_problem
+from megatron_posttrain.training.disk import checkpoint_bytes, described, failing_together, first_problem
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.finite import anywhere
 from megatron_posttrain.training.held_out import Best
 from megatron_posttrain.training.optimizer import set_hyper_parameters
+from megatron_posttrain.training.process import say
 from megatron_posttrain.training.record import Record
 from megatron_posttrain.training.resume import STATE_FILE, Origin
 from megatron_posttrain.training.stretches import STATES, Stretches, without_gathered_states
+from megatron_posttrain.training.weight_sets import AVERAGE, make_room_for_average
 from megatron_posttrain.training.writing import Writing
 from megatron_posttrain.upstream.megatron import optimizer_can_resume, written_by_threads
 
@@ -80,15 +81,13 @@ class Checkpoints:
             self.finish()
             if late:
                 self._deadline.tell_job()
-            run.say(f"stopped on request after step {step}; the same command resumes")
+            say(f"stopped on request after step {step}; the same command resumes")
         return stop and not last
 
     def save(self, engine: Engine, step: int) -> None:
-        """Collective. What a loop needs beside weights, optimizer and `state` follows from the step's number.
-
-        Where it is `asynchronous`, files are still being written afterwards, until `finish`. Raises SaveError on every
-        rank when one cannot write; what was there before stays.
-        """
+        """Collective. What a loop needs beside weights, optimizer and `state` follows from the step's number. Where it
+        is `asynchronous`, files are still being written afterwards, until `finish`. Raises SaveError on every rank when
+        one cannot write; what was there before stays."""
         self.finish()
         partial, kept, requests = self._paths(step)[1], self.weight_set, []
         carried = b"" if self.carried is None else self.carried()
@@ -152,14 +151,10 @@ class Checkpoints:
     @contextlib.contextmanager
     def _failing_together(self, step: int) -> Iterator[None]:
         """Collective: the first rank's failure to write becomes every rank's SaveError, and makes room again."""
-        problem = None
         final, partial = self._paths(step)
         try:
-            yield
-        except (OSError, RuntimeError, CheckpointException) as error:
-            problem = f"{final} could not be written: {cause(partial, error)}"
-        try:
-            agree(problem)
+            with failing_together(final, partial, (OSError, RuntimeError, CheckpointException)):
+                yield
         except SaveError as error:
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -179,7 +174,7 @@ class Checkpoints:
             self.save(engine, step)
             self.finish()
         except SaveError as error:  # the export, which is smaller, may still fit
-            run.say(f"warning: no checkpoint before the export: {error}")
+            say(f"warning: no checkpoint before the export: {error}")
 
     def release(self, step: int) -> None:
         """Removes what `secure` has left where no checkpoints were asked for."""
@@ -199,37 +194,31 @@ class Checkpoints:
         return sorted(p.parent for p in self.directory.glob(f"step_*/{STATE_FILE}"))
 
     def resume(self, engine: Engine) -> int:
-        """Collective. Loads the newest checkpoint that can be read; the number of its step, or 0 without any.
-
-        Those that cannot are named. Raises UserError when none of several can.
-        """
+        """Collective. Loads the newest checkpoint that can be read; the number of its step, or 0 without any. Those
+        that cannot are named. Raises UserError when none of several can."""
         unreadable: list[str] = []
-        path: Path | None
-        problem: str | None
         while True:
             # One answer for all ranks: a shared file system may show them different listings.
             path, problem = broadcast_object(self._newest(unreadable))  # type: ignore[misc]
             if path is None or not (problem := problem or self._load(engine, path)):
                 break
             unreadable.append(f"{path} cannot be read: {problem}")
-            _say(f"warning: {unreadable[-1]}; the one before it is tried")
+            say(f"warning: {unreadable[-1]}; the one before it is tried")
         if path is None and unreadable:
-            raise UserError(
-                f"{'; '.join(unreadable)}; no other checkpoint is there. checkpoint.resume=never trains anew"
-            )
+            raise UserError(f"{'; '.join(unreadable)}; no other checkpoint. checkpoint.resume=never trains anew")
         self.loaded = path
         state = {} if path is None else broadcast_object(read_state(path))
         self.best.load(state.get("best"))
         engine.skipped = state.get("skipped", 0)
         if path is not None and self._changes:
-            _say(f"changed from step {_step_of(path) + 1} on: {', '.join(self._changes)}")
+            say(f"changed from step {_step_of(path) + 1} on: {', '.join(self._changes)}")
         return 0 if path is None else _step_of(path)
 
     def _load(self, engine: Engine, path: Path) -> str | None:
         """Collective: why the checkpoint cannot be read, the same on all ranks."""
-        problems = (_load(each, path / name) for name, each in self._engines(engine).items())
-        if problem := next(filter(None, problems), None):
-            return problem
+        for name, each in self._engines(engine).items():
+            if problem := _load(each, path / name):
+                return problem
         kept = self.weight_set
         if kept is not None and broadcast_object((path / kept).is_dir()):  # else it changes from now on
             with engine.weights(kept):
@@ -272,11 +261,6 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def _say(text: str) -> None:
-    if dist.get_rank() == 0:
-        print(text, flush=True)
-
-
 def _load(engine: Engine, path: Path, *, weights_only: bool = False) -> str | None:
     """Collective: why the checkpoint cannot be read, the same on all ranks."""
     from megatron.core import dist_checkpointing
@@ -292,7 +276,7 @@ def _load(engine: Engine, path: Path, *, weights_only: bool = False) -> str | No
             if stretches is not None:
                 engine.optimizer.load_state_dict(loaded["optimizer"])
                 if engine.ema is not None:
-                    make_room(engine.optimizer)
+                    make_room_for_average(engine.optimizer)
                 stretches.restore()
                 for chunk in engine.chunks:
                     chunk.start_param_sync(force_sync=True)
@@ -330,7 +314,7 @@ def _model_state(engine: Engine) -> dict[str, Any]:
         _model_key(engine, index): (
             chunk.sharded_state_dict(metadata=dict(SHARDING))  # type: ignore[operator]
             if engine.adapters is None
-            else sharded_adapters(chunk, engine.adapters, engine.groups)
+            else adapters.sharded(chunk, engine.adapters, engine.groups)
         )
         for index, chunk in enumerate(engine.modules)
     }

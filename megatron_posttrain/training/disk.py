@@ -1,12 +1,12 @@
 """Room for what a run writes, and why a write failed."""
 
+import contextlib
 import math
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -16,7 +16,7 @@ from megatron_posttrain.models import registry
 from megatron_posttrain.models.adapters import Adapters, find_adapters
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.output import check_output
-from megatron_posttrain.platform import platform
+from megatron_posttrain.training.finite import anywhere
 
 PROBE_BYTES = 1 << 20
 OPTIMIZER_BYTES = 12  # a parameter: fp32 main weight and two moments
@@ -31,7 +31,7 @@ def check_disk(config: Config, arch: Architecture) -> None:
     for name in DIRECTORIES:
         if (output / name).exists():
             check_output(output / name)
-    parts = {"the export": 2 * parameter_count(arch)}  # at least: bf16
+    parts = {"the export": 2 * registry.parameter_count(arch)}  # at least: bf16
     if config.checkpoint.every is not None:
         adapters = None if config.lora is None else find_adapters(arch, config.lora)
         parts["a checkpoint"] = checkpoint_bytes(config.precision, arch, adapters, config.training.ema)
@@ -41,17 +41,12 @@ def check_disk(config: Config, arch: Architecture) -> None:
         raise UserError(f"output={output}: {_size(free)} are free there, {listed}; make room or choose another one")
 
 
-def parameter_count(arch: Architecture, adapters: Adapters | None = None) -> int:
-    """Of the model, or of its adapters alone."""
-    plans = registry.tensors(arch) if adapters is None else adapters.plans.values()
-    return sum(math.prod(plan.local_shape(1)) for plan in plans)
-
-
 def checkpoint_bytes(
     precision: PrecisionConfig, arch: Architecture, adapters: Adapters | None = None, ema: float | None = None
 ) -> int:
     each = (4 if precision.dtype == "fp32" else 2) + OPTIMIZER_BYTES + 4 * (ema is not None)
-    return each * parameter_count(arch, adapters)
+    plans = registry.tensors(arch) if adapters is None else adapters.plans.values()
+    return each * sum(math.prod(plan.local_shape(1)) for plan in plans)
 
 
 def _size(count: float) -> str:
@@ -90,17 +85,22 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def agree(problem: str | None) -> None:
-    """Collective: SaveError on every rank when any has a problem, the lowest rank's."""
+@contextlib.contextmanager
+def failing_together(target: Path, files: Path, kinds: tuple[type[BaseException], ...]) -> Iterator[None]:
+    """Collective: the first rank's failure of these kinds to write `target`, as `files`, is every rank's SaveError."""
+    problem = None
+    try:
+        yield
+    except kinds as error:
+        why = str(error) if isinstance(error, UserError) else cause(files, error)
+        problem = f"{target} could not be written: {why}"
     if found := first_problem(problem):
         raise SaveError(found)
 
 
 def first_problem(problem: str | None) -> str | None:
     """Collective: the lowest rank's, on every rank. Words are gathered only where there are any."""
-    here = torch.tensor([int(problem is not None)], device=platform().device)
-    dist.all_reduce(here, op=dist.ReduceOp.MAX)
-    if not here.item():
+    if not anywhere(problem is not None):
         return None
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)

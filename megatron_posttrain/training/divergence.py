@@ -1,8 +1,6 @@
-"""Divergences of two distributions over a vocabulary that tensor parallel ranks share, without gathering logits.
-
-p is the teacher's distribution, q the student's, both softmax(logits / temperature). Computed in fp32, or in fp64 where
-logits are.
-"""
+"""Divergences of two distributions over a vocabulary that tensor parallel ranks share, without gathering logits. p is
+the teacher's distribution, q the student's, both softmax(logits / temperature). Computed in fp32, or in fp64 where
+logits are."""
 
 import math
 from collections.abc import Sequence
@@ -20,15 +18,9 @@ Group = dist.ProcessGroup | None
 
 
 def divergence(
-    student: Tensor,
-    teacher: Tensor,
-    kind: Divergence = "forward_kl",
-    *,
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-    group: Group = None,
-) -> Tensor:
+    student: Tensor, teacher: Tensor, kind: Divergence = "forward_kl", *,
+    beta: float = 0.5, temperature: float = 1.0, vocab_size: int | None = None, group: Group = None,
+) -> Tensor:  # fmt: skip
     """[n] nats a token, differentiable in the student's logits; over the whole vocabulary.
 
     forward_kl: KL(p || q); reverse_kl: KL(q || p); jsd: beta KL(p || m) + (1 - beta) KL(q || m) with
@@ -81,10 +73,8 @@ class _Divergence(torch.autograd.Function):
 
 
 def _value_and_slope(q: Tensor, p: Tensor, group: Group, kind: str, beta: float) -> tuple[Tensor, Tensor]:
-    """From log-probs [n, columns]: the divergence [n], and its derivative by the student's scaled logits.
-
-    For sum_i q_i f_i the derivative by logit j is q_j (g_j - sum_i q_i g_i), g_j the derivative by q_j.
-    """
+    """From log-probs [n, columns]: the divergence [n], and its derivative by the student's scaled logits. For sum_i q_i
+    f_i the derivative by logit j is q_j (g_j - sum_i q_i g_i), g_j the derivative by q_j."""
     if kind == "forward_kl":
         value = (p.exp() * (p - q)).sum(-1)
         all_reduce(value, group, dist.ReduceOp.SUM)
@@ -121,21 +111,11 @@ def _log_softmaxes(parts: Sequence[Tensor], group: Group, temperature: float) ->
 
 
 def top_k_divergence(
-    student: Tensor,
-    tokens: Tensor,
-    logprobs: Tensor,
-    kind: Divergence = "forward_kl",
-    *,
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-    group: Group = None,
-) -> Tensor:
+    student: Tensor, tokens: Tensor, logprobs: Tensor, kind: Divergence = "forward_kl", *,
+    beta: float = 0.5, temperature: float = 1.0, vocab_size: int | None = None, group: Group = None,
+) -> Tensor:  # fmt: skip
     """[n] as `divergence`, of distributions over k + 1 events: the teacher's k likeliest tokens, and all others.
-
-    Args:
-        tokens, logprobs: [n, k] the teacher's, at `temperature`.
-    """
+    `tokens`, `logprobs`: [n, k], the teacher's, at `temperature`."""
     check_divergence(kind, beta)
     vocabulary = student.shape[-1] * (1 if group is None else group.size()) if vocab_size is None else vocab_size
     found = _ColumnLogprobs.apply(student, tokens, vocabulary, group, temperature)
@@ -149,10 +129,8 @@ def top_k_divergence(
 
 
 def with_rest(logprobs: Tensor) -> Tensor:
-    """[n, k] log-probs of different events -> [n, k + 1], the last of none of them.
-
-    At least `eps` of the mass is left to it: rounding may leave less than nothing.
-    """
+    """[n, k] log-probs of different events -> [n, k + 1], the last of none of them. At least `eps` of the mass is left
+    to it: rounding may leave less than nothing."""
     smallest = torch.finfo(logprobs.dtype).eps
     rest = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp(min=smallest)
     return torch.cat([logprobs, rest.log()], dim=-1)
@@ -171,9 +149,8 @@ class _ColumnLogprobs(torch.autograd.Function):
         found = []
         for rows in row_chunks(logits):
             (logprobs,) = _log_softmaxes([logits[rows, :real]], group, temperature)
-            found.append(
-                logprobs.gather(-1, index[rows]) * mine[rows] if real else logprobs.new_zeros(mine[rows].shape)
-            )
+            of_mine = logprobs.gather(-1, index[rows]) if real else logprobs.new_zeros(mine[rows].shape)
+            found.append(of_mine * mine[rows])
         chosen = torch.cat(found)
         all_reduce(chosen, group, dist.ReduceOp.SUM)
         ctx.save_for_backward(logits, index, mine)

@@ -1,7 +1,5 @@
 """The training engine: this rank's share of the model, and a step over micro-batches under any layout."""
 
-from __future__ import annotations
-
 import functools
 import math
 import sys
@@ -9,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -26,16 +24,17 @@ from megatron_posttrain.models.build import FP8_TOKENS, build_model
 from megatron_posttrain.models.sharded import Exporter
 from megatron_posttrain.parallel.groups import Groups
 from megatron_posttrain.platform import platform
-from megatron_posttrain.training import average
 from megatron_posttrain.training.finite import Recorder, anywhere, refuse
-from megatron_posttrain.training.forward import Around, ForwardStep, LossFunction, Metrics
+from megatron_posttrain.training.forward import Around, ForwardStep, LossFunction, Terms
 from megatron_posttrain.training.heads import Head, LabelLogprobs, Output
 from megatron_posttrain.training.optimizer import make_optimizer, overlaps, set_learning_rate, wrap_for_data_parallel
+from megatron_posttrain.training.process import say
 from megatron_posttrain.training.timing import PhaseTimer
 from megatron_posttrain.training.totals import Mean, Totals
-from megatron_posttrain.training.weight_sets import WeightSets
+from megatron_posttrain.training.weight_sets import WeightSets, average_used, update_average
 
 LABEL_LOGPROBS = LabelLogprobs()
+Batches = Sequence[PackedBatch]
 
 
 @dataclass
@@ -59,26 +58,15 @@ class StepResult:
 class Engine:
     """A model, its optimizer if it is trained, and the forward-backward schedule of one rank.
 
-    Args:
-        model: where its weights are, or random ones, and how its layers are made.
-        optimizer: None: a frozen model, without gradient buffers or optimizer states.
-        overlap: data parallel communication during forward and backward; None: on CUDA.
-        lora: adapters are trained, and the model is frozen.
-        seed: of the adapters' first weights, and of their dropout.
+    `optimizer` None: a frozen model, without gradient buffers or optimizer states. `overlap`: data parallel
+    communication during forward and backward; None: on CUDA. `seed`: of adapters' first weights and dropout.
     """
 
     def __init__(
-        self,
-        arch: Architecture,
-        groups: Groups,
-        model: ModelConfig,
-        precision: PrecisionConfig,
-        optimizer: OptimizerConfig | None = None,
-        *,
-        overlap: bool | None = None,
-        lora: LoraConfig | None = None,
-        seed: int = 0,
-    ) -> None:
+        self, arch: Architecture, groups: Groups, model: ModelConfig, precision: PrecisionConfig,
+        optimizer: OptimizerConfig | None = None, *,
+        overlap: bool | None = None, lora: LoraConfig | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
         self.arch, self.groups, self.precision, self.optimizer_config = arch, groups, precision, optimizer
         self.overlap = optimizer is not None and overlaps(overlap)
         self._offloaded = False
@@ -104,21 +92,17 @@ class Engine:
             return
         with platform().megatron():
             self.chunks = wrap_for_data_parallel(self.modules, self.model_config, overlap=self.overlap)
-            self.optimizer = make_optimizer(
-                self.chunks, self.model_config, optimizer, bf16=precision.dtype == "bf16", overlap=self.overlap
-            )
+            self.optimizer = make_optimizer(self.chunks, self.model_config, optimizer, overlap=self.overlap)
         if lora is not None:
-            self.model_config.finalize_model_grads_func = adapters.finalizing_copies(
-                self.model_config.finalize_model_grads_func
-            )
+            finalize = self.model_config.finalize_model_grads_func
+            self.model_config.finalize_model_grads_func = adapters.finalizing_copies(finalize)
 
     @classmethod
-    def of(cls, config: Config, arch: Architecture, groups: Groups, *, train: bool = True) -> Engine:
+    def of(cls, config: Config, arch: Architecture, groups: Groups, *, train: bool = True) -> Self:
         """As a whole config says."""
         optimizer = config.optimizer if train else None
-        options: dict[str, Any] = {"lora": config.lora, "seed": config.training.seed}
-        options["overlap"] = config.parallel.overlap
-        engine = cls(arch, groups, config.model, config.precision, optimizer, **options)
+        beside: Any = {"overlap": config.parallel.overlap, "lora": config.lora, "seed": config.training.seed}
+        engine = cls(arch, groups, config.model, config.precision, optimizer, **beside)
         engine.ema, engine.may_skip = config.training.ema, config.training.skip_not_finite
         return engine
 
@@ -126,11 +110,9 @@ class Engine:
     def row_multiple(self) -> int:
         """Tokens that a micro-batch is padded to a multiple of, so that FP8 kernels take every rank's share."""
         fp8, layout = self.precision.fp8, self.groups.layout
-        if fp8 is None:
-            return 1
-        return FP8_TOKENS[fp8] * layout.context * layout.sequence_split
+        return 1 if fp8 is None else FP8_TOKENS[fp8] * layout.context * layout.sequence_split
 
-    def _padded(self, micro_batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+    def _padded(self, micro_batches: Batches) -> list[PackedBatch]:
         return [batch.padded_to(self.row_multiple) for batch in micro_batches]
 
     # ---- weights ---------------------------------------------------------------------------------------
@@ -173,7 +155,7 @@ class Engine:
         (`ema`), or, where adapters are trained and it is `base`, of the model without them."""
         self.gather_weights()
         if name == "ema" and self.ema is not None:
-            scope = average.used(self.optimizer, self._gather)
+            scope = average_used(self.optimizer, self._gather)
         elif name == "base" and self.adapters is not None:
             scope = adapters.disabled(self.modules)
         else:
@@ -207,24 +189,19 @@ class Engine:
     def _seed_dropout(self) -> None:
         """The same on all tensor ranks, which need the same masks, and in every attempt at this step."""
         if self.adapters is not None and self.adapters.lora.dropout:
-            mine = (self._seed, self._step, self._calls, self.groups.data.rank(), self.groups.context.rank())
             from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-            torch.manual_seed(adapters.seed_of(*mine))
+            place = self.groups.data.rank(), self.groups.context.rank()
+            seed = adapters.seed_of(self._seed, self._step, self._calls, *place)
+            torch.manual_seed(seed)
             # Under sequence parallelism layers run in megatron-core's own state, which on CPU is that of torch
-            model_parallel_cuda_manual_seed(adapters.seed_of(*mine))
+            model_parallel_cuda_manual_seed(seed)
         self._calls += 1
 
     def train_step(
-        self,
-        micro_batches: Sequence[PackedBatch],
-        loss_function: LossFunction,
-        over: Callable[[Totals], float],
-        lr: float,
-        head: Head = LABEL_LOGPROBS,
-        *,
-        keep: bool = False,
-    ) -> StepResult:
+        self, micro_batches: Batches, loss_function: LossFunction, over: Callable[[Totals], float], lr: float,
+        head: Head = LABEL_LOGPROBS, *, keep: bool = False,
+    ) -> StepResult:  # fmt: skip
         """Forward, backward and optimizer step. Every data parallel rank gives as many micro-batches.
 
         The loss is the sum of `loss_function`'s terms over all micro-batches of all ranks, divided by `over` the
@@ -256,7 +233,7 @@ class Engine:
                     _, grad_norm, _ = self.optimizer.step()
                     self.skipped = 0
                     if self.ema is not None:
-                        average.update(self.optimizer, self.ema)
+                        update_average(self.optimizer, self.ema)
             except NotFiniteError as error:
                 grad_norm = math.nan
                 self._skip(str(error), partial(self._again, micro_batches, work))
@@ -273,9 +250,8 @@ class Engine:
             if self._step == 0 or self.skipped >= self.may_skip:
                 raise
             self.skipped += 1
-            if dist.get_rank() == 0:
-                count = f"{self.skipped} in a row, training.skip_not_finite={self.may_skip}"
-                print(f"warning: step {self._step + 1} is skipped ({count}): {error}", flush=True)
+            count = f"{self.skipped} in a row, training.skip_not_finite={self.may_skip}"
+            say(f"warning: step {self._step + 1} is skipped ({count}): {error}")
 
     def _ready_to_train(self) -> None:
         for chunk in self.chunks:
@@ -288,10 +264,10 @@ class Engine:
     def _work(self, head: Head, loss_function: LossFunction, denominator: float = 1.0) -> ForwardStep:
         return ForwardStep(self.arch, self.groups, head, loss_function, denominator, self.around)
 
-    def _again(self, micro_batches: Sequence[PackedBatch], work: ForwardStep, recorder: Recorder) -> None:
+    def _again(self, micro_batches: Batches, work: ForwardStep, recorder: Recorder) -> None:
         """The forward passes of a step, whose outputs and losses the recorder sees too."""
 
-        def watched(output: Output, batch: PackedBatch) -> tuple[Tensor, Metrics]:
+        def watched(output: Output, batch: PackedBatch) -> Terms:
             terms, metrics = work.loss_function(output, batch)
             last = len(self.chunks) - 1
             recorder.look(list(output.values()), last, sys.maxsize, "the log-probs")
@@ -303,7 +279,7 @@ class Engine:
     # ---- forward passes --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def forward(self, micro_batches: Sequence[PackedBatch], head: Head = LABEL_LOGPROBS) -> list[Output]:
+    def forward(self, micro_batches: Batches, head: Head = LABEL_LOGPROBS) -> list[Output]:
         """What the head computes of every micro-batch, on every rank of the model's copy."""
         micro_batches = self._padded(micro_batches)
         kept: list[Output] = []
@@ -313,48 +289,41 @@ class Engine:
             self._schedule(micro_batches, self._work(head, partial(_kept, _no_loss, kept)), forward_only=True)
         return self.from_last_stage(kept, micro_batches, head)
 
-    def refuse_outputs(self, micro_batches: Sequence[PackedBatch], head: Head) -> None:
+    def refuse_outputs(self, micro_batches: Batches, head: Head) -> None:
         """Collective: raises NotFiniteError that names the rank and layer which made an output that is not finite."""
         with platform().megatron():
             work = self._work(head, _no_loss)
             refuse(self, "log-probs are not finite", partial(self._again, self._padded(micro_batches), work))
 
-    def from_last_stage(self, kept: list[Output], batches: Sequence[PackedBatch], head: Head) -> list[Output]:
+    def from_last_stage(self, kept: list[Output], batches: Batches, head: Head) -> list[Output]:
         """Collective: the outputs of these micro-batches, which the last stage kept, on every stage."""
         group = self.groups.pipeline
         if group.size() == 1:
             return kept
-        sizes, widths = [len(b.tokens) for b in self._padded(batches)], head.widths
-        columns = sum(max(1, width) for width in widths.values())
-        if self.groups.last_stage:
-            joined = (torch.cat([output[name] for output in kept]) for name in widths)
-            flat = torch.cat([values.T.reshape(-1, len(values)) for values in joined])
-        else:
-            flat = torch.empty(columns, sum(sizes), device=platform().device)
-        dist.broadcast(flat, src=dist.get_global_rank(group, group.size() - 1), group=group)
-        parts = dict(zip(widths, flat.split([max(1, width) for width in widths.values()]), strict=True))
-        whole = {name: part.T if widths[name] else part[0] for name, part in parts.items()}
-        return [
-            dict(zip(whole, cut, strict=True))
-            for cut in zip(*(values.split(sizes) for values in whole.values()), strict=True)
-        ]
+        sizes = [len(batch.tokens) for batch in self._padded(batches)]
+        found: list[dict[str, Tensor]] = [{} for _ in sizes]
+        for name, width in head.widths.items():
+            if self.groups.last_stage:
+                whole = torch.cat([output[name] for output in kept])
+            else:
+                whole = torch.empty(sum(sizes), *([width] if width else []), device=platform().device)
+            dist.broadcast(whole, src=dist.get_global_rank(group, group.size() - 1), group=group)
+            for output, part in zip(found, whole.split(sizes), strict=True):
+                output[name] = part
+        return list(found)
 
     # ---- megatron-core's schedules ---------------------------------------------------------------------
 
-    def _schedule(
-        self, batches: Sequence[PackedBatch], work: ForwardStep, *, forward_only: bool
-    ) -> list[dict[str, Any]]:
+    def _schedule(self, batches: Batches, work: ForwardStep, *, forward_only: bool) -> list[dict[str, Any]]:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        layout = self.groups.layout
-        rows = max(len(b.tokens) for b in batches)
-        iterators: list[Iterator[PackedBatch]] = [iter(batches) for _ in self.chunks]
+        virtual, iterators = self.groups.layout.virtual_pipeline, [iter(batches) for _ in self.chunks]
         return get_forward_backward_func()(
             forward_step_func=partial(work, len(batches)),
-            data_iterator=iterators if layout.virtual_pipeline else iterators[0],
-            model=list(self.chunks) if layout.virtual_pipeline else self.chunks[0],
+            data_iterator=iterators if virtual else iterators[0],
+            model=list(self.chunks) if virtual else self.chunks[0],
             num_microbatches=len(batches),
-            seq_length=rows,
+            seq_length=max(len(batch.tokens) for batch in batches),
             micro_batch_size=1,
             forward_only=forward_only,
         )
@@ -378,12 +347,10 @@ class Engine:
         return loss, {name: Mean(*sums[2 * i : 2 * i + 2]) for i, name in enumerate(names[0])}
 
 
-def _kept(
-    loss_function: LossFunction, outputs: list[Output], output: Output, batch: PackedBatch
-) -> tuple[Tensor, Metrics]:
+def _kept(loss_function: LossFunction, outputs: list[Output], output: Output, batch: PackedBatch) -> Terms:
     outputs.append({name: values.detach() for name, values in output.items()})
     return loss_function(output, batch)
 
 
-def _no_loss(output: Output, batch: PackedBatch) -> tuple[Tensor, Metrics]:
+def _no_loss(output: Output, batch: PackedBatch) -> Terms:
     return next(iter(output.values())), {}

@@ -1,8 +1,8 @@
 """The trained model as a Hugging Face directory."""
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -13,33 +13,32 @@ from megatron_posttrain.errors import SaveError, UserError
 from megatron_posttrain.models import registry
 from megatron_posttrain.platform import platform
 from megatron_posttrain.training.checkpoints import Checkpoints
-from megatron_posttrain.training.disk import agree, cause
+from megatron_posttrain.training.disk import failing_together
 from megatron_posttrain.training.engine import Engine
+from megatron_posttrain.training.process import say
 from megatron_posttrain.training.record import Record
+
+WRITING = (OSError, UserError)  # how it fails
 
 
 def export(engine: Engine, source: Path, directory: Path, tokenizer: str | None = None) -> None:
     """Collective: writes `directory` anew, with the tokenizer of another directory or hub id, and the other files of
-    `source`.
-
-    The first rank of each pipeline stage writes the stage's tensors, in files of their own. Raises SaveError on every
-    rank when it cannot be written.
-    """
+    `source`. The first rank of each pipeline stage writes the stage's tensors, in files of their own. Raises SaveError
+    on every rank when it cannot be written."""
     engine.gather_weights()
     exporter, writer = engine.exporter, None
     here = exporter.writer_of
     main = dist.get_rank() == 0
-    with _failing_together(directory):
+    with failing_together(directory, directory, WRITING):
         if here is not None:
             place = None if tokenizer is None else model_directory(tokenizer, "model.tokenizer")
-            options = {"overwrite": True, "tokenizer": place}
-            layout, writer = directory_writer(
-                directory, engine.arch, source=source, stages=exporter.stage_of(), **options
-            )
+            stages = exporter.stage_of()
+            options: dict[str, Any] = {"source": source, "stages": stages, "overwrite": True, "tokenizer": place}
+            layout, writer = directory_writer(directory, engine.arch, **options)
         if main and writer is not None:
             writer.begin()
     try:
-        with _failing_together(directory), platform().megatron():
+        with failing_together(directory, directory, WRITING), platform().megatron():
             tensors = exporter.tensors(of_stage=True)
             try:
                 if writer is not None:
@@ -50,27 +49,14 @@ def export(engine: Engine, source: Path, directory: Path, tokenizer: str | None 
             finally:
                 for _ in tensors:  # on all other ranks, and where it failed: each tensor is gathered by all
                     pass
-        with _failing_together(directory):
+        with failing_together(directory, directory, WRITING):
             if main and writer is not None:
                 writer.finish()
     finally:
         if main and writer is not None:
             writer.discard()
-    if main and (left := custom_code(source)):
-        print(f"{directory}: left behind, custom code of {source}: {', '.join(left)}", flush=True)
-
-
-@contextlib.contextmanager
-def _failing_together(directory: Path) -> Iterator[None]:
-    """Collective: one rank's failure to write becomes every rank's SaveError."""
-    problem = None
-    try:
-        yield
-    except OSError as error:
-        problem = f"{directory} could not be written: {cause(directory, error)}"
-    except UserError as error:
-        problem = f"{directory} could not be written: {error}"
-    agree(problem)
+    if left := custom_code(source):
+        say(f"{directory}: left behind, custom code of {source}: {', '.join(left)}")
 
 
 def export_adapter(engine: Engine, source: Path, directory: Path) -> None:
@@ -80,21 +66,15 @@ def export_adapter(engine: Engine, source: Path, directory: Path) -> None:
     engine.gather_weights()
     with platform().megatron():
         tensors = {name: tensor.cpu() for name, tensor in engine.adapter_exporter.tensors() if dist.get_rank() == 0}
-    lora, main = adapters.lora, dist.get_rank() == 0
-    with _failing_together(directory):
+    main = dist.get_rank() == 0
+    with failing_together(directory, directory, WRITING):
         if main:
-            write_adapter(
-                directory,
-                ((module, *(tensors.get(name or "") for name in names)) for module, *names in adapters.modules()),
-                lora,
-                base_model=str(source),
-                layout=registry.layout(engine.arch, adapters.fused),
-            )
-    if main and (both := sorted(adapters.names_in_both())):
-        print(
+            pairs = ((module, *(tensors.get(name or "") for name in names)) for module, *names in adapters.modules())
+            write_adapter(directory, pairs, adapters.lora, str(source), registry.layout(engine.arch, adapters.fused))
+    if both := sorted(adapters.names_in_both()):
+        say(
             f"warning: {directory}: PEFT drops those of dense and shared layers that are called as experts' "
-            f"are ({', '.join(both)}); tools/merge_adapter.py reads all, and hf/ has them merged",
-            flush=True,
+            f"are ({', '.join(both)}); tools/merge_adapter.py reads all, and hf/ has them merged"
         )
 
 
@@ -104,7 +84,7 @@ def export_run(engine: Engine, checkpoints: Checkpoints, run: Record, source: Pa
     step, best, ema = run.current_step - 1, checkpoints.best, engine.ema is not None
     checkpoints.secure(engine, run, step)
     if best.step:
-        run.say(f"best {best.name} {best.value:.6g}, of step {best.step}")
+        say(f"best {best.name} {best.value:.6g}, of step {best.step}")
     try:
         if run.config.checkpoint.export == "best" and best.step not in (0, step):
             checkpoints.load_best(engine)
@@ -116,4 +96,4 @@ def export_run(engine: Engine, checkpoints: Checkpoints, run: Record, source: Pa
     except SaveError as error:
         raise SaveError(f"{error}; {checkpoints.left()}") from None
     checkpoints.release(step)
-    run.say(f"wrote {run.directory / 'hf'}, step {step}{', averaged' if ema else ''}")
+    say(f"wrote {run.directory / 'hf'}, step {step}{', averaged' if ema else ''}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_posttrain.errors import NotFiniteError
-from megatron_posttrain.models.sharded import layer_numbers, position, table_name, unwrap
+from megatron_posttrain.models.sharded import naming, position, unwrap
 from megatron_posttrain.platform import platform
 
 if TYPE_CHECKING:
@@ -45,22 +46,16 @@ class Recorder:
 
     def watch(self, hooks: ExitStack) -> None:
         for index, (stage, model, name_of) in enumerate(_stages(self.engine)):
-            hooks.callback(model.register_forward_pre_hook(self._begins(index)).remove)
+            hooks.callback(model.register_forward_pre_hook(partial(self._begins, index)).remove)
             for name, module in model.named_modules():
-                hook = self._ends(index, stage, name_of(name) if name else "the model")
-                hooks.callback(module.register_forward_hook(hook).remove)
+                text = f"the output of {name_of(name) if name else 'the model'}"
+                hooks.callback(module.register_forward_hook(partial(self._ends, index, stage, text)).remove)
 
-    def _begins(self, index: int) -> Callable[..., None]:
-        def hook(*unused: Any) -> None:
-            self.micro_batch[index] += 1
+    def _begins(self, index: int, *unused: Any) -> None:
+        self.micro_batch[index] += 1
 
-        return hook
-
-    def _ends(self, index: int, stage: int, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            self.look(output, index, stage, f"the output of {name}")
-
-        return hook
+    def _ends(self, index: int, stage: int, text: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.look(output, index, stage, text)
 
     def look(self, output: Any, index: int, stage: int, text: str) -> None:
         call = next(self.calls)
@@ -71,13 +66,8 @@ class Recorder:
 
 
 def refuse(engine: Engine, what: str, forward: Callable[[Recorder], Any], *, gradients: bool = False) -> None:
-    """Collective: raises NotFiniteError that names the rank and the layer where it was first seen.
-
-    Args:
-        what: what was found to be not finite.
-        forward: repeats the forward passes, under hooks of the recorder that it is given.
-        gradients: whether there are gradients to look at.
-    """
+    """Collective: raises NotFiniteError that names the rank and the layer where `what` was first not finite. `forward`
+    repeats the forward passes, for the recorder that it is given; `gradients`: whether there are any to look at."""
     recorder = Recorder(engine)
     found = list(_first_weight(engine))
     with torch.no_grad(), ExitStack() as hooks:
@@ -89,21 +79,16 @@ def refuse(engine: Engine, what: str, forward: Callable[[Recorder], Any], *, gra
     gathered: list[list[Fault]] = [found] * dist.get_world_size()
     dist.all_gather_object(gathered, found)
     first = min(itertools.chain(*gathered), default=None)
-    where = (
-        f"first seen on rank {first.rank} in {first.text}" if first else "each value by itself is finite: an overflow"
-    )
+    overflow = "each value by itself is finite: an overflow"
+    where = f"first seen on rank {first.rank} in {first.text}" if first else overflow
     raise NotFiniteError(f"{what}; {where}. The step was not trained on, nothing of it is saved")
 
 
 def _stages(engine: Engine) -> Iterator[tuple[int, nn.Module, Callable[[str], str]]]:
     """Of every chunk: its place in the whole model, the model itself, and names with global numbers of layers."""
     rank, size = position(engine.groups.pipeline)
-    moe, (expert, experts) = engine.arch.moe, position(engine.groups.expert)
-    offset = expert * (moe.num_experts // experts) if moe else 0
-    for index, chunk in enumerate(engine.modules):
-        model = unwrap(chunk)
-        numbers = layer_numbers(model)
-        yield index * size + rank, model, lambda name, numbers=numbers: table_name(name, numbers, offset)  # type: ignore[misc]
+    for index, model in enumerate(map(unwrap, engine.modules)):
+        yield index * size + rank, model, naming(model, engine.arch, position(engine.groups.expert))
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -124,8 +109,7 @@ def _last_gradient(engine: Engine) -> list[Fault]:
     found, bad = [], 0
     for stage, model, name_of in _stages(engine):
         for number, (name, parameter) in enumerate(model.named_parameters()):
-            count = int((~parameter.main_grad.isfinite()).sum())  # type: ignore[attr-defined]
-            if count:
+            if count := int((~parameter.main_grad.isfinite()).sum()):  # type: ignore[attr-defined]
                 bad += count
                 found.append(((GRADIENT, -stage, -number), f"the gradient of {name_of(name)}"))
     return [Fault((*order, -bad), dist.get_rank(), text) for order, text in found]

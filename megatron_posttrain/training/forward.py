@@ -18,9 +18,11 @@ from megatron_posttrain.training.heads import Head, Output, Rows
 from megatron_posttrain.training.totals import Mean
 
 Metrics = Mapping[str, Mean]
-# (a head's output, batch) -> a term of the loss for every token, sequence or unit of the micro-batch, never their sum
-# or mean; what is logged, as sums that know their counts
-LossFunction = Callable[[Output, PackedBatch], tuple[Tensor, Metrics]]
+# A term of the loss for every token, sequence or unit of the micro-batch, never their sum or mean; what is logged, as
+# sums that know their counts
+Terms = tuple[Tensor, Metrics]
+LossFunction = Callable[[Output, PackedBatch], Terms]
+Loss = tuple[Tensor, dict[str, Any]]  # of a micro-batch, and what is logged
 # (chunk of the model, batch, this context rank's positions in it) -> what a forward pass is in
 Around = Callable[[Any, PackedBatch, Tensor], AbstractContextManager[None]]
 
@@ -38,7 +40,7 @@ class ForwardStep:
 
     def __call__(
         self, count: int, batches: Iterator[PackedBatch], model: Any
-    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Any]]]]:
+    ) -> tuple[Tensor, Callable[[Tensor], Loss]]:
         """The model's output for the next of `count` micro-batches, and what makes its loss of it."""
         from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -47,26 +49,17 @@ class ForwardStep:
         device = platform().device
         mine = local_index(batch.cu_seqlens, context.rank(), context.size())
         tokens, positions, labels = (x[mine].to(device) for x in (batch.tokens, batch.position_ids, batch.labels))
-        cu_seqlens = batch.cu_seqlens.to(device)
+        bounds, longest = batch.cu_seqlens.to(device), batch.max_seqlen
         packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=batch.max_seqlen,
-            max_seqlen_kv=batch.max_seqlen,
+            qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
         )
         chosen = self.head.positions(batch)[mine].nonzero()[:, 0]
         chosen = chosen if len(chosen) else chosen.new_zeros(1)  # kernels need not take none
         local = chosen.to(device)
         around = nullcontext() if self.around is None else self.around(model, batch, mine)
         with output_rows(model, local), around:
-            output = model(
-                tokens[None],
-                positions[None],
-                None,
-                packed_seq_params=packed,
-                padding_mask=self._padding_mask(batch, mine, model),
-            )
+            mask = self._padding_mask(batch, mine, model)
+            output = model(tokens[None], positions[None], None, packed_seq_params=packed, padding_mask=mask)
         rows = Rows(batch, mine[chosen], labels[local], self.arch.vocab_size, self.groups.tensor)
         return output, partial(self._loss, count, rows, local, len(mine))
 
@@ -82,9 +75,7 @@ class ForwardStep:
             mask = mask.chunk(layout.tensor)[self.groups.tensor.rank()]
         return mask[None]
 
-    def _loss(
-        self, count: int, rows: Rows, local: Tensor, tokens: int, logits: Tensor
-    ) -> tuple[Tensor, dict[str, Any]]:
+    def _loss(self, count: int, rows: Rows, local: Tensor, tokens: int, logits: Tensor) -> Loss:
         batch, context = rows.batch, self.groups.context
         found = self.head(logits[0], rows)
         everywhere = {name: x.new_zeros(tokens, *x.shape[1:]).index_copy(0, local, x) for name, x in found.items()}

@@ -7,6 +7,7 @@ from typing import ClassVar, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from megatron_posttrain.data.batch import PackedBatch
 from megatron_posttrain.training.token_logprobs import normaliser, token_logprobs
@@ -62,13 +63,9 @@ class LabelLogprobs(OfLabels):
 
 @dataclass(frozen=True)
 class Scalars(OfLabels):
-    """`values`: of a model whose output layer has one column (reward models, critics), differentiable.
+    """`values`: of a model whose output layer has one column (reward models, critics), differentiable."""
 
-    Args:
-        last: of the last token of every sequence only; else of every token whose label counts.
-    """
-
-    last: bool = False
+    last: bool = False  # of the last token of every sequence only; else of every token whose label counts
     widths: ClassVar[Mapping[str, int]] = {"values": 0}
 
     def positions(self, batch: PackedBatch) -> Tensor:
@@ -106,9 +103,7 @@ class TopK(OfLabels):
         if group.size() > 1:
             # Ranks with fewer columns than k send padding that no one chooses.
             missing = (0, self.k - values.shape[-1])
-            mine = torch.stack(
-                [torch.nn.functional.pad(values, missing, value=-torch.inf), torch.nn.functional.pad(tokens, missing)]
-            )
+            mine = torch.stack([F.pad(values, missing, value=-torch.inf), F.pad(tokens, missing)])
             parts = [torch.empty_like(mine) for _ in range(group.size())]
             dist.all_gather(parts, mine, group=group)
             values, tokens = torch.cat(parts, dim=-1)

@@ -183,9 +183,7 @@ class Heartbeat:
 
 def diagnosis(directory: Path, ranks: int, *, stacks: bool = True) -> str:
     """Where every rank is: those that do not run, then those that are behind, then the rest, alike ones together.
-
-    `stacks=False` where nobody was asked for one: a rank without is not taken to be frozen then.
-    """
+    `stacks=False` where nobody was asked for one: a rank without is not taken to be frozen then."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for rank in range(ranks):
         beat, frames = read_beat(directory, rank), stack_of(directory, rank)

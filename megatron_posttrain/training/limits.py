@@ -25,10 +25,8 @@ def check_answers(rows: Sequence[Row], rewards: Iterable[RewardConfig]) -> None:
 
 
 def prompts_of(config: GrpoConfig, rows: Sequence[Row], tokenizer: Any, tools: Sequence[Any] = ()) -> PromptDataset:
-    """The prompts that leave room for a response, with the `tools` of an environment.
-
-    Raises UserError, also for a row that no reward could grade, and one whose own tools nothing would answer.
-    """
+    """The prompts that leave room for a response, with the `tools` of an environment. Raises UserError, also for a row
+    that no reward could grade, and one whose own tools nothing would answer."""
     check_answers(rows, config.rewards)
     rows = rows_with_tools(rows, tools)
     longest = config.data.sequence_length - config.rollout.at(None).max_tokens
@@ -70,16 +68,10 @@ def rollout_problems(config: GrpoConfig | DistillConfig, arch: Architecture | No
             yield f"algorithm.routing_replay={config.algorithm.routing_replay}: the model has no experts; allowed: none"
         if rollout.replay is not None:
             return
-        cache = rollout.kv_cache_gib
-        yield from engine_problems(
-            arch,
-            device,
-            tensor=rollout.tensor,
-            expert=rollout.expert,
-            length=config.data.sequence_length,
-            cache_bytes=None if cache is None else int(cache * 2**30),
-            dtype_bytes=4 if precision == "fp32" else 2,
-        )
+        cache = None if rollout.kv_cache_gib is None else int(rollout.kv_cache_gib * 2**30)
+        sizes: Any = {"cache_bytes": cache, "dtype_bytes": 4 if precision == "fp32" else 2}
+        sizes |= {"tensor": rollout.tensor, "expert": rollout.expert, "length": config.data.sequence_length}
+        yield from engine_problems(arch, device, **sizes)
 
 
 def _shipping_problems(config: Config, arch: Architecture | None, device: str) -> Iterator[str]:

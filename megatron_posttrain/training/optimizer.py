@@ -62,9 +62,7 @@ def _gather_for_grouped_experts(chunk: Any) -> None:
             module.register_forward_pre_hook(wait)
 
 
-def make_optimizer(
-    chunks: Sequence[Any], model_config: Any, config: OptimizerConfig, *, bf16: bool, overlap: bool
-) -> Any:
+def make_optimizer(chunks: Sequence[Any], model_config: Any, config: OptimizerConfig, *, overlap: bool) -> Any:
     """AdamW with fp32 main weights, sharded over data parallel ranks; sets the schedule's hooks."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig as Options
@@ -79,7 +77,7 @@ def make_optimizer(
         adam_beta2=config.beta2,
         adam_eps=config.epsilon,
         clip_grad=config.clip_grad or float("inf"),  # 0 would also leave the norm out of the metrics
-        bf16=bf16,
+        bf16=model_config.bf16,
         params_dtype=model_config.params_dtype,
         use_distributed_optimizer=True,
         overlap_param_gather=overlap,

@@ -13,6 +13,7 @@ from megatron_posttrain.errors import UserError
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.adapters import check_quantization, find_adapters
 from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.models.build import use_transformer_engine
 from megatron_posttrain.models.layout_checks import check_layout
 from megatron_posttrain.parallel.layout import Layout, batch_problem
 from megatron_posttrain.parallel.network import check_interfaces
@@ -53,9 +54,7 @@ def prepare(config: Config, world_size: int | None = None) -> Prepared:
         check_launcher()
         refuse_unused_gpu()
         if (config.output_dir / "hf").resolve() == path.resolve():
-            raise UserError(
-                f"output={config.output}: the export would replace its hf/, which is model.path; name another"
-            )
+            raise UserError(f"output={config.output}: the export would replace its hf/, the model.path; name another")
         check_disk(config, arch)
         keep_date(config)
     tokenizer = read_tokenizer(config.model.tokenizer or path, arch, path)
@@ -92,15 +91,12 @@ def check_beside(key: str, name: str, layout: Layout) -> tuple[Path, Architectur
 
 
 def read_tokenizer(place: Path | str, arch: Architecture | None, model: Path | None = None) -> Any:
-    """The tokenizer of `place` for a `model`, which may be another directory.
-
-    Raises UserError where it cannot be read, has no chat template, or more tokens than the model's vocabulary.
-    """
+    """The tokenizer of `place` for a `model`, which may be another directory. Raises UserError where it cannot be read,
+    has no chat template, or more tokens than the model's vocabulary."""
     tokenizer = load_tokenizer(str(place), model)
     if arch is not None and len(tokenizer) > arch.vocab_size:
-        raise UserError(
-            f"{place}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {arch.vocab_size}"
-        )
+        found = f"{len(tokenizer)} tokens, the model's vocabulary only {arch.vocab_size}"
+        raise UserError(f"{place}: the tokenizer has {found}")
     return tokenizer
 
 
@@ -118,13 +114,8 @@ def batch_problems(config: Config, layout: Layout) -> Iterator[str]:
 
 
 def _check_implementation(config: Config) -> None:
-    device = platform()
-    if config.model.implementation == "transformer_engine" and not device.has_transformer_engine():
-        raise UserError(
-            f"model.implementation=transformer_engine, but Transformer Engine is not installed on this "
-            f"{device.name} machine; allowed here: auto, torch"
-        )
-    if config.precision.fp8 is not None and not device.has_transformer_engine():
+    use_transformer_engine(config.model)
+    if config.precision.fp8 is not None and not platform().has_transformer_engine():
         raise UserError(f"precision.fp8={config.precision.fp8} needs Transformer Engine on a GPU; here: fp8=null")
 
 

@@ -14,6 +14,12 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def say(text: str) -> None:
+    """A line for a person, once a job."""
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
 def finish() -> None:
     """Leaves the job together; a rank that goes early would break the others' last collective."""
     if dist.is_initialized():

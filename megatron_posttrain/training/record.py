@@ -15,16 +15,15 @@ from megatron_posttrain.config.schema import Config
 from megatron_posttrain.platform.describe import describe_environment
 from megatron_posttrain.training.finite import anywhere
 from megatron_posttrain.training.heartbeat import Heartbeat, last_words
+from megatron_posttrain.training.process import say
 from megatron_posttrain.training.trackers import open_trackers
 
 STOP_FILE = ".stop"
 
 
 class Record:
-    """Metrics, progress lines, and requests to stop. Rank 0 writes; every rank may call.
-
-    A stop is requested by SIGTERM or SIGUSR1 to any rank, or by a file `.stop` in the output directory.
-    """
+    """Metrics, progress lines, and requests to stop. Rank 0 writes; every rank may call. A stop is requested by SIGTERM
+    or SIGUSR1 to any rank, or by a file `.stop` in the output directory."""
 
     def __init__(self, config: Config, total_steps: int, first_step: int) -> None:
         self.config, self.total_steps = config, total_steps
@@ -40,14 +39,12 @@ class Record:
         self._trackers: list[Any] = []
         if self.is_main:
             self._open(first_step)
-        beats, hang_seconds = self.directory / "heartbeats", config.logging.hang_seconds
-        self._heartbeat = Heartbeat(
-            beats, dist.get_rank(), dist.get_world_size(), first_step + 1, hang_seconds=hang_seconds
-        )
+        self._beats = (self.directory / "heartbeats", dist.get_rank(), dist.get_world_size())
+        self._heartbeat = Heartbeat(*self._beats, first_step + 1, hang_seconds=config.logging.hang_seconds)
         dist.barrier()
         self._heartbeat.start()
         if first_step:
-            self.say(f"resumed after step {first_step}")
+            say(f"resumed after step {first_step}")
 
     def _open(self, first_step: int) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -82,7 +79,7 @@ class Record:
         for tracker in self._trackers:
             tracker.log(step, {name: value for name, value in kept.items() if value is not None})
         if step % self.config.logging.every == 0 or step == self.total_steps:
-            self.say(self._line(step, metrics))
+            say(self._line(step, metrics))
 
     def _line(self, step: int, metrics: dict[str, float]) -> str:
         done = step - self._first_step
@@ -99,10 +96,6 @@ class Record:
         equal = "reward" in metrics and metrics.get("grad_norm") == 0
         return line + ("  (no gradient: equal rewards within each prompt?)" if equal else "")
 
-    def say(self, text: str) -> None:
-        if self.is_main:
-            print(text, flush=True)
-
     def stop_requested(self, *, also: bool = False) -> bool:
         """Collective: whether any rank was asked to stop, or has a reason of its own: `also`."""
         return anywhere(also or self._stop or (self.is_main and (self.directory / STOP_FILE).exists()))
@@ -110,7 +103,7 @@ class Record:
     def close(self, error: BaseException | None = None) -> None:
         """`error`: why the run ends before its time."""
         if isinstance(error, RuntimeError) and dist.get_world_size() > 1:
-            print(last_words(self.directory / "heartbeats", dist.get_rank(), dist.get_world_size()), flush=True)
+            print(last_words(*self._beats), flush=True)
         self._heartbeat.stop()
         if self._metrics is not None:
             self._metrics.close()

@@ -1,14 +1,12 @@
 """What a checkpoint is a checkpoint of, and what may differ when another attempt goes on from it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from megatron_posttrain.checkpoint.hf_files import read_json
 from megatron_posttrain.config.algorithms import ALGORITHMS
@@ -50,7 +48,7 @@ class Origin:
     rows_per_step: int
 
     @classmethod
-    def of(cls, config: Config, model: Path, data: str) -> Origin:
+    def of(cls, config: Config, model: Path, data: str) -> Self:
         weights = "" if config.model.random_init else fingerprint_of_weights(model)
         plain = flat(config.model_dump(mode="json"))
         plain["command"] = config.command
@@ -61,10 +59,8 @@ class Origin:
         return {"step": step, "rows": step * self.rows_per_step, "started": started().isoformat()} | asdict(self)
 
     def changes(self, checkpoint: Path, state: dict[str, Any]) -> list[str]:
-        """Settings that differ from those of `checkpoint` and hold from now on; UserError for those that may not.
-
-        A checkpoint of a version that recorded no settings differs in nothing.
-        """
+        """Settings that differ from those of `checkpoint` and hold from now on; UserError for those that may not. A
+        checkpoint of a version that recorded no settings differs in nothing."""
         if "config" not in state:
             return []
         told, refused = [], []
@@ -133,9 +129,7 @@ def fingerprint_of_config(directory: Path) -> str:
 
 def fingerprint_of_weights(directory: Path) -> str:
     """Of name, size, beginning and end of every weight file: milliseconds a file, wherever and whenever it was copied.
-
-    The beginning has the names, types and shapes of all tensors; training moves every tensor, those at the end too.
-    """
+    The beginning has the names, types and shapes of all tensors; training moves every tensor, those at the end too."""
     total = hashlib.sha256()
     for file in sorted(directory.glob("*.safetensors")):
         size = file.stat().st_size

@@ -1,7 +1,5 @@
 """Routing replay: experts that were chosen before are chosen again; their weights are the router's own, with gradient.
-
-The choice of the old policy (arXiv 2507.18071, section 5.3) or of the rollout engine (R3, arXiv 2510.11370).
-"""
+The choice of the old policy (arXiv 2507.18071, section 5.3) or of the rollout engine (R3, arXiv 2510.11370)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

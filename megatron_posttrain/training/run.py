@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -16,6 +15,7 @@ from megatron_posttrain.training.checkpoints import Checkpoints
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.export import export_run
 from megatron_posttrain.training.prepare import Prepared
+from megatron_posttrain.training.process import say
 from megatron_posttrain.training.record import Record
 from megatron_posttrain.training.resume import Origin
 from megatron_posttrain.training.schedule import learning_rate, total_steps
@@ -55,6 +55,8 @@ class Run:
     Raises UserError, before any process group or model is made, where `output` has a checkpoint of another run.
     """
 
+    say = staticmethod(say)
+
     def __init__(self, prepared: Prepared, dataset: Dataset) -> None:
         config = self.config = prepared.config
         self.prepared, self.dataset = prepared, dataset
@@ -77,15 +79,11 @@ class Run:
         self._stack = contextlib.ExitStack()
 
     def model(
-        self, keep: str | None = None, beside: Mapping[str, Engine] | None = None, *, save_kept: bool = False
+        self, keep: str | None = None, beside: dict[str, Engine] | None = None, *, save_kept: bool = False
     ) -> Engine:
         """Collective: the model that is trained, as the newest checkpoint has it; saved and exported by the run.
-
-        Args:
-            keep: name of a weight set for the weights that the run began with.
-            beside: other trained models that are saved and resumed with it, by name.
-            save_kept: whether the weight set changes, so that checkpoints need it.
-        """
+        `keep`: name of a weight set for the weights that the run began with; `save_kept`: it changes, so that
+        checkpoints need it. `beside`: other trained models that are saved and resumed with it, by name."""
         self.checkpoints.beside |= beside or {}
         self.checkpoints.weight_set = keep if save_kept else None
         self._engine = Engine.of(self.config, self.prepared.arch, self.groups)
@@ -107,11 +105,10 @@ class Run:
         self._record.describe(data=self.dataset.message, layout=str(self.prepared.layout))
         if (warm_up := self.config.optimizer.warmup_steps) >= self.total_steps:
             self.say(f"warning: the learning rate never gets to its peak: optimizer.warmup_steps={warm_up}")
-        profiler = self._profiler()
+        profiler, patience, best = self._profiler(), self.config.training.patience, self.checkpoints.best
         for index in range(self._first_step, self.total_steps):
-            patience, looks = self.config.training.patience, self.checkpoints.best.looks
-            if patience is not None and looks >= patience:
-                self.say(f"stopped early after step {index}: no better {self.checkpoints.best.name} in {looks} looks")
+            if patience is not None and best.looks >= patience:
+                self.say(f"stopped early after step {index}: no better {best.name} in {best.looks} looks")
                 break
             step = Step(self, index)
             self._engine.begin_step(index)
@@ -140,11 +137,6 @@ class Run:
             )
         )
 
-    def say(self, text: str) -> None:
-        """A line for a person, once per job."""
-        if self.is_main:
-            print(text, flush=True)
-
     def log(self, number: int, metrics: Mapping[str, float]) -> None:
         assert self._record is not None
         self._record.log(number, dict(metrics))
@@ -154,9 +146,7 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if self._record is not None:
             self._record.close(error)
         try:

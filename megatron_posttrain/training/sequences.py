@@ -20,10 +20,8 @@ from megatron_posttrain.training.heads import LabelLogprobs
 def sequence_logprobs(
     engine: Engine, sequences: Sequence[TokenSequence], token_budget: int, temperature: float = 1.0
 ) -> list[Tensor]:
-    """log p(token t+1 | tokens 0..t) at `temperature` where t+1 counts, else 0, of every sequence.
-
-    [length - 1] fp32 on the host, on every rank. Sequences share micro-batches of at most `token_budget` tokens.
-    """
+    """log p(token t+1 | tokens 0..t) at `temperature` where t+1 counts, else 0, of every sequence. [length - 1] fp32 on
+    the host, on every rank. Sequences share micro-batches of at most `token_budget` tokens."""
     numbered = [replace(sequence, index=index) for index, sequence in enumerate(sequences)]
     batches = rank_token_batches(numbered, engine.groups, engine.arch, token_budget)
     outputs = batch_logprobs(engine, batches, temperature)
@@ -32,10 +30,8 @@ def sequence_logprobs(
 
 
 def batch_logprobs(engine: Engine, batches: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
-    """Log-probs of this rank's micro-batches, each [T] fp32 on the host, aligned as their labels.
-
-    Raises NotFiniteError on all ranks when one is not finite.
-    """
+    """Log-probs of this rank's micro-batches, each [T] fp32 on the host, aligned as their labels. Raises NotFiniteError
+    on all ranks when one is not finite."""
     head = LabelLogprobs(temperature)
     outputs = engine.forward(batches, head)
     logprobs = [o["logprobs"][: len(batch.tokens)].cpu() for batch, o in zip(batches, outputs, strict=True)]
@@ -45,14 +41,8 @@ def batch_logprobs(engine: Engine, batches: Sequence[PackedBatch], temperature: 
 
 
 def sums_by_sequence(groups: Groups, batches: Sequence[PackedBatch], values: Sequence[Tensor], count: int) -> Tensor:
-    """Collective over all ranks: sums over the labels of each sequence, by its index below `count`.
-
-    Args:
-        values: of each micro-batch, [T], on the ranks of the last pipeline stage; other ranks' are not looked at.
-
-    Returns:
-        [count] fp64 on the host of every rank.
-    """
+    """Collective over all ranks: sums over the labels of each sequence, by its index below `count`: [count] fp64 on the
+    host. `values`: of each micro-batch, [T], on the ranks of the last pipeline stage; others' are not looked at."""
     totals = torch.zeros(count, dtype=torch.float64)
     for index, part in _real(batches, values) if _tells(groups) else ():
         totals[index] = part.double().sum()

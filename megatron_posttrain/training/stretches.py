@@ -90,13 +90,9 @@ class Bucket:
 
 
 class Stretches:
-    """Of all parameters that an optimizer trains.
-
-    Args:
-        optimizer: megatron-core's ChainedOptimizer of DistributedOptimizers.
-        model: the model chunks' sharded state dicts, with parameters as they are (`keep_vars`).
-        states: of a parameter, by the optimizer's names; `param`: the main weight.
-    """
+    """Of all parameters that an optimizer, megatron-core's ChainedOptimizer of DistributedOptimizers, trains. `model`:
+    the chunks' sharded state dicts, with parameters as they are (`keep_vars`); `states`: of a parameter, by the
+    optimizer's names; `param`: the main weight."""
 
     def __init__(self, optimizer: Any, model: Sequence[dict[str, Any]], states: Sequence[str] = STATES) -> None:
         self.states = states
@@ -166,10 +162,8 @@ class Stretches:
 
 
 def boxes_of(base: Any, start: int, stop: int) -> Iterator[tuple[int, Any]]:
-    """Elements [start, stop) of a parameter as (first element, box of the global tensor).
-
-    `base`: megatron-core's ShardedTensor of the parameter, or its ShardedTensorFactory of several parts.
-    """
+    """Elements [start, stop) of a parameter as (first element, box of the global tensor). `base`: megatron-core's
+    ShardedTensor of the parameter, or its ShardedTensorFactory of several parts."""
     for part in base.build() if hasattr(base, "build") else [base]:
         begin = part.data.storage_offset() - base.data.storage_offset()
         if not part.data.is_contiguous():

@@ -16,16 +16,14 @@ CHUNK_ELEMENTS = 1 << 26  # logits turned to fp32 at a time: 256 MiB
 def token_logprobs(
     logits: Tensor, labels: Tensor, vocab_size: int, group: dist.ProcessGroup, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log softmax(logits / temperature)[labels], the entropy of the distribution, and the log of its normaliser.
+    """log softmax(logits / temperature)[labels], the entropy of the distribution, and the log of its normaliser: each
+    [t] fp32, nats, differentiable in `logits`.
 
     Args:
         logits: [t, padded vocabulary / tensor size], this rank's columns.
         labels: [t] token numbers in the whole vocabulary.
         vocab_size: tokens that exist; the padded columns behind them have no probability.
         group: tensor parallel group.
-
-    Returns:
-        each [t] fp32, nats, differentiable in `logits`.
     """
     return _TokenLogprobs.apply(logits, labels, vocab_size, group, temperature)
 

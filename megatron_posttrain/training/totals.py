@@ -1,9 +1,9 @@
 """Counts of a global batch, and means that know their counts: the one place for denominators."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ class Totals:
     units: int  # sequences that belong together, such as a pair
 
     @classmethod
-    def of(cls, micro_batches: Sequence[PackedBatch], group: dist.ProcessGroup) -> Totals:
+    def of(cls, micro_batches: Sequence[PackedBatch], group: dist.ProcessGroup) -> Self:
         """Collective over the data parallel group, whose ranks have different micro-batches."""
         counts = torch.tensor([batch.counts for batch in micro_batches], dtype=torch.float64).sum(0)
         if group.size() > 1:
@@ -32,17 +32,8 @@ class Totals:
         return cls(int(tokens) if tokens.is_integer() else tokens, *map(int, others))
 
 
-def per_token(totals: Totals) -> float:
-    """For a loss that is a mean over all tokens of the global batch."""
-    return totals.tokens
-
-
-def per_sequence(totals: Totals) -> float:
-    return totals.sequences
-
-
-def per_unit(totals: Totals) -> float:
-    return totals.units
+# What a loss is divided by that is a mean over all tokens, sequences or units of the global batch
+per_token, per_sequence, per_unit = attrgetter("tokens"), attrgetter("sequences"), attrgetter("units")
 
 
 @dataclass(frozen=True)
@@ -52,7 +43,7 @@ class Mean:
     total: float | Tensor
     count: float | Tensor
 
-    def __add__(self, other: Mean) -> Mean:
+    def __add__(self, other: "Mean") -> "Mean":
         return Mean(self.total + other.total, self.count + other.count)
 
     @property

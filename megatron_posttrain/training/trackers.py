@@ -33,9 +33,8 @@ class WeightsAndBiases:
         import wandb
 
         options: dict[str, Any] = {"name": config.output_dir.name, "dir": config.output, "resume": "allow"}
-        self._run = wandb.init(
-            project=config.logging.wandb, id=runs.get("wandb"), config=config.model_dump(mode="json"), **options
-        )
+        options |= {"project": config.logging.wandb, "id": runs.get("wandb")}
+        self._run = wandb.init(config=config.model_dump(mode="json"), **options)
         runs["wandb"] = self._run.id
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -1,10 +1,14 @@
-"""Weight sets: named copies of a model's weights in host memory, which take its place for a while."""
+"""Weights that take the place of a model's for a while: named copies in host memory, and an exponential moving average
+of the fp32 main weights, one more state of the optimizer, which is offloaded, saved and loaded as its moments are."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+AVERAGE = "average"  # 4 bytes a parameter of this rank's shard
 
 
 class WeightSets:
@@ -14,11 +18,6 @@ class WeightSets:
         tensors = [tensor for module in modules for tensor in [*module.parameters(), *module.buffers()]]
         self._tensors: list[Tensor] = [t.detach() for t in tensors if t.requires_grad or not trained_only]
         self._sets: dict[str, list[Tensor]] = {}
-
-    @property
-    def host_bytes(self) -> int:
-        """Of all sets."""
-        return sum(tensor.nbytes for copies in self._sets.values() for tensor in copies)
 
     def keep(self, name: str) -> None:
         """The present weights under `name`; those that had it before go."""
@@ -30,10 +29,8 @@ class WeightSets:
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
-        """The model has the set's weights, and afterwards its own again, to the last bit.
-
-        Raises KeyError for a name that was not kept.
-        """
+        """The model has the set's weights, and afterwards its own again, to the last bit. Raises KeyError for a name
+        that was not kept."""
         copies = self._sets[name]
         self._exchange(copies)
         try:
@@ -70,3 +67,46 @@ class HostWeights:
             yield
         finally:
             self._leave()
+
+
+def _main_weights(optimizer: Any) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """This rank's main weights, and their states."""
+    for part in optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            for main in group["params"]:
+                yield main.detach(), part.optimizer.state[main]
+
+
+def update_average(optimizer: Any, decay: float) -> None:
+    """After an optimizer step t: a_t = decay a_(t-1) + (1 - decay) w_t, a_1 = w_1 (as torch.optim.swa_utils)."""
+    for main, state in _main_weights(optimizer):
+        if AVERAGE in state:
+            state[AVERAGE].lerp_(main, 1 - decay)
+        else:
+            state[AVERAGE] = main.clone()
+
+
+def make_room_for_average(optimizer: Any) -> None:
+    """For averages that are to be loaded."""
+    for main, state in _main_weights(optimizer):
+        state[AVERAGE] = torch.empty_like(main)
+
+
+@contextmanager
+def average_used(optimizer: Any, gather: Callable[[], None]) -> Iterator[None]:
+    """The model has the averages, and afterwards its own weights again, to the last bit; `gather`: from shards."""
+
+    def exchange() -> None:
+        for main, state in _main_weights(optimizer):
+            before = main.clone()
+            main.copy_(state[AVERAGE])
+            state[AVERAGE].copy_(before)
+        for part in optimizer.chained_optimizers:
+            part._copy_main_params_to_model_params()
+        gather()
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()

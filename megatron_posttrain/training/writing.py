@@ -9,11 +9,7 @@ from megatron_posttrain.upstream.megatron import written_by_threads
 
 class Writing:
     """This rank's share of a checkpoint that is being written, of a copy in host memory.
-
-    Args:
-        requests: megatron-core's AsyncRequests, one a directory.
-        state: what is written beside the files when all ranks' are there.
-    """
+    `requests`: megatron-core's AsyncRequests, one a directory; `state`: is written when all ranks' files are there."""
 
     def __init__(self, requests: Sequence[Any], state: dict[str, Any]) -> None:
         self.state, self._requests = state, requests

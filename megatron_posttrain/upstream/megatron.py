@@ -138,11 +138,9 @@ def split_down_projections(chunk: torch.nn.Module) -> None:
 
 
 def _split_by_sequence(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
-    """[s, b, features / tensor] -> [s / tensor, b, features], as Transformer Engine's layer gives it.
-
-    What megatron-core 0.16.1 (multi_latent_attention 607) makes of the former loses the gradients that the rotary
-    part of the key, which all heads share, has from the heads of other tensor ranks.
-    """
+    """[s, b, features / tensor] -> [s / tensor, b, features], as Transformer Engine's layer gives it. What
+    megatron-core 0.16.1 (multi_latent_attention 607) makes of the former loses the gradients that the rotary part of
+    the key, which all heads share, has from the heads of other tensor ranks."""
     from megatron.core.tensor_parallel import mappings
 
     whole = mappings.gather_from_tensor_model_parallel_region(output[0])

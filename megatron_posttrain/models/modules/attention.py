@@ -66,19 +66,11 @@ class PackedAttention(torch.nn.Module):
     gathered, which is exact and needs no online softmax.
     """
 
-    def __init__(
-        self,
-        config: Any,
-        layer_number: int,
-        attn_mask_type: Any = None,
-        attention_type: str = "self",
-        softmax_scale: float | None = None,
-        pg_collection: Any = None,
-        k_channels: int | None = None,
-        **unused: Any,
-    ) -> None:
+    def __init__(self, config: Any, layer_number: int, *, pg_collection: Any, **options: Any) -> None:
+        """Of megatron-core's further `options` only `softmax_scale` and `k_channels` have an effect."""
         super().__init__()
-        self.scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
+        channels = options.get("k_channels") or config.kv_channels
+        self.scale = options.get("softmax_scale") or 1.0 / math.sqrt(channels)
         self.context_group = pg_collection.cp
         skip = config.window_attn_skip_freq
         windowed = config.window_size is not None and (skip is None or bool(skip[layer_number - 1]))
@@ -88,32 +80,20 @@ class PackedAttention(torch.nn.Module):
             from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
             heads = config.num_attention_heads // pg_collection.tp.size()
-            self.softmax_offset = torch.nn.Parameter(
-                torch.empty(heads, dtype=config.params_dtype, device=torch.cuda.current_device())
-            )
+            sinks = torch.empty(heads, dtype=config.params_dtype, device=torch.cuda.current_device())
+            self.softmax_offset = torch.nn.Parameter(sinks)
             config.init_method(self.softmax_offset)
             # Each tensor rank has its own heads' sinks: all count in the gradient norm, all are saved.
             set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
-    ) -> dict[str, Any]:
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """For megatron-core's checkpoints: the sinks are split over tensor ranks."""
         from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(state, prefix, {"softmax_offset": 0}, sharded_offsets)
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        *unused: Any,
-        packed_seq_params: Any,
-        **_: Any,
-    ) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Any, **__: Any) -> Tensor:
         # The kernel has no sinks: it gives the softmax's normaliser, but no gradient of it.
         plain = self.context_group.size() == 1 and self.softmax_offset is None
         if plain and kernels.varlen_attention(query.dtype, query.shape[-1]):
@@ -121,11 +101,8 @@ class PackedAttention(torch.nn.Module):
         plan = getattr(packed_seq_params, "plan", None)
         if plan is None:
             plan = packed_seq_params.plan = PackingPlan.make(packed_seq_params.cu_seqlens_q)
-        if self.context_group.size() > 1:
-            out = self._context_parallel(query, key, value, plan)
-        else:
-            out = self._local(query, key, value, plan)
-        return out.reshape(out.shape[0], -1)
+        attend = self._context_parallel if self.context_group.size() > 1 else self._local
+        return attend(query, key, value, plan).reshape(query.shape[0], -1)
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, packed: Any) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn

@@ -69,11 +69,9 @@ class GroupedExperts(SequentialMLP):
 
 
 class _LastFirst(torch.nn.ModuleList):
-    """Iterates from the first module, names its parameters from the last.
-
-    megatron-core's gradient and parameter buffers hold parameters in reverse order of their names; a strided
-    view of all experts needs the first expert at the lowest address.
-    """
+    """Iterates from the first module, names its parameters from the last. megatron-core's gradient and parameter
+    buffers hold parameters in reverse order of their names; a strided view of all experts needs the first expert at the
+    lowest address."""
 
     def __init__(self, modules: torch.nn.ModuleList) -> None:
         torch.nn.Module.__init__(self)

@@ -8,8 +8,6 @@ from torch.nn import functional as F
 
 from megatron_posttrain.platform import platform
 
-HALF = (torch.bfloat16, torch.float16)
-
 
 def grouped_matmul(dtype: torch.dtype) -> bool:
     """Many matrix products in one kernel. On CPU torch runs it as a loop, which gains nothing."""
@@ -18,7 +16,7 @@ def grouped_matmul(dtype: torch.dtype) -> bool:
 
 def varlen_attention(dtype: torch.dtype, head_dim: int) -> bool:
     """Flash attention over packed sequences without padding; its kernels take head sizes of 8, 16, ... 256."""
-    fits = dtype in HALF and head_dim % 8 == 0 and head_dim <= 256
+    fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
     return platform().name == "cuda" and fits and torch_has_varlen()
 
 

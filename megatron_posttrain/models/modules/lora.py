@@ -11,17 +11,16 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
+from megatron_posttrain.config.schema import LoraConfig
 from megatron_posttrain.models.modules import kernels
 from megatron_posttrain.models.modules.nf4 import values
 
 
 @dataclass(frozen=True)
 class Split:
-    """How a linear layer is split over tensor parallel ranks.
-
-    column: output features; row: input features; whole: every rank has all of them. Experts exchange nothing: their
-    token dispatcher gathers the inputs and sums the outputs of the ranks.
-    """
+    """How a linear layer is split over tensor parallel ranks. column: output features; row: input features; whole:
+    every rank has all of them. Experts exchange nothing: their token dispatcher gathers the inputs and sums the outputs
+    of the ranks."""
 
     by: Literal["column", "row", "whole"]
     group: ProcessGroup
@@ -49,35 +48,23 @@ def scaling(alpha: float, rank: int, rank_stabilised: bool) -> float:
 
 
 class LoraLinear(nn.Module):
-    """The change of a weight is scaling x B @ A, with an A for each of the layers that a fused weight consists of.
+    """The change of a weight is scaling x B @ A, with an A for each of the layers that a fused weight consists of. A
+    [adapters x rank, in], B [out, rank]: a row of B meets the A that `owners` [out] names; -1: no adapter. `dora`: row
+    i of the sum becomes m_i times its direction; the norms are constants for the gradient (section 4.3)."""
 
-    A [adapters x rank, in], B [out, rank]: a row of B meets the A that `owners` [out] names; -1: no adapter.
-    `dora`: row i of the sum becomes m_i times its direction; the norms are constants for the gradient (section 4.3).
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        inputs: int,
-        owners: Tensor,
-        rank: int,
-        scaling: float,
-        dropout: float,
-        split: Split,
-        dora: bool,
-    ) -> None:
+    def __init__(self, weight: Tensor, inputs: int, owners: Tensor, lora: LoraConfig, split: Split) -> None:
         super().__init__()
-        dtype = weight.dtype
+        dtype, rank = weight.dtype, lora.rank
         device, count = owners.device, max(int(owners.max()) + 1, 1)
         self.a = nn.Parameter(torch.zeros(count * rank, inputs, dtype=dtype, device=device))
         self.b = nn.Parameter(torch.zeros(len(owners), rank, dtype=dtype, device=device))
         mask = owners[:, None] == torch.arange(count, device=device)
         self.mask = None if bool(mask.all()) else mask.to(dtype)  # [out, adapters]; not a buffer, it is no state
-        self.rank, self.scaling, self.dropout, self.split = rank, scaling, dropout, split
-        self.enabled = True
+        self.scaling, self.dropout = scaling(lora.alpha, rank, lora.use_rslora), lora.dropout
+        self.split, self.enabled = split, True
         self.m: nn.Parameter | None = None
         self._weight, self._owned = [weight], owners >= 0  # in a list: it is the layer's parameter
-        if dora:
+        if lora.use_dora:
             self.m = nn.Parameter(torch.ones(len(owners), dtype=dtype, device=device))
             self._mark(self.m, copied=split.by != "column")
         self._mark(self.a, copied=split.by != "row")

@@ -165,11 +165,9 @@ def quantising_linears(random: bool) -> Iterator[None]:
 
 
 def run_dequantised(module: torch.nn.Module, owners: tuple[type, ...]) -> None:
-    """From now on the weights below `module` that are in NF4 have their values while their layer runs forward.
-
-    Autograd keeps their codes instead of them, to make them anew in backward: one layer's values are in memory at a
-    time. `owners`: modules that use the weights of the layers in them.
-    """
+    """From now on the weights below `module` that are in NF4 have their values while their layer runs forward. Autograd
+    keeps their codes instead of them, to make them anew in backward: one layer's values are in memory at a time.
+    `owners`: modules that use the weights of the layers in them."""
     whole = isinstance(module, owners)
     weights: list[Any] = [w for w in module.parameters(recurse=whole) if hasattr(w, "nf4")]
     if weights:

@@ -8,18 +8,15 @@ from torch.nn import functional as F
 
 
 class RMSNorm(torch.nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; the mean is taken in fp32.
-
-    megatron-core's own torch norm refuses sequence parallelism (torch_norm 32 in 0.16.1). Here the weight
-    is marked, so that its gradient is summed over tensor ranks that each saw a part of the sequence.
-    """
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; the mean is taken in fp32. megatron-core's own torch
+    norm refuses sequence parallelism (torch_norm 32 in 0.16.1). Here the weight is marked, so that its gradient is
+    summed over tensor ranks that each saw a part of the sequence."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(
-            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
-        )
+        device = torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
