@@ -1,9 +1,9 @@
 """Log-prob differences between vLLM and the trainer, with and without routing replay, beside a dense model's.
 
-    python -m benchmarks.routing_replay [--dtypes fp32 bf16]
+    python -m benchmarks.routing_replay [--dtypes fp32 bf16] [--prompts 16] [--tokens 96]
 
 Random models of one shape (4 layers, hidden 128; the dense MLP is as wide as the experts that a token is sent to) in
-one process; 64 completions of 96 tokens at temperature 1.
+one process; four completions of a prompt at temperature 1.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def make(directory: Path, *, experts: bool) -> str:
     return str(directory)
 
 
-def differences(path: str, dtype: Any, groups: Any, prompts: int = 16, tokens: int = 96) -> dict[str, np.ndarray]:
+def differences(path: str, dtype: Any, groups: Any, prompts: int, tokens: int) -> dict[str, np.ndarray]:
     """|trainer - engine| of every sampled token, nats: `own` routing and `replay`, the latter with experts only."""
     arch = check_directory(path)[1]
     choices = None if arch.moe is None else choice_type(arch)
@@ -76,6 +76,8 @@ def differences(path: str, dtype: Any, groups: Any, prompts: int = 16, tokens: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=96, help="of a completion")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     start_distributed()
@@ -85,7 +87,8 @@ def main() -> None:
         for name, experts in (("dense", False), ("experts", True)):
             path = make(Path(place, name), experts=experts)
             for dtype in arguments.dtypes:
-                for routed, x in differences(path, dtype, groups).items():
+                found = differences(path, dtype, groups, arguments.prompts, arguments.tokens)
+                for routed, x in found.items():
                     row = f"{x.mean():.2g} | {np.quantile(x, 0.99):.2g} | {x.max():.2g}"
                     print(f"| {name} | {dtype} | {routed} | {row} |", flush=True)
 

@@ -47,15 +47,16 @@ def _assets() -> TemporaryDirectory[str]:
     return directory
 
 
-def make_qwen3(directory: Path, kind: str) -> str:
+def make_qwen3(directory: Path, kind: str, layers: int = 4) -> str:
     """`kind`: dense | tied | moe. Norm weights are random too: at one they would hide a swapped norm."""
     torch.manual_seed(0)
     model: Any
+    sizes = SIZES | {"num_hidden_layers": layers}
     if kind == "moe":
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **EXPERTS, tie_word_embeddings=False))
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **EXPERTS, tie_word_embeddings=False))
     else:
         rope = {"rope_theta": 10000.0, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
-        config = Qwen3Config(**SIZES, tie_word_embeddings=kind == "tied", rope_parameters=rope)
+        config = Qwen3Config(**sizes, tie_word_embeddings=kind == "tied", rope_parameters=rope)
         model = Qwen3ForCausalLM(config)
     for parameter in model.parameters():
         if parameter.dim() == 1:

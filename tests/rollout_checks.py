@@ -1,4 +1,4 @@
-"""What test_rollout.py asserts, measured in 2 ranks under torchrun: `rollout_checks.py DIRECTORY`.
+"""What test_rollout.py asserts, measured in 2 ranks: `rollout_checks.py DIRECTORY`.
 
 vLLM takes long to import and an engine about two seconds to start, so one job measures everything, and writes
 DIRECTORY/results.RANK.json. Then one rank fails on purpose while the other one waits for it.

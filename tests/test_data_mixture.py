@@ -31,8 +31,9 @@ def test_mixture_of_weighted_turns(tmp_path: Path) -> None:
     mixture = ",".join(f"{{path: {file}, weight: {weight}}}" for file, weight in zip(files, WEIGHTS, strict=True))
     line = [
         "-m", "megatron_posttrain", "sft", f"model.path={assets / 'model'}", f"data.train=[{mixture}]",
-        "precision.dtype=fp32", "data.sequence_length=64", "training.global_batch_size=4", "optimizer.lr=1e-3",
-        "optimizer.schedule=constant", "checkpoint.every=6", "logging.tensorboard=false",
+        "precision.dtype=fp32", "data.sequence_length=64", "training.global_batch_size=4",
+        "training.micro_batch_size=2", "optimizer.lr=1e-3", "optimizer.schedule=constant", "checkpoint.every=6",
+        "logging.tensorboard=false",
     ]  # fmt: skip
     # 12 steps of 4 rows are more than an epoch of this mixture.
     ranks(2, *line, "training.steps=12", f"output={tmp_path / 'whole'}")

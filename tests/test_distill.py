@@ -44,7 +44,7 @@ def job(place: Path, output: str, algorithm: dict[str, Any], **changes: Any) -> 
 def run(place: Path, processes: int, jobs: list[tuple[str, dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
     file = place / "jobs.json"
     file.write_text(json.dumps(jobs))
-    ranks(processes, "-m", "tests.preference_worker", str(file))
+    ranks(processes, "-m", "tests.preference_worker", str(file), rollout=True)
     return {Path(each["output"]).name: rows_of(Path(each["output"]) / "metrics.jsonl") for _, each in jobs}
 
 

@@ -34,14 +34,14 @@ def test_torchrun_ends_with_the_reason_of_the_rank_that_failed(kind: str) -> Non
 def test_launcher_ends_with_the_reason_and_writes_it_to_every_log(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line = ["bash", str(ROOT / "launch" / "node.sh"), "--nproc-per-node", "3", "--log-dir", str(tmp_path)]
+    line = ["bash", str(ROOT / "launch" / "node.sh"), "--nproc-per-node", "2", "--log-dir", str(tmp_path)]
     monkeypatch.setenv("PYTHON", sys.executable)
     done = execute([*line, "-m", "tests.failing_rank", kind], check=False, timeout=120)
     reason = REASONS[kind].removeprefix("error: ")
     assert done.returncode == (2 if kind == "user" else 1)
     assert reason in done.stderr.splitlines()[-1]
     logs = sorted(tmp_path.glob("attempt_0/rank_*.err"))
-    assert len(logs) == 3
+    assert len(logs) == 2
     for log in logs:
         assert reason in log.read_text().splitlines()[-1]
 

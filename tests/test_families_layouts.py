@@ -18,6 +18,7 @@ from tests.te import needs_transformer_engine
 
 CONFIGS = tiny_configs()
 WORKER = "tests.layouts.worker"
+ROWS = 2
 LAYERS: dict[str, dict[str, Any]] = {
     "cpu": {},
     "cuda": {"grouped": True, "fused": True},
@@ -31,7 +32,7 @@ def jobs(root: Path, layers: str) -> list[dict[str, Any]]:
         moe = any(getattr(config, f, None) for f in ("num_experts", "num_local_experts", "n_routed_experts"))
         layout = {"tensor": 2, "pipeline": 2} | ({"expert": 2} if moe else {})
         out = {"out": str(root / name / layers), "model": str(root / name / "source")}
-        found.append(out | {"layout": layout, "steps": 1, "export": True} | LAYERS[layers])
+        found.append(out | {"layout": layout, "steps": 1, "rows": ROWS, "export": True} | LAYERS[layers])
     return found
 
 
@@ -64,7 +65,7 @@ def check(sources: Path, name: str, layers: str) -> None:
         for found, wanted in zip(facts[key], expected, strict=True):
             torch.testing.assert_close(torch.tensor(found), wanted, atol=1e-4, rtol=0)
     assert_same_tensors(saved_tensors(out / "hf"), saved_tensors(source))
-    losses, norms = reference.train(str(source), 1)
+    losses, norms = reference.train(str(source), 1, ROWS)
     assert facts["losses"] == pytest.approx(losses, rel=1e-5)
     assert facts["grad_norms"] == pytest.approx(norms, rel=1e-5)
 

@@ -346,7 +346,7 @@ def test_stop_saves_and_the_next_run_goes_on(tmp_path: Path, capsys: pytest.Capt
         "parallel": {"tensor": 2},
         "precision": {"dtype": "fp32"},
         "data": {"train": str(assets / "train.jsonl"), "sequence_length": 64},
-        "training": {"steps": 40, "global_batch_size": 2},
+        "training": {"steps": 20, "global_batch_size": 2, "micro_batch_size": 2},
         "logging": {"tensorboard": False},
     }
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(config))
@@ -361,18 +361,18 @@ def test_stop_saves_and_the_next_run_goes_on(tmp_path: Path, capsys: pytest.Capt
     assert process.wait() == 75, "".join(said)
     assert place.result("sft")["status"] == "stopped"
     done = len(list(json_lines(tmp_path / "out/sft/metrics.jsonl")))
-    assert 2 <= done < 40
+    assert 2 <= done < 20
     process = start(place)
     said = [process.communicate()[0]]
     assert process.returncode == 0, said
     assert "== stage sft: goes on after attempt 1" in said[0]
     assert f"resumed after step {done}" in said[0]
-    assert [line["step"] for line in json_lines(tmp_path / "out/sft/metrics.jsonl")] == list(range(1, 41))
+    assert [line["step"] for line in json_lines(tmp_path / "out/sft/metrics.jsonl")] == list(range(1, 21))
     assert place.result("score")["status"] == "done"
     assert (tmp_path / "out/score/scores.jsonl").stat().st_size > 0
     environment_file = json.loads((tmp_path / "out/sft/environment.json").read_text())
     assert environment_file["ranks"] == 2
-    assert "40 steps" not in environment_file["data"]
+    assert "20 steps" not in environment_file["data"]
     assert environment_file["versions"]["torch"]
 
 

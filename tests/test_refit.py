@@ -37,7 +37,8 @@ def run(directory: Path, cases: list[dict[str, Any]], processes: int, refits: in
     """Findings by rank and case."""
     for kind in {case["kind"] for case in cases}:
         make_model(directory / kind, kind, seed=0)
-    ranks(processes, "-m", "tests.refit_worker", str(directory), json.dumps(cases), str(refits), timeout=3600)
+    line = ["-m", "tests.refit_worker", str(directory), json.dumps(cases), str(refits)]
+    ranks(processes, *line, timeout=3600, rollout=True)
     return [json.loads((directory / f"refit.{rank}.json").read_text()) for rank in range(processes)]
 
 

@@ -44,6 +44,7 @@ def arguments(assets: Path, output: Path, *more: str) -> list[str]:
     return [
         "sft", f"model.path={assets / 'model'}", f"data.train={assets / 'train.jsonl'}",
         f"output={output}", "precision.dtype=fp32", "data.sequence_length=64", "training.global_batch_size=4",
+        "training.micro_batch_size=2",
         "optimizer.schedule=constant", "logging.tensorboard=false", *more,
     ]  # fmt: skip
 

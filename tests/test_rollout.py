@@ -13,7 +13,7 @@ import torch
 from megatron_posttrain.rollout.engine import Completion
 from megatron_posttrain.rollout.refit import _compare
 from megatron_posttrain.rollout.text import response_text, stop_token_ids
-from tests.launch import torchrun
+from tests.launch import ranks
 from tests.rollout_checks import CORRUPTIONS, ENGINES
 from tests.rollout_models import KINDS, make_model, make_tokenizer
 
@@ -34,7 +34,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def job(directory: Path) -> subprocess.CompletedProcess[str]:
     """The one job that measures all; its rank 1 fails in the end while rank 0 waits for it."""
-    return torchrun(2, str(SCRIPT), str(directory), check=False)
+    return ranks(2, str(SCRIPT), str(directory), check=False, rollout=True)
 
 
 @pytest.fixture(scope="module", params=[0, 1], ids=["rank0", "rank1"])

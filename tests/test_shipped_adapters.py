@@ -53,7 +53,7 @@ def test_shipped_and_merged_adapters_sample_alike_and_a_policy_with_adapters_has
         ("ppo", config(place, "critic", critic={"lr": 1e-3})),
     ]
     (place / "jobs.json").write_text(json.dumps(jobs))
-    ranks(1, "-m", "tests.preference_worker", str(place / "jobs.json"))
+    ranks(1, "-m", "tests.preference_worker", str(place / "jobs.json"), rollout=True)
     for step in (1, 2):  # before the second one the adapter was trained
         said = [rows_of(place / x / "rollouts" / f"step_{step:06d}.jsonl") for x in ("shipped", "merged")]
         assert [s["token_ids"] for s in said[0]] == [s["token_ids"] for s in said[1]]

@@ -26,6 +26,7 @@ def test_it_trains_resumes_and_exports(tmp_path: Path) -> None:
     words = [
         "-m", "tests.toy_algorithm", "toy", f"model.path={assets / 'model'}", f"data.train={assets / 'train.jsonl'}",
         "data.sequence_length=64", "precision.dtype=fp32", "training.steps=3", "training.global_batch_size=4",
+        "training.micro_batch_size=2",
         "optimizer.lr=1e-3", "checkpoint.every=1", "logging.tensorboard=false", "algorithm.power=1.0",
     ]  # fmt: skip
     ranks(4, *words, f"output={run}", "parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2")

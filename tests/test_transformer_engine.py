@@ -23,7 +23,8 @@ from tests.test_resume import arguments, metrics
 
 pytestmark = [needs_transformer_engine, pytest.mark.timeout(900)]
 
-STEPS = 4
+STEPS = 2
+LAYERS = 2
 SPLIT = {"dense": {"tensor": 2, "sequence": False}, "moe": {"tensor": 2, "expert": 2}}
 RECIPES = ("delayed", "tensorwise", "blockwise")
 BF16 = {"dtype": "bf16"}
@@ -32,7 +33,7 @@ BF16 = {"dtype": "bf16"}
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     directory = tmp_path_factory.mktemp("models")
-    found = {kind: make_qwen3(directory, kind) for kind in SPLIT}
+    found = {kind: make_qwen3(directory, kind, LAYERS) for kind in SPLIT}
     found["mla"] = str(directory / "mla")
     tiny_model(tiny_configs()["deepseek-v3"], torch.float32).save_pretrained(found["mla"])
     return found
@@ -50,7 +51,7 @@ def facts(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> d
         jobs[recipe] = jobs["moe bf16"] | {"precision": BF16 | {"fp8": recipe}}
     # Sequence parallelism gathers blocks of 128; this model is 64 wide. Resuming has a wider one.
     jobs["blockwise"]["layout"] = {"expert": 2}
-    jobs["ends"] = jobs["moe bf16"] | {"precision": BF16 | {"fp8": "tensorwise", "bf16_ends": 2}}
+    jobs["ends"] = jobs["moe bf16"] | {"precision": BF16 | {"fp8": "tensorwise", "bf16_ends": 1}}
     jobs["context"] = jobs["dense bf16"] | {"layout": {"context": 2}}
     jobs["unmended"] = {"model": models["mla"], "layout": {"tensor": 2}, "without": "count_down_projections_once"}
     for name, job in jobs.items():
@@ -83,7 +84,7 @@ def test_fp8_losses_are_near_bf16(facts: dict[str, Any], recipe: str) -> None:
 
 
 def test_all_layers_in_bf16_is_bf16(facts: dict[str, Any]) -> None:
-    """Two layers at either end of four; sums have other orders, for rows are padded."""
+    """The layer at either end of two; sums have other orders, for rows are padded."""
     found, expected = facts["ends"], facts["moe bf16"]
     assert found["losses"][0] == pytest.approx(expected["losses"][0], rel=1e-5)
     assert found["grad_norms"][0] == pytest.approx(expected["grad_norms"][0], rel=1e-3)

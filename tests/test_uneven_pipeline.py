@@ -19,7 +19,7 @@ from tests.launch import command, ranks
 from tests.layouts import reference
 from tests.models import EXPERTS, SIZES, make_assets
 
-STEPS = 3
+STEPS, ROWS = 3, 2
 CASES: dict[str, tuple[PreTrainedConfig, dict[str, int]]] = {
     "dense 3|2": (Qwen3Config(**SIZES | {"num_hidden_layers": 5}), {"pipeline": 2}),
     "tied 2|1": (Qwen3Config(**SIZES | {"num_hidden_layers": 3}, tie_word_embeddings=True), {"pipeline": 2}),
@@ -69,7 +69,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (config, layout) in CASES.items():
         source = root / name / "source"
         tiny_model(config, torch.float32).save_pretrained(source)
-        jobs.append({"model": str(source), "layout": layout, "steps": STEPS, "export": True, "out": str(root / name)})
+        jobs.append({"model": str(source), "layout": layout, "steps": STEPS, "rows": ROWS, "export": True})
+        jobs[-1]["out"] = str(root / name)
     (root / "jobs.json").write_text(json.dumps(jobs))
     ranks(2, "-m", "tests.layouts.worker", str(root / "jobs.json"))
     return root
@@ -88,7 +89,7 @@ class TestUnevenPipeline:
 
     def test_losses_and_gradient_norms_equal_transformers(self, results: Path, name: str) -> None:
         found = json.loads((results / name / "facts.json").read_text())
-        losses, norms = reference.train(str(results / name / "source"), STEPS)
+        losses, norms = reference.train(str(results / name / "source"), STEPS, ROWS)
         assert found["losses"] == pytest.approx(losses, rel=1e-4)
         assert found["grad_norms"] == pytest.approx(norms, rel=1e-4)
 
@@ -108,8 +109,9 @@ def test_resumes_without_a_pipeline(tmp_path: Path) -> None:
     def arguments(output: Path, *more: str) -> list[str]:
         return [
             "sft", f"model.path={assets / 'model'}", f"data.train={assets / 'train.jsonl'}", f"output={output}",
-            "precision.dtype=fp32", "data.sequence_length=64", "training.global_batch_size=4", "training.steps=4",
-            "optimizer.schedule=constant", "checkpoint.every=2", "logging.tensorboard=false", *more,
+            "precision.dtype=fp32", "data.sequence_length=64", "training.global_batch_size=4",
+            "training.micro_batch_size=2", "training.steps=4", "optimizer.schedule=constant",
+            "checkpoint.every=2", "logging.tensorboard=false", *more,
         ]  # fmt: skip
 
     ranks(2, "-m", "megatron_posttrain", *arguments(run, "parallel.pipeline=2", "training.steps=2"))

@@ -23,7 +23,7 @@ def logprobs(directory: str) -> list[Tensor]:
     return found
 
 
-def train(directory: str, steps: int) -> tuple[list[float], list[float]]:
+def train(directory: str, steps: int, count: int = 4) -> tuple[list[float], list[float]]:
     """The loss is one mean over the global batch, plus each row's balancing loss (Switch, arXiv 2101.03961, eq. 4)."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     config = model.config
@@ -38,7 +38,7 @@ def train(directory: str, steps: int) -> tuple[list[float], list[float]]:
     experts = getattr(config, "num_experts", 0)
     losses, norms = [], []
     for step in range(steps):
-        rows = batch(step, config.vocab_size)
+        rows = batch(step, config.vocab_size, count)
         counted = sum(sum(s.loss_mask) for row in rows for s in row)
         total = 0.0
         for row in rows:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from tests.layouts.worker import SCORED, batch, sequences
-from tests.lora.worker import EPSILON, LR
+from tests.lora.worker import EPSILON, LR, ROWS
 
 
 def load(base: str, adapter: Path, *, trainable: bool = False) -> Any:
@@ -31,7 +31,7 @@ def train(base: str, adapter: Path, steps: int) -> tuple[list[float], list[float
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=EPSILON)
     losses, norms = [], []
     for step in range(steps):
-        rows = [s for row in batch(step, model.config.vocab_size) for s in row]
+        rows = [s for row in batch(step, model.config.vocab_size, ROWS) for s in row]
         counted, total = sum(sum(s.loss_mask) for s in rows), 0.0
         for sequence in rows:
             ids, mask = torch.tensor(sequence.token_ids).long(), torch.tensor(sequence.loss_mask)[1:]

@@ -30,6 +30,7 @@ from tests.jobs import run_jobs
 from tests.layouts.worker import SCORED, batch, sequences
 
 LR = 1e-2
+ROWS = 2  # of a step
 EPSILON = 1e-3  # so large that steps follow gradients that are nearly zero, and do not magnify their noise
 
 
@@ -62,7 +63,7 @@ def run(job: dict[str, Any]) -> None:
     losses, norms = [], []
     for step in range(job["steps"]):
         engine.begin_step(step)
-        micro_batches = rank_micro_batches(batch(step, arch.vocab_size), groups, 1)
+        micro_batches = rank_micro_batches(batch(step, arch.vocab_size, ROWS), groups, 1)
         result = engine.train_step(micro_batches, cross_entropy, per_token, LR)
         losses.append(result.loss)
         norms.append(result.grad_norm)

@@ -39,10 +39,13 @@ def sft(assets: Path, output: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
+def lines(run: Path) -> list[dict[str, Any]]:
     file = run / "metrics.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return [{key: line[key] for key in ("step", "loss", "grad_norm", "learning_rate", "tokens")} for line in lines]
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [{k: line[k] for k in ("step", "loss", "grad_norm", "learning_rate", "tokens")} for line in lines(run)]
 
 
 @pytest.fixture(scope="module")
@@ -67,26 +70,38 @@ def test_sbatch(uninterrupted: list[dict[str, Any]]) -> None:
     assert [line["step"] for line in uninterrupted] == list(range(1, STEPS + 1))
 
 
-def test_nemo_run(slurm: Slurm, assets: Path, uninterrupted: list[dict[str, Any]], tmp_path: Path) -> None:
-    line = ["--cluster", "slurm_cpu", "--set", f"directory={tmp_path}/jobs", *sft(assets, tmp_path / "run")]
-    done = slurm.python("launch/nemo_run/run.py", *line)
+def by_nemo_run(slurm: Slurm, directory: Path, name: str, *program: str) -> None:
+    done = slurm.python("launch/nemo_run/run.py", "--cluster", "slurm_cpu", "--set", f"directory={directory}", *program)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"sft/0 [rank 0] step {STEPS}/{STEPS}" in done.stdout
-    assert "launch: sft: SUCCEEDED" in done.stdout
+    assert f"{name}/0 [rank 0] step {STEPS}" in done.stdout
+    assert f"launch: {name}: SUCCEEDED" in done.stdout
+
+
+def test_nemo_run(slurm: Slurm, tmp_path: Path) -> None:
+    by_nemo_run(slurm, tmp_path / "jobs", "counter", COUNTER, f"output={tmp_path / 'run'}", f"steps={STEPS}")
+    assert [(line["step"], line["world"]) for line in lines(tmp_path / "run")] == [(n, 2) for n in range(1, STEPS + 1)]
+
+
+@pytest.mark.slow
+def test_nemo_run_trains(slurm: Slurm, assets: Path, uninterrupted: list[dict[str, Any]], tmp_path: Path) -> None:
+    by_nemo_run(slurm, tmp_path / "jobs", "sft", *sft(assets, tmp_path / "run"))
     assert metrics(tmp_path / "run") == uninterrupted
 
 
-def test_time_limit_and_preemption_lose_nothing(
-    slurm: Slurm, assets: Path, uninterrupted: list[dict[str, Any]], tmp_path: Path
-) -> None:
-    line = [f"--output={tmp_path}/job.out", BATCH, "--logs", f"{tmp_path}/logs", *sft(assets, tmp_path / "run")]
+def steps_of(run: Path) -> list[int]:
+    return [line["step"] for line in lines(run)]
+
+
+def interrupt_twice(slurm: Slurm, tmp_path: Path, *program: str) -> None:
+    """`program`, which writes into `tmp_path / "run"`, as a job that meets its time limit, then preemption."""
+    line = [f"--output={tmp_path}/job.out", BATCH, "--logs", f"{tmp_path}/logs", *program]
     job = slurm.submit("--nodes=2", *line)
-    wait_until(100, "step 1", lambda: str(metrics(tmp_path / "run") or ""))
+    wait_until(100, "step 1", lambda: str(steps_of(tmp_path / "run") or ""))
     slurm.run("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@120 sends near the time limit
     status = tmp_path / "logs" / "attempt_0" / "status"
     wait_until(60, "the first attempt to end", lambda: status.read_text() if status.exists() else "")
-    first = len(metrics(tmp_path / "run"))
-    wait_until(100, "a step of the second attempt", lambda: "yes" if len(metrics(tmp_path / "run")) > first else "")
+    first = steps_of(tmp_path / "run")
+    wait_until(100, "a step of the second attempt", lambda: "yes" if steps_of(tmp_path / "run") > first else "")
     slurm.run("scontrol", "requeue", job)
     state = slurm.wait(job, 150)
     log = (tmp_path / "job.out").read_text()
@@ -95,18 +110,28 @@ def test_time_limit_and_preemption_lose_nothing(
     assert "DUE TO JOB REQUEUE" in log
     assert f"launch: job {job} on node[1-2]; logs in" in log
     assert sorted(folder.name for folder in (tmp_path / "logs").iterdir()) == ["attempt_0", "attempt_1", "attempt_2"]
-    assert metrics(tmp_path / "run") == uninterrupted
     # Saved where they were asked to stop, not thrown back to the last regular checkpoint.
-    assert log.count(f"step {STEPS}/{STEPS}") == 1
     shown = [line.split()[3].partition("/")[0] for line in log.splitlines() if line.startswith("[rank 0] step ")]
-    assert shown == [str(step) for step in range(1, STEPS + 1)]
+    assert [int(step) for step in shown] == steps_of(tmp_path / "run") == list(range(1, STEPS + 1))
 
 
-def test_killed_node_ends_the_job_by_name(slurm: Slurm, assets: Path, tmp_path: Path) -> None:
+def test_time_limit_and_preemption_lose_nothing(slurm: Slurm, tmp_path: Path) -> None:
+    interrupt_twice(slurm, tmp_path, COUNTER, f"output={tmp_path / 'run'}", f"steps={STEPS}", "seconds=1")
+
+
+@pytest.mark.slow
+def test_training_loses_nothing(
+    slurm: Slurm, assets: Path, uninterrupted: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    interrupt_twice(slurm, tmp_path, *sft(assets, tmp_path / "run"))
+    assert metrics(tmp_path / "run") == uninterrupted
+
+
+def test_killed_node_ends_the_job_by_name(slurm: Slurm, tmp_path: Path) -> None:
     options = ["--nodes=2", "--no-requeue", f"--output={tmp_path}/job.out"]
-    run = sft(assets, tmp_path / "run", "training.steps=4000")
+    run = [COUNTER, f"output={tmp_path / 'run'}", "steps=4000"]
     job = slurm.submit(*options, BATCH, "--logs", f"{tmp_path}/logs", *run)
-    wait_until(100, "step 2", lambda: "yes" if len(metrics(tmp_path / "run")) >= 2 else "")
+    wait_until(100, "step 2", lambda: "yes" if len(steps_of(tmp_path / "run")) >= 2 else "")
     slurm.kill_node(job, "node2")
     try:
         state = slurm.wait(job, 100)
