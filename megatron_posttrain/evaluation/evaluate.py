@@ -63,7 +63,7 @@ def evaluate(engine: RolloutEngine, tokenizer: Any, task: Task, output: Path) ->
     if dist.get_rank():
         return None
     groups = read_responses(output)
-    found = summary(groups, task.sampling, seconds, tokens)
+    found = _summary([r for group in groups for r in group], task.sampling, len(groups), seconds, tokens)
     if corpus := getattr(task.rewards[0].function, "corpus", None):
         answers = [(split_reasoning(r["response"])[1], r["answer"]) for group in groups for r in group]
         found = replace(found, corpus=corpus(*map(list, zip(*answers, strict=True))))
@@ -85,15 +85,16 @@ def of_samples(prompts: Sequence[list[Record]], vote: Callable[[str], str] | Non
     return found
 
 
-def summary(groups: Sequence[list[Record]], sampling: Sampling, seconds: float, tokens: int) -> Evaluation:
-    """Of responses by prompt; `seconds` were needed for `tokens` of them."""
-    records = [record for group in groups for record in group]
+def _summary(
+    records: Sequence[Record], sampling: Sampling, prompts: int, seconds: float, tokens: int = 0
+) -> Evaluation:
+    """Of the responses to so many prompts; `seconds` were needed for `tokens` of them."""
     accuracy = fmean(r["reward"] > CORRECT for r in records)
     # Responses to one prompt are not independent, so the prompts are the trials.
-    low, high = wilson_interval(accuracy, len(groups))
+    low, high = wilson_interval(accuracy, prompts)
     return Evaluation(
         accuracy=accuracy, accuracy_low=low, accuracy_high=high, reward=fmean(r["reward"] for r in records),
-        prompts=len(groups), samples=sampling.n, response_length=fmean(r["tokens"] for r in records),
+        prompts=prompts, samples=sampling.n, response_length=fmean(r["tokens"] for r in records),
         truncated_fraction=fmean(r["finish_reason"] == "length" for r in records), temperature=sampling.temperature,
         max_tokens=sampling.max_tokens, seconds=seconds, tokens_per_second=tokens / seconds if seconds else 0.0,
     )  # fmt: skip
