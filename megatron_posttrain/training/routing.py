@@ -35,8 +35,9 @@ class ExpertLoad:
     def take(self) -> dict[int, list[float]]:
         """Collective: of each layer with experts, from 1, every expert's tokens since the last call over their mean."""
         dist.all_reduce(self._tokens)  # ranks that see the same tokens all do
-        found = {layer: tokens / tokens.double().mean() for layer, tokens in enumerate(self._tokens, 1) if tokens.any()}
+        counted = self._tokens.cpu().double()
         self._tokens.zero_()
+        found = {layer: tokens / tokens.mean() for layer, tokens in enumerate(counted, 1) if tokens.any()}
         return {layer: [round(share, 4) for share in load.tolist()] for layer, load in found.items()}
 
 
