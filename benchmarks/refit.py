@@ -32,7 +32,7 @@ from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout.engine import RolloutEngine
 from megatron_posttrain.rollout.refit import Refit
 
-EXPERT_WIDTH, HIDDEN, EXPERTS = 256, 512, 32
+EXPERT_WIDTH, HIDDEN, EXPERTS = 768, 1024, 32  # 1.6 MB a matrix; of Qwen3-30B-A3B 3.1 MB
 
 
 def measured(work: Callable[[], object]) -> tuple[float, float]:
