@@ -132,13 +132,30 @@ def adapter(fact: Any) -> dict[str, Tensor]:
     return load_file(fact["out"] / "adapter" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["dense", "fused", "dora", "named"])
+WITH_PEFT = ["dense", "fused", "dora", "named"]
+
+
+def check_with_peft(kind: str, models: dict[str, str], facts: Any, steps: int) -> None:
+    base, start = models[MODEL_OF.get(kind, kind)], facts[f"{kind}-1-start"]["out"] / "adapter"
+    for key, expected in zip(("losses", "grad_norms"), reference.train(base, start, steps), strict=True):
+        torch.testing.assert_close(torch.tensor(facts[f"{kind}-1"][key]), torch.tensor(expected), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", WITH_PEFT)
 def test_trains_what_peft_trains(kind: str, models: dict[str, str], facts: Any) -> None:
-    losses, norms = reference.train(
-        models[MODEL_OF.get(kind, kind)], facts[f"{kind}-1-start"]["out"] / "adapter", STEPS
-    )
-    torch.testing.assert_close(torch.tensor(facts[f"{kind}-1"]["losses"]), torch.tensor(losses), rtol=1e-4, atol=0)
-    torch.testing.assert_close(torch.tensor(facts[f"{kind}-1"]["grad_norms"]), torch.tensor(norms), rtol=1e-4, atol=0)
+    check_with_peft(kind, models, facts, STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_ten_steps(models: dict[str, str], tmp_path: Path) -> None:
+    """What PEFT trains, and every layout."""
+    jobs = {n: [job | {"steps": 10 if job["steps"] else 0} for job in of_size] for n, of_size in JOBS.items()}
+    facts = run(models, jobs, tmp_path)
+    for kind in WITH_PEFT:
+        check_with_peft(kind, models, facts, 10)
+    for case in (case for case in CASES if "start" not in case):
+        check_layout(case, facts)
 
 
 CASES = [name(n, j) for n, jobs in JOBS.items() for j in jobs if n > 1 or len(name(n, j).split("-")) > 2]
@@ -146,6 +163,10 @@ CASES = [name(n, j) for n, jobs in JOBS.items() for j in jobs if n > 1 or len(na
 
 @pytest.mark.parametrize("case", [case for case in CASES if "start" not in case])
 def test_every_layout_trains_what_one_process_trains(case: str, facts: Any) -> None:
+    check_layout(case, facts)
+
+
+def check_layout(case: str, facts: Any) -> None:
     found, expected = facts[case], facts[f"{case.split('-')[0]}-1"]
     for key in ("losses", "grad_norms"):
         torch.testing.assert_close(torch.tensor(found[key]), torch.tensor(expected[key]), rtol=1e-4, atol=0)
