@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.grpo_peers import WARM_UP, Side, show
+from benchmarks.grpo_peers import WARM_UP, in_turns, show
 
 SIDES = {"lora": ("ours", "trl"), "dpo": ("ours", "trl", "trl-cached")}
 BATCH, PROMPT = 8, 48
@@ -150,17 +150,7 @@ def main() -> None:
         directory = Path(temporary)
         job = make_job(directory, args.task, args.experts, args.beta, args.steps + WARM_UP)
         (directory / "job.json").write_text(json.dumps(job | {"task": args.task}))
-        children = {
-            name: Side(name, directory / "job.json", directory / f"{name}.log", "benchmarks.adapter_peers")
-            for name in SIDES[args.task]
-        }
-        steps: dict[str, list[dict[str, float]]] = {name: [] for name in children}
-        for number in range(job["training"]["steps"]):
-            for name, child in children.items():
-                if len(steps[name]) == number and (found := child.step(first=number == 0)):
-                    steps[name].append(found)
-        for child in children.values():
-            child.process.kill()
+        steps = in_turns(SIDES[args.task], directory, job["training"]["steps"], "benchmarks.adapter_peers")
         print(*(x for x in (directory / "ours.log").read_text().splitlines() if x.startswith("reference:")), sep="\n")
     show(steps, "loss")
 

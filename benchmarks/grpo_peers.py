@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,7 @@ def side(name: str, file: str) -> None:
 
 
 class Side:
-    def __init__(self, name: str, file: Path, log: Path, module: str = "benchmarks.grpo_peers") -> None:
+    def __init__(self, name: str, file: Path, log: Path, module: str) -> None:
         self.log, (read, write) = log, os.pipe()
         self.process = subprocess.Popen(
             [sys.executable, "-c", CHILD, "--side", name, str(file), module, str(write)],
@@ -182,6 +182,19 @@ class Side:
         if self.process.wait():
             print("\n".join(self.log.read_text().splitlines()[-15:]), file=sys.stderr)
         return None
+
+
+def in_turns(names: Sequence[str], directory: Path, count: int, module: str) -> dict[str, list[dict[str, float]]]:
+    """Steps of every side, a child each that runs `module` on `directory`'s job; one that fails is left alone."""
+    sides = {name: Side(name, directory / "job.json", directory / f"{name}.log", module) for name in names}
+    steps: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    for number in range(count):
+        for name, child in sides.items():
+            if len(steps[name]) == number and (found := child.step(first=number == 0)):
+                steps[name].append(found)
+    for child in sides.values():
+        child.process.kill()
+    return steps
 
 
 def main() -> None:
@@ -207,14 +220,7 @@ def main() -> None:
         )
         job["training"]["steps"] = args.steps + (0 if args.learn else WARM_UP)
         (directory / "job.json").write_text(json.dumps(job))
-        sides = {name: Side(name, directory / "job.json", directory / f"{name}.log") for name in args.sides}
-        steps: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-        for number in range(job["training"]["steps"]):
-            for name, process in sides.items():
-                if len(steps[name]) == number and (found := process.step(first=number == 0)):
-                    steps[name].append(found)
-        for process in sides.values():
-            process.process.kill()
+        steps = in_turns(args.sides, directory, job["training"]["steps"], "benchmarks.grpo_peers")
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
         for name, lines in steps.items():
