@@ -23,7 +23,7 @@ from megatron_posttrain.parallel.groups import make_groups, start_distributed
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.training.batches import rank_token_batches
 from megatron_posttrain.training.engine import Engine
-from megatron_posttrain.training.heads import Output, Scalars, TopK
+from megatron_posttrain.training.heads import LabelLogprobs, Output, Scalars, TopK
 from megatron_posttrain.training.totals import Mean, per_sequence, per_token
 
 LENGTHS = [5, 17, 33, 8, 12, 21]
@@ -76,7 +76,9 @@ def run(job: dict[str, Any], layout: dict[str, int]) -> dict[str, Any]:
     result = trained.train_step(batches, squares, per_sequence, 1e-3, Scalars(last=True))
     facts |= {"loss": result.loss, "grad_norm": result.grad_norm, "value": result.metrics["value"].value}
     language = Engine.of(config, arch, groups)
-    z_loss = language.train_step(batches, partial(cross_entropy, z_loss=Z_LOSS), per_token, 1e-3)
+    z_loss = language.train_step(
+        batches, partial(cross_entropy, z_loss=Z_LOSS), per_token, 1e-3, LabelLogprobs(normalisers=True)
+    )
     facts["z_loss"] = [z_loss.loss, z_loss.grad_norm, z_loss.metrics["z_loss"].value]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (top, values))

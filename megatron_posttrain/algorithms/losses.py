@@ -34,7 +34,7 @@ def cross_entropy(
     output: Mapping[str, Tensor], batch: PackedBatch, z_loss: float = 0.0
 ) -> tuple[Tensor, dict[str, Mean]]:
     """For `Engine.train_step`: the terms of -log p + z_loss log^2 Z of a micro-batch's tokens, Z the normaliser of the
-    softmax (PaLM, arXiv 2204.02311, section 5)."""
+    softmax (PaLM, arXiv 2204.02311, section 5), which needs a head with `normalisers`."""
     terms, mask = cross_entropy_terms(output["logprobs"], batch.loss_mask), batch.loss_mask
     if not z_loss:
         return terms, {}

@@ -11,6 +11,7 @@ from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import TokenizedDataset, read_conversations
 from megatron_posttrain.training.batches import rank_micro_batches
 from megatron_posttrain.training.engine import Engine
+from megatron_posttrain.training.heads import LabelLogprobs
 from megatron_posttrain.training.limits import check_positions
 from megatron_posttrain.training.prepare import Prepared, prepare
 from megatron_posttrain.training.run import Run
@@ -24,14 +25,15 @@ def sft(config: SftConfig) -> int:
     dataset = read_dataset(config, prepared)
     validation = read_dataset(config, prepared, held_out=True) if config.data.validation else None
     with Run(prepared, dataset) as run:
-        engine, loss = run.model(), partial(cross_entropy, z_loss=config.algorithm.z_loss)
+        engine, z_loss = run.model(), config.algorithm.z_loss
+        loss, head = partial(cross_entropy, z_loss=z_loss), LabelLogprobs(normalisers=bool(z_loss))
         for step in run.steps():
             with step.phase("data"):
                 batch = dataset.batch(step.index, config.training.global_batch_size)
                 rows = [[TokenSequence(c.token_ids, c.loss_mask) for c in row] for row in batch]
                 micro_batches = rank_micro_batches(rows, run.groups, config.training.micro_batch_size)
             with step.phase("train"):
-                result = engine.train_step(micro_batches, loss, per_token, step.learning_rate)
+                result = engine.train_step(micro_batches, loss, per_token, step.learning_rate, head)
             figures: dict[str, float] = {
                 "tokens": sum(len(c.token_ids) for row in batch for c in row),
                 "loss_tokens": result.totals.tokens,

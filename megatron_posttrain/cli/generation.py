@@ -91,15 +91,17 @@ def prepare(args: argparse.Namespace, sets: dict[str, Any], directory: Path = Pa
     from megatron_posttrain.data.tokenize import load_tokenizer
     from megatron_posttrain.parallel.network import check_interfaces
     from megatron_posttrain.training.process import quiet_libraries
+    from megatron_posttrain.training.resume import fingerprint_of_config, fingerprint_of_weights
 
     quiet_libraries()
     check_interfaces()
     _, architecture = check_directory(args.model, serving=True)
     tokenizer = load_tokenizer(args.model)
+    weights = fingerprint_of_config(Path(args.model)) + fingerprint_of_weights(Path(args.model))
     tasks, lengths = [], []
     for name, one in sets.items():
         try:
-            task = _task(args, name, one, directory, tokenizer)
+            task = _task(args, name, one, directory, tokenizer, weights)
             lengths.append(_length(task, architecture.context_length))
         except UserError as error:
             raise UserError(f"set {name}: {error}" if len(sets) > 1 else str(error)) from None
@@ -121,7 +123,7 @@ def start_engine(args: argparse.Namespace, job: Job) -> Any:
     )
 
 
-def _task(args: argparse.Namespace, name: str, one: Any, directory: Path, tokenizer: Any) -> Any:
+def _task(args: argparse.Namespace, name: str, one: Any, directory: Path, tokenizer: Any, weights: str) -> Any:
     from megatron_posttrain.config.schema import RolloutConfig
     from megatron_posttrain.data.dataset import PromptDataset
     from megatron_posttrain.evaluation.responses import Task
@@ -132,25 +134,25 @@ def _task(args: argparse.Namespace, name: str, one: Any, directory: Path, tokeni
     about = {"model": str(args.model), "data": str(directory / one.data), "graded_by": one.graded_by}
     if one.perplexity is not None:
         texts = one.texts(directory)
-        return Task([], [], one.sampling, texts=texts, name=name, about=about, settings=_settings(args, one, texts))
+        return Task(
+            [], [], one.sampling, texts=texts, name=name, about=about, settings=_settings(args, one, texts, weights)
+        )
     rewards = load_rewards(one.rewards)
     rows = one.rows(directory)
     check_answers(rows, one.rewards)
     turns = load_turns(one.environment, RolloutConfig(), tokenizer)
     rows = rows_with_tools(rows, turns.tools)
     asked = PromptDataset(rows, tokenizer, sys.maxsize, omissions=args.omissions).prompts
-    how = args.seed, args.save_every, turns, rows, (), name, about, _settings(args, one, asked)
+    how = args.seed, args.save_every, turns, rows, (), name, about, _settings(args, one, asked, weights)
     return Task(asked, rewards, one.sampling, *how)
 
 
-def _settings(args: argparse.Namespace, one: Any, asked: list[Any]) -> dict[str, Any]:
+def _settings(args: argparse.Namespace, one: Any, asked: list[Any], weights: str) -> dict[str, Any]:
     from megatron_posttrain.data.files import content
-    from megatron_posttrain.training.resume import fingerprint_of_config, fingerprint_of_weights
 
-    model = Path(args.model)
     files = [spec.file for spec in (*one.rewards, one.environment) if spec is not None and spec.file]
     found = {
-        "model": args.model, "weights": fingerprint_of_config(model) + fingerprint_of_weights(model),
+        "model": args.model, "weights": weights,
         "sampling": asdict(one.sampling), **one.model_dump(mode="json", include={"rewards", "environment"}),
         "files": [content(file) for file in files], "prompts": hashlib.sha256(repr(asked).encode()).hexdigest()[:16],
         "seed": args.seed, "dtype": args.dtype, "save_every": args.save_every,

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_posttrain.errors import UserError
+from megatron_posttrain.parallel.exchange import gathered
 from megatron_posttrain.rollout import RolloutEngine
 
 
@@ -55,8 +54,6 @@ def perplexity(engine: RolloutEngine, tokenizer: Any, texts: Sequence[str], size
     mine = parts[engine.replica :: engine.replicas]
     known = engine.prompt_logprobs([ids for ids, _ in mine])
     total = math.fsum(x for each, (_, counted) in zip(known, mine, strict=True) for x in each[-counted:])
-    totals: list[float] = [0.0] * dist.get_world_size()
-    dist.all_gather_object(totals, total)
-    loss = -math.fsum(totals[:: engine.tensor])
+    loss = -math.fsum(gathered(total)[:: engine.tensor])
     words, size = sum(len(re.split(r"\s+", text)) for text in texts), sum(len(text.encode()) for text in texts)
     return Perplexity(math.exp(loss / count), math.exp(loss / words), loss / math.log(2) / size, len(texts), count)

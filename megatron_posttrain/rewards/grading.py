@@ -63,14 +63,13 @@ class Grading:
     def grades(self, numbers: Sequence[int]) -> tuple[list[Sample], list[Grade]]:
         """These samples, of which those of a prompt come one after the other, and what they are worth."""
         samples = [self._samples[number] for number in numbers]
-        begun = [
-            (item, unit, self._begin(item, [samples[i] for i in unit]) if item.per != "sample" else None)
-            for item in self.rewards
-            for unit in _units(item, samples)
-        ]
+        units = [(item, unit) for item in self.rewards for unit in _units(item, samples)]
+        for item, unit in units:
+            if item.per != "sample":
+                self._begun[item.name, numbers[unit[0]]] = self._begin(item, [samples[i] for i in unit])
         scores: list[dict[str, Score | str]] = [{} for _ in samples]
-        for item, unit, future in begun:
-            result = (future or self._begun[item.name, numbers[unit[0]]]).result()
+        for item, unit in units:
+            result = self._begun[item.name, numbers[unit[0]]].result()
             for k, i in enumerate(unit):
                 scores[i][item.name] = result if isinstance(result, str) else result[k]
         _log_failures(samples, self.rewards, scores)

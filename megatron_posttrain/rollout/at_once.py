@@ -1,11 +1,11 @@
 """An engine that has nothing but `generate`, such as a caller's own, where `RolloutEngine` is asked for."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from megatron_posttrain.rollout.engine import Completion, Request, RolloutEngine, Sampling
+from megatron_posttrain.rollout.engine import Feed, RolloutEngine, Sampling, Take
 
 
 class AtOnce:
@@ -25,13 +25,8 @@ class AtOnce:
     def share(self, value: Any) -> Any:
         return value
 
-    def run(
-        self,
-        feed: Callable[[int, bool], Mapping[int, Request]],
-        take: Callable[[int, Completion], None],
-        sampling: Sampling,
-        enough: Callable[[], bool] = lambda: False,
-    ) -> None:
+    def run(self, feed: Feed, take: Take, sampling: Sampling, enough: Callable[[], bool]) -> None:
+        """As `RolloutEngine.run`."""
         while not enough() and (new := feed(self.at_once, True)):
             for name, request in new.items():
                 limited = replace(sampling, max_tokens=request.limit)

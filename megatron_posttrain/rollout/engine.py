@@ -86,6 +86,10 @@ class Request:
     limit: int
 
 
+Feed = Callable[[int, bool], Mapping[int, Request]]
+Take = Callable[[int, Completion], None]
+
+
 class RolloutEngine:
     """Creation, `generate`, `greedy`, `update_weights` and `close` are collective.
 
@@ -232,8 +236,8 @@ class RolloutEngine:
 
     def run(
         self,
-        feed: Callable[[int, bool], Mapping[int, Request]],
-        take: Callable[[int, Completion], None],
+        feed: Feed,
+        take: Take,
         sampling: Sampling,
         enough: Callable[[], bool] = lambda: False,
     ) -> None:

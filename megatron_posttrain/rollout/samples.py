@@ -214,10 +214,12 @@ def generate_samples(
     start = time.perf_counter()
     grading = Grading(rewards)
 
-    def ended(number: int) -> None:  # it is graded now, but not where it may be left for a later step: judges cost
-        if wanted is None and dist.get_rank() % rollout.tensor == 0:
+    def grade(number: int) -> None:
+        if dist.get_rank() % rollout.tensor == 0:
             grading.add(number, _said(tokenizer, episodes[number], turns))
 
+    # Where some may be left for a later step none is graded before that is known: judges cost
+    ended = grade if wanted is None else lambda number: None
     own = converse(rollout, tokenizer, episodes, single, turns, handout, ended)
     seconds = float(gather_rows(torch.tensor(time.perf_counter() - start, dtype=torch.float32)).max())
     handout.forget()
@@ -226,9 +228,8 @@ def generate_samples(
         numbers, left = _complete(rollout, episodes, own, sampling.n, wanted)
         place = {number: k for k, number in enumerate(numbers)}
         episodes, own = [episodes[i] for i in numbers], [place[i] for i in own if i in place]
-    if wanted is not None and dist.get_rank() % rollout.tensor == 0:
         for number in own:
-            grading.add(number, _said(tokenizer, episodes[number], turns))
+            grade(number)
     samples = _samples(rollout, tokenizer, episodes, own, grading, turns, sampling.n)
     samples.seconds, samples.left = seconds, left
     return samples

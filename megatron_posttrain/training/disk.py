@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_posttrain.config.schema import Config, PrecisionConfig
@@ -16,6 +15,7 @@ from megatron_posttrain.models import registry
 from megatron_posttrain.models.adapters import Adapters, find_adapters
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.output import check_output
+from megatron_posttrain.parallel.exchange import gathered
 from megatron_posttrain.training.finite import anywhere
 
 PROBE_BYTES = 1 << 20
@@ -102,6 +102,4 @@ def first_problem(problem: str | None) -> str | None:
     """Collective: the lowest rank's, on every rank. Words are gathered only where there are any."""
     if not anywhere(problem is not None):
         return None
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    return next((found for found in problems if found), None)
+    return next(filter(None, gathered(problem)), None)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron_posttrain.errors import NotFiniteError
 from megatron_posttrain.models.sharded import naming, position, unwrap
+from megatron_posttrain.parallel.exchange import gathered
 from megatron_posttrain.platform import platform
 
 if TYPE_CHECKING:
@@ -76,9 +77,7 @@ def refuse(engine: Engine, what: str, forward: Callable[[Recorder], Any], *, gra
     found += recorder.found
     if gradients:
         found += _last_gradient(engine)
-    gathered: list[list[Fault]] = [found] * dist.get_world_size()
-    dist.all_gather_object(gathered, found)
-    first = min(itertools.chain(*gathered), default=None)
+    first = min(itertools.chain(*gathered(found)), default=None)
     overflow = "each value by itself is finite: an overflow"
     where = f"first seen on rank {first.rank} in {first.text}" if first else overflow
     raise NotFiniteError(f"{what}; {where}. The step was not trained on, nothing of it is saved")

@@ -50,15 +50,20 @@ class OfLabels:
 
 @dataclass(frozen=True)
 class LabelLogprobs(OfLabels):
-    """Of every label that counts: `logprobs`, log softmax(logits / temperature), `entropy` of that distribution and
-    `normalisers`, the log of the sum over the vocabulary of exp(logits / temperature); nats, differentiable."""
+    """Of every label that counts: `logprobs`, log softmax(logits / temperature), `entropy` of that distribution and,
+    where they are asked for, `normalisers`, the log of the sum over the vocabulary of exp(logits / temperature); nats,
+    differentiable."""
 
     temperature: float = 1.0
-    widths: ClassVar[Mapping[str, int]] = {"logprobs": 0, "entropy": 0, "normalisers": 0}
+    normalisers: bool = False
+
+    @property
+    def widths(self) -> Mapping[str, int]:
+        return dict.fromkeys(("logprobs", "entropy", *(["normalisers"] if self.normalisers else [])), 0)
 
     def __call__(self, logits: Tensor, rows: Rows) -> Output:
         found = token_logprobs(logits, rows.labels, rows.vocab_size, rows.tensor, self.temperature)
-        return dict(zip(self.widths, found, strict=True))
+        return dict(zip(self.widths, found, strict=False))
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_posttrain.data.batch import FILLER, PackedBatch
 from megatron_posttrain.data.batch import Sequence as TokenSequence
+from megatron_posttrain.parallel.exchange import summed
 from megatron_posttrain.parallel.groups import Groups
-from megatron_posttrain.platform import platform
 from megatron_posttrain.training.batches import rank_token_batches
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.finite import anywhere
@@ -46,7 +45,7 @@ def sums_by_sequence(groups: Groups, batches: Sequence[PackedBatch], values: Seq
     totals = torch.zeros(count, dtype=torch.float64)
     for index, part in _real(batches, values) if _tells(groups) else ():
         totals[index] = part.double().sum()
-    return _of_all_ranks(totals)
+    return summed(totals)
 
 
 def values_by_sequence(
@@ -56,19 +55,12 @@ def values_by_sequence(
     flat = torch.zeros(sum(sizes))
     for index, part in _real(batches, values) if _tells(groups) else ():
         flat.split(list(sizes))[index].copy_(part)
-    return list(_of_all_ranks(flat).split(list(sizes)))
+    return list(summed(flat).split(list(sizes)))
 
 
 def _tells(groups: Groups) -> bool:
     """Whether this rank's outputs count, of those that have the same."""
     return groups.last_stage and groups.tensor.rank() == 0 and groups.context.rank() == 0
-
-
-def _of_all_ranks(own: Tensor) -> Tensor:
-    """Collective: each rank has zeros but for its own."""
-    everywhere = own.to(platform().device)
-    dist.all_reduce(everywhere)
-    return everywhere.cpu()
 
 
 def _real(batches: Sequence[PackedBatch], values: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
