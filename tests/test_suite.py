@@ -148,15 +148,18 @@ def test_figures_of_several_samples() -> None:
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, rights in (("a", [1, 0, 0, 0, 1, 0, 0, 1]), ("b", [1, 1, 0, 1, 1, 0, 1])):
-        (tmp_path / name / "set").mkdir(parents=True)
-        lines = [json.dumps(record(i, "7", bool(right))) for i, right in enumerate(rights)]
-        (tmp_path / name / "set" / "responses.jsonl").write_text("\n".join(lines))
+        for set_ in ("set", "twin"):
+            (tmp_path / name / set_).mkdir(parents=True)
+            lines = [json.dumps(record(i, "7", bool(right))) for i, right in enumerate(rights)]
+            (tmp_path / name / set_ / "responses.jsonl").write_text("\n".join(lines))
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     assert main(["evaluate", "--compare", a, b]) == 0
     said = capsys.readouterr().out
     # Seven prompts in common: differences 0 1 0 1 0 0 1, mean 3/7, standard error 0.2020.
     assert re.search(r"\+0\.429 +\+0\.033 to \+0\.825 +0\.0339 +0\.566", said)
-    assert "1 prompts are in one of them only" in said
+    # All of both sets: the standard error of 14 differences, 0.1373.
+    assert re.search(r"all sets +\S+ +14 .*\+0\.429 +\+0\.160 to \+0\.698", said)
+    assert "2 prompts are in one of them only" in said
     assert main(["evaluate", "--compare", a, str(tmp_path / "c")]) == 2
     assert "no responses.jsonl" in capsys.readouterr().err
     assert main(["evaluate", "--compare", a, b, "--model", "x"]) == 2

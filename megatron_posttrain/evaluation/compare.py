@@ -12,6 +12,7 @@ from megatron_posttrain.evaluation.statistics import paired_difference
 from megatron_posttrain.output import columns
 
 Shares = Mapping[str, Mapping[str, float]]  # set -> prompt -> share of correct responses
+ALL = "all sets"
 
 
 def _files(directory: Path, name: str) -> dict[str, Path]:
@@ -23,20 +24,21 @@ def _files(directory: Path, name: str) -> dict[str, Path]:
 
 
 def read_results(directory: Path) -> Shares:
-    """Of a directory that `evaluate` wrote, with or without --suite."""
+    """Of a directory that `evaluate` wrote; of a suite its sets, and all of them together."""
     found = {}
     for name, file in _files(directory, RESPONSES).items():
         found[name] = {
             json.dumps([group[0]["messages"], group[0]["answer"]]): fmean(r["reward"] > CORRECT for r in group)
             for group in read_responses(file.parent)
         }
-    return found
+    every = {f"{name} {key}": share for name, prompts in found.items() for key, share in prompts.items()}
+    return found | ({ALL: every} if len(found) > 1 else {})
 
 
 def compare(results: Sequence[Shares], names: Sequence[str]) -> str:
     """A table: each of the others against the first, on the prompts that both answered."""
-    head = ["set", f"against {names[0]}", "prompts", "first", "second", "difference", "95% interval", "p"]
-    lines, left = [[*head, "smallest to be seen"]], 0
+    head = f"set|against {names[0]}|prompts|first|second|difference|95% interval|p|smallest to be seen"
+    lines, left = [head.split("|")], 0
     for name, others in zip(names[1:], results[1:], strict=True):
         for set_ in results[0]:
             first, second = results[0][set_], others.get(set_, {})
@@ -45,7 +47,7 @@ def compare(results: Sequence[Shares], names: Sequence[str]) -> str:
             d = paired_difference([first[key] for key in common], [second[key] for key in common])
             found = f"{d.first:.3f}", f"{d.second:.3f}", f"{d.difference:+.3f}", f"{d.low:+.3f} to {d.high:+.3f}"
             lines.append([set_, name, str(d.prompts), *found, f"{d.p_value:.4f}", f"{d.detectable:.3f}"])
-            left += len(first) + len(second) - 2 * len(common)
+            left += (set_ != ALL) * (len(first) + len(second) - 2 * len(common))
     return columns(lines) + (f"\n{left} prompts are in one of them only, and were left out" if left else "")
 
 

@@ -93,8 +93,7 @@ class Pipeline:
         return found
 
     def place(self, stage: str, what: str) -> Path:
-        directory = self.stages[stage].directory
-        return directory / what if what else directory
+        return self.stages[stage].directory / what
 
     def line(self, stage: Stage) -> list[str]:
         """The stage's words as they are run."""
