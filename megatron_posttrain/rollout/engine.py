@@ -54,7 +54,7 @@ class Sampling:
     """How a prompt is continued. A temperature of 0 is greedy.
 
     vLLM keeps what these need in host memory or in buffers that a request fills when it begins. Before a field is
-    added: level 2 sleep discards every other tensor of the sampler (tests/test_vllm_cuda.py).
+    added: level 2 sleep discards every other tensor of the sampler (tests/rollout/test_vllm_cuda.py).
     """
 
     n: int = 1  # completions a prompt
