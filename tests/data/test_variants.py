@@ -3,10 +3,12 @@
 import bz2
 import gzip
 import json
+import re
 
 import pytest
+import yaml
 
-from megatron_posttrain.data.rows import read_rows
+from megatron_posttrain.data.rows import Reader, read_rows
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.rewards.response import split_reasoning
 from megatron_posttrain.rollout.text import stop_message, stop_token_ids
@@ -119,3 +121,83 @@ def test_stops_of_odd_tokenizers(tmp_path):
 def test_reasoning_between_the_tags_of_other_families():
     assert split_reasoning("<seed:think>41?</seed:think>42") == ("41?", "42")
     assert split_reasoning("41?</seed:think>42", "<seed:think>") == ("41?", "42")
+
+
+ASKED, SAID, WORSE = (
+    {"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("assistant", "b"))
+)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [ASKED, SAID], "rejected_response": "b"},  # ms-swift
+        {"messages": [ASKED, SAID], "rejected_messages": [ASKED, WORSE]},
+        {"instruction": "q", "input": "", "chosen": "a", "rejected": "b"},  # LLaMA-Factory
+        {"input": "q", "chosen": "a", "rejected": "b"},  # Intel's orca_dpo_pairs
+        {"context": [ASKED], "response1": "b", "response2": "a", "overall_preference": 2},  # HelpSteer3
+        {"context": [ASKED], "response1": "a", "response2": "b", "overall_preference": -1},
+        {"prompt": json.dumps([ASKED]), "chosen": json.dumps([SAID]), "rejected": json.dumps([WORSE])},  # from CSV
+    ],
+)
+def test_pairs_under_other_names(record: dict[str, object]) -> None:
+    row = Reader({}, "preference").read("f:1", record)
+    assert row is not None
+    assert (row.messages, row.chosen, row.rejected) == ([ASKED], [SAID], [WORSE])
+
+
+def test_no_preference_is_left_out() -> None:
+    reader = Reader({}, "preference")
+    assert reader.read("f:1", {"context": "q", "response1": "a", "response2": "b", "overall_preference": 0}) is None
+    assert sum(reader.left_out.values()) == 1
+    with pytest.raises(UserError, match="overall_preference must be -3 to 3, found 4"):
+        reader.read("f:1", {"context": "q", "response1": "a", "response2": "b", "overall_preference": 4})
+
+
+def test_calls_of_tools_as_an_answer() -> None:
+    """xLAM's rows: tools and calls are JSON text."""
+    tool = {"name": "add", "description": "", "parameters": {"x": {"type": "int"}}}
+    record = {
+        "query": "q", "tools": json.dumps([tool]), "answers": json.dumps([{"name": "add", "arguments": {"x": 1}}]),
+    }  # fmt: skip
+    row = Reader({}, "sft").read("f:1", record)
+    assert row is not None
+    assert [found.get("function", found) for found in row.tools] == [tool]
+    (call,) = row.messages[1]["tool_calls"]
+    assert call.get("function", call)["arguments"] == {"x": 1}
+
+
+@pytest.mark.parametrize(
+    ("record", "answer"),
+    [
+        ({"problem": "q", "messages": [ASKED, SAID], "solution": r"\boxed{4}"}, "4"),  # NuminaMath
+        ({"problem": "q", "messages": [ASKED, SAID], "answer": "4", "generations": ["a"]}, "4"),  # OpenR1
+        ({"question": "q", "response": "a", "answer": "4"}, "4"),
+        ({"prompt": json.dumps([ASKED]), "reward_model": json.dumps({"ground_truth": "4"}), "data_source": "x"}, "4"),
+    ],
+)
+def test_the_prompt_beside_its_answer_is_what_is_asked(record: dict[str, object], answer: str) -> None:
+    row = Reader({}, "other").read("f:1", record)
+    assert row is not None
+    assert (row.messages, row.answer) == ([ASKED], answer)
+
+
+@pytest.mark.parametrize(
+    ("use", "record", "mapping"),
+    [
+        ("sft", {"question": "q", "answer": "a #### 4"}, "{prompt: question, response: answer}"),
+        ("sft", {"problem": "q", "solution": "a", "answer": "4"}, "{prompt: problem, response: solution}"),
+        ("sft", {"problem": "q", "generated_solution": "a"}, "{prompt: problem, response: generated_solution}"),
+        ("sft", {"inputs": "q", "targets": "a"}, "{prompt: inputs, response: targets}"),
+        ("sft", {"prompt": "q", "chosen": [ASKED, SAID], "rejected": [ASKED, WORSE]}, "{messages: chosen}"),
+        ("other", {"Problem": "q", "Answer": 204}, "{prompt: Problem, answer: Answer}"),
+        ("preference", {"question": "q", "response_j": "a", "response_k": "b"}, "{prompt: question, chosen: response_j, rejected: response_k}"),  # noqa: E501
+        ("preference", {"prompt": "q", "chosen_response": "a", "rejected_response": "b"}, "{prompt: prompt, chosen: chosen_response, rejected: rejected_response}"),  # noqa: E501
+        ("preference", {"context_messages": [ASKED], "chosen": "a", "rejected": "b"}, "{prompt: context_messages, chosen: chosen, rejected: rejected}"),  # noqa: E501
+        ("preference", {"input": {"messages": [ASKED]}, "preferred_output": [SAID], "non_preferred_output": [WORSE]}, "{prompt: input.messages, chosen: preferred_output, rejected: non_preferred_output}"),  # noqa: E501
+    ],
+)  # fmt: skip
+def test_proposed_mapping_is_one_for_the_use_and_works(use: str, record: dict[str, object], mapping: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"try data.columns: {mapping}")):
+        Reader({}, use).read("f:1", record)
+    assert Reader(yaml.safe_load(mapping), use).read("f:1", record) is not None
