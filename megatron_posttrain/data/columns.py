@@ -68,8 +68,10 @@ LIKELY = {
         "rejected", "rejected_messages", "rejected_response", "non_preferred_output", "dispreferred", "response_k",
     ),
 }  # fmt: skip
-PAIRS = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]
-WANTED = {"preference": PAIRS, "sft": [("prompt", "response")], "other": [("prompt", "answer"), ("prompt",)]}
+PAIRS: list[tuple[str, ...]] = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]
+WANTED: dict[str, list[tuple[str, ...]]] = {
+    "preference": PAIRS, "sft": [("prompt", "response")], "other": [("prompt", "answer"), ("prompt",)],
+}  # fmt: skip
 
 
 def proposal(record: Record, use: str) -> str:
