@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from megatron_posttrain.algorithms.reward_model import name_padding
 from tests.helpers.launch import ranks
 from tests.helpers.models import make_assets
 from tests.helpers.preference_models import (
@@ -164,6 +166,14 @@ def test_reward_model_begins_as_transformers_and_its_head_comes_back(
     with torch.no_grad():  # the class itself, on a batch
         scores = exported(**padded).logits[:, 0]
     torch.testing.assert_close(scores, torch.stack([reward(exported, row, "chosen").detach() for row in rows[:3]]))
+    # Where conversations end with the padding token, the class would take the token before it.
+    copy = shutil.copytree(place / "alone-reward-model-0" / "hf", place / "padded")
+    ids, _ = encode(tokenizer, rows[0]["prompt"], rows[0]["chosen"])
+    assert not name_padding(copy / "config.json", int(ids[0, -1]), {int(ids[0, -1])})
+    unpadded = AutoModelForSequenceClassification.from_pretrained(copy)
+    torch.testing.assert_close(unpadded(ids).logits[0, 0], reward(exported, rows[0], "chosen"))
+    with pytest.raises(ValueError, match="batch sizes > 1"):
+        unpadded(ids.repeat(2, 1))
     again_config = config(place, "reward-model", "again", algorithm={"center": 0.01}, packing=False)
     again_config["model"]["path"] = str(place / "alone-reward-model-0" / "hf")
     (resumed,) = run(place, 1, [("reward-model", again_config)])
