@@ -47,6 +47,7 @@ class Refits:
                 quantization=config.rollout.quantization,
                 lora_rank=config.lora.rank if shipped and config.lora else None,
                 load_weights=shipped,
+                fp32_head=config.precision.head == "fp32",
                 choices=choice_type(run.prepared.arch) if replays else None,
             )
         )

@@ -96,6 +96,9 @@ class PrecisionConfig(Section):
     dtype: Literal["fp32", "bf16"] = key("bf16", "of weights and activations; main weights are fp32")
     fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = key(None, "needs Transformer Engine")
     bf16_ends: NonNegativeInt = key(0, "with fp8: layers at the start, and as many at the end, that stay in bf16")
+    head: Literal["fp32"] | None = key(
+        None, "fp32: logits of trainer and vLLM are not rounded to bf16 (arXiv 2506.13585, 2510.13786)"
+    )
 
 
 # Our names of columns, which `data.columns` gives the files' names for.

@@ -75,7 +75,8 @@ def run(job: dict[str, Any], layout: dict[str, int]) -> dict[str, Any]:
         values |= {index: value for index, value in pairs if index >= 0}
     result = trained.train_step(batches, squares, per_sequence, 1e-3, Scalars(last=True))
     facts |= {"loss": result.loss, "grad_norm": result.grad_norm, "value": result.metrics["value"].value}
-    language = Engine.of(config, arch, groups)
+    precision = config.precision.model_copy(update={"head": "fp32"})  # as exact as without, under every layout
+    language = Engine.of(config.model_copy(update={"precision": precision}), arch, groups)
     z_loss = language.train_step(
         batches, partial(cross_entropy, z_loss=Z_LOSS), per_token, 1e-3, LabelLogprobs(normalisers=True)
     )

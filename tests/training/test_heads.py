@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from megatron_posttrain.models.head import Fp32Product
 from tests.helpers.heads_worker import Z_LOSS, K, sequences
 from tests.helpers.launch import ranks
 from tests.helpers.models import SIZES, make_qwen3
@@ -75,3 +76,20 @@ def test_heads(model: str, tmp_path: Path, processes: int) -> None:
         for (logprobs, tokens), right in zip(facts["top"], expected["top"], strict=True):
             torch.testing.assert_close(torch.tensor(logprobs), right[0], rtol=0, atol=1e-5)
             assert (torch.tensor(tokens).long() == right[1]).float().mean() > 0.99  # equal values may trade places
+
+
+def test_fp32_logits_are_not_rounded() -> None:
+    """Of bf16 values, against float64; gradients against those of the same loss of rounded inputs."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 256, generator=generator).bfloat16().requires_grad_() for n in (5, 40))
+    logits = Fp32Product.apply(hidden[:, None], weight)
+    exact = (hidden[:, None].double() @ weight.double().t()).detach()
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact, rtol=0, atol=1e-4)
+    assert (exact.bfloat16().double() - exact).abs().max() > 0.05  # what rounding would do
+    logits.sum().backward()
+    for found, right in (
+        (hidden, weight.double().sum(0).expand(5, -1)),
+        (weight, hidden.double().sum(0).expand(40, -1)),
+    ):
+        torch.testing.assert_close(found.grad.double(), right, rtol=0.01, atol=0.05)
