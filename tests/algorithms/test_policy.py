@@ -102,6 +102,7 @@ def test_numbers_by_step() -> None:
         ("token_band=[2, 3]", r"allowed: \[below 1, above 1\]"),
         ("kl_in=reward", "without kl_coefficient"),
         ("reference_every=4", "without kl_coefficient"),
+        ("reset_optimizer=true", "without reference_every"),
         ("entropy_target=0.2", "without entropy_coefficient"),
         ("baseline=batch", "goes with advantage_scale=batch"),
         ("advantage_scale=batch; normalize_std=false", "no effect with normalize_std=false"),

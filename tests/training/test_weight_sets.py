@@ -70,6 +70,30 @@ def test_a_set_takes_the_models_place_and_leaves_it(engine: Engine) -> None:
         engine.train_step(batches, lambda output, batch: (output["logprobs"].mean(), {}), per_token, 1e-2)
 
 
+def test_moments_begin_anew(engine: Engine) -> None:
+    """Adam's first step moves a weight by the learning rate, whatever its gradient (arXiv 1412.6980, section 2.1)."""
+    rows = [[Sequence(list(range(20)), [1] * 20)], [Sequence(list(range(30, 44)), [1] * 14)]]
+    batches = rank_micro_batches(rows, engine.groups, 1)
+    mains = []
+    for part in engine.optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            group["weight_decay"] = 0.0
+            mains += group["params"]
+    moved = []
+    for reset in (False, False, True):
+        if reset:
+            engine.reset_optimizer()
+        before = [main.detach().clone() for main in mains]
+        engine.train_step(batches, cross_entropy, per_token, 1e-3)
+        steps = torch.cat([(main.detach() - b).abs().flatten() for main, b in zip(mains, before, strict=True)])
+        moved.append(steps[steps > 0] / 1e-3)
+    near = [float((steps > 0.99).float().mean()) for steps in moved]
+    assert near[0] > 0.95
+    assert near[1] < 0.9
+    assert near[2] > 0.95
+    assert max(float(steps.max()) for steps in (moved[0], moved[2])) < 1.02
+
+
 def test_a_frozen_model_has_no_gradient_buffers(tmp_path: Path) -> None:
     from megatron.core import parallel_state
 
