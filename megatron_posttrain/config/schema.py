@@ -100,6 +100,10 @@ class PrecisionConfig(Section):
         None, "fp32: logits of trainer and vLLM are not rounded to bf16 (arXiv 2506.13585, 2510.13786)"
     )
 
+    def fingerprint(self) -> str:
+        """For caches, those of versions that had no `head` among them."""
+        return self.model_dump_json(exclude={"head"} if self.head is None else None)
+
 
 # Our names of columns, which `data.columns` gives the files' names for.
 COLUMNS = (

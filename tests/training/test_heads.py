@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from megatron_posttrain.config.schema import PrecisionConfig
 from megatron_posttrain.models.head import Fp32Product
 from tests.helpers.heads_worker import Z_LOSS, K, sequences
 from tests.helpers.launch import ranks
@@ -93,3 +94,9 @@ def test_fp32_logits_are_not_rounded() -> None:
         (weight, hidden.double().sum(0).expand(40, -1)),
     ):
         torch.testing.assert_close(found.grad.double(), right, rtol=0.01, atol=0.05)
+
+
+def test_caches_know_what_they_were_computed_in() -> None:
+    """As before `head` was a key, unless it is used: a run of then goes on."""
+    assert PrecisionConfig(dtype="fp32").fingerprint() == '{"dtype":"fp32","fp8":null,"bf16_ends":0}'
+    assert "head" in PrecisionConfig(head="fp32").fingerprint()
