@@ -53,7 +53,7 @@ class _Table:
         figures = {
             "step": step,
             "row": record["index"],
-            "reward": record["reward"],
+            "reward": record.get("reward"),  # none of what `distill` samples
             "length": length,
             "truncated": record.get("finish_reason") == "length",
         } | {name: record[name] for name in ("advantage", "logprob_difference") if name in record}

@@ -104,6 +104,16 @@ def test_samples_are_what_the_rollouts_say(page: Path) -> None:
     assert np.frombuffer(base64.b64decode(found["texts"][3]["logprobs"]), "<i2").tolist() == [-25, -300]
 
 
+def test_samples_that_nothing_graded(tmp_path: Path) -> None:
+    """As `distill` leaves what the student answers."""
+    (tmp_path / "rollouts").mkdir()
+    record = {"index": 0, "prompt": [], "response": "7", "token_ids": [5], "logprobs": [-1.0]}
+    (tmp_path / "rollouts/step_000001.jsonl").write_text(json.dumps(record) + "\n")
+    found = samples.read(tmp_path)
+    assert found is not None
+    assert np.isnan(np.frombuffer(base64.b64decode(found["columns"]["reward"]), "<f4")).tolist() == [True]
+
+
 def test_texts_have_a_limit(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "TEXT_BYTES", 2 * 60)
     found = samples.read(page.parent / "runs/a")
