@@ -43,7 +43,7 @@ def prepare(config: Config, world_size: int | None = None) -> Prepared:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
     path = model_directory(config.model.path)
     arch = read_architecture(config, path)
-    layout = check_layout(Layout.from_config(config.parallel, world_size), arch)
+    layout = check_layout(Layout.from_config(config.parallel, trainer_ranks(config, world_size)), arch)
     if wrong := list(batch_problems(config, layout)):
         raise UserError("; ".join(wrong))
     _check_implementation(config)
@@ -59,6 +59,16 @@ def prepare(config: Config, world_size: int | None = None) -> Prepared:
         keep_date(config)
     tokenizer = read_tokenizer(config.model.tokenizer or path, arch, path)
     return Prepared(config, arch, layout, tokenizer, path)
+
+
+def trainer_ranks(config: Config, world_size: int) -> int:
+    """Those that the layout is of. Raises UserError where rollout ranks leave none."""
+    if (apart := config.rollout_ranks) >= world_size > 0:
+        raise UserError(
+            f"rollout.ranks={apart} leaves none of the {world_size} ranks to train; allowed: 0 (every rank does both) "
+            f"to {world_size - 1}"
+        )
+    return world_size - apart
 
 
 def check_launcher() -> None:

@@ -4,6 +4,8 @@ import logging
 
 import torch.distributed as dist
 
+from megatron_posttrain.parallel.groups import start_distributed
+
 
 def quiet_libraries() -> None:
     """One readable stream: libraries speak up only for errors."""
@@ -23,5 +25,7 @@ def say(text: str) -> None:
 def finish() -> None:
     """Leaves the job together; a rank that goes early would break the others' last collective."""
     if dist.is_initialized():
+        if (bridge := start_distributed()) is not None and not bridge.generates:
+            bridge.tell(None)  # no further order
         dist.barrier()
         dist.destroy_process_group()
