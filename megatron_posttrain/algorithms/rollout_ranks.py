@@ -53,7 +53,7 @@ class RemoteDraws:
 
 
 def serve(config: GrpoConfig) -> int:
-    """A rollout rank's part of a command: orders of the trainers, until they leave. Exit status."""
+    """A rollout rank's part of a command: orders of the trainers, until they leave. Returns their exit status."""
     prepared = prepare(config)
     asked = Asked.of(config, prepared)
     bridge = start_distributed(config.rollout_ranks)
@@ -66,7 +66,7 @@ def serve(config: GrpoConfig) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1):  # a request to stop is the trainers' to follow
         signal.signal(number, lambda *_: (config.output_dir / STOP_FILE).touch())
     idle, since = 0.0, time.perf_counter()
-    while (order := bridge.tell(None)) is not None:
+    while (order := bridge.tell(None))[0] != "leave":
         idle += time.perf_counter() - since
         what, number = order
         if what == "update":
@@ -86,7 +86,7 @@ def serve(config: GrpoConfig) -> int:
             bridge.tell((draws.save(), state), back=True)
         since = time.perf_counter()
     engine.close()
-    return 0
+    return order[1]
 
 
 def _take_weights(config: GrpoConfig, refit: Refit, version: int) -> None:

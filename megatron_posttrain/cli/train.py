@@ -47,5 +47,5 @@ def run(args: argparse.Namespace) -> int:
         status = serve(config)
     else:
         status = algorithm.load()(config)
-    finish()
+    finish(status)
     return status

@@ -44,7 +44,7 @@ def join(rollout_ranks: int, timeout: datetime.timedelta) -> Bridge:
     dist.init_process_group(device.backend, store=own, rank=rank - first, world_size=size, timeout=timeout)
     # What init_process_group does for a default group, once more: `new_group` makes groups of its ranks only.
     backends = ",".join(sorted({"cpu:gloo", f"{device.device.type}:{device.backend}"}))
-    facts: Any = (ranks, rank, [], backends, PrefixStore("bridge", store), "bridge")
-    group, _ = distributed_c10d._new_process_group_helper(*facts, timeout=timeout)
+    make: Any = distributed_c10d._new_process_group_helper
+    group, _ = make(ranks, rank, [], backends, PrefixStore("bridge", store), "bridge", timeout=timeout)
     distributed_c10d._world.pg_group_ranks[group] = {number: number for number in range(ranks)}
     return Bridge(group, trainers)

@@ -22,10 +22,11 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def finish() -> None:
-    """Leaves the job together; a rank that goes early would break the others' last collective."""
+def finish(status: int = 0) -> None:
+    """Leaves the job together; a rank that goes early would break the others' last collective. `status`: the process's,
+    which rollout ranks take over."""
     if dist.is_initialized():
         if (bridge := start_distributed()) is not None and not bridge.generates:
-            bridge.tell(None)  # no further order
+            bridge.tell(("leave", status))
         dist.barrier()
         dist.destroy_process_group()
