@@ -131,7 +131,7 @@ def main() -> None:
     bridge = start_distributed(job.get("rollout_ranks", 0))
     tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])
     rewards = load_rewards([RewardConfig(name="long", weight=0.5, file=job["rewards"]), RewardConfig(name="math")])
-    if bridge is not None:
+    if bridge.group is not None:
         check_bridge(bridge, tokenizer, rewards, Path(job["out"]))
         job["cases"] = []
     for number, (tensor, count, data) in enumerate(job["cases"]):  # ranks a replica, prompts, data parallel ranks

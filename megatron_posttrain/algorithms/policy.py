@@ -73,10 +73,10 @@ class Rollouts:
             return cls(run, config, engine, asked, None, None)
         if asked.model_reward is not None:
             asked.model_reward.load(run.groups)
-        refits, checkpoints, bridge = Refits(config, run, engine), run.checkpoints, run.bridge
+        refits, checkpoints, bridge = Refits.of(config, run, engine), run.checkpoints, run.bridge
         saved = broadcast_object(checkpoints.carried_before())
         draws: Draws | RemoteDraws
-        if bridge is None:
+        if bridge.group is None:
             facts = run.total_steps, asked, run.prepared.tokenizer, refits.rollout, checkpoints.state
             draws = Draws(config, *facts)
             draws.load(saved)
@@ -104,9 +104,9 @@ class Rollouts:
         Where it is time for it the reference gets them too.
         """
         config, every = self.config(step.index), self.whole_config.algorithm.reference_every
-        if isinstance(self.draws, RemoteDraws):
-            with step.phase("wait"):
-                self.draws.update(step.index)
+        if self.run.bridge.group is not None:
+            with step.phase("wait"):  # for rollout ranks, which may still draw
+                self.run.bridge.tell(("update", step.index))
         with step.phase("refit"):
             if every is not None and step.index and step.index % every == 0:
                 self.engine.keep_weights(REFERENCE)
@@ -130,8 +130,7 @@ class Rollouts:
         assert self.refits is not None
         assert self.draws is not None
         asked, config = self.asked, self.config(step.index)
-        if isinstance(self.draws, RemoteDraws):
-            self.draws.update(step.number)
+        self.run.bridge.tell(("update", step.number))
         self.figures = self.refits.update(config, asked.prompts.prompts, step.number)
         drawn, count = dict(self.draws.held_out(step.index)), config.rollout.validation_samples
         if asked.model_reward is not None:

@@ -12,12 +12,10 @@ from typing import Any
 
 from megatron_posttrain.algorithms.asked import Asked
 from megatron_posttrain.algorithms.draws import Draws
-from megatron_posttrain.algorithms.refit import CANARY_PROMPTS, adapter_directory, make_engine
+from megatron_posttrain.algorithms.refit import Refits
 from megatron_posttrain.config.algorithms import GrpoConfig
 from megatron_posttrain.parallel.bridge import Bridge
 from megatron_posttrain.parallel.groups import start_distributed
-from megatron_posttrain.platform import platform
-from megatron_posttrain.rollout.refit import Refit, prove
 from megatron_posttrain.rollout.regroup import hand_over
 from megatron_posttrain.rollout.samples import Samples
 from megatron_posttrain.training.prepare import prepare
@@ -31,10 +29,6 @@ class RemoteDraws:
     bridge: Bridge
     asked: Asked
     state: dict[str, Any]  # of the run's loop
-
-    def update(self, version: int) -> None:
-        """Has the rollout ranks, once they are free, take part in a refit."""
-        self.bridge.tell(("update", version))
 
     def take(self, step: int) -> Samples:
         self.bridge.tell(("take", step))
@@ -57,11 +51,9 @@ def serve(config: GrpoConfig) -> int:
     prepared = prepare(config)
     asked = Asked.of(config, prepared)
     bridge = start_distributed(config.rollout_ranks)
-    assert bridge is not None
-    engine = make_engine(config, prepared)
-    refit = Refit(engine, bridge=bridge)
+    refits = Refits(config, prepared, bridge)
     steps, state, saved = bridge.tell(None)
-    draws = Draws(config, steps, asked, prepared.tokenizer, engine, state)
+    draws = Draws(config, steps, asked, prepared.tokenizer, refits.rollout, state)
     draws.load(saved)
     for number in (signal.SIGTERM, signal.SIGUSR1):  # a request to stop is the trainers' to follow
         signal.signal(number, lambda *_: (config.output_dir / STOP_FILE).touch())
@@ -70,9 +62,7 @@ def serve(config: GrpoConfig) -> int:
         idle += time.perf_counter() - since
         what, number = order
         if what == "update":
-            _take_weights(config, refit, number)
-            prompts = [prompt.token_ids for prompt in asked.prompts.prompts[:CANARY_PROMPTS]]
-            prove(engine, prompts, None, config.rollout.proof_tolerance, bridge)
+            refits.update(config, asked.prompts.prompts, number)
         elif what == "take":
             draws.draw(number, number)
             samples = draws.pop(number)
@@ -85,16 +75,5 @@ def serve(config: GrpoConfig) -> int:
         else:
             bridge.tell((draws.save(), state), back=True)
         since = time.perf_counter()
-    engine.close()
+    refits.close()
     return order[1]
-
-
-def _take_weights(config: GrpoConfig, refit: Refit, version: int) -> None:
-    assert refit.engine is not None
-    assert refit.bridge is not None
-    if config.rollout.adapters == "ship":
-        refit.bridge.tell(None)  # it is written
-        refit.engine.ship(adapter_directory(config))
-    else:
-        with platform().megatron():
-            refit.from_trainer(version)

@@ -182,7 +182,7 @@ class Schedule:
         stage, index = divmod(source, self.stage_ranks)
         turn = (
             self.home(rank) % self.block % (self.block // count)
-        )  # of the ranks with the same shard each serves its share
+        )  # of those with the same shard each serves its share
         if index % self.block // count != turn:
             return 0, 0
         each = self.part(bucket, position)

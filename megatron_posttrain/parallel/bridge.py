@@ -16,18 +16,20 @@ from megatron_posttrain.platform import platform
 
 @dataclass(frozen=True)
 class Bridge:
-    """`group`: of all ranks of the job, the `trainers` first."""
+    """`group`: of all ranks of the job, the `trainers` first; None: every rank of the world trains and generates."""
 
-    group: dist.ProcessGroup
-    trainers: int
+    group: dist.ProcessGroup | None = None
+    trainers: int = 0
 
     @property
     def generates(self) -> bool:
         """Whether this is a rollout rank."""
-        return self.group.rank() >= self.trainers
+        return self.group is not None and self.group.rank() >= self.trainers
 
     def tell(self, value: Any, *, back: bool = False) -> Any:
         """Collective: what the first trainer gives, or (`back`) the first rollout rank, on every rank."""
+        if self.group is None:
+            return value
         box = [value]
         dist.broadcast_object_list(box, self.trainers if back else 0, self.group)
         return box[0]

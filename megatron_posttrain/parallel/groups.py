@@ -19,10 +19,10 @@ Value = TypeVar("Value")
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # first steps compile kernels; a hang still ends
 
 
-_bridge: Bridge | None = None  # of a job with rollout ranks
+_bridge = Bridge()
 
 
-def start_distributed(rollout_ranks: int = 0) -> Bridge | None:
+def start_distributed(rollout_ranks: int = 0) -> Bridge:
     """Joins torchrun's job, or makes a world of one process; the last `rollout_ranks` are a world of their own.
     Idempotent."""
     global _bridge

@@ -16,6 +16,7 @@ from megatron_posttrain.parallel.exchange import gathered
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout.engine import Completion, RolloutEngine
 
+ALONE = Bridge()  # every rank trains and generates
 CANARY_TOKENS = 16
 # Measured differences to the trainer's log-probs: fp32 at most 6e-6; bf16 0.012 on average for a dense model
 # and 0.03 for a mixture of experts, where single tokens reach 2.4 because the router chose another expert.
@@ -33,30 +34,20 @@ class Refit:
     trainer's weights, for `from_trainer`. Over a `bridge` a trainer has no engine, and a rollout rank no exporter.
     """
 
-    def __init__(
-        self, engine: RolloutEngine | None, exporter: Exporter | None = None, bridge: Bridge | None = None
-    ) -> None:
+    def __init__(self, engine: RolloutEngine | None, exporter: Exporter | None = None, bridge: Bridge = ALONE) -> None:
         self.engine, self.exporter, self.bridge, self.digest_seconds = engine, exporter, bridge, 0.0
-        self._group = None if bridge is None else bridge.group
 
     @cached_property
     def shares(self) -> Shares:
-        """Collective, while the engine is awake."""
-        held = None if self.exporter is None else self.exporter.held
-        if self.bridge is not None:
-            told = self.bridge.tell(held)
-            held = held or told
-        assert held is not None
-        wanted = [] if self.engine is None else wanted_by(self.engine, held)
-        if self.bridge is not None:
-            wanted = self.bridge.tell(wanted, back=True)
-        return Shares(*held, wanted, platform().device, group=self._group)
+        """Collective; wakes the engine."""
+        told = self.bridge.tell(None if self.exporter is None else self.exporter.held)
+        held: Held = told if self.exporter is None else self.exporter.held
+        wanted = self.bridge.tell(None if self.engine is None else wanted_by(self.engine, held), back=True)
+        return Shares(*held, wanted, platform().device, group=self.bridge.group)
 
     def from_trainer(self, version: int) -> float:
         """As `update`, with the trainer's weights as they are now: a rank receives what its engine rank copies, and
         all that it hands over is compared with what the trainer holds."""
-        if self.engine is not None:
-            self.engine.wake("weights")
         return self.update(self.shares.hf_tensors(), version)
 
     def update(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> float:
@@ -76,7 +67,7 @@ class Refit:
         # On CUDA in this order: writing to weights before they are mapped touches unmapped memory, and the
         # cache comes last because the tensors in flight need its room.
         problem, cause = None, None
-        shared = self.exporter is not None or self.bridge is not None
+        shared = self.exporter is not None or self.bridge.generates
         noted = self.shares.noted(tensors) if shared else tensors
         if self.engine is not None:
             self.engine.wake("weights")
@@ -91,7 +82,7 @@ class Refit:
         end = time.perf_counter()
         if shared:
             deque(tensors, 0)  # where it failed: all ranks send to each other
-            problems = gathered(self.shares.problem() or problem, self._group)
+            problems = gathered(self.shares.problem() or problem, self.bridge.group)
             problem = problem or next(filter(None, problems), None)
         if problem:
             raise RefitError(f"refit {version}: {problem}") from cause
@@ -105,8 +96,9 @@ class Refit:
 
 
 def wanted_by(engine: RolloutEngine, held: Held) -> list[Wanted]:
-    """Collective: what each rank of a replica copies of the trainer's tensors."""
+    """Collective: what each rank of a replica copies of the trainer's tensors; wakes the engine."""
     _, plans, disk, _ = held
+    engine.wake("weights")
     shapes = {name: shape for plan in plans for name, shape in plan.named_shapes()}
     wanted: list[Wanted] = []
     for boxes in engine.taken(disk.shapes):
@@ -121,14 +113,14 @@ def wanted_by(engine: RolloutEngine, held: Held) -> list[Wanted]:
 def prove(
     engine: RolloutEngine | None,
     canary_prompts: Sequence[Sequence[int]],
-    trainer_logprobs: Callable[[list[list[int]]], list[Tensor]] | None,
+    trainer_logprobs: Callable[[list[list[int]]], list[Tensor]],
     tolerance: float | None = None,
-    bridge: Bridge | None = None,
+    bridge: Bridge = ALONE,
 ) -> float:
     """Compares log-probs of the engine's greedy tokens after the canary prompts with the trainer's own.
 
     Collective over all ranks; every replica of the engine is checked, and all ranks raise or none. Over a `bridge` a
-    trainer has no engine, and a rollout rank no trainer.
+    trainer has no engine, and what a rollout rank's `trainer_logprobs` gives is not looked at.
 
     Args:
         canary_prompts: the same on all ranks.
@@ -139,24 +131,20 @@ def prove(
     Returns the largest (fp32) or mean (bf16) difference, of the worst replica. Raises RefitError: it exceeds the
     tolerance, or a value is not finite.
     """
-    prompts, group = [list(p) for p in canary_prompts], None if bridge is None else bridge.group
+    prompts = [list(p) for p in canary_prompts]
     completions: list[Completion] = []
     if engine is not None:
         room = min(engine.max_model_len - len(p) for p in prompts)
         completions = engine.greedy(prompts, min(CANARY_TOKENS, room))
     own = [p + c.token_ids for p, c in zip(prompts, completions, strict=engine is not None)]
     # A wrong replica says other tokens. The trainer's ranks must all score the same, so they score them all.
-    sequences = list(dict.fromkeys(tuple(s) for said in gathered(own, group) for s in said))
-    scores: list[Tensor] = []
-    if trainer_logprobs is not None:
-        scores = [score.detach().double().cpu() for score in trainer_logprobs([list(s) for s in sequences])]
-    if bridge is not None:
-        scores = bridge.tell(scores)
-    trainer = dict(zip(sequences, scores, strict=True))
+    sequences = list(dict.fromkeys(tuple(s) for said in gathered(own, bridge.group) for s in said))
+    scores = [score.detach().double().cpu() for score in trainer_logprobs([list(s) for s in sequences])]
+    trainer = dict(zip(sequences, bridge.tell(scores), strict=True))
     finding = 0.0, ""
     if engine is not None:
         finding = _compare(engine, prompts, completions, [trainer[tuple(s)] for s in own], tolerance)
-    statistic, message = max(gathered(finding, group), key=lambda found: (math.isnan(found[0]), found[0]))
+    statistic, message = max(gathered(finding, bridge.group), key=lambda found: (math.isnan(found[0]), found[0]))
     if message:
         raise RefitError(message)
     return statistic

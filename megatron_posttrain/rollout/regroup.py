@@ -63,7 +63,7 @@ def hand_over(bridge: Bridge, samples: Samples | None = None) -> Samples:
     nothing: dict[str, Any] = {name: [] for name in ("drawn", *OF_DRAWN)}
     facts = None if samples is None else replace(samples, **nothing)
     facts, rank, trainers = bridge.tell(facts, back=True), dist.get_rank(), bridge.trainers
-    tensor, replicas = facts.ranks_per_replica, (bridge.group.size() - trainers) // facts.ranks_per_replica
+    tensor = facts.ranks_per_replica
     if samples is not None:
         if rank % tensor == 0:
             part = replace(samples, prompts=[])  # which `facts` has
@@ -71,7 +71,7 @@ def hand_over(bridge: Bridge, samples: Samples | None = None) -> Samples:
         return samples
     box: list[Any] = [None]
     parts = []
-    for replica in range(rank, replicas, trainers):
-        dist.recv_object_list(box, trainers + replica * tensor, bridge.group)
+    for source in range(trainers + rank * tensor, dist.get_world_size(bridge.group), trainers * tensor):
+        dist.recv_object_list(box, source, bridge.group)
         parts += box
     return deal(facts, parts, trainers, 1)

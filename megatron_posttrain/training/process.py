@@ -26,7 +26,7 @@ def finish(status: int = 0) -> None:
     """Leaves the job together; a rank that goes early would break the others' last collective. `status`: the process's,
     which rollout ranks take over."""
     if dist.is_initialized():
-        if (bridge := start_distributed()) is not None and not bridge.generates:
+        if not (bridge := start_distributed()).generates:
             bridge.tell(("leave", status))
         dist.barrier()
         dist.destroy_process_group()
