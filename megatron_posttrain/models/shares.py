@@ -180,9 +180,7 @@ class Schedule:
         """[start, stop) of the stream of `rank` that `source`, of its block, sends it."""
         count, (position, part) = self.shards[bucket.kind], self.position(rank)
         stage, index = divmod(source, self.stage_ranks)
-        turn = (
-            self.home(rank) % self.block % (self.block // count)
-        )  # of those with the same shard each serves its share
+        turn = self.home(rank) % self.block % (self.block // count)  # ranks with the same shard share the work
         if index % self.block // count != turn:
             return 0, 0
         each = self.part(bucket, position)
