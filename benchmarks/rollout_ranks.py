@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.launch import torchrun
 from tests.models import make_assets
 
-SIDES = {"both do both": [], "1 + rollout.ranks=1": ["rollout.ranks=1"]}
+SIDES: dict[str, list[str]] = {"both do both": [], "1 + rollout.ranks=1": ["rollout.ranks=1"]}
 PHASES = ("wait_seconds", "refit_seconds", "rollout_seconds", "train_seconds", "rollout_idle_seconds")
 
 
@@ -39,8 +39,7 @@ def main() -> None:
             for name, more in SIDES.items():
                 run = Path(directory, f"{number} {name}")
                 torchrun(2, *line, *more, f"output={run}", timeout=1800)
-                steps = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-                found[name] += list(steps)[2:]
+                found[name] += [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[2:]]
         for name, steps in found.items():
             median = sorted(steps, key=lambda step: step["step_seconds"])[len(steps) // 2]
             spread = statistics.quantiles([step["step_seconds"] for step in steps], n=4)
