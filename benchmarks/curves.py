@@ -70,7 +70,7 @@ def make_tools(directory: Path, seed: int) -> str:
     """A model of two habits, prompts, and the config to train it with."""
     from megatron_posttrain.config.schema import EnvironmentConfig
     from megatron_posttrain.environments import load_environment
-    from tests.tool_models import make_tool_model, sums
+    from tests.helpers.tool_models import make_tool_model, sums
 
     tools = load_environment(EnvironmentConfig(name="calculator")).tools
     make_tool_model(directory / "model", 400, tools, rows=32, guesses=0.6)

@@ -21,7 +21,7 @@ from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.rollout.engine import Completion, Request, Sampling
 from megatron_posttrain.rollout.handout import Handout
 from megatron_posttrain.rollout.turns import Episode, converse
-from tests.stand_in import StandIn
+from tests.helpers.stand_in import StandIn
 
 GROUP = 8  # samples a prompt
 

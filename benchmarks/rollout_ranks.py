@@ -14,8 +14,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from tests.launch import torchrun
-from tests.models import make_assets
+from tests.helpers.launch import torchrun
+from tests.helpers.models import make_assets
 
 SIDES: dict[str, list[str]] = {"both do both": [], "1 + rollout.ranks=1": ["rollout.ranks=1"]}
 PHASES = ("wait_seconds", "refit_seconds", "rollout_seconds", "train_seconds", "rollout_idle_seconds")

@@ -24,8 +24,8 @@ from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.training import heartbeat
 from megatron_posttrain.training.run import Run
-from tests.launch import ranks
-from tests.models import make_assets
+from tests.helpers.launch import ranks
+from tests.helpers.models import make_assets
 from tools.benchmark_throughput import main
 
 HF_CONFIG: dict[str, Any] = {

@@ -13,7 +13,7 @@ import pytest
 from megatron_posttrain.cli.main import command_parser, commands
 from megatron_posttrain.config.algorithms import ALGORITHMS
 from megatron_posttrain.config.load import load_config
-from tests.launch import EXAMPLES, ROOT
+from tests.helpers.launch import EXAMPLES, ROOT
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "launch/README.md", *(ROOT / "docs").glob("*.md")])
 REQUIRED = ("model.path=x", "data.train=x", "output=x")

@@ -12,14 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch import ROOT, command, environment, execute, torchrun
+from tests.helpers.launch import ROOT, command, environment, execute, torchrun
 
 REASONS = {"user": "error: row 7 of the file is bad", "crash": "KeyError: 'unexpected unit'"}
 
 
 @pytest.mark.parametrize("kind", sorted(REASONS))
 def test_torchrun_ends_with_the_reason_of_the_rank_that_failed(kind: str) -> None:
-    done = torchrun(2, "-m", "tests.failing_rank", kind, check=False, timeout=120)
+    done = torchrun(2, "-m", "tests.helpers.failing_rank", kind, check=False, timeout=120)
     assert done.returncode == 1
     # Every rank that met the loss of its peer says whose fault it was.
     others = [line for line in done.stderr.splitlines() if " failed first: " in line]
@@ -36,7 +36,7 @@ def test_launcher_ends_with_the_reason_and_writes_it_to_every_log(
 ) -> None:
     line = ["bash", str(ROOT / "launch" / "node.sh"), "--nproc-per-node", "2", "--log-dir", str(tmp_path)]
     monkeypatch.setenv("PYTHON", sys.executable)
-    done = execute([*line, "-m", "tests.failing_rank", kind], check=False, timeout=120)
+    done = execute([*line, "-m", "tests.helpers.failing_rank", kind], check=False, timeout=120)
     reason = REASONS[kind].removeprefix("error: ")
     assert done.returncode == (2 if kind == "user" else 1)
     assert reason in done.stderr.splitlines()[-1]
@@ -48,7 +48,9 @@ def test_launcher_ends_with_the_reason_and_writes_it_to_every_log(
 
 def test_workers_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    job = subprocess.Popen([*line, "-m", "tests.failing_rank", "hang", str(tmp_path)], cwd=ROOT, env=environment())
+    job = subprocess.Popen(
+        [*line, "-m", "tests.helpers.failing_rank", "hang", str(tmp_path)], cwd=ROOT, env=environment()
+    )
     deadline = time.monotonic() + 100
     while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)

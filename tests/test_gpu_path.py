@@ -24,7 +24,7 @@ from megatron_posttrain.models.modules import kernels
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.known_models import KNOWN_MODELS
 from megatron_posttrain.platform.cuda import CudaPlatform, fp8_recipes
-from tests.launch import EXAMPLES, ROOT, forked, ranks
+from tests.helpers.launch import EXAMPLES, ROOT, forked, ranks
 
 # Where the path is an earlier stage's output, or the quickstart's own small model
 MODELS = dict.fromkeys(("grpo.yaml", "dapo.yaml", "ppo.yaml"), "Qwen3-8B") | {

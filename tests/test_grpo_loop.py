@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import forked
-from tests.models import make_assets
+from tests.helpers.launch import forked
+from tests.helpers.models import make_assets
 
 
 @pytest.mark.timeout(900)

@@ -22,7 +22,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from megatron_posttrain.cli.main import main
-from tests.models import make_assets
+from tests.helpers.models import make_assets
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = '{"messages": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]}'

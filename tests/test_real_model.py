@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.launch import torchrun
+from tests.helpers.launch import torchrun
 
 MODEL = os.environ.get("SMOLLM2", "")
 TEXTS = [

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch import ROOT
+from tests.helpers.launch import ROOT
 
 RECIPES = ROOT / "examples/recipes"
 

@@ -36,6 +36,13 @@ def test_each_room_imports_only_earlier_ones() -> None:
     assert not wrong
 
 
+def test_tests_lie_as_rooms_do() -> None:
+    """Beside those of the whole program; helpers, and stand-ins for Slurm and Transformer Engine, lie apart."""
+    folders = {file.parent.name for file in (ROOT / "tests").rglob("test_*.py")} - {"tests", "slurm", "launch"}
+    assert folders <= set(order())
+    assert not [file for file in (ROOT / "tests").glob("*.py") if not re.match("test_|conftest|__init__", file.name)]
+
+
 def test_no_two_classes_of_one_name() -> None:
     names = Counter(
         node.name

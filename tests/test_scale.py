@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.scale import MODELS, costs, gloo_groups, roll_call_requests
 from megatron_posttrain.parallel.layout import Layout
-from tests.launch import ROOT
+from tests.helpers.launch import ROOT
 
 
 def test_megatron_core_makes_gloo_groups_only_where_it_is_told_to() -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_posttrain.cli.main import main
-from tests.models import make_assets
+from tests.helpers.models import make_assets
 
 
 @pytest.fixture(scope="module")

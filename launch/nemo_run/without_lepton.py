@@ -3,7 +3,7 @@
 NeMo-Run 0.11.1 imports `leptonai.api.v1` whenever it is imported, for a cloud that nothing here uses.
 leptonai 0.47 has no such module any more, and the versions that have it pin packages that vLLM cannot live
 with. `install()` lets an import stand-in answer for what is missing of leptonai, and only for that. It can go
-when NeMo-Run imports its clouds lazily; `tests/test_launch.py` covers it.
+when NeMo-Run imports its clouds lazily; `tests/launch/test_launch.py` covers it.
 """
 
 from __future__ import annotations

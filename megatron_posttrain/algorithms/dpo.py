@@ -138,7 +138,7 @@ def cache_key(prepared: Prepared, dataset: PreferenceDataset) -> dict[str, str]:
     weights = f" random {seed}" if config.model.random_init else fingerprint_of_weights(path)
     return {
         "model": fingerprint_of_config(path) + weights,
-        "precision": config.precision.model_dump_json(),
+        "precision": config.precision.fingerprint(),
         "tokenizer": short(prepared.tokenizer.backend_tokenizer.to_str()),
         "template": short(str(prepared.tokenizer.chat_template)),
         "truncation": f"{config.data.sequence_length} {config.data.overlong}",

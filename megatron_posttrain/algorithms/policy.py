@@ -110,6 +110,8 @@ class Rollouts:
         with step.phase("refit"):
             if every is not None and step.index and step.index % every == 0:
                 self.engine.keep_weights(REFERENCE)
+                if config.algorithm.reset_optimizer:
+                    self.engine.reset_optimizer()
             if self.refits is not None:
                 self.figures = self.refits.update(config, self.asked.prompts.prompts, step.index)
         with step.phase("rollout"):

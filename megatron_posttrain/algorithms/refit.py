@@ -12,7 +12,6 @@ from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.models.build import DTYPES
 from megatron_posttrain.parallel.bridge import Bridge
-from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout.engine import RolloutEngine
 from megatron_posttrain.rollout.refit import Refit, prove
 from megatron_posttrain.rollout.routed_experts import choice_type
@@ -54,6 +53,7 @@ class Refits:
                 quantization=rollout.quantization,
                 lora_rank=config.lora.rank if shipped and config.lora else None,
                 load_weights=shipped,
+                fp32_head=config.precision.head == "fp32",
                 choices=choice_type(prepared.arch) if replays else None,
             )
         exporter = trained[0].exporter if trained else None
@@ -79,8 +79,7 @@ class Refits:
         else:
             if policy is not None:
                 policy.gather_weights()
-            with platform().megatron():
-                figures = self._refit.figures(self._refit.from_trainer(version))
+            figures = self._refit.figures(self._refit.from_trainer(version))
         start = time.perf_counter()
 
         def own(sequences: list[list[int]]) -> list[Tensor]:

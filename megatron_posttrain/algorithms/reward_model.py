@@ -53,16 +53,23 @@ def reward_model(config: RewardModelConfig) -> int:
                     figures |= validate(engine, config, held_out)
             step.log(result.figures(), figures)
         if run.is_main and not run.status:
-            name_padding(run.directory / "hf" / "config.json", prepared.tokenizer.pad_token_id)
+            ends = {int(tokens[-1]) for found in dataset.preferences for tokens, _ in found.conversations}
+            if not name_padding(run.directory / "hf" / "config.json", prepared.tokenizer.pad_token_id, ends):
+                run.say("conversations end with the padding token: transformers can score only one at a time with hf/")
     return run.status
 
 
-def name_padding(file: Path, token: int | None) -> None:
-    """transformers finds a conversation's last token by the padding behind it, in batches of more than one: it has to
-    be what the tokenizer pads with."""
+def name_padding(file: Path, token: int | None, ends: set[int]) -> bool:
+    """transformers finds a conversation's last token by the padding behind it: that has to be what the tokenizer pads
+    with. Where conversations end with it too, transformers would take the token before it: False, and the model has no
+    padding token, so that batches are refused and single conversations are scored as here."""
     config = read_json(file)
-    if token is not None and config.get("pad_token_id") != token:
-        write_json(file, config | {"pad_token_id": token})
+    before = config.get("pad_token_id")
+    wanted = before if token is None else token
+    named = wanted is None or wanted not in ends
+    if before != (wanted if named else None):
+        write_json(file, config | {"pad_token_id": wanted if named else None})
+    return named
 
 
 def pair_loss(center: float, margins: Tensor, output: Output, batch: PackedBatch) -> tuple[Tensor, dict[str, Mean]]:

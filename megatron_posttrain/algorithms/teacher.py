@@ -179,7 +179,7 @@ class TopKCache:
     def of(cls, config: DistillConfig, vocab_size: int) -> "TopKCache":
         a, teacher, path = config.algorithm, config.teacher, model_directory(config.teacher.path, "teacher.path")
         key = {"teacher": fingerprint_of_config(path) + fingerprint_of_weights(path)}
-        key |= {"precision": config.precision.model_dump_json(), "vocabulary": f"{vocab_size}"}
+        key |= {"precision": config.precision.fingerprint(), "vocabulary": f"{vocab_size}"}
         assert a.top_k is not None
         return cls(Path(str(teacher.cache)), a.top_k, key | {"head": f"top {a.top_k} at {a.temperature}"})
 

@@ -53,6 +53,7 @@ class PolicyAlgorithm(Section):
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
     reference_every: PositiveInt | None = key(None, "steps after which the policy becomes the reference; null: never")
+    reset_optimizer: bool = key(False, "the optimizer's moments begin anew then, too (ProRL, arXiv 2505.24864)")
     entropy_coefficient: Scheduled[NonNegativeFloat] = key(
         0.0, "weight of the entropy bonus; with entropy_target: by how much a step moves the weight"
     )
@@ -76,6 +77,8 @@ class PolicyAlgorithm(Section):
                 yield f"{name}={list(band)}: allowed: [below 1, above 1]"
         if not kl and (self.kl_in == "reward" or self.reference_every is not None):
             yield "kl_in and reference_every have no effect without kl_coefficient"
+        if self.reset_optimizer and self.reference_every is None:
+            yield "reset_optimizer has no effect without reference_every"
         if self.entropy_target is not None and not self.at(None).entropy_coefficient:
             yield "entropy_target has no effect without entropy_coefficient, by which a step moves the bonus (0.005)"
 

@@ -96,6 +96,13 @@ class PrecisionConfig(Section):
     dtype: Literal["fp32", "bf16"] = key("bf16", "of weights and activations; main weights are fp32")
     fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = key(None, "needs Transformer Engine")
     bf16_ends: NonNegativeInt = key(0, "with fp8: layers at the start, and as many at the end, that stay in bf16")
+    head: Literal["fp32"] | None = key(
+        None, "fp32: logits of trainer and vLLM are not rounded to bf16 (arXiv 2506.13585, 2510.13786)"
+    )
+
+    def fingerprint(self) -> str:
+        """For caches, those of versions that had no `head` among them."""
+        return self.model_dump_json(exclude={"head"} if self.head is None else None)
 
 
 # Our names of columns, which `data.columns` gives the files' names for.

@@ -49,27 +49,42 @@ def _joined(value: Any) -> str:
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-# Names that public files have for what we call by others.
+# Names that public files have for what we call by others; the likelier one first.
 LIKELY = {
-    "prompt": ("question", "Question", "query", "problem", "instruction", "input", "text", "quiz", "content", "prompt", "turns"),  # noqa: E501
-    "answer": ("answer", "Answer", "final_answer", "target", "gt", "ground_truth", "correct", "solution_text", "answerKey", "label"),  # noqa: E501
-    "response": ("response", "output", "completion", "Best Answer", "code", "reply", "canonical_solution"),
-    "chosen": ("chosen_messages", "chosen_response"),
-    "rejected": ("rejected_messages", "rejected_response"),
+    "prompt": (
+        "question", "Question", "query", "problem", "Problem", "instruction", "input.messages", "context_messages",
+        "input", "inputs", "text", "quiz", "content", "prompt", "turns",
+    ),
+    "answer": (
+        "answer", "Answer", "final_answer", "expected_answer", "target", "gt", "ground_truth", "correct",
+        "solution_text", "answerKey", "label",
+    ),
+    "response": (
+        "response", "output", "completion", "Best Answer", "code", "reply", "canonical_solution", "targets",
+        "generated_solution", "solution", "Solution", "answer", "Answer", "chosen",
+    ),
+    "chosen": ("chosen", "chosen_messages", "chosen_response", "preferred_output", "preferred", "response_j"),
+    "rejected": (
+        "rejected", "rejected_messages", "rejected_response", "non_preferred_output", "dispreferred", "response_k",
+    ),
+}  # fmt: skip
+PAIRS: list[tuple[str, ...]] = [("prompt", "chosen", "rejected"), ("chosen", "rejected")]
+WANTED: dict[str, list[tuple[str, ...]]] = {
+    "preference": PAIRS, "sft": [("prompt", "response")], "other": [("prompt", "answer"), ("prompt",)],
 }  # fmt: skip
 
 
-def proposal(record: Record) -> str:
-    """The mapping that would make a known form of the keys of a row, as the end of a message."""
-    for key, value in record.items():
-        turn = value[0] if isinstance(value, list) and value and key not in CONVERSATIONS else None
-        if isinstance(turn, dict) and ({"role", "content"} <= set(turn) or {"from", "value"} <= set(turn)):
+def proposal(record: Record, use: str) -> str:
+    """The mapping that would make a known form of the keys of a row, for the `use` of a `Reader`; the end of a
+    message."""
+    for key, value in record.items() if use != "preference" else ():
+        turn = value[0] if isinstance(value, list) and value else None
+        ours = key in CONVERSATIONS and not (use == "sft" and key == "chosen")
+        if isinstance(turn, dict) and not ours and ({"role", "content"} <= set(turn) or {"from", "value"} <= set(turn)):
             return f"; try data.columns: {{messages: {key}}}"
-    found = {ours: next((key for key in keys if key in record), None) for ours, keys in LIKELY.items()}
-    wanted = [("chosen", "rejected"), ("prompt", "response"), ("prompt", "answer"), ("prompt",)]
+    found = {ours: next((key for key in keys if _reach(record, key) is not None), "") for ours, keys in LIKELY.items()}
+    wanted = WANTED.get(use, [*PAIRS, *WANTED["sft"], *WANTED["other"]])
     for names in wanted:
-        if all(found[name] for name in names):
-            if names[0] == "chosen" and found["prompt"]:
-                names = ("prompt", *names)
+        if all(found[name] for name in names) and any(found[name] != name for name in names):
             return "; try data.columns: {" + ", ".join(f"{name}: {found[name]}" for name in names) + "}"
-    return "; data.columns: {prompt: THEIR_NAME, response or answer: THEIR_NAME} renames columns"
+    return "; data.columns: {" + ", ".join(f"{name}: THEIR_NAME" for name in wanted[0]) + "} renames columns"

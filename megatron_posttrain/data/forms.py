@@ -8,16 +8,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_posttrain.data.columns import Columns, Record
-from megatron_posttrain.data.messages import BadRow, LeftOut, Message, kind, read_messages
+from megatron_posttrain.data.columns import Columns, Record, proposal
+from megatron_posttrain.data.messages import (
+    CALL,
+    ROLES,
+    BadRow,
+    LeftOut,
+    Message,
+    decoded,
+    kind,
+    read_message,
+    read_messages,
+)  # fmt: skip
 
-DESCRIPTION = (
-    "allowed: {messages: [{role, content}...]}, {prompt, response or completion}, {instruction, input, output} "
-    "(Alpaca), {instruction, context, response} (Dolly), {conversations: [{from, value}...]} (ShareGPT); for "
-    "reinforcement learning {messages or prompt or question or problem, answer, metadata}; for preferences "
-    "{prompt or messages, chosen, rejected}, {instruction, output_1, output_2, preference} or "
-    "{prompt or messages, response, label}"
-)
+ALLOWED = {
+    "sft": "{messages: [{role, content}...]}, {prompt, response or completion}, {instruction, input, output} (Alpaca), "
+    "{instruction, context, response} (Dolly), {conversations: [{from, value}...]} (ShareGPT), "
+    "{query, tools, answers} (xLAM)",
+    "other": "for reinforcement learning {messages or prompt or question or problem, answer, metadata}",
+    "preference": "for preferences {prompt or messages, chosen, rejected}, {messages, rejected_response or "
+    "rejected_messages}, {instruction, output_1, output_2, preference}, {context, response1, response2, "
+    "overall_preference}, or for KTO {prompt or messages, response, label}",
+}
+
+
+def description(use: str) -> str:
+    """The forms that are read for the `use` of a `Reader`."""
+    wanted = [ALLOWED[use]] if use in ("sft", "preference") else [*ALLOWED.values()][: None if use == "any" else 2]
+    return "allowed: " + "; ".join(wanted)
 
 
 @dataclass(frozen=True)
@@ -48,10 +66,10 @@ def _text(record: Record, key: str, default: str | None = None) -> str:
 
 def _reply(value: Any, key: str, role: str = "assistant") -> list[Message]:
     """An answer: a text, a message or messages."""
+    if isinstance(value, list | dict) or (isinstance(value, str) and STORED.match(value)):
+        return read_messages(value, key)
     if isinstance(value, str):
         return [{"role": role, "content": value}]
-    if isinstance(value, list | dict):
-        return read_messages(value, key)
     raise BadRow(f"{key} must be a string, found {kind(value)}")
 
 
@@ -60,6 +78,8 @@ def _turns(value: Any, key: str) -> list[Message]:
     return (transcript(value) if isinstance(value, str) else []) or _reply(value, key, "user")
 
 
+# Messages, as tables store them.
+STORED = re.compile(r'\s*\[\s*\{\s*"(?:role|from|content|value)"\s*:\s*".*\}\s*\]\s*\Z', re.DOTALL)
 TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 
 
@@ -76,7 +96,7 @@ def transcript(text: str) -> list[Message]:
 def _from_text(record: Record, key: str) -> dict[str, Any]:
     turns = transcript(_text(record, key))
     if not turns:
-        raise BadRow("text must be a transcript of `Human:` and `Assistant:` turns; " + DESCRIPTION)
+        raise BadRow("text must be a transcript of `Human:` and `Assistant:` turns; " + description("sft"))
     return {"messages": turns}
 
 
@@ -106,22 +126,32 @@ def _pair(record: Record, prompt: str, response: str) -> dict[str, Any]:
 
 def _instruction(record: Record, key: str, *others: str) -> dict[str, Any]:
     """Of `others` the last is the response; what the instruction is about is `input` or, in Dolly's form, `context`."""
-    parts = [_text(record, key), _text(record, "context" if others == ("response",) else "input", "")]
-    question = "\n\n".join(part for part in parts if part)
-    return {"messages": [{"role": "user", "content": question}, *_reply(record[others[-1]], others[-1])]}
+    asked = _asked(record, key, "context" if others == ("response",) else "input")
+    return {"messages": [*asked, *_reply(record[others[-1]], others[-1])]}
+
+
+def _asked(record: Record, key: str, about: str) -> list[Message]:
+    parts = [_text(record, key), _text(record, about, "")]
+    return [{"role": "user", "content": "\n\n".join(part for part in parts if part)}]
+
+
+def _calling(record: Record, key: str, tools: str, answers: str) -> dict[str, Any]:
+    """A question that is answered by calls of the row's `tools`, in JSON text (xLAM)."""
+    return {"messages": [*_turns(record[key], key), read_message({"role": CALL, "content": record[answers]}, answers)]}
 
 
 def _answer(record: Record) -> dict[str, Any]:
     """The expected answer: `answer`, verl's ground truth, or the last box of a MATH `solution`."""
     found: dict[str, Any] = {}
     if "reward_model" in record:
-        truth = record["reward_model"].get("ground_truth") if isinstance(record["reward_model"], dict) else None
+        stated, more = (_object(record, key) for key in ("reward_model", "extra_info"))
+        truth = stated.get("ground_truth")
         if truth is None:
             raise BadRow(f"reward_model.ground_truth must be there, found {kind(record['reward_model'])}")
         # A verifier's specification: as text, which a reward of one's own reads again.
         found["answer"] = json.dumps(truth, ensure_ascii=False) if isinstance(truth, dict | list) else _number(truth)
         extra = {key: record[key] for key in ("data_source", "ability") if key in record}
-        found["metadata"] = {**extra, **(record["extra_info"] if isinstance(record.get("extra_info"), dict) else {})}
+        found["metadata"] = {**extra, **more}
     if "answer" in record:
         answer = _number(record["answer"])
         if "answer" in found and found["answer"] != answer:
@@ -136,6 +166,14 @@ def _answer(record: Record) -> dict[str, Any]:
     return found
 
 
+def _object(record: Record, key: str) -> dict[str, Any]:
+    """Of a table too, which stores objects as text; empty where there is none."""
+    value = record.get(key)
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = decoded(value, key)
+    return value if isinstance(value, dict) else {}
+
+
 def _number(answer: Any) -> str:
     if isinstance(answer, str):
         return answer
@@ -146,10 +184,15 @@ def _number(answer: Any) -> str:
 
 def _comparison(record: Record, *keys: str) -> dict[str, Any]:
     """Two answers to one prompt; without a prompt, two conversations with a common beginning."""
-    *prompts, _, _ = keys
-    prompt = [turn for key in prompts for turn in _turns(record[key], key)]
-    values = {name: record[name] for name in ("chosen", "rejected")}
+    *prompts, one, two = keys
+    if prompts == ["instruction"]:
+        prompt = _asked(record, "instruction", "input")
+    else:
+        prompt = [turn for key in prompts for turn in _turns(record[key], key)]
+    values = {name: record[name] for name in (one, two)}
     chosen, rejected = ((transcript(x) if isinstance(x, str) else []) or _reply(x, name) for name, x in values.items())
+    if two == "rejected_response":
+        rejected = [*chosen[:-1], *rejected]  # instead of the conversation's last turn
     # The answers may repeat the prompt (UltraFeedback); what both begin with belongs to the prompt.
     if prompt and chosen[: len(prompt)] == prompt and rejected[: len(prompt)] == prompt:
         prompt = []
@@ -160,8 +203,10 @@ def _comparison(record: Record, *keys: str) -> dict[str, Any]:
         common = max(common - 1, 0)
     prompt, chosen, rejected = [*prompt, *chosen[:common]], chosen[common:], rejected[common:]
     if not prompt:
-        raise BadRow("chosen and rejected have no common beginning, and there is no prompt")
-    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        raise BadRow(
+            "chosen and rejected have no common beginning, and there is no prompt" + proposal(record, "preference")
+        )
+    for name, turns in ((one, chosen), (two, rejected)):
         if not turns or turns[0]["role"] != "assistant":
             raise BadRow(f"{name} must go on with an assistant's turn, found {kind(turns[:1])}")
     margin = record.get("margin")
@@ -185,14 +230,18 @@ def _label(value: Any) -> bool | None:
     return bool(value) if value in (0, 1) else None
 
 
-def _judged(record: Record, key: str, one: str, two: str) -> dict[str, Any]:
-    """Two outputs of which `preference` says the better one: 1 or 2, and 0, 1.5 or nothing for a tie (AlpacaEval)."""
-    better = record.get("preference") or 1.5
-    if isinstance(better, bool) or not isinstance(better, int | float) or not 1 <= better <= 2:
-        raise BadRow(f"preference must be 1 or 2, or 0 for a tie, found {kind(better)}")
-    if better == 1.5:
-        raise LeftOut("preference says that neither output is better")
-    chosen, rejected = (_reply(record[name], name) for name in ((one, two) if better < 1.5 else (two, one)))
+def _judged(record: Record, key: str, one: str, two: str, *scale: str) -> dict[str, Any]:
+    """Two outputs of which `preference` says the better one: 1 or 2, and 0, 1.5 or nothing for a tie (AlpacaEval); or a
+    `scale` from -3, the first one, to 3, the second (HelpSteer3)."""
+    name = scale[0] if scale else "preference"
+    low, middle, high = (-3, 0, 3) if scale else (1, 1.5, 2)
+    better = record.get(name) or middle
+    if isinstance(better, bool) or not isinstance(better, int | float) or not low <= better <= high:
+        allowed = "-3 to 3" if scale else "1 or 2, or 0 for a tie"
+        raise BadRow(f"{name} must be {allowed}, found {kind(better)}")
+    if better == middle:
+        raise LeftOut(f"{name} says that neither output is better")
+    chosen, rejected = (_reply(record[name], name) for name in ((one, two) if better < middle else (two, one)))
     return {"messages": _turns(record[key], key), "chosen": chosen, "rejected": rejected}
 
 
@@ -201,8 +250,14 @@ BESIDE = ("answer", "solution", "reward_model", "extra_info", "data_source", "ab
 FORMS: tuple[Form, ...] = (
     *(
         Form("comparison", "preference", (*prompt, "chosen", "rejected"), _comparison, ("margin",))
-        for prompt in (("prompt",), ("messages",), ("conversations",), ("question",), ())
+        for prompt in (("prompt",), ("messages",), ("conversations",), ("question",), ("query",))
     ),
+    Form("comparison", "preference", ("instruction", "chosen", "rejected"), _comparison, ("margin", "input")),
+    Form("comparison", "preference", ("input", "chosen", "rejected"), _comparison, ("margin",)),
+    Form("comparison", "preference", ("chosen", "rejected"), _comparison, ("margin",)),
+    Form("comparison", "preference", ("messages", "rejected_response"), _comparison, ("margin",)),
+    Form("comparison", "preference", ("messages", "rejected_messages"), _comparison, ("margin",)),
+    Form("judged outputs", "preference", ("context", "response1", "response2", "overall_preference"), _judged),
     Form("judged outputs", "preference", ("instruction", "output_1", "output_2"), _judged, ("preference",)),
     Form("labelled", "preference", ("prompt", "completion", "label"), _labelled),
     Form("labelled", "preference", ("prompt", "response", "label"), _labelled),
@@ -212,6 +267,9 @@ FORMS: tuple[Form, ...] = (
     Form("ShareGPT", "sft", ("conversations",), _sharegpt, BESIDE),
     Form("prompt and response", "sft", ("prompt", "response"), _pair, BESIDE),
     Form("prompt and response", "sft", ("prompt", "completion"), _pair, BESIDE),
+    Form("question and response", "sft", ("question", "response"), _pair, BESIDE),
+    Form("question and response", "sft", ("query", "response"), _pair, BESIDE),
+    Form("calls of tools", "sft", ("query", "tools", "answers"), _calling),
     Form("Alpaca", "sft", ("instruction", "output"), _instruction, ("input",)),
     Form("GPTeacher", "sft", ("instruction", "input", "response"), _instruction, ("input",)),
     Form("Dolly", "sft", ("instruction", "response"), _instruction, ("context",)),
@@ -239,15 +297,30 @@ MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 VERDICTS = ("preference", "winner", "better_response_id", "overall_preference")
 
 
-def find_form(record: Record) -> Form | None:
+def find_form(record: Record, use: str) -> Form | None:
     for form in FORMS:
         if all(key in record for key in form.keys):
             if form.name == "labelled" and _label(record["label"]) is None:
+                continue
+            if form.name == "question and response" and not isinstance(record["response"], str):  # several samples
+                continue
+            if use == "other" and _answered(record, form):
                 continue
             if form.name == "transcript" and not transcript(str(record["text"])):
                 continue
             return form
     return None
+
+
+def _answered(record: Record, form: Form) -> bool:
+    """Whether a row gives a conversation with its answer, and beside it the prompt alone, which is what is asked for
+    (NuminaMath's `problem` and `messages`)."""
+    if form.use != "sft" or not any(key in record for key in ("prompt", "question", "problem")):
+        return False
+    turns = record.get(form.keys[0])
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    said = isinstance(last, dict) and ROLES.get(str(last.get("role", last.get("from")))) == "assistant"
+    return said or form.keys == ("question", "response")
 
 
 def refuse_unread(record: Record, form: Form, columns: Columns) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_posttrain.data.columns import Columns, proposal, rename
 from megatron_posttrain.data.files import records
-from megatron_posttrain.data.forms import DESCRIPTION, KNOWN, Form, find_form, refuse_unread
+from megatron_posttrain.data.forms import KNOWN, Form, description, find_form, refuse_unread
 from megatron_posttrain.data.messages import BadRow, LeftOut, Message, decoded, kind, read_messages, read_tools
 from megatron_posttrain.errors import UserError
 
@@ -93,7 +93,7 @@ class Reader:
     def read_both(self, where: str, record: Any) -> tuple[Row, dict[str, Any]] | None:
         """As `read`, with the record, columns renamed."""
         try:
-            row, record = _row(record, where, self.columns)
+            row, record = _row(record, where, self.columns, self.use)
             if self.use != "any":
                 _check_use(row, record, self.use)
         except BadRow as error:
@@ -132,14 +132,14 @@ def tell_ignored(columns: Mapping[str, int]) -> None:
         tell(f"columns that no form reads, with the rows that have them: {counts}")
 
 
-def _row(record: Any, where: str, columns: Columns) -> tuple[Row, dict[str, Any]]:
+def _row(record: Any, where: str, columns: Columns, use: str) -> tuple[Row, dict[str, Any]]:
     if not isinstance(record, dict):
-        raise BadRow(f"a row must be a JSON object, found {kind(record)}; {DESCRIPTION}")
+        raise BadRow(f"a row must be a JSON object, found {kind(record)}; {description(use)}")
     # Columns of a table are there in every row; a null one is one that this row does not have.
     record = rename({name: value for name, value in record.items() if value is not None}, columns)
-    form = find_form(record)
+    form = find_form(record, use)
     if form is None:
-        raise BadRow(f"unknown row form with the keys {sorted(record)}; {DESCRIPTION}{proposal(record)}")
+        raise BadRow(f"unknown row form with the keys {sorted(record)}; {description(use)}{proposal(record, use)}")
     refuse_unread(record, form, columns)
     fields = form.read(record)
     messages: list[Message] = fields.pop("messages")
@@ -197,11 +197,11 @@ def _check_use(row: Row, record: dict[str, Any], use: str) -> None:
         wanted = "rows of preferences" if use == "preference" else "rows of conversations or prompts"
         raise BadRow(
             f"a row of the form {form.name} ({', '.join(form.keys)}), which is for {form.use}; here {wanted} are "
-            "read; data.columns can rename columns, as {prompt: question, response: chosen}"
+            f"read{proposal(record, use)}"
         )
     roles = [message["role"] for message in row.messages]
     if use == "sft" and "assistant" not in roles:
-        raise BadRow(f"no assistant turn; roles found: {roles}, keys: {sorted(record)}{proposal(record)}")
+        raise BadRow(f"no assistant turn; roles found: {roles}, keys: {sorted(record)}{proposal(record, use)}")
 
 
 def _object(record: dict[str, Any], key: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from megatron_posttrain.config.schema import ModelConfig, PrecisionConfig
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
-from megatron_posttrain.models.head import ScalarHead
+from megatron_posttrain.models.head import ScalarHead, keep_fp32
 from megatron_posttrain.models.modules import kernels
 from megatron_posttrain.models.rope import concentration, inverse_frequencies
 from megatron_posttrain.models.spec import block_spec
@@ -108,6 +108,8 @@ def build_model(
                 _leave_padding_alone(chunk.embedding.word_embeddings, arch.padding_token)
             if arch.scalar_head and chunk.post_process:
                 chunk.output_layer = ScalarHead(config)
+            elif precision.head == "fp32" and chunk.post_process:
+                keep_fp32(chunk.output_layer)
             chunks.append(chunk.to(platform().device))
     return chunks, config
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_posttrain.models.sharded import unwrap
+from megatron_posttrain.platform import platform
 
 
 class ScalarHead(torch.nn.Module):
@@ -24,6 +25,38 @@ class ScalarHead(torch.nn.Module):
 
     def forward(self, hidden: Tensor, weight: None = None, runtime_gather_output: None = None) -> tuple[Tensor, None]:
         return torch.nn.functional.linear(hidden.float(), self.weight.float()), None
+
+
+class Fp32Product(torch.autograd.Function):
+    """[..., hidden] and weight [columns, hidden] -> [..., columns] fp32; gradients in their own dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return platform().fp32_product(hidden.flatten(0, -2), weight.t()).view(*hidden.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden, weight = ctx.saved_tensors
+        gradient = gradient.to(weight.dtype)
+        of_hidden = gradient @ weight if ctx.needs_input_grad[0] else None
+        of_weight = gradient.flatten(0, -2).t() @ hidden.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return of_hidden, of_weight
+
+
+def keep_fp32(layer: Any) -> None:
+    """Logits of an output layer are fp32 from here on, not rounded to the model's dtype; inside of `output_rows`."""
+
+    def forward(
+        hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: None = None
+    ) -> tuple[Tensor, None]:
+        from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+
+        if layer.allreduce_dgrad:
+            hidden = copy_to_tensor_model_parallel_region(hidden)
+        return Fp32Product.apply(hidden, layer.weight if weight is None else weight), None
+
+    layer.forward = forward
 
 
 @contextmanager

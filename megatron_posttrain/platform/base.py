@@ -17,6 +17,10 @@ class Platform(Protocol):
     def megatron(self) -> contextlib.AbstractContextManager[None]:
         """Scope in which stock megatron-core works on this device. Re-entrant, fully undone at its end."""
 
+    def fp32_product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """[n, k] and [k, m] -> [n, m] fp32 that was never rounded to their own dtype; without gradient."""
+        return left.float() @ right.float()
+
     def synchronize(self) -> None:
         """Waits for the device, for timing."""
         return  # a CPU has done it

@@ -28,6 +28,11 @@ class CudaPlatform(Platform):
             return contextlib.nullcontext()
         return replaced(without_transformer_engine())
 
+    def fp32_product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        if left.dtype == torch.float32:
+            return left @ right
+        return torch.mm(left, right, out_dtype=torch.float32)  # no fp32 copy of a vocabulary's weights, as in vLLM
+
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 

@@ -54,7 +54,7 @@ class Sampling:
     """How a prompt is continued. A temperature of 0 is greedy.
 
     vLLM keeps what these need in host memory or in buffers that a request fills when it begins. Before a field is
-    added: level 2 sleep discards every other tensor of the sampler (tests/test_vllm_cuda.py).
+    added: level 2 sleep discards every other tensor of the sampler (tests/rollout/test_vllm_cuda.py).
     """
 
     n: int = 1  # completions a prompt
@@ -109,6 +109,7 @@ class RolloutEngine:
         quantization: vLLM's name of what its linear layers are quantised to at every refit; CUDA only.
         lora_rank: of the adapter that `ship` brings; None: there is none.
         load_weights: False where a refit brings them before anything is generated: nothing is read.
+        fp32_head: logits are not rounded to `dtype`.
         choices: of the experts of a token (`choice_type`), which completions then have; None: they have none.
 
     Raises ValueError where `tensor` does not divide the world, UserError where vLLM cannot run the model so.
@@ -129,6 +130,7 @@ class RolloutEngine:
         quantization: str | None = None,
         lora_rank: int | None = None,
         load_weights: bool = True,
+        fp32_head: bool = False,
         choices: np.dtype[Any] | None = None,
     ) -> None:
         start_distributed()  # in a process without torchrun: a world of one
@@ -148,6 +150,7 @@ class RolloutEngine:
             "max_num_seqs": max_num_seqs,
             "load_format": "auto" if load_weights else "dummy",
             "quantization": quantization,
+            "hf_overrides": {"head_dtype": "float32"} if fp32_head else {},
             "kv_cache_memory_bytes": kv_cache_bytes or (CPU_CACHE_BYTES if self._cpu else None),
             "seed": seed,
             "distributed_executor_backend": "external_launcher",

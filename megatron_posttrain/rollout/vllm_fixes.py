@@ -1,6 +1,6 @@
 """Defects of vLLM 0.32.0 on CPU, and of its sleep mode on CUDA (`map_when_freed`), and the ways round them.
 
-Each of CPU has a test in tests/test_rollout.py or tests/test_vllm_fixes.py that fails when vLLM no longer needs it.
+Each of CPU has a test in tests/rollout (test_rollout.py, test_vllm_fixes.py) that fails when vLLM no longer needs it.
 vLLM itself is not edited; the patches (`private_shared_memory`, `unbound_memory`) last only while an engine starts.
 """
 

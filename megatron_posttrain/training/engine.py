@@ -27,7 +27,13 @@ from megatron_posttrain.platform import platform
 from megatron_posttrain.training.finite import Recorder, anywhere, refuse
 from megatron_posttrain.training.forward import Around, ForwardStep, LossFunction, Terms
 from megatron_posttrain.training.heads import Head, LabelLogprobs, Output
-from megatron_posttrain.training.optimizer import make_optimizer, overlaps, set_learning_rate, wrap_for_data_parallel
+from megatron_posttrain.training.optimizer import (
+    forget_moments,
+    make_optimizer,
+    overlaps,
+    set_learning_rate,
+    wrap_for_data_parallel,
+)
 from megatron_posttrain.training.process import say
 from megatron_posttrain.training.timing import PhaseTimer
 from megatron_posttrain.training.totals import Mean, Totals
@@ -179,6 +185,11 @@ class Engine:
             platform().release_memory()  # what activations took is in blocks of other sizes
             self.optimizer.restore_from_cpu()
             self._offloaded = False
+
+    def reset_optimizer(self) -> None:
+        """Its moments begin anew; its learning rate stays the schedule's."""
+        self._restore_optimizer()
+        forget_moments(self.optimizer)
 
     # ---- a training step -------------------------------------------------------------------------------
 

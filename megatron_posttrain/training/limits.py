@@ -21,7 +21,10 @@ def check_answers(rows: Sequence[Row], rewards: Iterable[RewardConfig]) -> None:
     missing = [row.source for row in rows if not (row.answer or "").strip()]
     if missing:
         more = f" ({len(missing):,} of {len(rows):,} rows have none)" if len(missing) > 1 else ""
-        raise UserError(f"{missing[0]}: no `answer`, which the reward '{needs}' compares with{more}")
+        raise UserError(
+            f"{missing[0]}: no `answer`, which the reward '{needs}' compares with{more}; data.columns: "
+            "{answer: THEIR_NAME} reads it from another column"
+        )
 
 
 def prompts_of(config: GrpoConfig, rows: Sequence[Row], tokenizer: Any, tools: Sequence[Any] = ()) -> PromptDataset:

@@ -110,6 +110,17 @@ def _finite_norm(get_grad_norm: Callable[[], float]) -> Callable[[], float]:
     return norm
 
 
+def forget_moments(optimizer: Any) -> None:
+    """The next step is the first one of Adam from the present weights."""
+    for part in optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            if "step" in group:  # Transformer Engine's counts by group, torch's by weight
+                group["step"] = 0
+            for main in group["params"]:
+                for name in part.optimizer.state[main].keys() & {"exp_avg", "exp_avg_sq", "step"}:
+                    part.optimizer.state[main][name].zero_()
+
+
 def set_learning_rate(optimizer: Any, config: OptimizerConfig, lr: float) -> None:
     """`lr`: of the schedule's present step. Routers have theirs in proportion."""
     for group in optimizer.param_groups:

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch import ROOT
+from tests.helpers.launch import ROOT
 
 sys.path[1:1] = [str(ROOT / "launch"), str(ROOT / "launch" / "nemo_run")]
 CLUSTER = ROOT / "tests" / "slurm" / "cluster.sh"

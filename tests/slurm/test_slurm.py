@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_posttrain.errors import UserError
-from tests.models import make_assets
+from tests.helpers.models import make_assets
 
 from tests.slurm.conftest import CLUSTER, Slurm, wait_until  # isort: skip
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT
+from tests.helpers.launch import ROOT
 from tests.slurm.conftest import Slurm, free_ports
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
