@@ -97,9 +97,10 @@ def rewards_of(output: Path) -> list[float]:
 
 
 def picture(curves: dict[str, list[list[float]]]) -> str:
-    body = ""
+    width = 54 + min(ACROSS, len(curves)) * (WIDTH + 34)
+    body = text(width / 2, 18, "share of right answers by step, a line for each seed")
     for number, (name, seeds) in enumerate(curves.items()):
-        x, y = 44 + number % ACROSS * (WIDTH + 34), 34 + number // ACROSS * (HEIGHT + 56)
+        x, y = 44 + number % ACROSS * (WIDTH + 34), 54 + number // ACROSS * (HEIGHT + 56)
         for value in (0.0, 0.5, 1.0):
             at = y + HEIGHT * (1 - value)
             body += f"<line x1='{x}' x2='{x + WIDTH}' y1='{at}' y2='{at}' stroke='#ddd'/>"
@@ -109,8 +110,7 @@ def picture(curves: dict[str, list[list[float]]]) -> str:
             points = " ".join(f"{x + step * i:.1f},{y + HEIGHT * (1 - v):.1f}" for i, v in enumerate(values))
             body += f"<polyline points='{points}' fill='none' stroke='#4a7fb5' stroke-width='1.5' opacity='0.8'/>"
         body += text(x + WIDTH / 2, y - 10, name) + text(x + WIDTH / 2, y + HEIGHT + 18, f"step 1 to {len(seeds[0])}")
-    width = 54 + min(ACROSS, len(curves)) * (WIDTH + 34)
-    height = 34 + -(-len(curves) // ACROSS) * (HEIGHT + 56)
+    height = 54 + -(-len(curves) // ACROSS) * (HEIGHT + 56)
     size = f"viewBox='0 0 {width} {height}' width='{width}' height='{height}'"
     return (
         f"<svg xmlns='http://www.w3.org/2000/svg' {size}><rect width='100%' height='100%' fill='white'/>{body}</svg>\n"
