@@ -45,7 +45,7 @@ def main(file: str, *overrides: str) -> int:
     head = LabelLogprobs(config.rollout.temperature)
     with Run(prepared, prompts) as run:
         engine = run.model()
-        refits = Refits(config, run, engine)
+        refits = Refits.of(config, run, engine)
         for step in run.steps():
             with step.phase("refit"):
                 figures = refits.update(config, prompts.prompts, step.index)

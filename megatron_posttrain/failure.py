@@ -15,6 +15,7 @@ from megatron_posttrain.errors import UserError
 FIRST_SECONDS = 2.0  # that a rank which failed later outlives the first, for the launcher to meet that one
 STORE_SECONDS = 10.0  # the store's own machine may be what is gone
 PR_SET_PDEATHSIG = 1
+job_store: Any = None  # of a job of several default groups, which have a part of it each
 
 
 def end_with_launcher() -> None:
@@ -40,12 +41,10 @@ def report(error: Exception) -> int:
     kind = "error" if isinstance(error, UserError) else type(error).__name__
     mine: dict[str, Any] = {"rank": int(os.environ.get("RANK", "0")), "reason": f"{kind}: {error}", "status": status}
     distributed = sys.modules.get("torch.distributed")
-    met = distributed is not None and distributed.is_initialized()
-    announced = int(os.environ.get("WORLD_SIZE", "1"))  # by a launcher
-    if (distributed.get_world_size() if distributed is not None and met else announced) == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         _show(error, mine["reason"])
         return status
-    if not met:
+    if distributed is None or not distributed.is_initialized():
         # Every rank finds the same mistake: one of a node says so, and the launcher then ends the others.
         if isinstance(error, UserError) and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(FIRST_SECONDS)
@@ -83,7 +82,7 @@ def _first(mine: dict[str, Any]) -> dict[str, Any]:
         from torch.distributed.distributed_c10d import _get_default_store
 
         try:
-            store = _get_default_store()
+            store = job_store or _get_default_store()
             found.append(json.loads(store.compare_set("megatron_posttrain/failure", "", json.dumps(mine))))
         except (RuntimeError, ValueError) as error:  # its machine is gone: this rank's own reason is all there is
             print(f"rank {mine['rank']}: the job's store does not answer: {error}", file=sys.stderr, flush=True)

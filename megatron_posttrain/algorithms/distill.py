@@ -47,7 +47,7 @@ def distill(config: DistillConfig) -> int:
     with Run(prepared, dataset) as run:
         engine = run.model()
         teacher = Teacher(teacher_arch, engine, config)
-        student = Student(run, Refits(config, run, engine)) if config.samples else None
+        student = Student(run, Refits.of(config, run, engine)) if config.samples else None
         loss, head = divergence_loss, DivergenceHead(teacher)
         if config.algorithm.estimator == "policy_gradient":
             loss, head = reverse_kl_loss, teacher.label_head  # type: ignore[assignment]
@@ -128,7 +128,8 @@ class Student:
         config = self.run.config.at(step.index)
         assert isinstance(config, DistillConfig)
         prompts = asked(rows, config, step.index)
-        groups, arch, budget = self.refits.engine.groups, self.refits.engine.arch, token_budget(config)
+        (engine,), budget = self.refits.trained, token_budget(config)
+        groups, arch = engine.groups, engine.arch
         if not prompts:
             return rank_token_batches(rows, groups, arch, budget), {"sampled_fraction": 0.0}
         with step.phase("refit"):

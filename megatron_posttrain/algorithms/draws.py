@@ -3,10 +3,9 @@
 import math
 import pickle
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -16,13 +15,10 @@ from megatron_posttrain.config.algorithms import CurriculumConfig, GrpoConfig
 from megatron_posttrain.data.dataset import Prompt, PromptDataset
 from megatron_posttrain.evaluation.evaluate import CORRECT
 from megatron_posttrain.parallel.exchange import to_first_rank
-from megatron_posttrain.parallel.groups import broadcast_object
-from megatron_posttrain.rollout.engine import RolloutEngine
+from megatron_posttrain.rollout.engine import RolloutEngine, Sampling
 from megatron_posttrain.rollout.regroup import deal, join
-from megatron_posttrain.rollout.samples import Samples, collect_samples
+from megatron_posttrain.rollout.samples import Samples, collect_samples, generate_samples
 from megatron_posttrain.rollout.turns import Episode
-from megatron_posttrain.training.checkpoints import CARRIED_FILE
-from megatron_posttrain.training.run import Run
 
 
 class Curriculum:
@@ -128,41 +124,54 @@ class Draws:
     """Samples of this step and of those for which `rollout.ahead` draws now, and what was cut off. Checkpoints have
     both, so that nothing is drawn twice."""
 
-    run: Run
     config: GrpoConfig  # of all steps
+    total_steps: int
     asked: Asked
+    tokenizer: Any
     rollout: RolloutEngine
-    curriculum: Curriculum | None
+    state: dict[str, Any]  # plain values that checkpoints keep; changed in place
     waiting: deque[Samples] = field(default_factory=deque)  # of this step and the next ones
     carried: list[Episode] = field(default_factory=list)  # samples that the last draw cut off
 
-    @classmethod
-    def start(cls, run: Run, config: GrpoConfig, asked: Asked, rollout: RolloutEngine) -> Self:
-        """Collective: as the checkpoint has them from which the run goes on."""
-        checkpoints, curriculum = run.checkpoints, None
-        if config.curriculum is not None:
-            curriculum = Curriculum(config.curriculum, asked.prompts, checkpoints.state.setdefault("curriculum", {}))
-        draws = cls(run, config, asked, rollout, curriculum)
-        if config.stale:
-            checkpoints.carried = draws.save
-            file = None if checkpoints.loaded is None else checkpoints.loaded / CARRIED_FILE
-            if broadcast_object(file is not None and file.exists()):
-                draws.load(file)  # type: ignore[arg-type]
-        return draws
+    def __post_init__(self) -> None:
+        given, self.curriculum = self.config.curriculum, None
+        if given is not None:
+            self.curriculum = Curriculum(given, self.asked.prompts, self.state.setdefault("curriculum", {}))
 
-    def take(self, config: GrpoConfig, step: int, batches: int) -> Samples:
-        """Collective: the samples of `step`, the run's `config` at it; draws what is missing up to `rollout.ahead`
-        steps further. Where all of a prompt have one reward they are replaced, out of at most `batches`."""
-        last = min(step + config.rollout.ahead, self.run.total_steps - 1)
-        for index in range(step + len(self.waiting), last + 1):
-            self.waiting.append(self._draw(self.config.at(index), index, batches))
+    def take(self, step: int) -> Samples:
+        """Collective: the samples of a step; draws what is missing up to `rollout.ahead` steps further, after which the
+        engine sleeps."""
+        self.draw(step, step + self.config.rollout.ahead)
+        self.rollout.sleep()
+        return self.pop(step)
+
+    def pop(self, step: int) -> Samples:
+        """The samples of a step, which are drawn."""
         samples = self.waiting.popleft()
-        if config.stale:
+        if self.config.stale:
             samples.logged["staleness"] = float((step - samples.versions).mean())
         return samples
 
-    def _draw(self, config: GrpoConfig, step: int, batches: int) -> Samples:
+    def draw(self, step: int, last: int) -> None:
+        """Collective: what is missing from `step`, the first one that waits, up to `last` or the end of the run. Where
+        all samples of a prompt have one reward they are replaced, if `algorithm.dynamic_sampling` is set."""
+        for index in range(step + len(self.waiting), min(last + 1, self.total_steps)):
+            self.waiting.append(self._draw(self.config.at(index), index))
+
+    def held_out(self, step: int) -> Iterator[tuple[str, Samples]]:
+        """Collective: what the engine's weights say to every held-out set, drawn as in a step's training, with the same
+        seeds at every look; then it sleeps."""
+        rollout = self.config.at(step).rollout
+        count, repetitions = rollout.validation_samples, rollout.repetitions
+        sampling = Sampling(count, rollout.max_tokens, rollout.temperature, repetitions=repetitions)
+        for name, prompts in self.asked.held_out.items():
+            facts = self.rollout, self.tokenizer, prompts, self.asked.rewards, sampling, range(len(prompts) * count)
+            yield name, generate_samples(*facts, self.asked.turns)
+        self.rollout.sleep()
+
+    def _draw(self, config: GrpoConfig, step: int) -> Samples:
         asked, rollout, options = self.asked, config.rollout, dict[str, Any]()
+        batches = getattr(config.algorithm, "dynamic_sampling", None) or 1
         place, count = step * config.rows_per_step, config.rows_per_step
         if rollout.oversample:
             options = {"wanted": rollout.prompts_per_step, "carried": self.carried}
@@ -172,7 +181,7 @@ class Draws:
         prompts = asked.prompts.at(place, count) if self.curriculum is None else self.curriculum.take(count)
 
         def collect(prompts: list[Prompt], number: int) -> Samples:
-            facts = self.rollout, self.run.prepared.tokenizer, prompts, asked.rewards, config, step, number, asked.turns
+            facts = self.rollout, self.tokenizer, prompts, asked.rewards, config, step, number, asked.turns
             samples = collect_samples(*facts, **options)
             if self.curriculum is not None:
                 self.curriculum.see(samples, rollout.samples_per_prompt)
@@ -186,15 +195,20 @@ class Draws:
         return samples
 
     def save(self) -> bytes:
-        """Collective: on rank 0, what later steps have of earlier ones."""
+        """Collective: on rank 0, what later steps have of earlier ones, if they have anything."""
+        if not self.config.stale:
+            return b""
         parts = to_first_rank(pickle.dumps(list(self.waiting)), range(0, dist.get_world_size(), self.rollout.tensor))
         return pickle.dumps(([bytes(part) for part in parts], self.carried))
 
-    def load(self, file: Path) -> None:
-        """Collective: takes what `save` gave, unless other numbers of samples are asked for since then."""
-        parts, carried = pickle.loads(broadcast_object(file.read_bytes() if self.run.is_main else b""))
-        asked = self.config.rollout
-        waiting = [deal(batch, self.rollout) for batch in zip(*map(pickle.loads, parts), strict=True)]
+    def load(self, saved: bytes) -> None:
+        """Takes what `save` gave, unless other numbers of samples are asked for since then."""
+        if not saved or not self.config.stale:
+            return
+        parts, carried = pickle.loads(saved)
+        asked, replica, replicas = self.config.rollout, self.rollout.replica, self.rollout.replicas
+        batches = zip(*map(pickle.loads, parts), strict=True)
+        waiting = [deal(batch[0], batch[replica::replicas], replicas, self.rollout.tensor) for batch in batches]
         if all(len(each.prompts) == asked.prompts_per_step * asked.samples_per_prompt for each in waiting):
             self.waiting = deque(waiting)
         if len(carried) == asked.oversample * asked.samples_per_prompt:

@@ -25,7 +25,7 @@ def grpo(config: GrpoConfig) -> int:
         engine = run.model(**policy.reference_of(config))
         rollouts = policy.Rollouts.start(run, config, engine, asked)
         for step in run.steps():
-            now, samples = rollouts.draw(step, config.algorithm.dynamic_sampling or 1)
+            now, samples = rollouts.draw(step)
             with step.phase("train"):
                 mini_batches = policy.scored_samples(samples, engine, now)
                 set_advantages(samples, [batch for batches in mini_batches for batch in batches], engine, now)

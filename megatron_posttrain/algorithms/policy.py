@@ -1,6 +1,7 @@
 """What policy-gradient algorithms share: refit, rollouts, scores, updates.
 
-SPMD: every rank holds its shard of the trainer and a rank of a vLLM engine; there is no controller.
+SPMD: every rank holds its shard of the trainer and, without `rollout.ranks`, a rank of a vLLM engine; there is no
+controller.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from operator import add
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_posttrain.algorithms.advantages import generalized_advantages
@@ -19,14 +21,14 @@ from megatron_posttrain.algorithms.asked import Asked, held_out_figures
 from megatron_posttrain.algorithms.draws import Draws
 from megatron_posttrain.algorithms.losses import kl_estimate, policy_gradient_terms
 from megatron_posttrain.algorithms.refit import Refits, token_budget
+from megatron_posttrain.algorithms.rollout_ranks import RemoteDraws
 from megatron_posttrain.config.algorithms import GrpoConfig, PolicyAlgorithm
 from megatron_posttrain.data.batch import PackedBatch
-from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.parallel.exchange import summed
-from megatron_posttrain.rollout.engine import Sampling
+from megatron_posttrain.parallel.groups import broadcast_object
 from megatron_posttrain.rollout.replay import logged_file, read_logged
-from megatron_posttrain.rollout.samples import Samples, generate_samples, save_samples
+from megatron_posttrain.rollout.samples import Samples, save_samples
 from megatron_posttrain.rollout.text import stop_message
 from megatron_posttrain.training.batches import pack_share, to_rows, token_shares
 from megatron_posttrain.training.engine import Engine
@@ -59,7 +61,7 @@ class Rollouts:
     whole_config: GrpoConfig  # of all steps
     engine: Engine
     asked: Asked
-    draws: Draws | None  # None where logged samples are replayed
+    draws: Draws | RemoteDraws | None  # None where logged samples are replayed
     refits: Refits | None
     figures: dict[str, float] = field(default_factory=dict)  # of the last refit
 
@@ -71,9 +73,21 @@ class Rollouts:
             return cls(run, config, engine, asked, None, None)
         if asked.model_reward is not None:
             asked.model_reward.load(run.groups)
-        refits = Refits(config, run, engine)
-        run.say(f"{refits.rollout.replicas} rollout replicas; {stop_message(run.prepared.tokenizer)}")
-        return cls(run, config, engine, asked, Draws.start(run, config, asked, refits.rollout), refits)
+        refits, checkpoints, bridge = Refits.of(config, run, engine), run.checkpoints, run.bridge
+        saved = broadcast_object(checkpoints.carried_before())
+        draws: Draws | RemoteDraws
+        if bridge.group is None:
+            facts = run.total_steps, asked, run.prepared.tokenizer, refits.rollout, checkpoints.state
+            draws = Draws(config, *facts)
+            draws.load(saved)
+        else:
+            draws = RemoteDraws(bridge, asked, checkpoints.state)
+            state = {name: x for name, x in checkpoints.state.items() if name == "curriculum"}
+            bridge.tell((run.total_steps, state, saved))
+        checkpoints.carried = draws.save
+        replicas = (config.rollout.ranks or dist.get_world_size()) // config.rollout.tensor
+        run.say(f"{replicas} rollout replicas; {stop_message(run.prepared.tokenizer)}")
+        return cls(run, config, engine, asked, draws, refits)
 
     def config(self, step: int) -> GrpoConfig:
         """The run's, with the numbers of this step."""
@@ -83,13 +97,16 @@ class Rollouts:
         weight = {"entropy_coefficient": self.run.checkpoints.state.get("entropy_coefficient", 0.0)}
         return config.model_copy(update={"algorithm": config.algorithm.model_copy(update=weight)})
 
-    def draw(self, step: Step, batches: int = 1) -> tuple[GrpoConfig, Samples]:
+    def draw(self, step: Step) -> tuple[GrpoConfig, Samples]:
         """Collective: the run's config at a step, and the step's samples, graded; see `Draws`.
 
         New weights go into the rollout engine first, with the proof that it holds them: a hard stop when it does not.
         Where it is time for it the reference gets them too.
         """
         config, every = self.config(step.index), self.whole_config.algorithm.reference_every
+        if self.run.bridge.group is not None:
+            with step.phase("wait"):  # for rollout ranks, which may still draw
+                self.run.bridge.tell(("update", step.index))
         with step.phase("refit"):
             if every is not None and step.index and step.index % every == 0:
                 self.engine.keep_weights(REFERENCE)
@@ -98,11 +115,10 @@ class Rollouts:
             if self.refits is not None:
                 self.figures = self.refits.update(config, self.asked.prompts.prompts, step.index)
         with step.phase("rollout"):
-            if self.draws is None or self.refits is None:
+            if self.draws is None:
                 samples = read_logged(logged_file(str(config.rollout.replay), step.number), config, self.engine.arch)
             else:
-                samples = self.draws.take(config, step.index, batches)
-                self.refits.rollout.sleep()
+                samples = self.draws.take(step.index)
         samples.advantages = torch.zeros(len(samples.prompts))  # known when they were scored
         if self.asked.model_reward is not None:
             with step.phase("reward_model"):
@@ -112,25 +128,17 @@ class Rollouts:
         return config, samples
 
     def validate(self, step: Step) -> dict[str, float]:
-        """Collective: what the weights after a step say to held-out prompts, with the same seeds at every look."""
+        """Collective: what the weights after a step say to held-out prompts."""
         assert self.refits is not None
-        asked, config, tokenizer = self.asked, self.config(step.index), self.run.prepared.tokenizer
-        rollout, rollouts = config.rollout, self.refits.rollout
-        sampling = Sampling(
-            rollout.validation_samples, rollout.max_tokens, rollout.temperature, repetitions=rollout.repetitions
-        )
+        assert self.draws is not None
+        asked, config = self.asked, self.config(step.index)
+        self.run.bridge.tell(("update", step.number))
         self.figures = self.refits.update(config, asked.prompts.prompts, step.number)
-
-        def draw(prompts: list[Prompt]) -> Samples:
-            seeds = range(len(prompts) * sampling.n)
-            return generate_samples(rollouts, tokenizer, prompts, asked.rewards, sampling, seeds, asked.turns)
-
-        drawn = {name: draw(prompts) for name, prompts in asked.held_out.items()}
-        rollouts.sleep()
+        drawn, count = dict(self.draws.held_out(step.index)), config.rollout.validation_samples
         if asked.model_reward is not None:
             for samples in drawn.values():
-                asked.model_reward.add(samples, sampling.n)
-        return held_out_figures(drawn, sampling.n)
+                asked.model_reward.add(samples, count)
+        return held_out_figures(drawn, count)
 
     def finish(self, step: Step, samples: Samples, figures: dict[str, float | Mean]) -> None:
         """Logs and saves what a step did. Raises RunawayError where trainer and engine have parted."""

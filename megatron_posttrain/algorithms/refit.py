@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import Self
 
 from torch import Tensor
 
@@ -10,11 +11,13 @@ from megatron_posttrain.config.schema import Config
 from megatron_posttrain.data.batch import Sequence as TokenSequence
 from megatron_posttrain.data.dataset import Prompt
 from megatron_posttrain.models.build import DTYPES
+from megatron_posttrain.parallel.bridge import Bridge
 from megatron_posttrain.rollout.engine import RolloutEngine
 from megatron_posttrain.rollout.refit import Refit, prove
 from megatron_posttrain.rollout.routed_experts import choice_type
 from megatron_posttrain.training.engine import Engine
 from megatron_posttrain.training.export import export_adapter
+from megatron_posttrain.training.prepare import Prepared
 from megatron_posttrain.training.run import Run
 from megatron_posttrain.training.sequences import sequence_logprobs
 
@@ -23,59 +26,79 @@ CANARY_PROMPTS = 4
 
 
 class Refits:
-    """A rollout engine and the trainer whose weights it gets.
+    """A rollout engine and the trainer whose weights it gets: the models `trained`, the policy first. Over a bridge a
+    rank has one of the two.
 
-    Collective: made once the trainer has what memory it needs; the run closes the engine.
+    Collective: made once the trainer has what memory it needs.
     """
 
-    def __init__(self, config: RlConfig, run: Run, engine: Engine) -> None:
-        self.run, self.engine = run, engine
+    rollout: RolloutEngine  # not where rollout ranks have it
+
+    def __init__(self, config: RlConfig, prepared: Prepared, bridge: Bridge, trained: Sequence[Engine] = ()) -> None:
+        self.prepared, self.bridge, self.trained = prepared, bridge, trained
         self._make_room(config)
-        cache, shipped = config.rollout.kv_cache_gib, config.rollout.adapters == "ship"
+        rollout, shipped = config.rollout, config.rollout.adapters == "ship"
         replays = isinstance(config, GrpoConfig) and config.algorithm.routing_replay == "rollout"
-        self.rollout = run.closing(
-            RolloutEngine(
-                str(run.prepared.model_path),
+        if bridge.group is None or bridge.generates:
+            self.rollout = RolloutEngine(
+                str(prepared.model_path),
                 dtype=DTYPES[config.precision.dtype],
-                tensor=config.rollout.tensor,
-                expert=config.rollout.expert,
+                tensor=rollout.tensor,
+                expert=rollout.expert,
                 max_model_len=config.data.sequence_length,
-                kv_cache_bytes=None if cache is None else int(cache * 2**30),
-                max_num_seqs=config.rollout.max_num_seqs,
+                kv_cache_bytes=None if rollout.kv_cache_gib is None else int(rollout.kv_cache_gib * 2**30),
+                max_num_seqs=rollout.max_num_seqs,
                 seed=config.training.seed,
-                gpu_memory_utilization=config.rollout.gpu_memory_fraction,
-                quantization=config.rollout.quantization,
+                gpu_memory_utilization=rollout.gpu_memory_fraction,
+                quantization=rollout.quantization,
                 lora_rank=config.lora.rank if shipped and config.lora else None,
                 load_weights=shipped,
                 fp32_head=config.precision.head == "fp32",
-                choices=choice_type(run.prepared.arch) if replays else None,
+                choices=choice_type(prepared.arch) if replays else None,
             )
-        )
-        self._refit = Refit(self.rollout, engine.exporter)
+        exporter = trained[0].exporter if trained else None
+        self._refit = Refit(getattr(self, "rollout", None), exporter, bridge)
+
+    @classmethod
+    def of(cls, config: RlConfig, run: Run, engine: Engine) -> Self:
+        """Of a trainer's rank; the run closes it."""
+        return run.closing(cls(config, run.prepared, run.bridge, [engine, *run.checkpoints.beside.values()]))
 
     def update(self, config: RlConfig, prompts: Sequence[Prompt], version: int) -> dict[str, float]:
         """Collective: the trainer's weights into the engine, and the proof on the first `prompts`; figures of both."""
         self._make_room(config)
         figures: dict[str, float] = {}
+        policy, engine = self.trained[0] if self.trained else None, self._refit.engine
         if config.rollout.adapters == "ship":
-            directory = self.run.directory / "rollouts" / "adapter"
-            export_adapter(self.engine, self.run.prepared.model_path, directory)
-            self.rollout.ship(directory)
+            directory = config.output_dir / "rollouts" / "adapter"
+            if policy is not None:
+                export_adapter(policy, self.prepared.model_path, directory)
+            self.bridge.tell(None)  # it is written
+            if engine is not None:
+                engine.ship(directory)
         else:
-            self.engine.gather_weights()
+            if policy is not None:
+                policy.gather_weights()
             figures = self._refit.figures(self._refit.from_trainer(version))
         start = time.perf_counter()
 
         def own(sequences: list[list[int]]) -> list[Tensor]:
+            if policy is None:
+                return []
             whole = [TokenSequence(ids, [1] * len(ids)) for ids in sequences]
-            return sequence_logprobs(self.engine, whole, token_budget(config), temperature=1.0)
+            return sequence_logprobs(policy, whole, token_budget(config), temperature=1.0)
 
-        prove(self.rollout, [p.token_ids for p in prompts[:CANARY_PROMPTS]], own, config.rollout.proof_tolerance)
+        canaries = [prompt.token_ids for prompt in prompts[:CANARY_PROMPTS]]
+        prove(engine, canaries, own, config.rollout.proof_tolerance, self.bridge)
         return figures | {"proof_seconds": time.perf_counter() - start + self._refit.digest_seconds}
+
+    def close(self) -> None:
+        if self._refit.engine is not None:
+            self._refit.engine.close()
 
     def _make_room(self, config: RlConfig) -> None:
         """Before vLLM asks for its share of the memory."""
-        for trained in (self.engine, *self.run.checkpoints.beside.values()) if config.rollout.offload else ():
+        for trained in self.trained if config.rollout.offload else ():
             trained.offload()
 
 

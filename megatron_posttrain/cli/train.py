@@ -1,8 +1,9 @@
 """`sft`, `grpo`, ...: a config file, overrides, and the algorithm's function."""
 
 import argparse
+import os
 
-from megatron_posttrain.config.algorithms import ALGORITHMS
+from megatron_posttrain.config.algorithms import ALGORITHMS, GrpoConfig
 from megatron_posttrain.config.load import describe, load_config, to_yaml
 
 
@@ -39,6 +40,12 @@ def run(args: argparse.Namespace) -> int:
     from megatron_posttrain.training.process import finish, quiet_libraries
 
     quiet_libraries()
-    status = algorithm.load()(config)
-    finish()
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if isinstance(config, GrpoConfig) and rank >= ranks - config.rollout_ranks:
+        from megatron_posttrain.algorithms.rollout_ranks import serve
+
+        status = serve(config)
+    else:
+        status = algorithm.load()(config)
+    finish(status)
     return status

@@ -219,8 +219,9 @@ class RewardModelConfig(Config):
 
 
 def engine_key_problems(rollout: RolloutConfig, length: int, world_size: int) -> Iterator[str]:
-    if world_size % rollout.tensor:
-        yield f"rollout.tensor={rollout.tensor} does not divide the {world_size} ranks"
+    if (rollout.ranks or world_size) % rollout.tensor:
+        ranks = f"rollout.ranks={rollout.ranks}" if rollout.ranks else f"the {world_size} ranks"
+        yield f"rollout.tensor={rollout.tensor} does not divide {ranks}"
     if rollout.max_tokens >= length:
         room = f"no room for a prompt beside rollout.max_tokens={rollout.max_tokens}"
         yield f"data.sequence_length={length} leaves {room}"
@@ -236,7 +237,7 @@ class DistillConfig(Config):
         ("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.thinking_tokens", "rollout.thinking_stop",
          "rollout.validation_samples", "rollout.token_figures", "rollout.replay"),
         "the student answers the batch's conversations once, and the teacher grades that",
-    )  # fmt: skip
+    ) | {"rollout.ranks": "the student answers in every trainer rank"}  # fmt: skip
 
     @property
     def samples(self) -> bool:
@@ -290,6 +291,10 @@ class GrpoConfig(Config):
         return True
 
     @property
+    def rollout_ranks(self) -> int:
+        return self.rollout.ranks
+
+    @property
     def rows_per_step(self) -> int:
         rollout = self.rollout
         return rollout.prompts_per_step + (0 if rollout.partial else rollout.oversample)
@@ -320,6 +325,9 @@ class GrpoConfig(Config):
         if rollout.samples_per_prompt < 2 and getattr(self.algorithm, "baseline", None) == "group":
             yield "rollout.samples_per_prompt=1: a sample is compared with others of its prompt; allowed: 2 or more"
         yield from engine_key_problems(rollout, length, world_size)
+        if rollout.ranks and (replay is not None or rollout.offload):
+            idle = "rollout.offload: trainers share no GPU with vLLM" if replay is None else "rollout.replay: no engine"
+            yield f"rollout.ranks={rollout.ranks} with {idle}; allowed: one of them"
         if rollout.validation_samples > 1 and self.data.validation is None:
             yield f"rollout.validation_samples={rollout.validation_samples} needs data.validation"
         if replay is not None and self.data.validation is not None:

@@ -278,6 +278,9 @@ class RolloutConfig(Section):
         0, "steps that samples are drawn ahead; without importance_cap and bands theirs is the old policy"
     )
     replay: str | None = key(None, "`rollouts` of a run, whose samples are trained on without an engine")
+    ranks: NonNegativeInt = key(
+        0, "last ranks of the job, which only generate, while the others train; 0: every rank does both, in turns"
+    )
     tensor: PositiveInt = key(1, "tensor parallel ranks of a vLLM engine")
     max_num_seqs: PositiveInt = key(256, "samples that an engine runs at once; others wait for the first with room")
     expert: bool = key(False, "an engine's ranks hold whole experts each, instead of a slice of every one")
@@ -345,6 +348,11 @@ class Config(Section):
     def samples(self) -> bool:
         """Whether every trainer rank holds a rank of a vLLM engine."""
         return False
+
+    @property
+    def rollout_ranks(self) -> int:
+        """The last ranks of a job, which only generate."""
+        return 0
 
     @property
     def rows_per_step(self) -> int:

@@ -25,7 +25,6 @@ from megatron_posttrain.doctor.findings import Findings, Status
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.models.architecture import Architecture
 from megatron_posttrain.models.build import check_fp8
-from megatron_posttrain.models.layout_checks import check_layout
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.planning.gpus import COMPUTE_CAPABILITIES, Gpu, find_gpu
 from megatron_posttrain.planning.known_models import load_architecture
@@ -37,6 +36,7 @@ from megatron_posttrain.platform import platform
 from megatron_posttrain.training.limits import check_positions, prompts_of, rollout_problems
 from megatron_posttrain.training.prepare import (
     batch_problems,
+    check_ranks,
     model_directory,
     prepare,
     read_architecture,
@@ -141,10 +141,12 @@ class JobCheck:
 
     def check_layout(self) -> Layout | None:
         config, findings = self.config, self.findings
-        wanted = Layout.from_config(config.parallel, self.ranks)
         limits = "" if self.arch is not None else " (for the ranks; the model's shapes are not known)"
+        limits = f" and {config.rollout_ranks} rollout ranks{limits}" if config.rollout_ranks else limits
         layout = findings.attempt(
-            "layout", lambda: check_layout(wanted, self.arch), lambda found: f"{found} on {self.ranks} ranks{limits}"
+            "layout",
+            lambda: check_ranks(config, self.ranks, self.arch),
+            lambda found: f"{found} on {found.world_size} ranks{limits}",
         )
         if layout is None:
             return None
@@ -225,6 +227,9 @@ class JobCheck:
         arch, config = self.arch, self.config
         if arch is None:
             self.findings.add("not checked here", "memory", "needs the model's shapes", "give --model NAME_OR_CONFIG")
+            return
+        if config.rollout_ranks:
+            self.findings.add("not checked here", "memory", "not planned with rollout.ranks", "try rollout.ranks=0")
             return
         try:
             check_fp8(arch, layout, config.precision, COMPUTE_CAPABILITIES[cluster.gpu.generation])
@@ -313,7 +318,7 @@ def workload(config: Config) -> Workload:
 def fewest_ranks(config: Config) -> int:
     """The smallest number of ranks that the layout's sizes divide."""
     p = config.parallel
-    return math.lcm(p.tensor * p.pipeline * p.context, p.expert * p.expert_tensor * p.pipeline)
+    return math.lcm(p.tensor * p.pipeline * p.context, p.expert * p.expert_tensor * p.pipeline) + config.rollout_ranks
 
 
 def disk_gib(config: Config, arch: Architecture | None) -> float | None:

@@ -12,12 +12,15 @@ from torch.distributed import ProcessGroup
 
 from megatron_posttrain.models import registry
 from megatron_posttrain.models.architecture import Architecture
+from megatron_posttrain.models.disk_layout import DiskLayout
 from megatron_posttrain.models.modules.nf4 import logical_shape
 from megatron_posttrain.models.shares import Shares, Slot, Wanted, all_of
 from megatron_posttrain.models.weights import Replicated, TensorPlan, unmerged
 from megatron_posttrain.parallel.groups import Groups
+from megatron_posttrain.parallel.layout import Layout
 
 Chunks = Sequence[nn.Module]
+Held = tuple[list[Slot], tuple[TensorPlan, ...], DiskLayout, Layout]
 # An expert's parameter in Transformer Engine's grouped linear layer, and its adapter's
 GROUPED_EXPERT = re.compile(r"(?<=mlp\.experts\.)(linear_fc[12])\.(weight|bias)(\d+)$")
 GROUPED_ADAPTER = re.compile(r"(?<=mlp\.experts\.)(linear_fc[12])\.lora\.(\d+)\.([ab])$")
@@ -153,10 +156,14 @@ class Exporter:
         """The pipeline stage that owns a tensor of the weight table."""
         return {name: slot.stage for slot in self.slots for plan in slot.plans for name in plan.hf}
 
+    @property
+    def held(self) -> Held:
+        """What `Shares` is told of the trainer; pickled it has no weights."""
+        return self.slots, self.plans, registry.layout(self.arch), self.groups.layout
+
     def shares(self, wanted: Sequence[Wanted], *, by_stage: bool = False) -> Shares:
         """What ranks want: rank r number r % len(wanted), or the first rank of each stage the stage's."""
-        disk, layout = registry.layout(self.arch), self.groups.layout
-        return Shares(self.slots, self.plans, disk, layout, wanted, self.device, by_stage)
+        return Shares(*self.held, wanted, self.device, by_stage)
 
     @cached_property
     def _everywhere(self) -> Shares:

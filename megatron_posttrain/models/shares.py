@@ -68,6 +68,9 @@ class Slot:
     stage: int = -1
     shape: tuple[int, ...] = ()  # of a shard
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"local": []}  # weights stay where they are
+
     @property
     def kind(self) -> str:
         if self.plans[0].expert is not None:
@@ -123,26 +126,37 @@ class Exchange:
 
 class Schedule:
     """Who sends what to whom: it follows from the layout, the slots of the weight table and their stages, `node`, the
-    ranks of a node, and what is wanted by engine ranks, one after the other, or by the first rank of each stage."""
+    ranks of a node, and what is wanted by engine ranks, one after the other, or by the first rank of each stage.
+    `apart`: so many ranks follow the trainer's, and only they are engine ranks."""
 
     def __init__(
-        self, slots: Sequence[Slot], layout: Layout, wanted: Sequence[Wanted], node: int, by_stage: bool = False
-    ) -> None:
-        self.layout, self.node, self.engine, self.by_stage = layout, node, len(wanted), by_stage
-        self.wanted = [*wanted, {}] if by_stage else wanted
+        self, slots: Sequence[Slot], layout: Layout, wanted: Sequence[Wanted], node: int, by_stage: bool = False,
+        apart: int = 0,
+    ) -> None:  # fmt: skip
+        self.layout, self.node, self.engine, self.by_stage, self.apart = layout, node, len(wanted), by_stage, apart
+        self.wanted = [*wanted, {}] if by_stage or apart else wanted
         self.ranks = {"tensor": 1, "whole": 1, "expert": layout.expert}  # with plans of their own
         self.shards = {"tensor": layout.tensor, "whole": 1, "expert": layout.expert * layout.expert_tensor}
         self.stage_ranks = layout.world_size // layout.pipeline
         self.block = math.lcm(layout.tensor * layout.context, self.shards["expert"])
-        even = not by_stage and node % self.engine == layout.world_size % node == 0
+        even = not by_stage and not apart and node % self.engine == layout.world_size % node == 0
         self.copies = node // self.engine if even else 1
         self.buckets = [self._cut(kind, units) for kind in KINDS for units in self._units(kind, slots)]
 
+    def home(self, rank: int) -> int:
+        """Which rank of a stage this is; of ranks apart, beside which one it is served, block after block."""
+        if rank < self.layout.world_size:
+            return rank % self.stage_ranks
+        place, block = divmod(rank - self.layout.world_size, self.stage_ranks // self.block)
+        return block * self.block + place % self.block
+
     def block_ranks(self, rank: int) -> list[int]:
-        """The ranks around `rank` that hold the whole model together: as many neighbours of every stage."""
-        first = rank % self.stage_ranks // self.block * self.block
-        starts = range(first, self.layout.world_size, self.stage_ranks)
-        return [start + i for start in starts for i in range(self.block)]
+        """The ranks around `rank` that hold the whole model together, as many neighbours of every stage, and those
+        apart that they serve."""
+        number, world = self.home(rank) // self.block, self.layout.world_size
+        starts = range(number * self.block, world, self.stage_ranks)
+        served = (guest for guest in range(world, world + self.apart) if self.home(guest) // self.block == number)
+        return [*(start + i for start in starts for i in range(self.block)), *served]
 
     def node_ranks(self, rank: int) -> list[int]:
         """The ranks of a node that are the same rank of their engines."""
@@ -154,6 +168,8 @@ class Schedule:
         if self.by_stage:
             stage, index = divmod(rank, self.stage_ranks)
             return self.engine if index else stage, 0
+        if self.apart:
+            return self.engine if rank < self.layout.world_size else (rank - self.layout.world_size) % self.engine, 0
         return rank % self.engine, self.node_ranks(rank).index(rank)
 
     def part(self, bucket: Exchange, position: int) -> int:
@@ -164,7 +180,7 @@ class Schedule:
         """[start, stop) of the stream of `rank` that `source`, of its block, sends it."""
         count, (position, part) = self.shards[bucket.kind], self.position(rank)
         stage, index = divmod(source, self.stage_ranks)
-        turn = rank % self.block % (self.block // count)  # of the ranks with the same shard each serves its share
+        turn = self.home(rank) % self.block % (self.block // count)  # ranks with the same shard share the work
         if index % self.block // count != turn:
             return 0, 0
         each = self.part(bucket, position)
@@ -216,19 +232,24 @@ class Schedule:
 
 class Shares:
     """What ranks want of the model, as often as it is asked for, and whether it arrived. `slots`: of the weight table,
-    `plans`, with this rank's shards; `disk`: of the Hugging Face directory; `wanted`, `by_stage`: see `Schedule`."""
+    `plans`, with this rank's shards; `disk`: of the Hugging Face directory; `wanted`, `by_stage`: see `Schedule`;
+    `group`: of the trainer's ranks, followed by those of engines apart."""
 
     def __init__(
         self, slots: Sequence[Slot], plans: Iterable[TensorPlan], disk: DiskLayout, layout: Layout,
-        wanted: Sequence[Wanted], device: torch.device, by_stage: bool = False,
+        wanted: Sequence[Wanted], device: torch.device, by_stage: bool = False, group: dist.ProcessGroup | None = None,
     ) -> None:  # fmt: skip
-        self.disk, self.device, self.rank = disk, device, dist.get_rank()
+        self.disk, self.device, self.group = disk, device, group
+        self.rank = dist.get_rank() if group is None else group.rank()
+        self.world = dist.get_world_size(group)
         self.shapes = {name: shape for plan in plans for name, shape in plan.named_shapes()}
-        self.schedule = Schedule(slots, layout, wanted, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), by_stage)
+        node, apart = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), self.world - layout.world_size
+        self.schedule = Schedule(slots, layout, wanted, node, by_stage, apart)
         self.position = self.schedule.position(self.rank)[0]
         self.wanted = self.schedule.wanted[self.position]
         self.numbers = {name: number for number, name in enumerate(self.shapes)}
-        self.received = self.schedule.received(self.rank)  # bytes of a refit
+        # Bytes of a refit, to this rank or to each that is apart
+        self.received = self.schedule.received(layout.world_size if apart else self.rank)
         self._sums: list[tuple[int, int, Tensor]] | None = None
         self._arrived: dict[str, Tensor] = {}
 
@@ -261,8 +282,10 @@ class Shares:
             rows, columns, values = zip(*self._sums, strict=True)
             where = tuple(torch.tensor(index, device=self.device) for index in (rows, columns))
             sums.index_put_(where, torch.stack(values), accumulate=True)
-        dist.all_reduce(sums)
+        dist.all_reduce(sums, group=self.group)
         self._sums = None
+        if not self.wanted:
+            return None
         sent, names = sums[self.position].tolist(), list(self._arrived)
         got = dict(zip(names, torch.stack(list(self._arrived.values())).tolist(), strict=True)) if names else {}
         wrong = [name for name in self.wanted if got.get(name) != sent[self.numbers[name]]]
@@ -282,8 +305,8 @@ class Shares:
                     found = digest(inside(own[unit], piece.local))
                     self._sums.append((position, self.numbers[piece.name], found))
         pack = cache(lambda position: self._pack(bucket.parts[position][key], own))
-        slices, world = [torch.empty(0, dtype=torch.uint8, device=self.device)], dist.get_world_size()
-        sent, received = [0] * world, [0] * world
+        slices = [torch.empty(0, dtype=torch.uint8, device=self.device)]
+        sent, received = [0] * self.world, [0] * self.world
         for rank in schedule.block_ranks(self.rank):
             start, stop = schedule.overlap(bucket, self.rank, rank)
             if start < stop:
@@ -294,10 +317,10 @@ class Shares:
             start, stop = schedule.overlap(bucket, rank, self.rank)
             received[rank] = stop - start
         stream = slices[0].new_empty(schedule.part(bucket, self.position))
-        dist.all_to_all_single(stream[: sum(received)], torch.cat(slices), received, sent)
+        dist.all_to_all_single(stream[: sum(received)], torch.cat(slices), received, sent, group=self.group)
         if schedule.copies > 1:  # of a node each has fetched a part for all
             near = schedule.node_ranks(self.rank)
-            lengths = [len(stream) * (rank in near) for rank in range(world)]
+            lengths = [len(stream) * (rank in near) for rank in range(self.world)]
             part, stream = stream, stream.new_empty(schedule.copies * len(stream))
             dist.all_to_all_single(stream, part.repeat(schedule.copies), lengths, lengths)
         return self._unpack(bucket, stream)

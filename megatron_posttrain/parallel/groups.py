@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from megatron_posttrain.parallel.bridge import Bridge, join
 from megatron_posttrain.parallel.layout import Layout
 from megatron_posttrain.parallel.network import raise_file_limit
 from megatron_posttrain.platform import platform
@@ -18,10 +19,15 @@ Value = TypeVar("Value")
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # first steps compile kernels; a hang still ends
 
 
-def start_distributed() -> None:
-    """Joins torchrun's job, or makes a world of one process. Idempotent."""
+_bridge = Bridge()
+
+
+def start_distributed(rollout_ranks: int = 0) -> Bridge:
+    """Joins torchrun's job, or makes a world of one process; the last `rollout_ranks` are a world of their own.
+    Idempotent."""
+    global _bridge
     if dist.is_initialized():
-        return
+        return _bridge
     device = platform()
     raise_file_limit()
     if device.backend != "gloo":
@@ -33,7 +39,11 @@ def start_distributed() -> None:
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     device.initialize(int(os.environ.get("LOCAL_RANK", "0")))
     with shared_device():
-        dist.init_process_group(device.backend, timeout=COLLECTIVE_TIMEOUT, **alone)
+        if rollout_ranks:
+            _bridge = join(rollout_ranks, COLLECTIVE_TIMEOUT)
+        else:
+            dist.init_process_group(device.backend, timeout=COLLECTIVE_TIMEOUT, **alone)
+    return _bridge
 
 
 @dataclass(frozen=True)

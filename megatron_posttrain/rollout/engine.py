@@ -1,4 +1,4 @@
-"""One rank of a vLLM engine inside every trainer rank (SPMD, vLLM's `external_launcher`)."""
+"""One rank of a vLLM engine inside every rank of the world (SPMD, vLLM's `external_launcher`)."""
 
 import contextlib
 import hashlib
@@ -186,6 +186,7 @@ class RolloutEngine:
     def _start(self, options: dict[str, Any]) -> Any:
         token = str(broadcast_object(uuid.uuid4().hex[:12]))
         on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's; vLLM sets another one
+        first = int(os.environ.get("RANK", "0")) - dist.get_rank()
         with self._isolated(), shared_device(), warnings.catch_warnings(), contextlib.ExitStack() as fixes:
             warnings.simplefilter("ignore")  # what vLLM says about GPU parts that are not there
             logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
@@ -195,7 +196,7 @@ class RolloutEngine:
             from megatron_posttrain.rollout import transfer
 
             options["weight_transfer_config"] = WeightTransferConfig(backend=transfer.NAME)
-            fixes.enter_context(vllm_fixes.counted_nodes(on_node))
+            fixes.enter_context(vllm_fixes.counted_nodes(on_node, first))
             if self._cpu:
                 fixes.enter_context(vllm_fixes.private_shared_memory(token))
                 fixes.enter_context(vllm_fixes.unbound_memory())

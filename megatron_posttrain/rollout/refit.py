@@ -2,19 +2,21 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from megatron_posttrain.models import registry
-from megatron_posttrain.models.sharded import Exporter
+from megatron_posttrain.models.sharded import Exporter, Held
 from megatron_posttrain.models.shares import Shares, Wanted, all_of, bounds
+from megatron_posttrain.parallel.bridge import Bridge
 from megatron_posttrain.parallel.exchange import gathered
 from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout.engine import Completion, RolloutEngine
 
+ALONE = Bridge()  # every rank trains and generates
 CANARY_TOKENS = 16
 # Measured differences to the trainer's log-probs: fp32 at most 6e-6; bf16 0.012 on average for a dense model
 # and 0.03 for a mixture of experts, where single tokens reach 2.4 because the router chose another expert.
@@ -29,35 +31,27 @@ class RefitError(RuntimeError):
 
 class Refit:
     """Owns the life of a weight update: wake, stream, finish, forget what the old weights computed. `exporter`: of the
-    trainer's weights, for `from_trainer`.
+    trainer's weights, for `from_trainer`. Over a `bridge` a trainer has no engine, and a rollout rank no exporter.
     """
 
-    def __init__(self, engine: RolloutEngine, exporter: Exporter | None = None) -> None:
-        self.engine, self.exporter, self.digest_seconds = engine, exporter, 0.0
+    def __init__(self, engine: RolloutEngine | None, exporter: Exporter | None = None, bridge: Bridge = ALONE) -> None:
+        self.engine, self.exporter, self.bridge, self.digest_seconds = engine, exporter, bridge, 0.0
 
     @cached_property
     def shares(self) -> Shares:
-        """Collective, while the engine is awake."""
-        assert self.exporter is not None
-        disk = registry.layout(self.exporter.arch)
-        shapes = registry.shapes(self.exporter.arch)
-        wanted: list[Wanted] = []
-        for boxes in self.engine.taken(disk.shapes):
-            wanted.append({})
-            for stored, box in boxes.items():
-                for name in disk.table_names[stored]:  # of fused tensors all
-                    mine = box if disk.places[name].fusion is None else all_of(shapes[name])
-                    wanted[-1][name] = bounds(wanted[-1].get(name, mine), mine)
-        return self.exporter.shares(wanted)
+        """Collective; wakes the engine."""
+        told = self.bridge.tell(None if self.exporter is None else self.exporter.held)
+        held: Held = told if self.exporter is None else self.exporter.held
+        wanted = self.bridge.tell(None if self.engine is None else wanted_by(self.engine, held), back=True)
+        return Shares(*held, wanted, platform().device, group=self.bridge.group)
 
     def from_trainer(self, version: int) -> float:
         """As `update`, with the trainer's weights as they are now: a rank receives what its engine rank copies, and
         all that it hands over is compared with what the trainer holds."""
-        self.engine.wake("weights")
         return self.update(self.shares.hf_tensors(), version)
 
     def update(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> float:
-        """Replaces every weight of the engine; returns seconds. Collective where `exporter` is given.
+        """Replaces every weight of the engine; returns seconds. Collective where they are a trainer's.
 
         Args:
             tensors: in the shape of unsharded Hugging Face tensors, under their names; the engine takes its shard. It
@@ -72,19 +66,23 @@ class Refit:
         start = time.perf_counter()
         # On CUDA in this order: writing to weights before they are mapped touches unmapped memory, and the
         # cache comes last because the tensors in flight need its room.
-        self.engine.wake("weights")
         problem, cause = None, None
-        try:
-            self.engine.update_weights(tensors if self.exporter is None else self.shares.noted(tensors), version)
-        except (KeyError, ValueError) as error:
-            problem, cause = str(error), error
-        self.engine.wake("kv_cache")
+        shared = self.exporter is not None or self.bridge.generates
+        noted = self.shares.noted(tensors) if shared else tensors
+        if self.engine is not None:
+            self.engine.wake("weights")
+            try:
+                self.engine.update_weights(noted, version)
+            except (KeyError, ValueError) as error:
+                problem, cause = str(error), error
+            self.engine.wake("kv_cache")
+        else:
+            deque(noted, 0)  # it only sends
         platform().synchronize()
         end = time.perf_counter()
-        if self.exporter is not None:
-            for _ in tensors:  # where it failed: all ranks send to each other
-                pass
-            problems = gathered(self.shares.problem() or problem)
+        if shared:
+            deque(tensors, 0)  # where it failed: all ranks send to each other
+            problems = gathered(self.shares.problem() or problem, self.bridge.group)
             problem = problem or next(filter(None, problems), None)
         if problem:
             raise RefitError(f"refit {version}: {problem}") from cause
@@ -92,19 +90,37 @@ class Refit:
         return end - start
 
     def figures(self, seconds: float) -> dict[str, float]:
-        """Of a refit from the trainer that took so long: gigabytes that this rank received, and those a second."""
+        """Of a refit from the trainer that took so long: gigabytes that an engine's rank received, and those a
+        second."""
         return {"refit_gb": self.shares.received / 1e9, "refit_gb_per_second": self.shares.received / 1e9 / seconds}
 
 
+def wanted_by(engine: RolloutEngine, held: Held) -> list[Wanted]:
+    """Collective: what each rank of a replica copies of the trainer's tensors; wakes the engine."""
+    _, plans, disk, _ = held
+    engine.wake("weights")
+    shapes = {name: shape for plan in plans for name, shape in plan.named_shapes()}
+    wanted: list[Wanted] = []
+    for boxes in engine.taken(disk.shapes):
+        wanted.append({})
+        for stored, box in boxes.items():
+            for name in disk.table_names[stored]:  # of fused tensors all
+                mine = box if disk.places[name].fusion is None else all_of(shapes[name])
+                wanted[-1][name] = bounds(wanted[-1].get(name, mine), mine)
+    return wanted
+
+
 def prove(
-    engine: RolloutEngine,
+    engine: RolloutEngine | None,
     canary_prompts: Sequence[Sequence[int]],
     trainer_logprobs: Callable[[list[list[int]]], list[Tensor]],
     tolerance: float | None = None,
+    bridge: Bridge = ALONE,
 ) -> float:
     """Compares log-probs of the engine's greedy tokens after the canary prompts with the trainer's own.
 
-    Collective over all ranks; every replica of the engine is checked, and all ranks raise or none.
+    Collective over all ranks; every replica of the engine is checked, and all ranks raise or none. Over a `bridge` a
+    trainer has no engine, and what a rollout rank's `trainer_logprobs` gives is not looked at.
 
     Args:
         canary_prompts: the same on all ranks.
@@ -115,44 +131,49 @@ def prove(
     Returns the largest (fp32) or mean (bf16) difference, of the worst replica. Raises RefitError: it exceeds the
     tolerance, or a value is not finite.
     """
-    fp32 = engine.dtype == torch.float32
-    limit = tolerance if tolerance is not None else (FP32_TOLERANCE if fp32 else BF16_TOLERANCE)
     prompts = [list(p) for p in canary_prompts]
-    room = min(engine.max_model_len - len(p) for p in prompts)
-    completions = engine.greedy(prompts, min(CANARY_TOKENS, room))
-    own = [p + c.token_ids for p, c in zip(prompts, completions, strict=True)]
+    completions: list[Completion] = []
+    if engine is not None:
+        room = min(engine.max_model_len - len(p) for p in prompts)
+        completions = engine.greedy(prompts, min(CANARY_TOKENS, room))
+    own = [p + c.token_ids for p, c in zip(prompts, completions, strict=engine is not None)]
     # A wrong replica says other tokens. The trainer's ranks must all score the same, so they score them all.
-    sequences = list(dict.fromkeys(tuple(s) for said in gathered(own) for s in said))
-    scores = trainer_logprobs([list(s) for s in sequences])
-    trainer = dict(zip(sequences, scores, strict=True))
-    finding = _compare(prompts, completions, [trainer[tuple(s)] for s in own], fp32, limit, engine.replica)
-    statistic, message = max(gathered(finding), key=lambda found: (math.isnan(found[0]), found[0]))
-    if not statistic <= limit:
+    sequences = list(dict.fromkeys(tuple(s) for said in gathered(own, bridge.group) for s in said))
+    scores = [score.detach().double().cpu() for score in trainer_logprobs([list(s) for s in sequences])]
+    trainer = dict(zip(sequences, bridge.tell(scores), strict=True))
+    finding = 0.0, ""
+    if engine is not None:
+        finding = _compare(engine, prompts, completions, [trainer[tuple(s)] for s in own], tolerance)
+    statistic, message = max(gathered(finding, bridge.group), key=lambda found: (math.isnan(found[0]), found[0]))
+    if message:
         raise RefitError(message)
     return statistic
 
 
 def _compare(
+    engine: RolloutEngine,
     prompts: list[list[int]],
     completions: list[Completion],
     scores: list[Tensor],
-    fp32: bool,
-    limit: float,
-    replica: int,
+    tolerance: float | None,
 ) -> tuple[float, str]:
-    """The largest (fp32) or mean (bf16) difference, and a message about it."""
+    """The largest (fp32) or mean (bf16) difference, and where it exceeds the tolerance a message about it."""
+    fp32 = engine.dtype == torch.float32
+    limit = tolerance if tolerance is not None else (FP32_TOLERANCE if fp32 else BF16_TOLERANCE)
     difference, where = [], []
     for i, (prompt, completion, score) in enumerate(zip(prompts, completions, scores, strict=True)):
-        own = score.detach().double().cpu()[len(prompt) - 1 :].tolist()
-        for t, (engine, trainer) in enumerate(zip(completion.logprobs, own, strict=True)):
-            difference.append(abs(engine - trainer))
-            where.append((i, len(prompt) + t, completion.token_ids[t], engine, trainer))
+        own = score[len(prompt) - 1 :].tolist()
+        for t, (said, trainer) in enumerate(zip(completion.logprobs, own, strict=True)):
+            difference.append(abs(said - trainer))
+            where.append((i, len(prompt) + t, completion.token_ids[t], said, trainer))
     values = torch.tensor(difference, dtype=torch.float64)
     statistic = float(values.max() if fp32 else values.mean())  # NaN wins in both
-    i, position, token, engine, trainer = where[int(values.nan_to_num(nan=torch.inf).argmax())]
+    if statistic <= limit:
+        return statistic, ""
+    i, position, token, said, trainer = where[int(values.nan_to_num(nan=torch.inf).argmax())]
     return (
         statistic,
         f"the engine does not hold the trainer's weights: {'largest' if fp32 else 'mean'} difference of "
         f"log-probs {statistic:.3g} exceeds the tolerance {limit:.3g}; worst at canary prompt {i}, position "
-        f"{position} (token {token}): engine {engine:.6f}, trainer {trainer:.6f} (rollout replica {replica})",
+        f"{position} (token {token}): engine {said:.6f}, trainer {trainer:.6f} (rollout replica {engine.replica})",
     )

@@ -9,7 +9,7 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from megatron_posttrain.rollout.engine import RolloutEngine
+from megatron_posttrain.parallel.bridge import Bridge
 from megatron_posttrain.rollout.samples import Samples
 
 OF_ALL = ("lengths", "sampled", "truncated", "rewards", "masked", "replica_of", "versions")  # arrays [n]
@@ -44,19 +44,34 @@ def join(taken: Sequence[tuple[Samples, int]], metrics: dict[str, float]) -> Sam
     )
 
 
-def deal(parts: Sequence[Samples], rollout: RolloutEngine) -> Samples:
-    """One batch from its parts on all replicas that drew it, as if replicas of `rollout` had drawn it, of which there
-    may be more or fewer."""
-    own = [(i, part, k) for part in parts[rollout.replica :: rollout.replicas] for k, i in enumerate(part.drawn)]
+def deal(facts: Samples, parts: Sequence[Samples], replicas: int, tensor: int) -> Samples:
+    """A batch as if so many replicas of `tensor` ranks had drawn it. `facts`: what all ranks know of it; `parts`: of
+    those of the replicas that drew it whose number, modulo `replicas`, is this rank's replica."""
+    own = [(i, part, k) for part in parts for k, i in enumerate(part.drawn)]
     own.sort(key=lambda each: each[0])
-    names = OF_DRAWN if dist.get_rank() % rollout.tensor == 0 else OF_DRAWN[:3]
+    names = OF_DRAWN if dist.get_rank() % tensor == 0 else OF_DRAWN[:3]
     lists: dict[str, Any] = {
         name: [x[k] for _, part, k in own if name in names and (x := getattr(part, name))] for name in OF_DRAWN
     }
-    return replace(
-        parts[0],
-        drawn=[i for i, _, _ in own],
-        replica_of=parts[0].replica_of % rollout.replicas,
-        ranks_per_replica=rollout.tensor,
-        **lists,
-    )
+    drawn, replica_of = [i for i, _, _ in own], facts.replica_of % replicas
+    return replace(facts, drawn=drawn, replica_of=replica_of, ranks_per_replica=tensor, **lists)
+
+
+def hand_over(bridge: Bridge, samples: Samples | None = None) -> Samples:
+    """Collective over the bridge: the samples that rollout ranks give, dealt to the trainers as if each of these were
+    a replica. The first rank of a replica sends what it drew, once."""
+    nothing: dict[str, Any] = {name: [] for name in ("drawn", *OF_DRAWN)}
+    facts = None if samples is None else replace(samples, **nothing)
+    facts, rank, trainers = bridge.tell(facts, back=True), dist.get_rank(), bridge.trainers
+    tensor = facts.ranks_per_replica
+    if samples is not None:
+        if rank % tensor == 0:
+            part = replace(samples, prompts=[])  # which `facts` has
+            dist.send_object_list([part], rank // tensor % trainers, bridge.group)
+        return samples
+    box: list[Any] = [None]
+    parts = []
+    for source in range(trainers + rank * tensor, dist.get_world_size(bridge.group), trainers * tensor):
+        dist.recv_object_list(box, source, bridge.group)
+        parts += box
+    return deal(facts, parts, trainers, 1)

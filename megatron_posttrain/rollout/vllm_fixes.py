@@ -91,13 +91,14 @@ def map_when_freed(allocator: Any) -> None:
     allocator.pointer_to_data = _MappedWhenFreed(allocator.pointer_to_data)
 
 
-def counted_nodes(on_node: int) -> contextlib.AbstractContextManager[None]:
-    """While an engine starts: nodes are counted from the ranks, `on_node` of which are on each. vLLM asks every rank in
-    turn who shares its memory, with three collectives over all ranks a node: minutes with hundreds of nodes."""
+def counted_nodes(on_node: int, first: int = 0) -> contextlib.AbstractContextManager[None]:
+    """While an engine starts: nodes are counted from the ranks, `on_node` of which are on each, and number `first` of
+    which is rank 0 of the engines. vLLM asks every rank in turn who shares its memory, with three collectives over all
+    ranks a node: minutes with hundreds of nodes."""
     from vllm.distributed import parallel_state
 
     def count(group: Any) -> int:
-        return len({rank // on_node for rank in dist.get_process_group_ranks(group)})
+        return len({(first + rank) // on_node for rank in dist.get_process_group_ranks(group)})
 
     return replaced([(parallel_state, "_node_count", count)])
 

@@ -160,6 +160,11 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
             raise SaveError(f"{error}; {self.left()}") from None
 
+    def carried_before(self) -> bytes:
+        """On rank 0, what the checkpoint has of `carried` from which the run goes on; else nothing."""
+        file = None if self.loaded is None else self.loaded / CARRIED_FILE
+        return file.read_bytes() if dist.get_rank() == 0 and file is not None and file.exists() else b""
+
     def left(self) -> str:
         """What there is to go on from, for a message."""
         whole = self.whole()

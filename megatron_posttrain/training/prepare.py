@@ -43,7 +43,7 @@ def prepare(config: Config, world_size: int | None = None) -> Prepared:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
     path = model_directory(config.model.path)
     arch = read_architecture(config, path)
-    layout = check_layout(Layout.from_config(config.parallel, world_size), arch)
+    layout = check_ranks(config, world_size, arch)
     if wrong := list(batch_problems(config, layout)):
         raise UserError("; ".join(wrong))
     _check_implementation(config)
@@ -59,6 +59,18 @@ def prepare(config: Config, world_size: int | None = None) -> Prepared:
         keep_date(config)
     tokenizer = read_tokenizer(config.model.tokenizer or path, arch, path)
     return Prepared(config, arch, layout, tokenizer, path)
+
+
+def check_ranks(config: Config, ranks: int, arch: Architecture | None) -> Layout:
+    """The layout of those ranks of a job that train. Raises UserError."""
+    apart = config.rollout_ranks
+    if apart >= ranks:
+        allowed = f"0 (every rank does both) to {ranks - 1}" if ranks > 1 else "0, or more ranks (torchrun)"
+        raise UserError(f"rollout.ranks={apart} leaves none of the {ranks} ranks to train; allowed: {allowed}")
+    try:
+        return check_layout(Layout.from_config(config.parallel, ranks - apart), arch)
+    except UserError as error:
+        raise UserError(f"{error}; rollout.ranks={apart} of {ranks} do not train" if apart else str(error)) from None
 
 
 def check_launcher() -> None:

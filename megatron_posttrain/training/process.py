@@ -4,6 +4,8 @@ import logging
 
 import torch.distributed as dist
 
+from megatron_posttrain.parallel.groups import start_distributed
+
 
 def quiet_libraries() -> None:
     """One readable stream: libraries speak up only for errors."""
@@ -20,8 +22,11 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def finish() -> None:
-    """Leaves the job together; a rank that goes early would break the others' last collective."""
+def finish(status: int = 0) -> None:
+    """Leaves the job together; a rank that goes early would break the others' last collective. `status`: the process's,
+    which rollout ranks take over."""
     if dist.is_initialized():
+        if not (bridge := start_distributed()).generates:
+            bridge.tell(("leave", status))
         dist.barrier()
         dist.destroy_process_group()

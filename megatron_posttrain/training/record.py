@@ -64,7 +64,8 @@ class Record:
     def describe(self, **facts: str) -> None:
         """Into `environment.json`: these, and what this attempt runs on; `report` shows it."""
         if self.is_main:
-            found = {"command": self.config.command} | facts | {"ranks": dist.get_world_size()} | describe_environment()
+            ranks = dist.get_world_size() + self.config.rollout_ranks
+            found = {"command": self.config.command} | facts | {"ranks": ranks} | describe_environment()
             (self.directory / "environment.json").write_text(json.dumps(found, indent=1) + "\n")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

@@ -22,9 +22,9 @@ WRITTEN_BY_ANYONE = ("transformers_version", "_name_or_path", "torch_dtype", "dt
 # Keys, or sections of them, that another attempt may change. All other keys must stay.
 WITHOUT_EFFECT = (
     "output", "parallel", "checkpoint", "logging", "training.micro_batch_size", "model.implementation",
-    "model.recompute", "data.validation", "rollout.tensor", "rollout.kv_cache_gib", "rollout.gpu_memory_fraction",
-    "rollout.offload", "rollout.proof_tolerance", "rollout.max_num_seqs", "rollout.validation_samples",
-    "teacher.offload", "teacher.cache",
+    "model.recompute", "data.validation", "rollout.ranks", "rollout.tensor", "rollout.kv_cache_gib",
+    "rollout.gpu_memory_fraction", "rollout.offload", "rollout.proof_tolerance", "rollout.max_num_seqs",
+    "rollout.validation_samples", "teacher.offload", "teacher.cache",
     # Fingerprints tell whether other names are other weights and rows.
     "model.path", "model.tokenizer", "data.train", "data.columns", "data.cache",
 )  # fmt: skip

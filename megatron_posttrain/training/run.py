@@ -71,7 +71,7 @@ class Run:
                 f"{config.output} has trained {self.checkpoints.done} steps, this config asks for {self.total_steps}; "
                 "give as many steps or more, or another `output`, or checkpoint.resume=never to train anew here"
             )
-        start_distributed()
+        self.bridge = start_distributed(config.rollout_ranks)
         self.groups = make_groups(prepared.layout, config.training.seed)
         self.is_main = dist.get_rank() == 0
         self.directory = config.output_dir

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,7 +40,8 @@ class Uneven(StandIn):
 
 def facts(draws: Draws, config: GrpoConfig, step: int) -> dict[str, Any]:
     draws.rollout.version = step
-    samples = draws.take(config.at(step), step, 1)
+    draws.draw(step, step + config.rollout.ahead)
+    samples = draws.pop(step)
     tokens = [ids.tolist() for ids in samples.token_ids]
     asked = [prompt.index for prompt in samples.prompts]
     return {"tokens": tokens, "asked": asked, "versions": samples.versions.tolist(), "logged": samples.logged}
@@ -55,7 +55,7 @@ def facts(draws: Draws, config: GrpoConfig, step: int) -> dict[str, Any]:
         ["rollout.oversample=1", "rollout.partial=true", "rollout.ahead=1"],
     ],
 )
-def test_what_is_saved_goes_on(tmp_path: Path, keys: list[str]) -> None:
+def test_what_is_saved_goes_on(keys: list[str]) -> None:
     start_distributed()
     base = ["model.path=x", "data.train=x", "output=x", "rollout.prompts_per_step=3", "rollout.samples_per_prompt=2"]
     config = load_config(GrpoConfig, None, [*base, "training.global_batch_size=6", *keys])
@@ -65,16 +65,10 @@ def test_what_is_saved_goes_on(tmp_path: Path, keys: list[str]) -> None:
     rewards = [Reward("even", 1.0, lambda one: float(len(one.response) % 2))]
     asked: Any = SimpleNamespace(prompts=PromptDataset(rows, tokenizer, 100), rewards=rewards, turns=ONE_TURN)
 
-    def start(state: Any, loaded: Path | None) -> Draws:
-        checkpoints = SimpleNamespace(state=state, loaded=loaded, carried=None)
-        prepared = SimpleNamespace(tokenizer=tokenizer)
-        run: Any = SimpleNamespace(checkpoints=checkpoints, prepared=prepared, total_steps=STEPS, is_main=True)
-        return Draws.start(run, config, asked, Uneven())  # type: ignore[arg-type]
-
-    draws = start({}, None)
+    draws = Draws(config, STEPS, asked, tokenizer, Uneven(), {})  # type: ignore[arg-type]
     before = [facts(draws, config, step) for step in range(3)]
-    (tmp_path / "carried.pkl").write_bytes(draws.save())
-    again = start(json.loads(json.dumps(draws.run.checkpoints.state)), tmp_path)
+    again = Draws(config, STEPS, asked, tokenizer, Uneven(), json.loads(json.dumps(draws.state)))  # type: ignore[arg-type]
+    again.load(draws.save())
     after = [facts(draws, config, step) for step in range(3, STEPS)]
     assert [facts(again, config, step) for step in range(3, STEPS)] == after
     every = before + after

@@ -6,7 +6,6 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,13 @@ from transformers import AutoTokenizer
 
 from megatron_posttrain.config.schema import RewardConfig
 from megatron_posttrain.data.dataset import Prompt
+from megatron_posttrain.parallel.bridge import Bridge
 from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.rewards import load_rewards
 from megatron_posttrain.rollout.engine import Completion, Request, Sampling
-from megatron_posttrain.rollout.regroup import deal, join
+from megatron_posttrain.rollout.regroup import deal, hand_over, join
 from megatron_posttrain.rollout.samples import Samples, generate_samples, save_samples
+from megatron_posttrain.training.process import finish
 from tests.helpers.stand_in import StandIn
 
 CHOICES = np.dtype((np.uint8, (3, 2)))
@@ -109,12 +110,30 @@ def check_cut_off(engine: Any, tokenizer: Any, rewards: Any, wanted: int) -> Non
         assert second.versions[i] == (7 if ids else 8)
 
 
+def check_bridge(bridge: Bridge, tokenizer: Any, rewards: Any, directory: Path) -> None:
+    """Trainers have all tokens that rollout ranks drew, more replicas than trainers there are and fewer ranks."""
+    for tensor in (1, 2):
+        if bridge.generates:
+            engine: Any = Replayed(tensor)
+            hand_over(bridge, generate_samples(engine, tokenizer, prompts(5), rewards, Sampling(3, 64), range(15)))
+            continue
+        samples = hand_over(bridge)
+        samples.advantages, samples.differences = torch.arange(15.0), np.arange(15.0)
+        for data in (1, 2):
+            check(samples, [[*range(r, 15, data)] for r in range(data)], dist.get_rank() % data, list(range(15)))
+        save_samples(directory / f"{tensor}.jsonl", samples)
+    assert not bridge.generates or bridge.tell(None) == ("leave", 0)
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    start_distributed()
     job = json.loads(Path(sys.argv[1]).read_text())
+    bridge = start_distributed(job.get("rollout_ranks", 0))
     tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])
     rewards = load_rewards([RewardConfig(name="long", weight=0.5, file=job["rewards"]), RewardConfig(name="math")])
+    if bridge.group is not None:
+        check_bridge(bridge, tokenizer, rewards, Path(job["out"]))
+        job["cases"] = []
     for number, (tensor, count, data) in enumerate(job["cases"]):  # ranks a replica, prompts, data parallel ranks
         sampling = Sampling(3, 64)
         engine: Any = Replayed(tensor)
@@ -133,9 +152,8 @@ def main() -> None:
         check(joined, [order[rank::data] for rank in range(data)], dist.get_rank() % data, seeds)
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, joined)
-        other = SimpleNamespace(tensor=(size := {1: 2, 2: 4, 4: 1}[tensor]), replicas=4 // size)
-        other.replica = dist.get_rank() // size
-        dealt: Samples = deal(parts[::tensor], other)  # type: ignore[arg-type]
+        size = {1: 2, 2: 4, 4: 1}[tensor]
+        dealt = deal(parts[0], parts[::tensor][dist.get_rank() // size :: 4 // size], 4 // size, size)
         check(dealt, [order[rank::data] for rank in range(data)], dist.get_rank() % data, seeds)
         save_samples(Path(job["out"]) / f"{number}.jsonl", samples)
         facts: list[Any] = [None] * dist.get_world_size()
@@ -143,8 +161,7 @@ def main() -> None:
         dist.all_gather_object(facts, known)
         assert all(fact == known for fact in facts)
         check_cut_off(engine, tokenizer, rewards, count)
-    dist.barrier()
-    dist.destroy_process_group()
+    finish()
 
 
 if __name__ == "__main__":

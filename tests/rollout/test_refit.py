@@ -103,5 +103,37 @@ def test_every_byte_of_a_stream_comes_once(sizes: dict[str, int], world: int, en
         ends = [0, *(stop for _, stop in covered)]
         assert [start for start, _ in covered] == ends[:-1]
         assert ends[-1] == bucket.length(rank % engine)
-    held = max(sum(2 * math.prod(b - a for a, b in box) for box in boxes.values()) for boxes in wanted)
+    held = most(wanted)
     assert held <= max(schedule.received(rank) for rank in range(engine)) < 1.02 * held
+
+
+@pytest.mark.parametrize(
+    ("sizes", "world", "engine", "apart"),
+    [({"tensor": 4, "pipeline": 2, "expert": 8}, 32, 8, 24), ({"expert": 2}, 8, 2, 6), ({"tensor": 2}, 2, 1, 5)],
+)
+def test_every_byte_comes_once_to_ranks_apart(sizes: dict[str, int], world: int, engine: int, apart: int) -> None:
+    """And none to a trainer; the work is shared by the ranks that hold the same."""
+    arch = replace(KNOWN_MODELS["Qwen3-30B-A3B"], num_layers=4, vocab_size=8192)
+    layout = Layout(world_size=world, **sizes)
+    wanted = [engine_boxes(arch, position, engine, engine > 1) for position in range(engine)]
+    schedule = Schedule(slots_of(arch, layout), layout, wanted, 8, apart=apart)
+    everyone, sent = range(world + apart), [0] * world
+    for rank, bucket in itertools.product(everyone, schedule.buckets):
+        parts = {source: schedule.overlap(bucket, source, rank) for source in everyone}
+        covered = sorted((start, stop, source) for source, (start, stop) in parts.items() if start < stop)
+        # Ranks ask about their block alone; trainers that hold the same in other blocks serve others
+        covered = [part for part in covered if part[2] in schedule.block_ranks(rank)]
+        assert all(rank in schedule.block_ranks(source) for *_, source in covered)
+        ends = [0, *(stop for _, stop, _ in covered)]
+        assert [start for start, *_ in covered] == ends[:-1]
+        assert ends[-1] == (bucket.length((rank - world) % engine) if rank >= world else 0)
+        for start, stop, source in covered:
+            sent[source] += stop - start
+    assert most(wanted) <= max(schedule.received(world + rank) for rank in range(engine)) < 1.02 * most(wanted)
+    if apart >= world:
+        assert min(sent) > 0
+
+
+def most(wanted: list[Any]) -> int:
+    """Bytes, in bf16, of the engine's rank that wants most."""
+    return max(sum(2 * math.prod(b - a for a, b in box) for box in boxes.values()) for boxes in wanted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -195,18 +196,22 @@ def test_vllm_binds_the_memory_of_the_process(results: dict[str, Any]) -> None:
 # ---- without an engine ---------------------------------------------------------------------------------------
 
 
+def engine(dtype: torch.dtype) -> Any:
+    return SimpleNamespace(dtype=dtype, replica=0)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_proof_refuses_what_is_not_finite(bad: float) -> None:
     completion = Completion([4, 5], [-1.0, -2.0], "length")
-    for fp32 in (True, False):
-        statistic, message = _compare([[3]], [completion], [torch.tensor([-1.0, bad])], fp32, 0.1, 0)
+    for dtype in (torch.float32, torch.bfloat16):
+        statistic, message = _compare(engine(dtype), [[3]], [completion], [torch.tensor([-1.0, bad])], 0.1)
         assert not statistic <= 0.1
         assert "position 2 (token 5)" in message
 
 
 def test_bf16_is_judged_by_the_mean() -> None:
     completion = Completion([4, 5], [-1.0, -2.0], "length")
-    statistic, message = _compare([[3]], [completion], [torch.tensor([-1.0, -2.5])], False, 0.1, 0)
+    statistic, message = _compare(engine(torch.bfloat16), [[3]], [completion], [torch.tensor([-1.0, -2.5])], 0.1)
     assert statistic == pytest.approx(0.25)
     assert "mean difference" in message
 

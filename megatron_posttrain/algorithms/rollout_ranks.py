@@ -1,0 +1,79 @@
+"""Ranks that only generate (`rollout.ranks`): what trainers order, and the loop in which it is done.
+
+The order of a step's events is that of ranks which do both: weights of version s come, then what is missing up to step
+s + `rollout.ahead` is drawn with them. Here the trainers go on as soon as they have step s.
+"""
+
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_posttrain.algorithms.asked import Asked
+from megatron_posttrain.algorithms.draws import Draws
+from megatron_posttrain.algorithms.refit import Refits
+from megatron_posttrain.config.algorithms import GrpoConfig
+from megatron_posttrain.parallel.bridge import Bridge
+from megatron_posttrain.parallel.groups import start_distributed
+from megatron_posttrain.rollout.regroup import hand_over
+from megatron_posttrain.rollout.samples import Samples
+from megatron_posttrain.training.prepare import prepare
+from megatron_posttrain.training.record import STOP_FILE
+
+
+@dataclass
+class RemoteDraws:
+    """`Draws` to a trainer: whatever is asked of it, collectively, is an order to the rollout ranks."""
+
+    bridge: Bridge
+    asked: Asked
+    state: dict[str, Any]  # of the run's loop
+
+    def take(self, step: int) -> Samples:
+        self.bridge.tell(("take", step))
+        return hand_over(self.bridge)
+
+    def held_out(self, step: int) -> Iterator[tuple[str, Samples]]:
+        self.bridge.tell(("held_out", step))
+        for name in self.asked.held_out:
+            yield name, hand_over(self.bridge)
+
+    def save(self) -> bytes:
+        self.bridge.tell(("save", 0))
+        saved, state = self.bridge.tell(None, back=True)
+        self.state |= state
+        return saved
+
+
+def serve(config: GrpoConfig) -> int:
+    """A rollout rank's part of a command: orders of the trainers, until they leave. Returns their exit status."""
+    prepared = prepare(config)
+    asked = Asked.of(config, prepared)
+    bridge = start_distributed(config.rollout_ranks)
+    refits = Refits(config, prepared, bridge)
+    steps, state, saved = bridge.tell(None)
+    draws = Draws(config, steps, asked, prepared.tokenizer, refits.rollout, state)
+    draws.load(saved)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # a request to stop is the trainers' to follow
+        signal.signal(number, lambda *_: (config.output_dir / STOP_FILE).touch())
+    idle, since = 0.0, time.perf_counter()
+    while (order := bridge.tell(None))[0] != "leave":
+        idle += time.perf_counter() - since
+        what, number = order
+        if what == "update":
+            refits.update(config, asked.prompts.prompts, number)
+        elif what == "take":
+            draws.draw(number, number)
+            samples = draws.pop(number)
+            samples.logged["rollout_idle_seconds"], idle = idle, 0.0
+            hand_over(bridge, samples)
+            draws.draw(number + 1, number + config.rollout.ahead)
+        elif what == "held_out":
+            for _, samples in draws.held_out(number):
+                hand_over(bridge, samples)
+        else:
+            bridge.tell((draws.save(), state), back=True)
+        since = time.perf_counter()
+    refits.close()
+    return order[1]

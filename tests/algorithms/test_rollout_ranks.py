@@ -1,0 +1,85 @@
+"""Ranks that only generate: a run with them is, to the last bit, the one whose every rank does both, one step ahead."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_posttrain.config.algorithms import GrpoConfig
+from megatron_posttrain.config.load import load_config
+from megatron_posttrain.errors import UserError
+from megatron_posttrain.training.prepare import prepare
+from tests.algorithms.test_grpo import lines, small, steady
+from tests.helpers.launch import ranks
+
+APART = ["rollout.ranks=1"]
+
+
+@pytest.mark.timeout(900)
+def test_equals_ranks_that_do_both_also_when_resumed(tmp_path: Path) -> None:
+    """Two trainers with tensor and expert parallelism, and one rollout rank; experts, a curriculum and held-out rows
+    come over the bridge."""
+    both = small(
+        tmp_path, "rollout.ahead=1", "curriculum={revisit: 2}", "parallel.tensor=2", "parallel.expert=2",
+        "algorithm.routing_replay=rollout", f"data.validation={tmp_path / 'assets' / 'heldout.jsonl'}",
+        "training.validate_every=2",
+    )  # fmt: skip
+    run, apart = tmp_path / "run", tmp_path / "apart"
+    ranks(2, *both, rollout=True)
+    ranks(3, *both, *APART, f"output={apart}", rollout=True)
+    metrics = lines(run / "metrics.jsonl")
+
+    def equal() -> bool:
+        assert [steady(m) for m in lines(apart / "metrics.jsonl")] == [steady(m) for m in metrics]
+        name = "rollouts/step_000003.jsonl"
+        assert lines(apart / name) == lines(run / name)
+        return (apart / "hf" / "model.safetensors").read_bytes() == (run / "hf" / "model.safetensors").read_bytes()
+
+    assert equal()
+    assert [m["staleness"] for m in metrics] == [0, 1, 1]
+    assert metrics[1]["validation_reward"] > 0
+    found = lines(apart / "metrics.jsonl")[1]
+    assert found["refit_gb"] > 0
+    assert min(found["wait_seconds"], found["rollout_idle_seconds"]) > 0
+    for step in (2, 3):
+        shutil.rmtree(apart / "checkpoints" / f"step_00000{step}")
+    shutil.rmtree(apart / "hf")
+    ranks(3, *both, *APART, f"output={apart}", rollout=True)
+    assert equal()
+
+
+@pytest.mark.timeout(900)
+def test_a_rollout_rank_that_fails_ends_the_trainers(tmp_path: Path) -> None:
+    line = small(tmp_path, "rollout.ahead=1", *APART)
+    (tmp_path / "rewards.py").write_text(
+        "from megatron_posttrain.rewards import reward\n\n\n@reward('even')\ndef even(sample):\n    return 'good'\n"
+    )
+    done = ranks(2, *line, rollout=True, check=False, timeout=120)
+    assert done.returncode != 0
+    reason = "error: reward 'even' returned 'good'"
+    assert f"rank 1: {reason}" in done.stderr
+    assert f"since rank 1 failed first: {reason}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("world", "more", "said"),
+    [
+        (1, [], "rollout.ranks=1 leaves none of the 1 ranks to train; allowed: 0, or more ranks (torchrun)"),
+        (2, ["rollout.ranks=3"], "leaves none of the 2 ranks to train; allowed: 0 (every rank does both) to 1"),
+        (2, ["parallel.tensor=2"], "1 ranks are not divisible by tensor x pipeline x context = 2"),
+        (2, ["rollout.tensor=2"], "rollout.tensor=2 does not divide rollout.ranks=1"),
+        (2, ["rollout.offload=true"], "rollout.ranks=1 with rollout.offload: trainers share no GPU with vLLM"),
+        (2, ["rollout.replay=x"], "rollout.ranks=1 with rollout.replay: no engine"),
+    ],
+)
+def test_mistakes(keys: list[str], world: int, more: list[str], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        prepare(load_config(GrpoConfig, None, [*keys, *APART, *more]), world)
+    assert said in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return small(tmp_path_factory.mktemp("run"))[3:]
