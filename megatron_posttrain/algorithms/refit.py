@@ -58,6 +58,7 @@ class Refits:
             )
         exporter = trained[0].exporter if trained else None
         self._refit = Refit(getattr(self, "rollout", None), exporter, bridge)
+        self._proven = False
 
     @classmethod
     def of(cls, config: RlConfig, run: Run, engine: Engine) -> Self:
@@ -75,7 +76,7 @@ class Refits:
                 export_adapter(policy, self.prepared.model_path, directory)
             self.bridge.tell(None)  # it is written
             if engine is not None:
-                engine.ship(directory)
+                engine.ship(directory, version)
         else:
             if policy is not None:
                 policy.gather_weights()
@@ -88,8 +89,10 @@ class Refits:
             whole = [TokenSequence(ids, [1] * len(ids)) for ids in sequences]
             return sequence_logprobs(policy, whole, token_budget(config), temperature=1.0)
 
-        canaries = [prompt.token_ids for prompt in prompts[:CANARY_PROMPTS]]
-        prove(engine, canaries, own, config.rollout.proof_tolerance, self.bridge)
+        if not self._proven or version % config.rollout.proof_every == 0:
+            canaries = [prompt.token_ids for prompt in prompts[:CANARY_PROMPTS]]
+            prove(engine, canaries, own, config.rollout.proof_tolerance, self.bridge)
+            self._proven = True
         return figures | {"proof_seconds": time.perf_counter() - start + self._refit.digest_seconds}
 
     def close(self) -> None:

@@ -295,6 +295,7 @@ class RolloutConfig(Section):
     proof_tolerance: PositiveFloat | None = key(
         None, "largest canary log-prob difference after a refit; null: 1e-3 in fp32, 0.25 (mean) in bf16"
     )
+    proof_every: PositiveInt = key(1, "refits from one look at canaries to the next; digests are compared at each")
 
 
 class RewardConfig(Section):

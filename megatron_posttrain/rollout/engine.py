@@ -344,7 +344,7 @@ class RolloutEngine:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache after a weight update: requests are still running")
 
-    def ship(self, directory: Path) -> None:
+    def ship(self, directory: Path, version: int) -> None:
         """Collective: from now on completions are of the base with the adapter in `directory` (PEFT's files)."""
         dist.barrier()  # it is written
         self.wake("weights")
@@ -352,7 +352,7 @@ class RolloutEngine:
         with self._isolated():
             from vllm.lora.request import LoRARequest
 
-            self._adapter = LoRARequest("adapter", 1, str(directory))
+            self.version, self._adapter = version, LoRARequest("adapter", 1, str(directory))
             self._llm.llm_engine.add_lora(LoRARequest("adapter", 1, str(directory), load_inplace=True))
             self._forget()
 

@@ -39,6 +39,7 @@ def test_grpo_trains_resumes_and_exports(tmp_path: Path) -> None:
         "training.steps=2", "training.global_batch_size=16", "training.micro_batch_size=4", "optimizer.lr=1e-3",
         "algorithm.kl_coefficient=0.01", "algorithm.routing_replay=rollout", "checkpoint.every=1",
         "rollout.token_figures=true", "logging.tensorboard=false",
+        "rollout.proof_every=2",  # the second refit is looked at only where it is an attempt's first
         f"data.validation=[{assets / 'heldout.jsonl'},{assets / 'few.jsonl'}]",
         "training.validate_every=2", "rollout.validation_samples=2", "checkpoint.best=validation_reward",
         # Random answers are all wrong: a reward of ours keeps the advantages from being zero.

@@ -57,6 +57,7 @@ def test_shipped_and_merged_adapters_sample_alike_and_a_policy_with_adapters_has
     for step in (1, 2):  # before the second one the adapter was trained
         said = [rows_of(place / x / "rollouts" / f"step_{step:06d}.jsonl") for x in ("shipped", "merged")]
         assert [s["token_ids"] for s in said[0]] == [s["token_ids"] for s in said[1]]
+        assert {s["version"] for part in said for s in part} == {step - 1}
     ours, theirs = (rows_of(place / x / "metrics.jsonl") for x in ("shipped", "merged"))
     for key in ("loss", "grad_norm", "kl", "reward"):
         assert [m[key] for m in ours] == pytest.approx([m[key] for m in theirs], rel=1e-4, abs=1e-6)
