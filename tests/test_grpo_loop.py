@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.launch import forked
+from tests.helpers.launch import forked, ranks
 from tests.helpers.models import make_assets
 
 
@@ -41,3 +41,7 @@ def test_first_on_policy_step_is_reinforce(tmp_path: Path) -> None:
         assert found[name]["grad_norm"] > 1e-3
     for key in ("reward", "response_length", "entropy", "grad_norm"):
         assert found["loop"][key] == pytest.approx(found["grpo"][key], rel=1e-5), key
+    words = ["examples/grpo_loop.py", str(tmp_path / "config.yaml"), f"output={tmp_path / 'apart'}", "rollout.ranks=1"]
+    done = ranks(2, *words, rollout=True, check=False, timeout=200)
+    assert done.returncode != 0
+    assert "rollout.ranks: the commands grpo and ppo part their ranks" in done.stderr

@@ -72,6 +72,8 @@ class Run:
                 "give as many steps or more, or another `output`, or checkpoint.resume=never to train anew here"
             )
         self.bridge = start_distributed(config.rollout_ranks)
+        if self.bridge.generates:
+            raise UserError("rollout.ranks: the commands grpo and ppo part their ranks; a loop of your own runs with 0")
         self.groups = make_groups(prepared.layout, config.training.seed)
         self.is_main = dist.get_rank() == 0
         self.directory = config.output_dir
