@@ -15,11 +15,11 @@ from megatron_posttrain.data.messages import (
     BadRow,
     LeftOut,
     Message,
-    decoded,
     kind,
     read_message,
     read_messages,
-)  # fmt: skip
+    read_object,
+)
 
 ALLOWED = {
     "sft": "{messages: [{role, content}...]}, {prompt, response or completion}, {instruction, input, output} (Alpaca), "
@@ -144,7 +144,7 @@ def _answer(record: Record) -> dict[str, Any]:
     """The expected answer: `answer`, verl's ground truth, or the last box of a MATH `solution`."""
     found: dict[str, Any] = {}
     if "reward_model" in record:
-        stated, more = (_object(record, key) for key in ("reward_model", "extra_info"))
+        stated, more = (read_object(record, key) for key in ("reward_model", "extra_info"))
         truth = stated.get("ground_truth")
         if truth is None:
             raise BadRow(f"reward_model.ground_truth must be there, found {kind(record['reward_model'])}")
@@ -164,14 +164,6 @@ def _answer(record: Record) -> dict[str, Any]:
         if box is not None:
             found["answer"] = box
     return found
-
-
-def _object(record: Record, key: str) -> dict[str, Any]:
-    """Of a table too, which stores objects as text; empty where there is none."""
-    value = record.get(key)
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        value = decoded(value, key)
-    return value if isinstance(value, dict) else {}
 
 
 def _number(answer: Any) -> str:

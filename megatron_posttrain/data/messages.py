@@ -203,3 +203,15 @@ def kind(value: Any) -> str:
     """A value as an error message shows it."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return "nothing" if value is None else text if len(text) <= 80 else text[:77] + "..."
+
+
+def read_object(record: dict[str, Any], key: str) -> dict[str, Any]:
+    """A column that holds an object, or its JSON text, as tables store it; empty where there is none."""
+    value = record.get(key)
+    if value is None:
+        return {}
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = decoded(value, key)
+    if not isinstance(value, dict):
+        raise BadRow(f"{key} must be an object, found {kind(value)}")
+    return dict(value)

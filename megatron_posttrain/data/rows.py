@@ -11,7 +11,7 @@ from typing import Any
 from megatron_posttrain.data.columns import Columns, proposal, rename
 from megatron_posttrain.data.files import records
 from megatron_posttrain.data.forms import KNOWN, Form, description, find_form, refuse_unread
-from megatron_posttrain.data.messages import BadRow, LeftOut, Message, decoded, kind, read_messages, read_tools
+from megatron_posttrain.data.messages import BadRow, LeftOut, Message, kind, read_messages, read_object, read_tools
 from megatron_posttrain.errors import UserError
 
 __all__ = ["Message", "Reader", "Row", "read_records", "read_rows"]
@@ -145,12 +145,12 @@ def _row(record: Any, where: str, columns: Columns, use: str) -> tuple[Row, dict
     messages: list[Message] = fields.pop("messages")
     if not messages:
         raise BadRow("a conversation without messages")
-    options = _object(record, "chat_template_kwargs")
+    options = read_object(record, "chat_template_kwargs")
     if fixed := [key for key in FIXED_OPTIONS if key in options]:
         raise BadRow(f"chat_template_kwargs.{fixed[0]}: {', '.join(FIXED_OPTIONS)} are not a row's to set")
     tools = read_tools(record.get("tools") or record.get("functions") or options.pop("tools", None))
     messages = _with_beginning(record, messages)
-    metadata = _object(record, "metadata") or fields.pop("metadata", {})
+    metadata = read_object(record, "metadata") or fields.pop("metadata", {})
     row = Row(messages, metadata=metadata, source=where, tools=tools, template_options=options, form=form, **fields)
     return row, record
 
@@ -202,14 +202,3 @@ def _check_use(row: Row, record: dict[str, Any], use: str) -> None:
     roles = [message["role"] for message in row.messages]
     if use == "sft" and "assistant" not in roles:
         raise BadRow(f"no assistant turn; roles found: {roles}, keys: {sorted(record)}{proposal(record, use)}")
-
-
-def _object(record: dict[str, Any], key: str) -> dict[str, Any]:
-    value = record.get(key)
-    if value is None:
-        return {}
-    if isinstance(value, str) and value.lstrip().startswith("{"):  # tables store objects as text
-        value = decoded(value, key)
-    if not isinstance(value, dict):
-        raise BadRow(f"{key} must be an object, found {kind(value)}")
-    return dict(value)

@@ -85,7 +85,9 @@ def of_samples(prompts: Sequence[list[Record]], vote: Callable[[str], str] | Non
     return found
 
 
-def _summary(records: Sequence[Record], sampling: Sampling, prompts: int, seconds: float, tokens: int) -> Evaluation:
+def _summary(
+    records: Sequence[Record], sampling: Sampling, prompts: int, seconds: float, tokens: int = 0
+) -> Evaluation:
     """Of the responses to so many prompts; `seconds` were needed for `tokens` of them."""
     accuracy = fmean(r["reward"] > CORRECT for r in records)
     # Responses to one prompt are not independent, so the prompts are the trials.
