@@ -23,7 +23,8 @@ WRITTEN_BY_ANYONE = ("transformers_version", "_name_or_path", "torch_dtype", "dt
 WITHOUT_EFFECT = (
     "output", "parallel", "checkpoint", "logging", "training.micro_batch_size", "model.implementation",
     "model.recompute", "data.validation", "rollout.ranks", "rollout.tensor", "rollout.kv_cache_gib",
-    "rollout.gpu_memory_fraction", "rollout.offload", "rollout.proof_tolerance", "rollout.max_num_seqs",
+    "rollout.gpu_memory_fraction", "rollout.offload", "rollout.proof_tolerance", "rollout.proof_every",
+    "rollout.max_num_seqs",
     "rollout.validation_samples", "teacher.offload", "teacher.cache",
     # Fingerprints tell whether other names are other weights and rows.
     "model.path", "model.tokenizer", "data.train", "data.columns", "data.cache",
