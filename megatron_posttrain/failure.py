@@ -41,10 +41,14 @@ def report(error: Exception) -> int:
     kind = "error" if isinstance(error, UserError) else type(error).__name__
     mine: dict[str, Any] = {"rank": int(os.environ.get("RANK", "0")), "reason": f"{kind}: {error}", "status": status}
     distributed = sys.modules.get("torch.distributed")
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    met = distributed is not None and distributed.is_initialized()
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))  # announced by a launcher
+    if distributed is not None and met and job_store is None:  # the world is the job
+        ranks = distributed.get_world_size()
+    if ranks == 1:
         _show(error, mine["reason"])
         return status
-    if distributed is None or not distributed.is_initialized():
+    if not met:
         # Every rank finds the same mistake: one of a node says so, and the launcher then ends the others.
         if isinstance(error, UserError) and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(FIRST_SECONDS)
