@@ -25,7 +25,7 @@ _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL)
 def choice(sample: Sample) -> float:
     """1.0 when the letter that the answer gives is the expected one: boxed, after `answer is`, or alone.
 
-    The last statement counts; an answer that names no letter gets 0.0.
+    The last statement counts; an answer that names no letter, or lists several options, gets 0.0.
     """
     expected = re.fullmatch(rf"{_LETTER}[.):]?(?:\s.*)?", (sample.answer or "").strip(), re.DOTALL)
     if expected is None:
@@ -44,6 +44,13 @@ def chosen_letter(text: str) -> str | None:
     if said:
         return said
     lines = [line for line in text.strip().splitlines() if line.strip()]
+    options = [found[1] for line in lines if (found := re.match(rf"\s*{_LETTER}[.):]", line))]
+    last = re.fullmatch(rf"\s*{_LETTER}\s*[.。]?\s*", lines[-1]) if lines else None
+    before = options[: -1 if last and options[-1:] == [last[1]] else None]
+    if last and before:  # behind a list of options the one that is chosen, or the next of a list that is cut off
+        return None if ord(last[1]) == ord(before[-1]) + 1 else last[1]
+    if len(set(options)) > 1:
+        return None
     for line in [*lines[-1:], *lines[:1]]:
         if alone := re.fullmatch(rf"\s*{_LETTER}(?:[.):].*)?\s*[.。]?", line):
             return alone[1]
