@@ -44,12 +44,13 @@ def chosen_letter(text: str) -> str | None:
     if said:
         return said
     lines = [line for line in text.strip().splitlines() if line.strip()]
-    options = [found[1] for line in lines if (found := re.match(rf"\s*{_LETTER}[.):]", line))]
+    begun = [re.match(rf"\s*{_LETTER}[.):]", line) for line in lines]
+    options = [found[1] if found else None for found in begun]  # that a line begins with
+    before = [option for option in options[:-1] if option]
     last = re.fullmatch(rf"\s*{_LETTER}\s*[.。]?\s*", lines[-1]) if lines else None
-    before = options[: -1 if last and options[-1:] == [last[1]] else None]
     if last and before:  # behind a list of options the one that is chosen, or the next of a list that is cut off
         return None if ord(last[1]) == ord(before[-1]) + 1 else last[1]
-    if len(set(options)) > 1:
+    if len({*options} - {None}) > 1:
         return None
     for line in [*lines[-1:], *lines[:1]]:
         if alone := re.fullmatch(rf"\s*{_LETTER}(?:[.):].*)?\s*[.。]?", line):

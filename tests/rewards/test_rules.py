@@ -39,7 +39,8 @@ def value(name: str, response: str, answer: str | None = None, *, row: Any = Non
         ("A", False), ("A or B", False), ("Bananas are good.", False), ("The answer is A.", False), ("", False),
         ("The answer is a Boolean", False), ("\\boxed{AB}", False), ("B\nAnswer: C", False),
         ("A. Rome\nB. Paris", False), ("A. Rome\nB.", False), ("A. Rome\nB", False), ("B. Paris\nIt is.", True),
-        ("A) Rome\nB) Paris\nAnswer: B", True), ("A. Rome\nB. Paris\nC. Oslo\nB", True), ("A. It is not.\nA", False),
+        ("A) Rome\nB) Paris\nAnswer: B", True), ("A. Rome\nB. Paris\nC. Oslo\nB", True),
+        ("A. Rome\nB. Paris\nB", True), ("A. It is not.\nA", False),
     ],
 )  # fmt: skip
 def test_choice(response: str, given: bool) -> None:
