@@ -16,6 +16,7 @@ from megatron_posttrain.data.dataset import Prompt, PromptDataset
 from megatron_posttrain.evaluation.evaluate import CORRECT
 from megatron_posttrain.parallel.exchange import to_first_rank
 from megatron_posttrain.rollout.engine import RolloutEngine, Sampling
+from megatron_posttrain.rollout.in_flight import InFlight
 from megatron_posttrain.rollout.regroup import deal, join
 from megatron_posttrain.rollout.samples import Samples, collect_samples, generate_samples
 from megatron_posttrain.rollout.turns import Episode
@@ -132,6 +133,7 @@ class Draws:
     state: dict[str, Any]  # plain values that checkpoints keep; changed in place
     waiting: deque[Samples] = field(default_factory=deque)  # of this step and the next ones
     carried: list[Episode] = field(default_factory=list)  # samples that the last draw cut off
+    in_flight: InFlight | None = None  # orders that are followed while samples for training are drawn
 
     def __post_init__(self) -> None:
         given, self.curriculum = self.config.curriculum, None
@@ -146,7 +148,8 @@ class Draws:
         return self.pop(step)
 
     def pop(self, step: int) -> Samples:
-        """The samples of a step, which are drawn."""
+        """The samples of a step, which are drawn; others are for `rollout.ahead` steps further."""
+        self.last = step + self.config.rollout.ahead
         samples = self.waiting.popleft()
         if self.config.stale:
             samples.logged["staleness"] = float((step - samples.versions).mean())
@@ -155,8 +158,10 @@ class Draws:
     def draw(self, step: int, last: int) -> None:
         """Collective: what is missing from `step`, the first one that waits, up to `last` or the end of the run. Where
         all samples of a prompt have one reward they are replaced, if `algorithm.dynamic_sampling` is set."""
-        for index in range(step + len(self.waiting), min(last + 1, self.total_steps)):
+        self.last, index = last, step + len(self.waiting)
+        while index <= min(self.last, self.total_steps - 1):  # the last one moves where samples are taken in flight
             self.waiting.append(self._draw(self.config.at(index), index))
+            index += 1
 
     def held_out(self, step: int) -> Iterator[tuple[str, Samples]]:
         """Collective: what the engine's weights say to every held-out set, drawn as in a step's training, with the same
@@ -170,11 +175,11 @@ class Draws:
         self.rollout.sleep()
 
     def _draw(self, config: GrpoConfig, step: int) -> Samples:
-        asked, rollout, options = self.asked, config.rollout, dict[str, Any]()
+        asked, rollout, options = self.asked, config.rollout, dict[str, Any](in_flight=self.in_flight)
         batches = getattr(config.algorithm, "dynamic_sampling", None) or 1
         place, count = step * config.rows_per_step, config.rows_per_step
         if rollout.oversample:
-            options = {"wanted": rollout.prompts_per_step, "carried": self.carried}
+            options |= {"wanted": rollout.prompts_per_step, "carried": self.carried}
         if rollout.partial:
             begun = len(self.carried) // rollout.samples_per_prompt
             place, count = place + begun, count + rollout.oversample - begun

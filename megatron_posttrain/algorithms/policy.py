@@ -106,7 +106,7 @@ class Rollouts:
         config, every = self.config(step.index), self.whole_config.algorithm.reference_every
         if self.run.bridge.group is not None:
             with step.phase("wait"):  # for rollout ranks, which may still draw
-                self.run.bridge.tell(("update", step.index))
+                self.run.bridge.order("update", step.index)
         with step.phase("refit"):
             if every is not None and step.index and step.index % every == 0:
                 self.engine.keep_weights(REFERENCE)
@@ -132,7 +132,7 @@ class Rollouts:
         assert self.refits is not None
         assert self.draws is not None
         asked, config = self.asked, self.config(step.index)
-        self.run.bridge.tell(("update", step.number))
+        self.run.bridge.order("update", step.number)
         self.figures = self.refits.update(config, asked.prompts.prompts, step.number)
         drawn, count = dict(self.draws.held_out(step.index)), config.rollout.validation_samples
         if asked.model_reward is not None:

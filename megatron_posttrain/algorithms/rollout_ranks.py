@@ -16,6 +16,7 @@ from megatron_posttrain.algorithms.refit import Refits
 from megatron_posttrain.config.algorithms import GrpoConfig
 from megatron_posttrain.parallel.bridge import Bridge
 from megatron_posttrain.parallel.groups import start_distributed
+from megatron_posttrain.rollout.in_flight import InFlight
 from megatron_posttrain.rollout.regroup import hand_over
 from megatron_posttrain.rollout.samples import Samples
 from megatron_posttrain.training.prepare import prepare
@@ -31,16 +32,16 @@ class RemoteDraws:
     state: dict[str, Any]  # of the run's loop
 
     def take(self, step: int) -> Samples:
-        self.bridge.tell(("take", step))
+        self.bridge.order("take", step)
         return hand_over(self.bridge)
 
     def held_out(self, step: int) -> Iterator[tuple[str, Samples]]:
-        self.bridge.tell(("held_out", step))
+        self.bridge.order("held_out", step)
         for name in self.asked.held_out:
             yield name, hand_over(self.bridge)
 
     def save(self) -> bytes:
-        self.bridge.tell(("save", 0))
+        self.bridge.order("save")
         saved, state = self.bridge.tell(None, back=True)
         self.state |= state
         return saved
@@ -57,23 +58,42 @@ def serve(config: GrpoConfig) -> int:
     draws.load(saved)
     for number in (signal.SIGTERM, signal.SIGUSR1):  # a request to stop is the trainers' to follow
         signal.signal(number, lambda *_: (config.output_dir / STOP_FILE).touch())
-    idle, since = 0.0, time.perf_counter()
-    while (order := bridge.tell(None))[0] != "leave":
-        idle += time.perf_counter() - since
-        what, number = order
+    idle, met = 0.0, 0
+
+    def follow(what: str, number: int) -> None:
+        nonlocal idle, met
         if what == "update":
             refits.update(config, asked.prompts.prompts, number)
         elif what == "take":
-            draws.draw(number, number)
+            if not draws.waiting:
+                draws.draw(number, number)
             samples = draws.pop(number)
-            samples.logged["rollout_idle_seconds"], idle = idle, 0.0
+            samples.logged |= {"rollout_idle_seconds": idle} | ({"met_in_flight": met} if draws.in_flight else {})
+            idle, met = 0.0, 0
             hand_over(bridge, samples)
-            draws.draw(number + 1, number + config.rollout.ahead)
         elif what == "held_out":
             for _, samples in draws.held_out(number):
                 hand_over(bridge, samples)
         else:
             bridge.tell((draws.save(), state), back=True)
+
+    def follow_in_flight() -> None:
+        nonlocal met
+        met += 1
+        follow(*bridge.order())
+
+    if config.rollout.in_flight:
+        # Others wait for the end of a draw: what is saved is whole, and held-out prompts are asked by themselves
+        may = {"update": lambda: True, "take": lambda: bool(draws.waiting)}
+        draws.in_flight = InFlight(refits.rollout, lambda: may.get(bridge.announced(), bool)(), follow_in_flight)
+    while True:
         since = time.perf_counter()
+        what, number = bridge.order()
+        idle += time.perf_counter() - since
+        if what == "leave":
+            break
+        follow(what, number)
+        if what == "take":
+            draws.draw(number + 1, draws.last)
     refits.close()
-    return order[1]
+    return number

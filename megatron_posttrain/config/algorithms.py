@@ -328,6 +328,8 @@ class GrpoConfig(Config):
         if rollout.ranks and (replay is not None or rollout.offload):
             idle = "rollout.offload: trainers share no GPU with vLLM" if replay is None else "rollout.replay: no engine"
             yield f"rollout.ranks={rollout.ranks} with {idle}; allowed: one of them"
+        if rollout.in_flight and not (rollout.ranks and rollout.ahead):
+            yield "rollout.in_flight: nothing is drawn while weights change; needs rollout.ranks and rollout.ahead"
         if rollout.validation_samples > 1 and self.data.validation is None:
             yield f"rollout.validation_samples={rollout.validation_samples} needs data.validation"
         if replay is not None and self.data.validation is not None:

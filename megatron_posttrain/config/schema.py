@@ -281,6 +281,7 @@ class RolloutConfig(Section):
     ranks: NonNegativeInt = key(
         0, "last ranks of the job, which only generate, while the others train; 0: every rank does both, in turns"
     )
+    in_flight: bool = key(False, "rollout ranks take new weights between two tokens; what they draw then goes on")
     tensor: PositiveInt = key(1, "tensor parallel ranks of a vLLM engine")
     max_num_seqs: PositiveInt = key(256, "samples that an engine runs at once; others wait for the first with room")
     expert: bool = key(False, "an engine's ranks hold whole experts each, instead of a slice of every one")

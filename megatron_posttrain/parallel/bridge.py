@@ -14,12 +14,14 @@ from megatron_posttrain import failure
 from megatron_posttrain.platform import platform
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bridge:
     """`group`: of all ranks of the job, the `trainers` first; None: every rank of the world trains and generates."""
 
     group: dist.ProcessGroup | None = None
     trainers: int = 0
+    store: Any = None  # the job's
+    orders: int = 0  # so far
 
     @property
     def generates(self) -> bool:
@@ -33,6 +35,20 @@ class Bridge:
         box = [value]
         dist.broadcast_object_list(box, self.trainers if back else 0, self.group)
         return box[0]
+
+    def order(self, what: str = "", number: int = 0) -> tuple[str, int]:
+        """Collective: what trainers want of rollout ranks next, on every rank."""
+        if self.group is not None and self.group.rank() == 0:
+            self.store.set(f"order/{self.orders}", what)
+            if self.orders:
+                self.store.delete_key(f"order/{self.orders - 1}")  # which all have heard
+        self.orders += 1
+        return self.tell((what, number))
+
+    def announced(self) -> str:
+        """What the next order will be, where a rollout rank would not wait for it; else nothing."""
+        key = f"order/{self.orders}"
+        return self.store.get(key).decode() if self.store.check([key]) else ""
 
 
 def join(rollout_ranks: int, timeout: datetime.timedelta) -> Bridge:
@@ -49,4 +65,4 @@ def join(rollout_ranks: int, timeout: datetime.timedelta) -> Bridge:
     make: Any = distributed_c10d._new_process_group_helper
     group, _ = make(ranks, rank, [], backends, PrefixStore("bridge", store), "bridge", timeout=timeout)
     distributed_c10d._world.pg_group_ranks[group] = {number: number for number in range(ranks)}
-    return Bridge(group, trainers)
+    return Bridge(group, trainers, store)

@@ -24,6 +24,7 @@ from megatron_posttrain.rewards.registry import Reward, Sample
 from megatron_posttrain.rollout.at_once import with_run
 from megatron_posttrain.rollout.engine import RolloutEngine, Sampling
 from megatron_posttrain.rollout.handout import Handout
+from megatron_posttrain.rollout.in_flight import InFlight
 from megatron_posttrain.rollout.text import response_text, split_response, stop_token_ids
 from megatron_posttrain.rollout.turns import ONE_TURN, Episode, Turns, converse
 
@@ -195,6 +196,7 @@ def generate_samples(
     *,
     carried: Sequence[Episode] = (),
     wanted: int | None = None,
+    in_flight: InFlight | None = None,
 ) -> Samples:
     """Collective: replicas generate as they have room and grade what they drew, while others are drawn; facts of it go
     to every rank.
@@ -204,6 +206,7 @@ def generate_samples(
         seeds: one a sample, which are all that it depends on beside its prompt and the weights.
         carried: samples of other prompts, begun before, which come first and are completed.
         wanted: prompts, carried ones among them, after which the others are `left` as they are; None: all.
+        in_flight: orders that are followed meanwhile.
     """
     rollout = with_run(rollout)
     of_sample = [prompt for prompt in prompts for _ in range(sampling.n)]
@@ -220,7 +223,7 @@ def generate_samples(
 
     # Where some may be left for a later step none is graded before that is known: judges cost
     ended = grade if wanted is None else lambda number: None
-    own = converse(rollout, tokenizer, episodes, single, turns, handout, ended)
+    own = converse(rollout, tokenizer, episodes, single, turns, handout, ended, in_flight)
     seconds = float(gather_rows(torch.tensor(time.perf_counter() - start, dtype=torch.float32)).max())
     handout.forget()
     left: list[Episode] = []

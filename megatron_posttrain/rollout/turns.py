@@ -27,6 +27,7 @@ from megatron_posttrain.rewards.registry import last_line
 from megatron_posttrain.rewards.response import REASONING
 from megatron_posttrain.rollout.engine import Completion, Request, RolloutEngine, Sampling
 from megatron_posttrain.rollout.handout import Handout
+from megatron_posttrain.rollout.in_flight import InFlight
 from megatron_posttrain.rollout.text import response_text, split_response, stop_token_ids
 
 
@@ -114,16 +115,24 @@ def converse(
     turns: Turns = ONE_TURN,
     handout: Handout | None = None,
     ended: Callable[[int], None] = lambda number: None,
+    in_flight: InFlight | None = None,
 ) -> list[int]:
     """Collective over a replica: carries `episodes` on to their ends; `sampling.max_tokens` bounds all turns of one.
 
     `handout`: which of them are this replica's; None: an equal share, and of what is left as many as it has room for.
-    `ended` is told the number of each that has come to its end, while others go on.
-    Returns numbers of the episodes that it has had, in their order. Some were cut off where the handout had enough.
+    `ended` is told the number of each that has come to its end, while others go on. `in_flight`: orders that are
+    followed meanwhile. Returns numbers of the episodes that it has had, in their order. Some were cut off where the
+    handout had enough.
     """
     handout = handout or Handout(rollout, len(episodes), 1)
     conversations = _Conversations(rollout, tokenizer, episodes, sampling, turns, handout, ended)
-    rollout.run(conversations.feed, conversations.take, sampling, handout.enough)
+    if in_flight is None:
+        rollout.run(conversations.feed, conversations.take, sampling, handout.enough)
+    else:
+        going, stops = True, lambda: handout.enough() or in_flight.due()
+        while going:
+            rollout.run(conversations.feed, conversations.take, sampling, stops)
+            going = in_flight.go_on()
     return sorted(conversations.own)
 
 
@@ -169,9 +178,9 @@ class _Conversations:
         e.finish_reason = "length" if completion.finish_reason == "repetition" else completion.finish_reason
         if e.finish_reason == "stop" and self.turns.environment is not None:
             self.pending[name] = self.ask(e) if dist.get_rank() % self.rollout.tensor == 0 else None
-        elif e.finish_reason == "length" and not repeats and self.stop_thinking(e):
+        elif e.finish_reason == "cut" or (e.finish_reason == "length" and not repeats and self.stop_thinking(e)):
             self.ready.append(name)
-        elif e.finish_reason != "cut":
+        else:
             self.end(name)
 
     def end(self, number: int) -> None:

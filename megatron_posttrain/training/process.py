@@ -27,6 +27,6 @@ def finish(status: int = 0) -> None:
     which rollout ranks take over."""
     if dist.is_initialized():
         if not (bridge := start_distributed()).generates:
-            bridge.tell(("leave", status))
+            bridge.order("leave", status)
         dist.barrier()
         dist.destroy_process_group()

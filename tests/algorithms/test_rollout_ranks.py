@@ -51,6 +51,26 @@ def test_equals_ranks_that_do_both_also_when_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(900)
+def test_new_weights_and_samples_change_hands_while_others_are_drawn(tmp_path: Path) -> None:
+    """Two engines, two steps ahead; what they hold is proven at every refit."""
+    line = small(
+        tmp_path, "rollout.ranks=2", "rollout.ahead=2", "rollout.in_flight=true", "training.steps=5",
+        "rollout.max_tokens=48", "rollout.max_num_seqs=2", "checkpoint.every=5", "training.validate_every=3",
+        f"data.validation={tmp_path / 'assets' / 'heldout.jsonl'}",
+    )  # fmt: skip
+    ranks(3, *line, rollout=True)
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    assert len(metrics) == 5
+    assert sum(m["met_in_flight"] for m in metrics) >= 2
+    assert all(0 <= m["staleness"] <= 2 for m in metrics)
+    assert all(m["proof_seconds"] > 0 for m in metrics)
+    assert metrics[2]["validation_reward"] > 0
+    assert max(m["logprob_difference"] for m in metrics[1:]) > 1e-4  # of the first step's weights
+    asked = [row["index"] for step in range(1, 6) for row in lines(tmp_path / f"run/rollouts/step_00000{step}.jsonl")]
+    assert len(set(asked)) == 20  # none is lost, none comes twice
+
+
+@pytest.mark.timeout(900)
 def test_a_rollout_rank_that_fails_ends_the_trainers(tmp_path: Path) -> None:
     line = small(tmp_path, "rollout.ahead=1", *APART)
     (tmp_path / "rewards.py").write_text(
@@ -71,6 +91,7 @@ def test_a_rollout_rank_that_fails_ends_the_trainers(tmp_path: Path) -> None:
         (2, ["parallel.tensor=2"], "1 ranks are not divisible by tensor x pipeline x context = 2"),
         (2, ["rollout.tensor=2"], "rollout.tensor=2 does not divide rollout.ranks=1"),
         (2, ["rollout.offload=true"], "rollout.ranks=1 with rollout.offload: trainers share no GPU with vLLM"),
+        (2, ["rollout.in_flight=true"], "rollout.in_flight: nothing is drawn while weights change"),
         (2, ["rollout.replay=x"], "rollout.ranks=1 with rollout.replay: no engine"),
     ],
 )
