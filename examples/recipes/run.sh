@@ -1,17 +1,14 @@
 #!/usr/bin/env bash
-# A recipe from end to end, its table and its report: bash examples/recipes/run.sh classic | deepseek_r1 toy | qwen3 toy
+# A recipe from end to end, its table and its report: bash examples/recipes/run.sh classic | deepseek_r1 | qwen3 toy
 # [key.sub=value ...]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 name=${1:?which recipe: classic, deepseek_r1, qwen3}
 shift
-file=examples/recipes/$name.yaml
-if [ ! -f "$file" ]; then
-    file=examples/recipes/$name/${1:?which size of $name: toy, one_node, many_nodes}.yaml
-    shift
-fi
+file=examples/recipes/$name/${1:?which size of $name: toy, one_node, many_nodes}.yaml
+shift
 [ -x .venv/bin/python ] || bash tools/setup.sh
-if [[ $file == */toy.yaml && ! -d build/quantize/llmcompressor ]]; then # without it its stages are left out
+if [[ $file == */@(toy|smollm2).yaml && ! -d build/quantize/llmcompressor ]]; then # without it its stages are left out
     .venv/bin/pip install --quiet --no-deps --target build/quantize -r requirements/quantize.txt || true
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1

@@ -56,8 +56,8 @@ def serve(config: GrpoConfig) -> int:
     steps, state, saved = bridge.tell(None)
     draws = Draws(config, steps, asked, prepared.tokenizer, refits.rollout, state)
     draws.load(saved)
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # a request to stop is the trainers' to follow
-        signal.signal(number, lambda *_: (config.output_dir / STOP_FILE).touch())
+    for request in (signal.SIGTERM, signal.SIGUSR1):  # a request to stop is the trainers' to follow
+        signal.signal(request, lambda *_: (config.output_dir / STOP_FILE).touch())
     idle, met = 0.0, 0
 
     def follow(what: str, number: int) -> None:

@@ -17,7 +17,8 @@ from megatron_posttrain.platform import platform
 from megatron_posttrain.rollout.engine import Completion, RolloutEngine
 
 ALONE = Bridge()  # every rank trains and generates
-CANARY_TOKENS = 16
+CANARY_TOKENS = 128  # of a prompt: vLLM has the logits of all of them at once
+DRAWN_TOKENS = 4  # after it, by its cache
 # Measured differences to the trainer's log-probs: fp32 at most 6e-6; bf16 0.012 on average for a dense model
 # and 0.03 for a mixture of experts, where single tokens reach 2.4 because the router chose another expert.
 # So the largest difference decides in fp32 and the mean in bf16.
@@ -117,13 +118,13 @@ def prove(
     tolerance: float | None = None,
     bridge: Bridge = ALONE,
 ) -> float:
-    """Compares log-probs of the engine's greedy tokens after the canary prompts with the trainer's own.
+    """Compares the engine's log-probs of canary prompts, and of greedy tokens after them, with the trainer's own.
 
     Collective over all ranks; every replica of the engine is checked, and all ranks raise or none. Over a `bridge` a
     trainer has no engine, and what a rollout rank's `trainer_logprobs` gives is not looked at.
 
     Args:
-        canary_prompts: the same on all ranks.
+        canary_prompts: the same on all ranks; of each the first `CANARY_TOKENS`.
         trainer_logprobs: sequences of token ids, the same on all ranks -> for each, on every rank,
             [length - 1]: log p(token t + 1 given tokens 0..t), at temperature 1.
         tolerance: nats, of the largest difference in fp32 and of the mean one in bf16; None: 1e-3 and 0.25.
@@ -131,19 +132,18 @@ def prove(
     Returns the largest (fp32) or mean (bf16) difference, of the worst replica. Raises RefitError: it exceeds the
     tolerance, or a value is not finite.
     """
-    prompts = [list(p) for p in canary_prompts]
-    completions: list[Completion] = []
+    said: list[Completion] = []
     if engine is not None:
-        room = min(engine.max_model_len - len(p) for p in prompts)
-        completions = engine.greedy(prompts, min(CANARY_TOKENS, room))
-    own = [p + c.token_ids for p, c in zip(prompts, completions, strict=engine is not None)]
+        prompts = [prompt[: min(CANARY_TOKENS, engine.max_model_len - DRAWN_TOKENS)] for prompt in canary_prompts]
+        said = engine.said(prompts, DRAWN_TOKENS)
+    own = [c.token_ids for c in said]
     # A wrong replica says other tokens. The trainer's ranks must all score the same, so they score them all.
     sequences = list(dict.fromkeys(tuple(s) for said in gathered(own, bridge.group) for s in said))
     scores = [score.detach().double().cpu() for score in trainer_logprobs([list(s) for s in sequences])]
     trainer = dict(zip(sequences, bridge.tell(scores), strict=True))
     finding = 0.0, ""
     if engine is not None:
-        finding = _compare(engine, prompts, completions, [trainer[tuple(s)] for s in own], tolerance)
+        finding = _compare(engine, said, [trainer[tuple(s)] for s in own], tolerance)
     statistic, message = max(gathered(finding, bridge.group), key=lambda found: (math.isnan(found[0]), found[0]))
     if message:
         raise RefitError(message)
@@ -151,29 +151,25 @@ def prove(
 
 
 def _compare(
-    engine: RolloutEngine,
-    prompts: list[list[int]],
-    completions: list[Completion],
-    scores: list[Tensor],
-    tolerance: float | None,
+    engine: RolloutEngine, said: list[Completion], scores: list[Tensor], tolerance: float | None
 ) -> tuple[float, str]:
     """The largest (fp32) or mean (bf16) difference, and where it exceeds the tolerance a message about it."""
     fp32 = engine.dtype == torch.float32
     limit = tolerance if tolerance is not None else (FP32_TOLERANCE if fp32 else BF16_TOLERANCE)
     difference, where = [], []
-    for i, (prompt, completion, score) in enumerate(zip(prompts, completions, scores, strict=True)):
-        own = score[len(prompt) - 1 :].tolist()
-        for t, (said, trainer) in enumerate(zip(completion.logprobs, own, strict=True)):
-            difference.append(abs(said - trainer))
-            where.append((i, len(prompt) + t, completion.token_ids[t], said, trainer))
+    for i, (canary, score) in enumerate(zip(said, scores, strict=True)):
+        first = len(canary.token_ids) - len(canary.logprobs)
+        for t, (engines, trainers) in enumerate(zip(canary.logprobs, score[first - 1 :].tolist(), strict=True), first):
+            difference.append(abs(engines - trainers))
+            where.append((i, t, canary.token_ids[t], engines, trainers))
     values = torch.tensor(difference, dtype=torch.float64)
     statistic = float(values.max() if fp32 else values.mean())  # NaN wins in both
     if statistic <= limit:
         return statistic, ""
-    i, position, token, said, trainer = where[int(values.nan_to_num(nan=torch.inf).argmax())]
+    i, position, token, engines, trainers = where[int(values.nan_to_num(nan=torch.inf).argmax())]
     return (
         statistic,
         f"the engine does not hold the trainer's weights: {'largest' if fp32 else 'mean'} difference of "
         f"log-probs {statistic:.3g} exceeds the tolerance {limit:.3g}; worst at canary prompt {i}, position "
-        f"{position} (token {token}): engine {said:.6f}, trainer {trainer:.6f} (rollout replica {engine.replica})",
+        f"{position} (token {token}): engine {engines:.6f}, trainer {trainers:.6f} (rollout replica {engine.replica})",
     )

@@ -376,13 +376,13 @@ def test_stop_saves_and_the_next_run_goes_on(tmp_path: Path, capsys: pytest.Capt
     assert environment_file["versions"]["torch"]
 
 
-@pytest.mark.parametrize("name", ["classic", "deepseek_r1/toy", "qwen3/toy"])
+@pytest.mark.parametrize("name", ["classic/toy", "deepseek_r1/toy", "qwen3/toy"])
 def test_recipes_resolve(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert main(["pipeline", f"examples/recipes/{name}.yaml", "--dry-run", f"output={tmp_path}/out"]) == 0
 
 
-@pytest.mark.parametrize("recipe", ["qwen3", "deepseek_r1"])
+@pytest.mark.parametrize("recipe", ["classic", "qwen3", "deepseek_r1"])
 @pytest.mark.parametrize(("size", "cluster"), [("one_node", "8xH100"), ("many_nodes", "32xH100")])
 def test_recipes_fit_what_they_are_for(
     recipe: str, size: str, cluster: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -391,5 +391,5 @@ def test_recipes_fit_what_they_are_for(
     assert main(["pipeline", f"examples/recipes/{recipe}/{size}.yaml", "--dry-run", "--assume", cluster]) == 0
     said = capsys.readouterr().out
     fits = re.findall(r"ok: memory: ([\d.]+) of (\d+) GiB", said)
-    assert len(fits) >= 5
+    assert len(fits) >= (2 if recipe == "classic" else 5)
     assert all(float(used) <= 0.9 * float(of) for used, of in fits), "a tenth of the memory is to be spare"

@@ -202,16 +202,16 @@ def engine(dtype: torch.dtype) -> Any:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_proof_refuses_what_is_not_finite(bad: float) -> None:
-    completion = Completion([4, 5], [-1.0, -2.0], "length")
+    completion = Completion([3, 4, 5], [-1.0, -2.0], "length")
     for dtype in (torch.float32, torch.bfloat16):
-        statistic, message = _compare(engine(dtype), [[3]], [completion], [torch.tensor([-1.0, bad])], 0.1)
+        statistic, message = _compare(engine(dtype), [completion], [torch.tensor([-1.0, bad])], 0.1)
         assert not statistic <= 0.1
         assert "position 2 (token 5)" in message
 
 
 def test_bf16_is_judged_by_the_mean() -> None:
-    completion = Completion([4, 5], [-1.0, -2.0], "length")
-    statistic, message = _compare(engine(torch.bfloat16), [[3]], [completion], [torch.tensor([-1.0, -2.5])], 0.1)
+    completion = Completion([3, 4, 5], [-1.0, -2.0], "length")
+    statistic, message = _compare(engine(torch.bfloat16), [completion], [torch.tensor([-1.0, -2.5])], 0.1)
     assert statistic == pytest.approx(0.25)
     assert "mean difference" in message
 
