@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,10 +10,14 @@ import pytest
 
 from megatron_posttrain.config.algorithms import GrpoConfig
 from megatron_posttrain.config.load import load_config
+from megatron_posttrain.config.schema import EnvironmentConfig
+from megatron_posttrain.environments import load_environment
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.training.prepare import prepare
 from tests.algorithms.test_grpo import lines, small, steady
+from tests.algorithms.test_tool_training import config, make_reward_model
 from tests.helpers.launch import ranks
+from tests.helpers.tool_models import make_tool_model, sums
 
 APART = ["rollout.ranks=1"]
 
@@ -48,6 +53,28 @@ def test_equals_ranks_that_do_both_also_when_resumed(tmp_path: Path) -> None:
     shutil.rmtree(apart / "hf")
     ranks(3, *both, *APART, f"output={apart}", rollout=True)
     assert equal()
+
+
+@pytest.mark.timeout(900)
+def test_environments_and_a_model_that_grades_are_on_their_sides(tmp_path: Path) -> None:
+    """Tools answer where samples are drawn; the reward model is the trainers'."""
+    tools = load_environment(EnvironmentConfig(name="calculator")).tools
+    make_tool_model(tmp_path / "model", 70, tools)
+    make_reward_model(tmp_path / "scorer")
+    rows = [json.dumps({"question": question, "answer": answer}) for question, answer in sums(16, 99, 9)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    found = {}
+    for name, processes, more in (("both", 1, {}), ("apart", 2, {"ranks": 1})):
+        job = config(tmp_path, name)
+        job["rollout"] |= {"ahead": 1, "max_num_seqs": 4, **more}
+        job["training"] |= {"steps": 3}
+        (tmp_path / "job.yaml").write_text(json.dumps(job))
+        ranks(processes, "-m", "megatron_posttrain", "grpo", "--config", str(tmp_path / "job.yaml"), rollout=True)
+        found[name] = lines(tmp_path / name / "metrics.jsonl"), lines(tmp_path / name / "rollouts/step_000002.jsonl")
+    assert [steady(m) for m in found["apart"][0]] == [steady(m) for m in found["both"][0]]
+    assert found["apart"][1] == found["both"][1]
+    assert any("turns" in sample for sample in found["both"][1])
+    assert found["both"][0][0]["reward/reward_model"] != 0
 
 
 @pytest.mark.timeout(900)
