@@ -87,6 +87,10 @@ class Samples:
             by_name |= {f"reward/{name}/failed_fraction": 1 - len(graded) / count} if len(graded) < count else {}
         if self.masked.any():
             by_name["masked_fraction"] = float(self.masked.mean())
+        begins = [k for k, p in enumerate(self.prompts) if k == 0 or p.index != self.prompts[k - 1].index]
+        if len(begins) < count:
+            least, most = np.minimum.reduceat(self.rewards, begins), np.maximum.reduceat(self.rewards, begins)
+            by_name["equal_fraction"] = float((least == most).mean())
         return (
             {
                 "reward": sum(self.rewards.tolist()) / count,

@@ -39,8 +39,9 @@ class Heartbeat:
         self.directory, self.rank, self.ranks, self.current_step = directory, rank, ranks, step
         self.hang_seconds = hang_seconds
         self._write_every = max(WRITE_EVERY, ranks / WRITES_PER_S)
-        self._poll = max(min(5.0, (hang_seconds or FLOOR) / 4), ranks / WRITES_PER_S)
+        self._poll = max(min(1.0, (hang_seconds or FLOOR) / 4), ranks / WRITES_PER_S)
         self._phases: list[str] = []
+        self._failed = False
         self._changes = 0
         self._durations: deque[float] = deque(maxlen=20)
         self._step_started: float | None = None
@@ -64,7 +65,14 @@ class Heartbeat:
 
     def enter(self, phase: str) -> None:
         self._phases.append(phase)
+        self._failed = False
         self._changed()
+
+    def fail(self) -> None:
+        """An error leaves the present phase, and those around it: where it began is what is told."""
+        if not self._failed:
+            self._failed = True
+            self._write()
 
     def leave(self) -> None:
         self._phases.pop()
@@ -257,6 +265,12 @@ def enter(phase: str) -> None:
     """Tells this process's heartbeat, if there is one, that `phase` begins."""
     if _current is not None:
         _current.enter(phase)
+
+
+def fail() -> None:
+    """That an error ends it."""
+    if _current is not None:
+        _current.fail()
 
 
 def leave() -> None:

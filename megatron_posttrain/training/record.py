@@ -86,7 +86,7 @@ class Record:
         done = step - self._first_step
         left = (time.perf_counter() - self._started) / max(1, done) * (self.total_steps - step)
         names = {"reward": ".3f", "loss": ".4f", "validation_loss": ".4f", "validation_accuracy": ".3f"}
-        names |= {"grad_norm": ".3f", "response_length": ".1f", "truncated_fraction": ".0%"}
+        names |= {"grad_norm": ".3f", "response_length": ".1f", "truncated_fraction": ".0%", "equal_fraction": ".0%"}
         shown = [f"{n.replace('_', ' ')} {metrics[n]:{f}}" for n, f in names.items() if n in metrics]
         if "learning_rate" in metrics:
             shown.append(f"lr {metrics['learning_rate']:.2e}")
@@ -94,8 +94,13 @@ class Record:
             shown.append(f"{metrics['tokens_per_second']:,.0f} tok/s")
         shown.append(f"{metrics['step_seconds']:.2f} s")
         line = f"step {step}/{self.total_steps}  " + "  ".join(shown) + f"  left {timedelta(seconds=round(left))}"
-        equal = "reward" in metrics and metrics.get("grad_norm") == 0
-        return line + ("  (no gradient: equal rewards within each prompt?)" if equal else "")
+        # The gradient itself may have a router's balancing loss
+        if "reward" not in metrics or metrics.get("loss") != 0:
+            return line
+        if metrics.get("masked_fraction") == 1:
+            return f"{line}  (nothing to learn: every sample is masked)"
+        equal = metrics.get("grad_norm") == 0 or metrics.get("equal_fraction") == 1
+        return line + ("  (nothing to learn: equal rewards within each prompt)" if equal else "")
 
     def stop_requested(self, *, also: bool = False) -> bool:
         """Collective: whether any rank was asked to stop, or has a reason of its own: `also`."""

@@ -23,6 +23,9 @@ class PhaseTimer:
         since = time.perf_counter()
         try:
             yield
+        except BaseException:
+            heartbeat.fail()
+            raise
         finally:
             platform().synchronize()
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - since

@@ -16,12 +16,14 @@ from megatron_posttrain.config.algorithms import SftConfig
 from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.training.heartbeat import Heartbeat, last_words, spans
 from megatron_posttrain.training.record import Record
+from megatron_posttrain.training.timing import PhaseTimer
 from tests.helpers.launch import ROOT
 
 RANK = """
 import os, signal, sys, threading, time
 from pathlib import Path
 from megatron_posttrain.training.heartbeat import Heartbeat
+from megatron_posttrain.training.timing import PhaseTimer
 rank, ranks, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 
 def stuck_in_the_loader():
@@ -116,6 +118,16 @@ def test_limit_is_the_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for wrong in (0, -1, float("inf"), "soon"):
         with pytest.raises(ValidationError, match="hang_seconds"):
             SftConfig.model_validate(tree | {"logging": {"hang_seconds": wrong}})
+
+
+def test_an_error_is_told_where_it_began(tmp_path: Path) -> None:
+    beat = Heartbeat(tmp_path, 0, 1)
+    beat.start()
+    timer = PhaseTimer()
+    with pytest.raises(RuntimeError), timer("train"), timer("forward"):
+        raise RuntimeError
+    assert "step 1, train/forward" in last_words(tmp_path, 0, 1)
+    beat.stop()
 
 
 def test_of_many_that_fail_one_looks_for_the_others(tmp_path: Path) -> None:
