@@ -23,7 +23,6 @@ RANK = """
 import os, signal, sys, threading, time
 from pathlib import Path
 from megatron_posttrain.training.heartbeat import Heartbeat
-from megatron_posttrain.training.timing import PhaseTimer
 rank, ranks, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 
 def stuck_in_the_loader():
