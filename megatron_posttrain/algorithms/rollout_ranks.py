@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_posttrain.algorithms.asked import Asked
 from megatron_posttrain.algorithms.draws import Draws
 from megatron_posttrain.algorithms.refit import Refits
@@ -19,8 +21,11 @@ from megatron_posttrain.parallel.groups import start_distributed
 from megatron_posttrain.rollout.in_flight import InFlight
 from megatron_posttrain.rollout.regroup import hand_over
 from megatron_posttrain.rollout.samples import Samples
+from megatron_posttrain.training import heartbeat
 from megatron_posttrain.training.prepare import prepare
-from megatron_posttrain.training.record import STOP_FILE
+from megatron_posttrain.training.record import STOP_FILE, beats_of
+
+NEVER = 1e9  # seconds: trainers, which wait for rollout ranks, judge whether one hangs; these wait for orders
 
 
 @dataclass
@@ -58,10 +63,12 @@ def serve(config: GrpoConfig) -> int:
     draws.load(saved)
     for request in (signal.SIGTERM, signal.SIGUSR1):  # a request to stop is the trainers' to follow
         signal.signal(request, lambda *_: (config.output_dir / STOP_FILE).touch())
+    beats = beats_of(config, bridge.trainers + dist.get_rank(), bridge.trainers)
     idle, met = 0.0, 0
 
     def follow(what: str, number: int) -> None:
         nonlocal idle, met
+        heartbeat.enter(what)
         if what == "update":
             refits.update(config, asked.prompts.prompts, number)
         elif what == "take":
@@ -76,6 +83,7 @@ def serve(config: GrpoConfig) -> int:
                 hand_over(bridge, samples)
         else:
             bridge.tell((draws.save(), state), back=True)
+        heartbeat.leave()
 
     def follow_in_flight() -> None:
         nonlocal met
@@ -86,14 +94,21 @@ def serve(config: GrpoConfig) -> int:
         # Others wait for the end of a draw: what is saved is whole, and held-out prompts are asked by themselves
         may = {"update": lambda: True, "take": lambda: bool(draws.waiting)}
         draws.in_flight = InFlight(refits.rollout, lambda: may.get(bridge.announced(), bool)(), follow_in_flight)
-    while True:
-        since = time.perf_counter()
-        what, number = bridge.order()
+    since, beat = time.perf_counter(), None
+    while (order := bridge.order())[0] != "leave":
         idle += time.perf_counter() - since
-        if what == "leave":
-            break
+        what, number = order
+        if beat is None:  # by now trainers have theirs, and none of an earlier attempt says that a rank hangs
+            beat = heartbeat.Heartbeat(*beats, number + 1, hang_seconds=NEVER)
+            beat.start()
         follow(what, number)
         if what == "take":
+            beat.step(number + 1)
+            heartbeat.enter("draw ahead")
             draws.draw(number + 1, draws.last)
+            heartbeat.leave()
+        since = time.perf_counter()
+    if beat is not None:
+        beat.stop()
     refits.close()
-    return number
+    return order[1]

@@ -5,6 +5,7 @@ import math
 import signal
 import time
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -19,6 +20,11 @@ from megatron_posttrain.training.process import say
 from megatron_posttrain.training.trackers import open_trackers
 
 STOP_FILE = ".stop"
+
+
+def beats_of(config: Config, rank: int, trainers: int) -> tuple[Path, int, int]:
+    """Where a job's heartbeats are, this rank's number among all, and how many there are."""
+    return config.output_dir / "heartbeats", rank, trainers + config.rollout_ranks
 
 
 class Record:
@@ -39,7 +45,7 @@ class Record:
         self._trackers: list[Any] = []
         if self.is_main:
             self._open(first_step)
-        self._beats = (self.directory / "heartbeats", dist.get_rank(), dist.get_world_size())
+        self._beats = beats_of(config, dist.get_rank(), dist.get_world_size())
         self._heartbeat = Heartbeat(*self._beats, first_step + 1, hang_seconds=config.logging.hang_seconds)
         dist.barrier()
         self._heartbeat.start()
@@ -108,7 +114,7 @@ class Record:
 
     def close(self, error: BaseException | None = None) -> None:
         """`error`: why the run ends before its time."""
-        if isinstance(error, RuntimeError) and dist.get_world_size() > 1:
+        if isinstance(error, RuntimeError) and self._beats[2] > 1:
             print(last_words(*self._beats), flush=True)
         self._heartbeat.stop()
         if self._metrics is not None:

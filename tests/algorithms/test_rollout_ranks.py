@@ -110,6 +110,20 @@ def test_a_rollout_rank_that_fails_ends_the_trainers(tmp_path: Path) -> None:
     assert f"since rank 1 failed first: {reason}" in done.stderr
 
 
+@pytest.mark.timeout(900)
+def test_a_rollout_rank_that_freezes_is_named(tmp_path: Path) -> None:
+    line = small(tmp_path, "rollout.ahead=1", *APART, "logging.hang_seconds=6")
+    (tmp_path / "rewards.py").write_text(
+        "import os, signal\nfrom megatron_posttrain.rewards import reward\n\n\n@reward('even')\ndef even(sample):\n"
+        "    os.kill(os.getpid(), signal.SIGSTOP)\n    return 1.0\n"
+    )
+    done = ranks(2, *line, rollout=True, check=False, timeout=120)
+    assert done.returncode != 0
+    assert "HANG: rank 0 has been in step 1, rollout" in done.stderr
+    assert "rank 1" in done.stderr.split("HANG")[1]
+    assert "take; it does not run (frozen, killed, or its machine is lost)" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("world", "more", "said"),
     [
