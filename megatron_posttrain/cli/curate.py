@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, info in Rules.model_fields.items():
         what = f"{info.description} (default: {info.default or 'none'})"
         add(option(name), nargs="+" if name == "against" else None, metavar="X", help=what)
+    parser.set_defaults(check=_rules)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,15 +32,7 @@ def run(args: argparse.Namespace) -> int:
     for file in (*args.files, *(args.against or ())):
         if Path(file).resolve() in ((output / name).resolve() for name in (KEPT, DROPPED)):
             raise UserError(f"{file} is a file that --output {output} writes; choose another directory")
-    if args.against_columns and not args.against:
-        raise UserError("--against-columns would be ignored without --against")
-    try:
-        rules = Rules.model_validate({f: x for f in Rules.model_fields if (x := getattr(args, f)) is not None})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = f"{option(str(first['loc'][0]))} {first['input']}: " if first["loc"] else ""
-        raise UserError(where + first["msg"].removeprefix("Value error, ")) from None
-    report = curate(args.files, output, rules, args.columns, args.against_columns)
+    report = curate(args.files, output, _rules(args), args.columns, args.against_columns)
     (output / "curation.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(table(report) + f"\n\nwritten to {output}/rows.jsonl, dropped.jsonl and curation.json")
     return 0
@@ -54,3 +47,14 @@ def table(report: dict[str, Any]) -> str:
         short = f"; {file['too_short']:,} are shorter than the n-gram" if file["too_short"] else ""
         lines.append(f"{file['file']}: {file['contaminated']:,} of {file['prompts']:,} prompts ({share:.1%}) were in rows{short}")  # fmt: skip # noqa: E501
     return "\n".join(lines)
+
+
+def _rules(args: argparse.Namespace) -> Rules:
+    if args.against_columns and not args.against:
+        raise UserError("--against-columns would be ignored without --against")
+    try:
+        return Rules.model_validate({f: x for f in Rules.model_fields if (x := getattr(args, f)) is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = f"{option(str(first['loc'][0]))} {first['input']}: " if first["loc"] else ""
+        raise UserError(where + first["msg"].removeprefix("Value error, ")) from None

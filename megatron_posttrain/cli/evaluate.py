@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compare", nargs="+", metavar="DIR", help="no model: the first directory's results against each other's, "
         "prompt by prompt")  # fmt: skip
     add("--output", default="runs/evaluation", metavar="DIR", help="default: runs/evaluation")
+    parser.set_defaults(check=_mode)
 
 
 def run(args: argparse.Namespace) -> int:

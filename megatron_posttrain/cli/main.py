@@ -49,7 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def command_parser(name: str) -> argparse.ArgumentParser:
-    """Of a command of the table: its options, and `run`, its function; imports its module."""
+    """Of a command of the table: its options, and `run`, its function; imports its module. Some have a `check` of the
+    arguments, which needs no file."""
     module_name, text = commands()[name]
     module = importlib.import_module(module_name)
     parser = argparse.ArgumentParser(

@@ -42,7 +42,10 @@ def read(file: str, overrides: Sequence[str]) -> "Pipeline":
             raise UserError(message)
 
         parser.error = refuse  # type: ignore[method-assign, assignment]
-        return parser.parse_intermixed_args(list(words))
+        args = parser.parse_intermixed_args(list(words))
+        if check := parser.get_default("check"):
+            check(args)
+        return args
 
     return graph.load(file, overrides, commands(), parse)
 
