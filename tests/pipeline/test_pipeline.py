@@ -197,6 +197,8 @@ def test_gate_over_the_last_steps(place: Place) -> None:
         ({"a": {"run": "data x", "gates": [{"metric": "x"}]}}, "stages.a.gates.0: it asks for nothing"),
         ({"a": {"run": "data x", "gates": [{"metric": "x", "at_most": "z"}]}}, "stages.a.gates: no stage 'z'"),
         ({"a": {"run": "data --jsonn x"}}, "stages.a.run: unrecognized arguments: --jsonn"),
+        ({"a": {"run": "evaluate --model m --suite s --limit 3"}}, "--limit would be ignored beside --suite"),
+        ({"a": {"run": "curate x --near 7"}}, "stages.a.run: --near 7: "),
         ({"a": {"run": "sft model.path=m data.train=t optimizer.l=1"}}, "unknown key 'optimizer.l'"),
         ({"a": {"run": "sft model.path=m data.train=t output=x"}}, "leave `output` out"),
         ({"a": {"run": "grpo model.path=m data.train=t training.global_batch_size=7"}}, "=7 does not divide"),
