@@ -54,61 +54,71 @@ class RemoteDraws:
 
 def serve(config: GrpoConfig) -> int:
     """A rollout rank's part of a command: orders of the trainers, until they leave. Returns their exit status."""
-    prepared = prepare(config)
-    asked = Asked.of(config, prepared)
-    bridge = start_distributed(config.rollout_ranks)
-    refits = Refits(config, prepared, bridge)
-    steps, state, saved = bridge.tell(None)
-    draws = Draws(config, steps, asked, prepared.tokenizer, refits.rollout, state)
-    draws.load(saved)
-    for request in (signal.SIGTERM, signal.SIGUSR1):  # a request to stop is the trainers' to follow
-        signal.signal(request, lambda *_: (config.output_dir / STOP_FILE).touch())
-    beats = beats_of(config, bridge.trainers + dist.get_rank(), bridge.trainers)
-    idle, met = 0.0, 0
+    return _RolloutRank(config).serve()
 
-    def follow(what: str, number: int) -> None:
-        nonlocal idle, met
+
+class _RolloutRank:
+    def __init__(self, config: GrpoConfig) -> None:
+        prepared = prepare(config)
+        self.config, self.asked = config, Asked.of(config, prepared)
+        self.bridge = start_distributed(config.rollout_ranks)
+        self.refits = Refits(config, prepared, self.bridge)
+        steps, self.state, saved = self.bridge.tell(None)
+        facts = self.asked, prepared.tokenizer, self.refits.rollout, self.state
+        self.draws = Draws(config, steps, *facts)
+        self.draws.load(saved)
+        self.idle_seconds, self.met = 0.0, 0  # since the last samples were handed over
+        if config.rollout.in_flight:
+            self.draws.in_flight = InFlight(self.refits.rollout, self.may_follow, self.follow_in_flight)
+
+    def serve(self) -> int:
+        for request in (signal.SIGTERM, signal.SIGUSR1):  # a request to stop is the trainers' to follow
+            signal.signal(request, lambda *_: (self.config.output_dir / STOP_FILE).touch())
+        beats = beats_of(self.config, self.bridge.trainers + dist.get_rank(), self.bridge.trainers)
+        since, beat = time.perf_counter(), None
+        while (order := self.bridge.order())[0] != "leave":
+            self.idle_seconds += time.perf_counter() - since
+            what, number = order
+            if beat is None:  # by now trainers have theirs, and none of an earlier attempt says that a rank hangs
+                beat = heartbeat.Heartbeat(*beats, number + 1, hang_seconds=NEVER)
+                beat.start()
+            self.follow(what, number)
+            if what == "take":
+                beat.step(number + 1)
+                heartbeat.enter("draw ahead")
+                self.draws.draw(number + 1, self.draws.last)
+                heartbeat.leave()
+            since = time.perf_counter()
+        if beat is not None:
+            beat.stop()
+        self.refits.close()
+        return order[1]
+
+    def follow(self, what: str, number: int) -> None:
         heartbeat.enter(what)
         if what == "update":
-            refits.update(config, asked.prompts.prompts, number)
+            self.refits.update(self.config, self.asked.prompts.prompts, number)
         elif what == "take":
-            if not draws.waiting:
-                draws.draw(number, number)
-            samples = draws.pop(number)
-            samples.logged |= {"rollout_idle_seconds": idle} | ({"met_in_flight": met} if draws.in_flight else {})
-            idle, met = 0.0, 0
-            hand_over(bridge, samples)
+            if not self.draws.waiting:
+                self.draws.draw(number, number)
+            samples = self.draws.pop(number)
+            met = {"met_in_flight": self.met} if self.config.rollout.in_flight else {}
+            samples.logged |= {"rollout_idle_seconds": self.idle_seconds} | met
+            self.idle_seconds, self.met = 0.0, 0
+            hand_over(self.bridge, samples)
         elif what == "held_out":
-            for _, samples in draws.held_out(number):
-                hand_over(bridge, samples)
+            for _, samples in self.draws.held_out(number):
+                hand_over(self.bridge, samples)
         else:
-            bridge.tell((draws.save(), state), back=True)
+            self.bridge.tell((self.draws.save(), self.state), back=True)
         heartbeat.leave()
 
-    def follow_in_flight() -> None:
-        nonlocal met
-        met += 1
-        follow(*bridge.order())
+    def may_follow(self) -> bool:
+        """Whether the next order is there, and one that need not wait for the end of a draw: what is saved is whole,
+        and held-out prompts are asked by themselves."""
+        what = self.bridge.announced()
+        return what == "update" or (what == "take" and bool(self.draws.waiting))
 
-    if config.rollout.in_flight:
-        # Others wait for the end of a draw: what is saved is whole, and held-out prompts are asked by themselves
-        may = {"update": lambda: True, "take": lambda: bool(draws.waiting)}
-        draws.in_flight = InFlight(refits.rollout, lambda: may.get(bridge.announced(), bool)(), follow_in_flight)
-    since, beat = time.perf_counter(), None
-    while (order := bridge.order())[0] != "leave":
-        idle += time.perf_counter() - since
-        what, number = order
-        if beat is None:  # by now trainers have theirs, and none of an earlier attempt says that a rank hangs
-            beat = heartbeat.Heartbeat(*beats, number + 1, hang_seconds=NEVER)
-            beat.start()
-        follow(what, number)
-        if what == "take":
-            beat.step(number + 1)
-            heartbeat.enter("draw ahead")
-            draws.draw(number + 1, draws.last)
-            heartbeat.leave()
-        since = time.perf_counter()
-    if beat is not None:
-        beat.stop()
-    refits.close()
-    return order[1]
+    def follow_in_flight(self) -> None:
+        self.met += 1
+        self.follow(*self.bridge.order())
