@@ -14,8 +14,8 @@ NO_FIGURES = ("result.json", "environment.json")
 
 
 def figures(directory: Path, steps: int = 1) -> dict[str, float]:
-    """Numbers of a stage: of its JSON files, `a.b` for nested ones and for those of a suite's set `a`, and means of the
-    last `steps` of its metrics."""
+    """Numbers of a stage: of its JSON files, `a.b` for nested ones and for those of a suite's set `a`, `mean.accuracy`
+    of its sets, and means of the last `steps` of its metrics."""
     found: dict[str, float] = {}
     for file in [*sorted(directory.glob("*.json")), *sorted(directory.glob(f"*/{EVALUATION}"))]:
         content = read_json(file) if file.name not in NO_FIGURES else {}
@@ -23,6 +23,8 @@ def figures(directory: Path, steps: int = 1) -> dict[str, float]:
             flat(content, f"{file.parent.name}." * (file.parent != directory)) if isinstance(content, dict) else {}
         )
         found |= {k: v for k, v in numbers.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    if len(of_sets := [value for name, value in found.items() if name.endswith(".accuracy")]) > 1:
+        found["mean.accuracy"] = fmean(of_sets)
     lines = list(json_lines(directory / METRICS))[-steps:]
     for name in dict.fromkeys(name for line in lines for name in line):
         if values := [line[name] for line in lines if line.get(name) is not None]:

@@ -23,7 +23,9 @@ Parse = Callable[[str, Sequence[str]], argparse.Namespace]  # command, words -> 
 
 
 class Gate(Section):
-    metric: str = Field(description="of the stage: a figure of its JSON files, or of metrics.jsonl")
+    metric: str = Field(
+        description="of the stage: a figure of its JSON files (SET.accuracy, mean.accuracy of a suite) or metrics"
+    )
     at_least: float | str | None = Field(None, description="a number, or the stage whose figure must be reached")
     at_most: float | str | None = Field(None, description="a number, or the stage whose figure must not be passed")
     margin: NonNegativeFloat = Field(0.0, description="by which another stage's figure may be missed")

@@ -114,7 +114,8 @@ def test_a_rollout_rank_that_fails_ends_the_trainers(tmp_path: Path) -> None:
 def test_a_rollout_rank_that_freezes_is_named(tmp_path: Path) -> None:
     line = small(tmp_path, "rollout.ahead=1", *APART, "logging.hang_seconds=6")
     (tmp_path / "rewards.py").write_text(
-        "import os, signal, time\nfrom megatron_posttrain.rewards import reward\n\n\n@reward('even')\ndef even(sample):\n"
+        "import os, signal, time\nfrom megatron_posttrain.rewards import reward\n\n\n"
+        "@reward('even')\ndef even(sample):\n"
         "    time.sleep(2)  # a heartbeat is written\n    os.kill(os.getpid(), signal.SIGSTOP)\n    return 1.0\n"
     )
     done = ranks(2, *line, rollout=True, check=False, timeout=120)
