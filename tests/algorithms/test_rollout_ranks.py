@@ -88,7 +88,7 @@ def test_new_weights_and_samples_change_hands_while_others_are_drawn(tmp_path: P
     ranks(3, *line, rollout=True)
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
     assert len(metrics) == 5
-    assert sum(m["met_in_flight"] for m in metrics) >= 2
+    assert sum(m["met_in_flight"] for m in metrics) >= 1
     assert all(0 <= m["staleness"] <= 2 for m in metrics)
     assert all(m["proof_seconds"] > 0 for m in metrics)
     assert metrics[2]["validation_reward"] > 0
