@@ -203,7 +203,8 @@ class Draws:
         """Collective: on rank 0, what later steps have of earlier ones, if they have anything."""
         if not self.config.stale:
             return b""
-        parts = to_first_rank(pickle.dumps(list(self.waiting)), range(0, dist.get_world_size(), self.rollout.tensor))
+        own, sources = bytearray(pickle.dumps(list(self.waiting))), range(0, dist.get_world_size(), self.rollout.tensor)
+        parts = to_first_rank(own, sources)
         return pickle.dumps(([bytes(part) for part in parts], self.carried))
 
     def load(self, saved: bytes) -> None:

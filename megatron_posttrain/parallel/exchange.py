@@ -44,7 +44,7 @@ def exchange(flat: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tens
     return arrived.cpu()
 
 
-def to_first_rank(own: bytes | bytearray, sources: Iterable[int]) -> Iterator[bytes | bytearray | memoryview]:
+def to_first_rank(own: bytearray, sources: Iterable[int]) -> Iterator[bytes | bytearray | memoryview]:
     """On rank 0, the bytes of each source in turn, so that it holds one at a time; nothing on other ranks, which
     must iterate too."""
     rank, device = dist.get_rank(), platform().device
@@ -53,8 +53,7 @@ def to_first_rank(own: bytes | bytearray, sources: Iterable[int]) -> Iterator[by
         if source == 0 and rank == 0:
             yield own
         elif rank == source and own:
-            writable = own if isinstance(own, bytearray) else bytearray(own)
-            dist.send(torch.frombuffer(writable, dtype=torch.uint8).to(device), 0)
+            dist.send(torch.frombuffer(own, dtype=torch.uint8).to(device), 0)
         elif rank == 0 and not sizes[source]:
             yield b""
         elif rank == 0:

@@ -10,14 +10,11 @@ import pytest
 
 from megatron_posttrain.config.algorithms import GrpoConfig
 from megatron_posttrain.config.load import load_config
-from megatron_posttrain.config.schema import EnvironmentConfig
-from megatron_posttrain.environments import load_environment
 from megatron_posttrain.errors import UserError
 from megatron_posttrain.training.prepare import prepare
 from tests.algorithms.test_grpo import lines, small, steady
-from tests.algorithms.test_tool_training import config, make_reward_model
+from tests.algorithms.test_tool_training import config, make_inputs
 from tests.helpers.launch import ranks
-from tests.helpers.tool_models import make_tool_model, sums
 
 APART = ["rollout.ranks=1"]
 
@@ -58,11 +55,7 @@ def test_equals_ranks_that_do_both_also_when_resumed(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_environments_and_a_model_that_grades_are_on_their_sides(tmp_path: Path) -> None:
     """Tools answer where samples are drawn; the reward model is the trainers'."""
-    tools = load_environment(EnvironmentConfig(name="calculator")).tools
-    make_tool_model(tmp_path / "model", 70, tools)
-    make_reward_model(tmp_path / "scorer")
-    rows = [json.dumps({"question": question, "answer": answer}) for question, answer in sums(16, 99, 9)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    make_inputs(tmp_path)
     found = {}
     for name, processes, more in (("both", 1, {}), ("apart", 2, {"ranks": 1})):
         job = config(tmp_path, name)

@@ -32,6 +32,14 @@ def make_reward_model(directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
+def make_inputs(place: Path) -> None:
+    """A model that has seen the calculator, a reward model and questions, as `config` names them."""
+    make_tool_model(place / "model", 70, load_environment(EnvironmentConfig(name="calculator")).tools)
+    make_reward_model(place / "scorer")
+    rows = [json.dumps({"question": question, "answer": answer}) for question, answer in sums(16, 99, 9)]
+    (place / "rows.jsonl").write_text("\n".join(rows))
+
+
 def config(place: Path, output: str, **changes: Any) -> dict[str, Any]:
     return {
         "model": {"path": str(place / "model")},
@@ -50,11 +58,7 @@ def config(place: Path, output: str, **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.timeout(900)
 def test_grpo_with_a_calculator_and_a_reward_model(tmp_path: Path) -> None:
-    tools = load_environment(EnvironmentConfig(name="calculator")).tools
-    make_tool_model(tmp_path / "model", 70, tools)
-    make_reward_model(tmp_path / "scorer")
-    rows = [json.dumps({"question": question, "answer": answer}) for question, answer in sums(16, 99, 9)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    make_inputs(tmp_path)
     first = config(tmp_path, "data2")
     rollout = first["rollout"] | {"tensor": 2}
     second = config(
